@@ -1,0 +1,61 @@
+# Each target does its whole set-up on a machine that has Python 3.11+ and make.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Ranks share the machine's cores: one thread each halves the time of a step.
+export OMP_NUM_THREADS := 1
+# A start of torchrun that takes no fixed port.
+TORCHRUN := $(BIN)/torchrun --rdzv-backend c10d --rdzv-endpoint localhost:0
+
+.PHONY: help demo test test-all test-gpu bench lint clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+# torch is installed first and alone, so that its constrained version is the one
+# that everything else is resolved against.
+$(VENV)/.torch: constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	touch $@
+
+$(VENV)/.train: $(VENV)/.torch pyproject.toml
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train]'
+	touch $@
+
+$(VENV)/.test: $(VENV)/.train
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,test,bench]'
+	touch $@
+
+$(VENV)/.lint: $(VENV)/.test
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt ruff mypy
+	touch $@
+
+demo: $(VENV)/.train  ## train a small Qwen3 on real text, 2 x 2 ranks, and check it against one process
+	$(TORCHRUN) --nproc-per-node 4 -m launch.train --pipeline 2 --vocab 2 --check --out runs/demo
+
+test: $(VENV)/.test  ## the tests that CI runs (under 10 minutes on 2 cores)
+	$(BIN)/pytest -n 2 -m 'not gpu and not slow'
+
+test-all: $(VENV)/.test  ## the larger matrices too
+	$(BIN)/pytest -n 2 -m 'not gpu'
+
+# On a GPU machine the torch that is there is used: PYTHON names its interpreter.
+test-gpu:  ## kernels and NCCL ranks, on a machine with a CUDA device
+	PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m pytest -p no:cacheprovider -m gpu
+
+bench: $(VENV)/.test  ## what can be measured on this machine
+	$(BIN)/python -m benchmarks.loss
+
+lint: $(VENV)/.lint  ## formatting, lint and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:  ## remove the virtual environment and what runs left
+	rm -rf $(VENV) runs build *.egg-info

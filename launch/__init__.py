@@ -1,0 +1,1 @@
+"""What torchrun starts: ``-m launch.train``. Nothing imports it."""

@@ -1,0 +1,99 @@
+"""The options of ``launch.train``: one dataclass, from which the command line is made."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+ScheduleName = Literal["1F1B", "GPipe"]
+
+
+@dataclass(frozen=True)
+class TrainArguments:
+    """Train a Qwen3 model on text, on a pipeline x vocab mesh of ranks.
+
+    Start it with torchrun; the number of ranks is pipeline x vocab:
+
+        torchrun --nproc-per-node 4 -m launch.train --pipeline 2 --vocab 2
+
+    The body is data-parallel over the vocab axis: each column of ranks is a pipeline with its
+    own sequences. On the last stage the columns share the classifier, of which each holds only
+    its rows, and compute one loss together.
+    """
+
+    pipeline: int = 2
+    """Pipeline degree: over how many ranks the layers are spread."""
+    vocab: int = 2
+    """Vocab degree: over how many ranks of the last stage the classifier's rows are spread."""
+    schedule: ScheduleName = "1F1B"
+    """Pipeline schedule of torch.distributed.pipelining."""
+    impl: str = "auto"
+    """How a rank computes the loss over its rows: auto, chunked or reference."""
+
+    steps: int = 30
+    """Optimizer steps."""
+    batch: int = 8
+    """Sequences of one step over all columns; a multiple of vocab x microbatches."""
+    sequence: int = 128
+    """Tokens of one sequence."""
+    microbatches: int = 4
+    """Into how many microbatches a column cuts its sequences of a step."""
+    learning_rate: float = 3e-3
+    """Learning rate of AdamW, constant."""
+    seed: int = 0
+    """Seed of the model's initial weights."""
+
+    layers: int = 4
+    """Decoder layers, a multiple of the number of stages not required."""
+    hidden: int = 128
+    """Hidden size, a multiple of 32 (the size of an attention head)."""
+    vocabulary: int = 151_936
+    """Rows of the classifier and of the embedding; at least the tokenizer's largest id + 1."""
+
+    text: Annotated[Path | None, tyro.conf.arg(metavar="FILE_OR_FOLDER")] = None
+    """Text to train on; by default the Python standard library's own sources."""
+    out: Path = Path("runs/train")
+    """Folder for the loss curve (loss.png) and the numbers (run.json)."""
+    check: bool = False
+    """Run the first five steps again in one process, unsharded, and compare: losses to 1e-5,
+    the classifier's and every body gradient of step 1 to 1e-4 by relative norm."""
+    timeout: float = 300.0
+    """Seconds after which a rank gives up waiting for another."""
+
+    @property
+    def world(self) -> int:
+        """How many ranks the mesh has."""
+        return self.pipeline * self.vocab
+
+    def validate(self) -> None:
+        """Raise ValueError for values that cannot be combined; the same on every rank."""
+        for name in [
+            "pipeline",
+            "vocab",
+            "steps",
+            "batch",
+            "sequence",
+            "microbatches",
+            "layers",
+            "hidden",
+            "vocabulary",
+        ]:
+            value = getattr(self, name)
+            if value < 1:
+                raise ValueError(f"--{name} must be at least 1, got {value}")
+        if self.sequence < 2:
+            raise ValueError(
+                f"--sequence must be at least 2, to predict a token, got {self.sequence}"
+            )
+        if self.learning_rate < 0:
+            raise ValueError(f"--learning-rate must be at least 0, got {self.learning_rate}")
+        if self.timeout <= 0:
+            raise ValueError(f"--timeout must be positive seconds, got {self.timeout}")
+        if self.hidden % 32:
+            raise ValueError(f"--hidden must be a multiple of 32, got {self.hidden}")
+        if self.batch % (self.vocab * self.microbatches):
+            raise ValueError(
+                f"--batch must be a multiple of vocab x microbatches = {self.vocab} x "
+                f"{self.microbatches} = {self.vocab * self.microbatches}, got {self.batch}"
+            )

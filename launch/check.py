@@ -1,0 +1,120 @@
+"""The same first steps in one process, unsharded: does the mesh compute the same training?"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from tqdm import trange
+from transformers import Qwen3ForCausalLM
+
+from launch.arguments import TrainArguments
+from launch.gradients import named_gradients
+from launch.model import build_model
+
+CHECKED_STEPS = 5
+LOSS_TOLERANCE = 1e-5
+GRADIENT_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Relative differences between the mesh and one process.
+
+    Attributes:
+        losses: of each checked step, |a - b| / |b|.
+        gradients: of step 1, by parameter, ||a - b|| / ||b||.
+    """
+
+    losses: list[float]
+    gradients: dict[str, float]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every difference is within its tolerance; NaN is not."""
+        return all(difference <= LOSS_TOLERANCE for difference in self.losses) and all(
+            difference <= GRADIENT_TOLERANCE for difference in self.gradients.values()
+        )
+
+
+def compare_with_one_process(
+    arguments: TrainArguments,
+    batches: Tensor,  # (steps, batch, sequence)
+    losses: list[float],
+    gradients: dict[str, Tensor],
+    device: torch.device,
+) -> Comparison:
+    """Run the first steps without a mesh, print the differences and return them.
+
+    Args:
+        arguments: of the run.
+        batches: the run's token ids.
+        losses: the run's loss of each step.
+        gradients: the run's gradients of step 1: the classifier's joined, every other by name.
+        device: where to run.
+    """
+    steps = min(CHECKED_STEPS, arguments.steps)
+    model = build_model(arguments).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.learning_rate, fused=True)
+    expected_losses = []
+    gradient_differences: dict[str, float] = {}
+    for step in trange(steps, desc="checking in one process", unit="step"):
+        expected_losses.append(_backward(model, batches[step].to(device)))
+        if step == 0:
+            expected = named_gradients(model)
+            if expected.keys() != gradients.keys():
+                raise RuntimeError(
+                    f"the mesh has no gradient of {sorted(expected.keys() - gradients.keys())}"
+                )
+            gradient_differences = {
+                name: _relative(gradients[name], gradient) for name, gradient in expected.items()
+            }
+        optimizer.step()
+        optimizer.zero_grad()
+    comparison = Comparison(
+        [abs(a - b) / abs(b) for a, b in zip(losses[:steps], expected_losses, strict=True)],
+        gradient_differences,
+    )
+    _print(comparison, losses, expected_losses)
+    return comparison
+
+
+def _backward(model: Qwen3ForCausalLM, batch: Tensor) -> float:
+    """Accumulate the gradients of one step, a sequence at a time; return the mean loss."""
+    total = 0.0
+    for tokens in batch.split(1):
+        hidden = model.model(tokens, use_cache=False).last_hidden_state
+        logits = F.linear(hidden[0, :-1], model.lm_head.weight)
+        loss = F.cross_entropy(logits, tokens[0, 1:]) / len(batch)
+        loss.backward()
+        total += float(loss.detach())
+    return total
+
+
+def _relative(actual: Tensor, expected: Tensor) -> float:
+    return float((actual - expected).norm() / expected.norm())
+
+
+def _print(comparison: Comparison, losses: list[float], expected: list[float]) -> None:
+    table = Table(title="the mesh against one unsharded process")
+    for column in ("", "mesh", "one process", "relative difference", "allowed"):
+        table.add_column(column, justify="left" if not column else "right")
+    for step, difference in enumerate(comparison.losses):
+        table.add_row(
+            f"loss of step {step + 1}",
+            f"{losses[step]:.6f}",
+            f"{expected[step]:.6f}",
+            f"{difference:.1e}",
+            f"{LOSS_TOLERANCE:.0e}",
+        )
+    head = comparison.gradients["lm_head.weight"]
+    body = {name: d for name, d in comparison.gradients.items() if name != "lm_head.weight"}
+    worst = max(body, key=lambda name: body[name])
+    for name, difference in (
+        ("gradient of the classifier, rows joined", head),
+        (f"largest of {len(body)} body gradients: {worst}", body[worst]),
+    ):
+        table.add_row(name, "", "", f"{difference:.1e}", f"{GRADIENT_TOLERANCE:.0e}")
+    Console(width=100).print(table)

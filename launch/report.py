@@ -1,0 +1,124 @@
+"""What a run leaves: a table of the ranks, the loss curve and the numbers."""
+
+import json
+import statistics
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from launch.arguments import TrainArguments
+from launch.check import Comparison
+
+
+@dataclass(frozen=True)
+class RankReport:
+    """One rank at the end of training.
+
+    Attributes:
+        rank: in the world.
+        stage, vocab_rank: where it stands in the mesh.
+        rows: the classifier rows [start, stop) that it holds.
+        parameters: how many it trains.
+        peak_memory: bytes.
+        losses: of each step; empty off the last stage.
+        seconds: of each step.
+    """
+
+    rank: int
+    stage: int
+    vocab_rank: int
+    rows: tuple[int, int]
+    parameters: int
+    peak_memory: int
+    losses: list[float]
+    seconds: list[float]
+
+
+def print_ranks(reports: list[RankReport]) -> None:
+    """Print a line for each rank."""
+    table = Table(title="ranks")
+    for column in (
+        "rank",
+        "stage",
+        "vocab rank",
+        "rows held",
+        "of the classifier",
+        "parameters",
+        "peak",
+    ):
+        table.add_column(column, justify="right", no_wrap=True)
+    for report in reports:
+        start, stop = report.rows
+        table.add_row(
+            str(report.rank),
+            str(report.stage),
+            str(report.vocab_rank),
+            f"{stop - start:,}",
+            f"[{start:,}, {stop:,})" if stop > start else "none",
+            f"{report.parameters:,}",
+            f"{report.peak_memory / 2**20:,.0f} MiB",
+        )
+    Console(width=100).print(table)
+
+
+def write_run(
+    arguments: TrainArguments,
+    reports: list[RankReport],
+    losses: list[float],
+    comparison: Comparison | None,
+) -> None:
+    """Write run.json and loss.png to ``--out``, and say so."""
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    tokens = arguments.batch * arguments.sequence
+    median = statistics.median(reports[0].seconds)
+    document: dict[str, Any] = {
+        "arguments": {name: _plain(value) for name, value in asdict(arguments).items()},
+        "losses": losses,
+        "seconds_per_step": reports[0].seconds,
+        "tokens_per_second": tokens / median,
+        "ranks": [
+            {
+                key: value
+                for key, value in asdict(report).items()
+                if key not in ("losses", "seconds")
+            }
+            for report in reports
+        ],
+        "check": None
+        if comparison is None
+        else {**asdict(comparison), "passed": comparison.passed},
+    }
+    path = arguments.out / "run.json"
+    path.write_text(json.dumps(document, indent=1) + "\n")
+    _plot(arguments, losses)
+    Console().print(
+        f"loss {losses[0]:.3f} -> {losses[-1]:.3f} in {len(losses)} steps, "
+        f"{sum(reports[0].seconds):.0f} s, {tokens / median:.0f} tokens/s; "
+        f"{path}, {arguments.out / 'loss.png'}",
+        soft_wrap=True,
+    )
+
+
+def _plain(value: Any) -> Any:
+    return value if value is None or isinstance(value, int | float | str) else str(value)
+
+
+def _plot(arguments: TrainArguments, losses: list[float]) -> None:
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    axes.plot(range(1, len(losses) + 1), losses, marker=".")
+    axes.set(
+        xlabel="step",
+        ylabel="loss (nats per token)",
+        title=f"{arguments.pipeline} x {arguments.vocab} ranks, {arguments.vocabulary:,} rows, "
+        f"{arguments.schedule}",
+    )
+    axes.grid(alpha=0.3)
+    figure.savefig(arguments.out / "loss.png", dpi=150)
+    pyplot.close(figure)

@@ -1,0 +1,49 @@
+"""Start and end of a rank's process."""
+
+import gc
+import os
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+@contextmanager
+def process_group(timeout: float) -> Iterator[torch.device]:
+    """Join the ranks that torchrun started, and leave them in order; yields this rank's device.
+
+    A reference to a group that outlives the interpreter's shutdown may abort it: whatever holds
+    one is collected, and the ranks meet, before the groups are destroyed.
+
+    Raises:
+        ValueError: the process was not started by torchrun.
+    """
+    if "RANK" not in os.environ:
+        raise ValueError(
+            "start this with torchrun, e.g. torchrun --nproc-per-node 4 -m launch.train "
+            "--pipeline 2 --vocab 2"
+        )
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    try:
+        yield device
+        gc.collect()
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most bytes that this rank has held: on the device, or of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kilobytes if sys.platform == "darwin" else kilobytes * 1024

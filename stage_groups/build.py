@@ -1,0 +1,78 @@
+"""Create the process groups. The only place in the project that does."""
+
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from stage_groups.groups import StageGroups
+
+MESH_AXES = ("pp", "data", "vocab")
+
+
+def build_stage_groups(
+    pipeline: int,
+    vocab: int,
+    *,
+    data: int = 1,
+    device_type: str | None = None,
+    timeout: timedelta | None = None,
+) -> StageGroups:
+    """Create the data x pipeline x vocab mesh and its groups.
+
+    The pipeline axis is outermost and the vocab axis innermost, so that the ranks of a vocab
+    group, which exchange the most, are neighbours on one machine:
+
+        rank = (pipeline_rank * data + data_rank) * vocab + vocab_rank
+
+    Call it on every rank, after ``torch.distributed.init_process_group``.
+
+    Args:
+        pipeline: pipeline degree P.
+        vocab: vocab degree V: over how many ranks a classifier's rows are split.
+        data: data degree.
+        device_type: "cpu" or "cuda"; None means the accelerator where there is one.
+        timeout: of every collective on the new groups. None means that of the default group,
+            which a mesh would not inherit on its own: a dead peer would be noticed only after
+            half an hour.
+
+    Raises:
+        ValueError: on every rank, where data x pipeline x vocab is not the world, or a degree
+            is not a positive integer.
+    """
+    if not dist.is_initialized():
+        raise ValueError(
+            "torch.distributed is not initialized: call init_process_group first, "
+            "under torchrun for instance"
+        )
+    world = dist.get_world_size()
+    degrees = {"data": data, "pipeline": pipeline, "vocab": vocab}
+    for name, degree in degrees.items():
+        if not isinstance(degree, int) or degree < 1:
+            raise ValueError(f"{name} must be a positive integer, got {degree!r}")
+    if data * pipeline * vocab != world:
+        raise ValueError(
+            f"data x pipeline x vocab must be the world size: {data} x {pipeline} x {vocab} = "
+            f"{data * pipeline * vocab}, but the world has {world} ranks; start "
+            f"{data * pipeline * vocab} ranks or change a degree"
+        )
+    device_type = device_type or _default_device_type()
+    mesh = init_device_mesh(device_type, (pipeline, data, vocab), mesh_dim_names=MESH_AXES)
+    timeout = timeout or _default_group_timeout(device_type)
+    if timeout is not None:
+        for axis in MESH_AXES:
+            mesh.get_group(axis).set_timeout(timeout)
+    return StageGroups.from_mesh(mesh)
+
+
+def _default_device_type() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _default_group_timeout(device_type: str) -> timedelta | None:
+    """Return the timeout of the default group, or None for a backend that keeps none."""
+    world = dist.group.WORLD
+    assert world is not None  # is_initialized was asked
+    backend = world._get_backend(torch.device(device_type))
+    return getattr(getattr(backend, "options", None), "_timeout", None)

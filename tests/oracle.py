@@ -1,0 +1,61 @@
+"""The loss in one process, in float64, written in the most obvious way."""
+
+import torch
+from torch import Tensor
+
+
+def oracle(
+    e: Tensor,  # (..., T, D)
+    c: Tensor,  # (rows, D)
+    targets: Tensor,  # (..., T)
+    bias: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    reduction: str = "mean",
+    shift: int = 0,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    temperature: float = 1.0,
+    token_weight: Tensor | None = None,
+    num_valid_tokens: int | None = None,
+    vocab_size: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return (loss, lse), the loss reduced and lse [..., T - shift]."""
+    length = targets.shape[-1]
+    logits = e.double() @ c.double().T
+    if bias is not None:
+        logits = logits + bias.double()
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    logits = (logits / temperature)[..., : length - shift, :vocab_size]
+    targets = targets[..., shift:]
+
+    valid = targets != ignore_index
+    log_probabilities = torch.log_softmax(logits, -1)
+    chosen = targets.masked_fill(~valid, 0).long().unsqueeze(-1)
+    loss = -(1 - label_smoothing) * log_probabilities.gather(-1, chosen).squeeze(-1)
+    loss = loss - label_smoothing * log_probabilities.mean(-1)
+    lse = torch.logsumexp(logits, -1)
+    loss = loss + z_loss * lse**2
+    if token_weight is not None:
+        loss = loss * token_weight[..., shift:].double()
+    loss = loss.masked_fill(~valid, 0.0)
+    lse = lse.masked_fill(~valid, 0.0)
+    if reduction == "sum":
+        loss = loss.sum()
+    elif reduction == "mean":
+        count = int(valid.sum()) if num_valid_tokens is None else num_valid_tokens
+        loss = loss.sum() / max(count, 1)
+    return loss, lse
+
+
+def relative_error(actual: Tensor, expected: Tensor, floor: float = 0.0) -> float:
+    """Return ||actual - expected|| / max(||expected||, floor); NaN counts as infinite."""
+    actual, expected = actual.detach(), expected.detach()
+    difference = float((actual.double() - expected.double()).norm())
+    if difference == 0.0:
+        return 0.0
+    norm = max(float(expected.double().norm()), floor)
+    error = difference / norm if norm else float("inf")
+    return error if error == error else float("inf")

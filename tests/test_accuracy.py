@@ -1,0 +1,86 @@
+"""Errors against float64, beside those of eager torch: on random and on confident tokens."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests.oracle import oracle, relative_error
+from vocab_parallel import linear_cross_entropy
+
+IMPLS = ("chunked", "reference")
+TOKENS, ROWS, HIDDEN = 192, 1500, 64
+
+
+def draw(dtype: torch.dtype, confident: bool, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(seed)
+    c = torch.randn(ROWS, HIDDEN).div(HIDDEN**0.5)
+    targets = torch.randint(ROWS, (TOKENS,))
+    e = torch.randn(TOKENS, HIDDEN)
+    if confident:  # a hidden state near its target's row: probability near 1, as late in training
+        e = 14.0 * c[targets] + 0.3 * e
+    return e.to(dtype), c.to(dtype), targets
+
+
+def gradients(loss: Tensor, *leaves: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(loss, leaves))
+
+
+def eager(e: Tensor, c: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(e, c).float(), targets)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("confident", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_no_worse_than_eager(impl: str, confident: bool, dtype: torch.dtype) -> None:
+    e, c, targets = (t.requires_grad_(t.is_floating_point()) for t in draw(dtype, confident, 0))
+    exact_loss, _ = oracle(e, c, targets)
+    exact = gradients(exact_loss, e, c)
+    exact_loss = exact_loss.detach()
+    if confident:
+        assert float(exact_loss) < 0.05
+    eager_loss = eager(e, c, targets)
+    loss = linear_cross_entropy(e, c, targets, impl=impl)
+    assert isinstance(loss, Tensor)
+    # Where eager is right by chance, float32 may still round as its logits do.
+    floor = 1e-5 if dtype is torch.float32 else torch.finfo(dtype).eps / 4
+    ours, theirs = (abs(float(x - exact_loss)) for x in (loss.detach(), eager_loss.detach()))
+    assert ours <= max(1.1 * theirs, 2e-6), (ours, theirs)
+    for got, peer, want in zip(
+        gradients(loss, e, c), gradients(eager_loss, e, c), exact, strict=True
+    ):
+        ours, theirs = relative_error(got, want), relative_error(peer, want)
+        assert ours <= max(1.1 * theirs, floor), (ours, theirs)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_float32_equals_cross_entropy(impl: str) -> None:
+    e, c, targets = (t.requires_grad_(t.is_floating_point()) for t in draw(torch.float32, False, 1))
+    expected = F.cross_entropy(F.linear(e.double(), c.double()), targets)
+    loss = linear_cross_entropy(e, c, targets, impl=impl)
+    assert isinstance(loss, Tensor)
+    assert relative_error(loss, expected) < 1e-5
+    for got, want in zip(gradients(loss, e, c), gradients(expected, e, c), strict=True):
+        assert relative_error(got, want) < 1e-5
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_bitwise_repeatable(impl: str) -> None:
+    e, c, targets = (t.requires_grad_(t.is_floating_point()) for t in draw(torch.float32, False, 2))
+    runs = []
+    for _ in range(2):
+        loss = linear_cross_entropy(e, c, targets, impl=impl)
+        assert isinstance(loss, Tensor)
+        runs.append([loss, *gradients(loss, e, c)])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_chunk_size_does_not_matter() -> None:
+    """Losses of different tiles agree to float32's rounding of a logit, 2e-6 relative."""
+    e, c, targets = draw(torch.float32, False, 3)
+    losses = [
+        float(linear_cross_entropy(e, c, targets, chunk_tokens=t, chunk_rows=r))  # type: ignore[arg-type]
+        for t, r in ((192, 1500), (7, 1500), (192, 64), (50, 333))
+    ]
+    assert max(losses) - min(losses) <= 2e-6 * max(losses)

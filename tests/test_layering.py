@@ -1,0 +1,145 @@
+"""The rules of the layout: what each folder may import and call."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.ranks import ROOT
+
+SOURCES = sorted(
+    path
+    for folder in ("stage_groups", "vocab_parallel", "launch", "benchmarks", "tests")
+    for path in (ROOT / folder).rglob("*.py")
+)
+SHIPPED = [path for path in SOURCES if path.parts[len(ROOT.parts)] not in ("benchmarks", "tests")]
+GROUP_MAKERS = {"new_group", "new_subgroups", "init_device_mesh", "DeviceMesh", "split_group"}
+COLLECTIVES = {
+    "all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_single", "all_gather_object",
+    "reduce_scatter", "reduce_scatter_tensor", "reduce_scatter_single", "broadcast", "barrier",
+    "reduce", "gather_object", "scatter", "all_to_all", "all_to_all_single", "send", "recv",
+    "isend", "irecv", "broadcast_object_list",
+}  # fmt: skip
+
+
+def within(folder: str) -> list[Path]:
+    return [path for path in SOURCES if path.is_relative_to(ROOT / folder)]
+
+
+def imports(path: Path) -> Iterator[tuple[str, bool]]:
+    """Yield (module, whether at the top level) for every import of a file."""
+    tree = ast.parse(path.read_text())
+    top = {id(node) for node in tree.body}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, id(node) in top
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or "", id(node) in top
+
+
+def calls(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call):
+            function = node.func
+            if isinstance(function, ast.Attribute):
+                # tensor.scatter(...) and the like are no collectives
+                owner = ast.unparse(function.value)
+                if owner in ("dist", "torch.distributed"):
+                    yield function.attr
+            elif isinstance(function, ast.Name):
+                yield function.id
+
+
+def offenders(paths: list[Path], wrong: set[str]) -> list[str]:
+    return [
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in paths
+        for name in calls(path)
+        if name in wrong
+    ]
+
+
+def test_groups_are_created_in_one_place() -> None:
+    elsewhere = [path for path in SHIPPED if not path.is_relative_to(ROOT / "stage_groups")]
+    assert offenders(elsewhere, GROUP_MAKERS) == []
+    assert offenders(within("stage_groups"), GROUP_MAKERS) != []
+
+
+def test_collectives_are_called_in_one_place() -> None:
+    home = ROOT / "vocab_parallel" / "collectives.py"
+    assert offenders([path for path in within("vocab_parallel") if path != home], COLLECTIVES) == []
+    assert offenders([home], COLLECTIVES) != []
+
+
+def imported(paths: list[Path], prefix: str) -> list[tuple[Path, bool]]:
+    return [
+        (path.relative_to(ROOT), top)
+        for path in paths
+        for module, top in imports(path)
+        if module == prefix or module.startswith(prefix + ".")
+    ]
+
+
+def test_triton_is_lazy() -> None:
+    for package in ("triton", "cut_cross_entropy"):
+        for path, top in imported(SHIPPED, package):
+            inside = path.parts[:2] in (("vocab_parallel", "kernels"), ("vocab_parallel", "impls"))
+            assert inside, path
+            assert not top or path.parts[1] == "kernels", path
+
+
+def test_pipelining_is_imported_where_schedules_are() -> None:
+    for path, _ in imported(SHIPPED, "torch.distributed.pipelining"):
+        assert path == Path("vocab_parallel/pipeline.py") or path.parts[0] == "launch", path
+
+
+@pytest.mark.parametrize(
+    ("folder", "forbidden"),
+    [
+        ("vocab_parallel", ("launch", "benchmarks", "tests", "stage_groups")),
+        ("stage_groups", ("vocab_parallel", "launch", "benchmarks", "tests")),
+        ("launch", ("benchmarks", "tests")),
+        ("benchmarks", ("tests",)),
+    ],
+)
+def test_data_flows_one_way(folder: str, forbidden: tuple[str, ...]) -> None:
+    for prefix in forbidden:
+        assert imported(within(folder), prefix) == []
+
+
+def test_no_module_level_state() -> None:
+    """A module's own names are constants, types and functions: nothing that a call changes."""
+    for path in within("vocab_parallel") + within("stage_groups"):
+        tree = ast.parse(path.read_text())
+        globals_written = [node for node in ast.walk(tree) if isinstance(node, ast.Global)]
+        assert globals_written == [], path
+
+
+def test_files_are_short() -> None:
+    long = {
+        str(path.relative_to(ROOT)): count
+        for path in SOURCES
+        if (count := len(path.read_text().splitlines())) > 300
+    }
+    assert long == {}
+
+
+def test_importing_the_loss_is_light() -> None:
+    """Neither kernels nor schedules are loaded until they are used."""
+    code = (
+        "import sys, vocab_parallel, stage_groups;"
+        "heavy = {'triton', 'cut_cross_entropy', 'transformers', 'torch.distributed.pipelining'};"
+        "sys.exit(str(heavy & set(sys.modules)) if heavy & set(sys.modules) else 0)"
+    )
+    bare = "import sys, torch, torch.distributed.tensor; print(*sys.modules)"
+    before = subprocess.run(
+        [sys.executable, "-c", bare], capture_output=True, text=True, check=True
+    )
+    if "triton" in before.stdout.split():
+        pytest.skip("torch itself imports triton here")
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

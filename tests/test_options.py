@@ -1,0 +1,39 @@
+"""Which rows a rank holds."""
+
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vocab_parallel import VocabParallelOptions
+from vocab_parallel.options import ceiling_rows
+from vocab_parallel.shard import VocabShard
+
+
+@given(st.integers(1, 300_000), st.integers(1, 64))
+def test_ceiling_rows_partition(vocab_size: int, degree: int) -> None:
+    ranges = [ceiling_rows(vocab_size, rank, degree) for rank in range(degree)]
+    assert ranges[0][0] == 0
+    assert ranges[-1][1] == vocab_size
+    assert all(left[1] == right[0] for left, right in pairwise(ranges))
+
+
+def test_alone() -> None:
+    options = VocabParallelOptions.from_vocab(151_936)
+    assert (options.start, options.stop, options.vocab_size) == (0, 151_936, 151_936)
+
+
+def test_padding_rows() -> None:
+    whole = VocabShard.from_options(VocabParallelOptions(0, 10, vocab_size=7))
+    assert whole.num_token_rows == 7
+
+
+def test_any_object_with_the_attributes() -> None:
+    class Foreign:
+        start, stop, group, reduce_e_grad = 0, 5, None, True
+
+    assert VocabShard.from_options(Foreign()).vocab_size == 5
+    del Foreign.group
+    with pytest.raises(ValueError, match="Foreign has no group"):
+        VocabShard.from_options(Foreign())

@@ -1,0 +1,99 @@
+"""launch.train as torchrun starts it, on small models."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from launch.arguments import TrainArguments
+from launch.model import layers_of_stage
+from launch.text import load_batches
+from tests.ranks import torchrun
+
+SMALL = [
+    "--hidden",
+    "32",
+    "--layers",
+    "3",
+    "--batch",
+    "6",
+    "--sequence",
+    "16",
+    "--microbatches",
+    "1",
+    "--steps",
+    "6",
+    "--timeout",
+    "30",
+    "--vocabulary",
+    "151936",
+]
+
+
+@pytest.mark.parametrize(("pipeline", "vocab", "schedule"), [(2, 1, "GPipe"), (1, 3, "1F1B")])
+def test_equals_one_process(pipeline: int, vocab: int, schedule: str, tmp_path: Path) -> None:
+    """151,936 rows over 3 ranks do not divide."""
+    mesh = ["--pipeline", str(pipeline), "--vocab", str(vocab), "--schedule", schedule]
+    code, output = torchrun(
+        pipeline * vocab,
+        ["-m", "launch.train", *SMALL, *mesh, "--check", "--out", str(tmp_path)],
+        timeout=120,
+    )
+    assert code == 0, output[-4000:]
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert len(run["losses"]) == 6
+    assert run["losses"][0] == pytest.approx(11.95, abs=0.3)  # ln 151936 = 11.93
+    assert run["check"]["passed"]
+    assert max(run["check"]["losses"]) <= 1e-5
+    assert max(run["check"]["gradients"].values()) <= 1e-4
+    held = [rank["rows"] for rank in run["ranks"] if rank["rows"][1] > rank["rows"][0]]
+    assert len(held) == vocab
+    assert sorted(held)[-1][1] == 151_936
+    assert (tmp_path / "loss.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--pipeline", "2", "--vocab", "2"], "1 x 2 x 2 = 4, but the world has 2 ranks"),
+        (["--pipeline", "1", "--text", "no/such/file"], "no/such/file does not exist"),
+        (["--pipeline", "1", "--text", "LICENSE", "--sequence", "4096"], "fewer than one batch"),
+        (["--pipeline", "1", "--batch", "5"], "--batch must be a multiple of vocab x microbatches"),
+    ],
+)
+def test_bad_input(arguments: list[str], message: str, tmp_path: Path) -> None:
+    mesh = ["--vocab", "2", "--microbatches", "1", "--out", str(tmp_path / "out")]
+    code, output = torchrun(2, ["-m", "launch.train", *mesh, *arguments])
+    assert code == 1
+    assert message in output
+    assert "ValueError" in output
+    assert not (tmp_path / "out").exists()
+
+
+def test_text_in_order(tmp_path: Path) -> None:
+    (tmp_path / "b.txt").write_text("one two three four five six seven eight nine ten")
+    (tmp_path / "a.txt").write_text("alpha beta gamma")
+    batches = load_batches(tmp_path, steps=3, batch=1, sequence=4, vocabulary=151_936)
+    assert batches.shape == (3, 1, 4)
+    alone = load_batches(tmp_path / "a.txt", steps=1, batch=1, sequence=3, vocabulary=151_936)
+    assert batches[0, 0, :3].tolist() == alone[0, 0].tolist()
+    repeated = load_batches(tmp_path / "a.txt", steps=2, batch=1, sequence=3, vocabulary=151_936)
+    assert repeated[0].tolist() == repeated[1].tolist()
+    with pytest.raises(ValueError, match="--vocabulary is 10"):
+        load_batches(tmp_path, steps=1, batch=1, sequence=4, vocabulary=10)
+
+
+def test_layers_are_spread() -> None:
+    for layers, stages in ((4, 2), (5, 2), (7, 3), (3, 3)):
+        spread = [layers_of_stage(stage, stages, layers) for stage in range(stages)]
+        assert [layer for own in spread for layer in own] == list(range(layers))
+        assert max(map(len, spread)) - min(map(len, spread)) <= 1
+    with pytest.raises(ValueError, match="at least as many layers, got 2"):
+        layers_of_stage(0, 3, 2)
+
+
+def test_arguments() -> None:
+    with pytest.raises(ValueError, match="--steps must be at least 1, got 0"):
+        TrainArguments(steps=0).validate()
+    with pytest.raises(ValueError, match="--hidden must be a multiple of 32"):
+        TrainArguments(hidden=33).validate()

@@ -1,0 +1,157 @@
+"""Bad input: a ValueError on every rank of the group, and the group works on afterwards."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tests.ranks import run_ranks
+from vocab_parallel import VocabParallelOptions, linear_cross_entropy
+
+TOKENS, HIDDEN, VOCABULARY = 6, 4, 11
+Change = Callable[[dict[str, Any], int], None]
+
+
+def arguments() -> dict[str, Any]:
+    """Right arguments, equal on every rank but for the rows."""
+    torch.manual_seed(0)
+    options = VocabParallelOptions.from_vocab(VOCABULARY)
+    return {
+        "e": torch.randn(TOKENS, HIDDEN, requires_grad=True),
+        "c": torch.randn(options.stop - options.start, HIDDEN, requires_grad=True),
+        "targets": torch.randint(VOCABULARY, (TOKENS,)),
+        "vocab_parallel_options": options,
+    }
+
+
+def setting(**values: Any) -> Change:
+    def change(given: dict[str, Any], rank: int) -> None:
+        given.update(values)
+
+    return change
+
+
+def on_rank(which: int, other: Change) -> Change:
+    """Make the mistake on one rank alone."""
+
+    def change(given: dict[str, Any], rank: int) -> None:
+        if rank == which:
+            other(given, rank)
+
+    return change
+
+
+def target(value: int) -> Change:
+    def change(given: dict[str, Any], rank: int) -> None:
+        given["targets"][2] = value
+
+    return change
+
+
+def reshaped(name: str, *shape: int) -> Change:
+    def change(given: dict[str, Any], rank: int) -> None:
+        old: Tensor = given[name]
+        given[name] = torch.ones(shape, dtype=old.dtype, requires_grad=old.requires_grad)
+
+    return change
+
+
+def rows(*ranges: tuple[int, int], vocab_size: int | None = None) -> Change:
+    def change(given: dict[str, Any], rank: int) -> None:
+        start, stop = ranges[rank]
+        given["c"] = torch.ones(stop - start, HIDDEN, requires_grad=True)
+        given["vocab_parallel_options"] = VocabParallelOptions(start, stop, vocab_size=vocab_size)
+
+    return change
+
+
+def cast(name: str, dtype: torch.dtype) -> Change:
+    def change(given: dict[str, Any], rank: int) -> None:
+        given[name] = given[name].detach().to(dtype)
+
+    return change
+
+
+MISTAKES: list[tuple[Change, str]] = [
+    (reshaped("c", 6, 3), "hidden size of e is 4 but that of c is 3"),
+    (reshaped("c", 9, HIDDEN), r"c has 9 rows but the options say \[0, 6\)"),
+    (on_rank(1, reshaped("c", 9, HIDDEN)), "rank 1 of the vocab group: c has 9 rows"),
+    (target(VOCABULARY), r"targets must lie in \[0, 11\).* got 11"),
+    (on_rank(1, target(-1)), r"targets must lie in \[0, 11\).* got -1 on rank 1"),
+    (cast("targets", torch.float32), "int32 or int64, got torch.float32"),
+    (cast("c", torch.float64), "one floating dtype"),
+    (reshaped("targets", 5), r"targets must be \[6\]"),
+    (setting(shift=-1), r"shift must be an integer in \[0, 6\)"),
+    (setting(shift=TOKENS), r"shift must be an integer in \[0, 6\)"),
+    (on_rank(0, setting(shift=TOKENS)), "rank 0 of the vocab group: shift"),
+    (setting(impl="fast"), r"unknown impl 'fast': known are \['auto', .*'chunked'"),
+    (setting(reduction="avg"), r"unknown reduction 'avg': known are \['mean', 'sum', 'none'\]"),
+    (setting(hidden_layout="split"), "unknown hidden_layout 'split'"),
+    (setting(backward="never"), "unknown backward 'never'"),
+    (setting(chunk=3), r"has no option \['chunk'\]: its own options are \['chunk_rows'"),
+    (setting(softcap=0), "softcap must be a positive number"),
+    (setting(softcap=float("nan")), "softcap must be a positive number"),
+    (setting(temperature=0.0), "temperature must be a positive number"),
+    (setting(label_smoothing=1.5), r"label_smoothing must lie in \[0, 1\]"),
+    (setting(z_loss=-1.0), "z_loss must be a number of at least 0"),
+    (setting(num_valid_tokens=-1), "num_valid_tokens must be an int of at least 0"),
+    (setting(num_valid_tokens=3, reduction="sum"), 'num_valid_tokens divides reduction="mean"'),
+    (setting(e_grad_reduce_dtype=torch.float16), "e_grad_reduce_dtype must be"),
+    (setting(bias=torch.zeros(3)), "bias must be"),
+    (setting(token_weight=torch.zeros(3)), "token_weight must have the shape of targets"),
+    (rows((0, 6), (5, 11)), r"overlap at row 5: \[0, 6\), \[5, 11\)"),
+    (rows((0, 6), (7, 11)), "leave a gap at row 6"),
+    (rows((0, 6), (6, 11), vocab_size=14), "end at 11, before the vocabulary of 14"),
+    (on_rank(1, rows((0, 0), (6, 11), vocab_size=11)), "different vocabularies|leave a gap"),
+    (on_rank(1, setting(label_smoothing=0.1)), r"must agree.*label_smoothing: \[0.0, 0.1\]"),
+    (on_rank(1, setting(reduction="sum")), r"reduction: \['mean', 'sum'\]"),
+]  # fmt: skip
+
+
+def check_mistakes() -> None:
+    rank = dist.get_rank()
+    for change, pattern in MISTAKES:
+        given = arguments()
+        change(given, rank)
+        if pattern.startswith("different") and rank == 0:  # only rank 1 says how large it is
+            given["vocab_parallel_options"] = VocabParallelOptions(0, 6)
+        with pytest.raises(ValueError, match=pattern if rank == 0 else None) as caught:
+            linear_cross_entropy(**given)
+        texts: list[str] = [""] * dist.get_world_size()
+        dist.all_gather_object(texts, str(caught.value))
+        if "rank by rank" not in texts[0] and "c has 9 rows" not in texts[0]:
+            assert len(set(texts)) == 1, texts
+
+    # Token counts that differ between the ranks of a gathering layout.
+    given = arguments()
+    given["hidden_layout"] = "sharded"
+    if rank == 1:
+        given["e"], given["targets"] = (
+            given["e"].detach()[:4].requires_grad_(),
+            given["targets"][:4],
+        )
+    with pytest.raises(ValueError, match=r"tokens of e: \[6, 4\]"):
+        linear_cross_entropy(**given)
+
+    # The collectives are still matched.
+    loss = linear_cross_entropy(**arguments())
+    assert isinstance(loss, Tensor)
+    loss.backward()
+
+
+def test_mistakes() -> None:
+    run_ranks(check_mistakes, 2)
+
+
+def check_outsider() -> None:
+    group = dist.new_group([0])
+    if dist.get_rank() == 1:
+        with pytest.raises(ValueError, match="this rank is not in the vocab group"):
+            VocabParallelOptions.from_vocab(VOCABULARY, group)
+
+
+def test_a_rank_outside_of_the_group() -> None:
+    run_ranks(check_outsider, 2)

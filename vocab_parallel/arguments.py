@@ -1,0 +1,211 @@
+"""What a caller of the loss may pass: every rule that one rank can check alone."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from vocab_parallel.layout import HiddenLayout
+from vocab_parallel.shard import VocabShard
+
+REDUCTIONS = ("mean", "sum", "none")
+LAYOUTS = get_args(HiddenLayout)
+BACKWARDS = ("auto", "recompute")
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """The scalar arguments of `linear_cross_entropy`; every rank of a group passes the same."""
+
+    ignore_index: int
+    softcap: float | None
+    reduction: str
+    shift: int
+    return_lse: bool
+    label_smoothing: float
+    z_loss: float
+    temperature: float
+    hidden_layout: HiddenLayout
+    hidden_grad_scale: float
+    e_grad_reduce_dtype: torch.dtype
+    backward: str
+
+    def check(self) -> None:
+        """Raise ValueError for a value that cannot be."""
+        _one_of("reduction", self.reduction, REDUCTIONS)
+        _one_of("hidden_layout", self.hidden_layout, LAYOUTS)
+        _one_of("backward", self.backward, BACKWARDS)
+        if isinstance(self.ignore_index, bool) or not isinstance(self.ignore_index, int):
+            raise ValueError(f"ignore_index must be an integer, got {self.ignore_index!r}")
+        if self.softcap is not None and not _positive(self.softcap):
+            raise ValueError(
+                f"softcap must be a positive number or None for no cap, got {self.softcap!r}"
+            )
+        if not _positive(self.temperature):
+            raise ValueError(f"temperature must be a positive number, got {self.temperature!r}")
+        if not (_number(self.label_smoothing) and 0.0 <= self.label_smoothing <= 1.0):
+            raise ValueError(f"label_smoothing must lie in [0, 1], got {self.label_smoothing!r}")
+        if not (_number(self.z_loss) and self.z_loss >= 0.0):
+            raise ValueError(f"z_loss must be a number of at least 0, got {self.z_loss!r}")
+        if not _number(self.hidden_grad_scale):
+            raise ValueError(
+                f"hidden_grad_scale must be a finite number, got {self.hidden_grad_scale!r}"
+            )
+        if self.e_grad_reduce_dtype not in (torch.float32, torch.bfloat16, torch.float64):
+            raise ValueError(
+                f"e_grad_reduce_dtype must be torch.float32, torch.float64 or torch.bfloat16, "
+                f"got {self.e_grad_reduce_dtype!r}"
+            )
+
+
+def check_tensors(
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    token_weight: Tensor | None,
+    settings: LossSettings,
+    degree: int,
+) -> None:
+    """Check shapes, dtypes and devices of the tensors against one another.
+
+    Raises:
+        ValueError: says what was expected, what came and what to do.
+    """
+    named = {"e": e, "c": c, "targets": targets, "bias": bias, "token_weight": token_weight}
+    for name, tensor in named.items():
+        _check_plain_tensor(name, tensor, e)
+    if e.dim() < 2 or c.dim() != 2:
+        raise ValueError(
+            f"expected hidden states e [..., T, D] and classifier c [rows, D], got e "
+            f"{list(e.shape)} and c {list(c.shape)}"
+        )
+    if e.shape[-1] != c.shape[1]:
+        raise ValueError(
+            f"the hidden size of e is {e.shape[-1]} but that of c is {c.shape[1]}: e "
+            f"{list(e.shape)}, c {list(c.shape)}; they must come from one model"
+        )
+    if not e.is_floating_point() or e.dtype != c.dtype:
+        raise ValueError(
+            f"e and c must have one floating dtype, got {e.dtype} and {c.dtype}: cast one, or "
+            f"call under torch.autocast"
+        )
+    if targets.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"targets must hold class ids as int32 or int64, got {targets.dtype}; class "
+            f"probabilities are not supported"
+        )
+    if bias is not None and bias.shape != c.shape[:1]:
+        raise ValueError(f"bias must be [{c.shape[0]}], a value a row of c, got {list(bias.shape)}")
+    _check_token_shapes(e, targets, token_weight, settings, degree)
+
+
+def check_shard(c: Tensor, shard: VocabShard, settings: LossSettings) -> None:
+    """Check the rows of c against the options, and the options against the settings.
+
+    Raises:
+        ValueError: rows of c that are not [start, stop), or options that cannot be combined.
+    """
+    start, stop = shard.start, shard.stop
+    if not 0 <= start <= stop:
+        raise ValueError(f"expected 0 <= start <= stop, got start={start}, stop={stop}")
+    if c.shape[0] != stop - start:
+        raise ValueError(
+            f"c has {c.shape[0]} rows but the options say [{start}, {stop}), which are "
+            f"{stop - start}: pass this rank's rows and their own range"
+        )
+    if not shard.reduce_e_grad and settings.hidden_layout != "replicated":
+        raise ValueError(
+            f"reduce_e_grad=False leaves each rank the partial gradient of the tokens it was "
+            f'given, but hidden_layout="{settings.hidden_layout}" gathers those of all ranks: '
+            f'leave it True, or use "replicated"'
+        )
+    if settings.label_smoothing and shard.vocab_size is None:
+        raise ValueError(
+            "label_smoothing needs the size of the whole vocabulary: set vocab_size in the "
+            "options, as VocabParallelOptions.from_vocab does"
+        )
+
+
+def target_range(targets: Tensor, ignore_index: int) -> tuple[int, int]:
+    """Return the lowest and the highest target that is not ignored, (0, -1) where all are.
+
+    Waits for a GPU: for validation alone.
+    """
+    kept = targets[targets != ignore_index]
+    return (int(kept.min()), int(kept.max())) if kept.numel() else (0, -1)
+
+
+def check_token_divisor(num_valid_tokens: Any, e: Tensor, reduction: str) -> None:
+    """Raise ValueError where ``num_valid_tokens`` is no divisor for the reduction."""
+    if num_valid_tokens is None:
+        return
+    if reduction != "mean":
+        raise ValueError(
+            f'num_valid_tokens divides reduction="mean"; with {reduction!r} leave it out'
+        )
+    if isinstance(num_valid_tokens, Tensor):
+        if num_valid_tokens.numel() != 1 or num_valid_tokens.device != e.device:
+            raise ValueError(
+                f"a num_valid_tokens tensor must hold one number on {e.device}, got "
+                f"{list(num_valid_tokens.shape)} on {num_valid_tokens.device}"
+            )
+    elif not (isinstance(num_valid_tokens, int) and num_valid_tokens >= 0):
+        raise ValueError(
+            f"num_valid_tokens must be an int of at least 0 or a tensor, got {num_valid_tokens!r}"
+        )
+
+
+def _check_plain_tensor(name: str, tensor: Tensor | None, e: Tensor) -> None:
+    if tensor is None and name in ("bias", "token_weight"):
+        return
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if isinstance(tensor, DTensor):
+        raise ValueError(
+            f"{name} is a DTensor: pass {name}.to_local(), or give the DTensor weight to "
+            f"CCEPipelineLoss, which reads its rows off its placement"
+        )
+    if tensor.device != e.device:
+        raise ValueError(f"{name} is on {tensor.device} but e is on {e.device}: move one")
+
+
+def _check_token_shapes(
+    e: Tensor, targets: Tensor, token_weight: Tensor | None, settings: LossSettings, degree: int
+) -> None:
+    expected = list(e.shape[:-1])
+    if settings.hidden_layout == "sequence":
+        expected[-1] *= degree
+    if list(targets.shape) != expected:
+        raise ValueError(
+            f"targets must be {expected} for e {list(e.shape)} with hidden_layout="
+            f'"{settings.hidden_layout}" on {degree} ranks, got {list(targets.shape)}'
+        )
+    if token_weight is not None and token_weight.shape != targets.shape:
+        raise ValueError(
+            f"token_weight must have the shape of targets {expected}, got "
+            f"{list(token_weight.shape)}"
+        )
+    length = expected[-1]
+    shift = settings.shift
+    if not isinstance(shift, int) or not 0 <= shift < max(length, 1):
+        raise ValueError(
+            f"shift must be an integer in [0, {max(length, 1)}) for sequences of {length} "
+            f"tokens, got {shift!r}"
+        )
+
+
+def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"unknown {name} {value!r}: known are {list(known)}")
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _positive(value: Any) -> bool:
+    return _number(value) and value > 0

@@ -1,0 +1,102 @@
+"""Every torch.distributed call that the loss makes; no other file of the library makes one.
+
+N is the number of tokens that the loss covers, T those of this rank (N = V T in the gathering
+layouts, N = T otherwise), k the number of statistics (2, or 3 with label smoothing), V the vocab
+degree. A call moves nothing when the degree is 1. Bytes are those that one rank contributes:
+
+    forward   gather_tokens     [T] int32 targets     4 T          layout "sharded"
+              gather_tokens     [T] fp32 weights      4 T          layout "sharded", token_weight
+              gather_tokens     [T, D] hidden states  T D itemsize layouts "sharded", "sequence"
+              gather_statistics [k, N] fp32           4 k N        always
+    backward  sum_over_group    [N, D] fp32           4 N D        layout "replicated"
+              scatter_sum       [N, D] fp32           4 N D        layouts "sharded", "sequence"
+              gather_tokens     [T] fp32              4 T          per-token results, gathering
+
+(float64 inputs keep float64 throughout; ``e_grad_reduce_dtype`` sets the dtype of the two sums.)
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+
+def gather_tokens(
+    tokens: Tensor,  # (T, ...)
+    group: ProcessGroup | None,
+    degree: int,
+) -> Tensor:  # (V T, ...), rank-major
+    """Gather equally many tokens from every rank of the group; all must call."""
+    if degree == 1:
+        return tokens
+    gathered = tokens.new_empty((degree * tokens.shape[0], *tokens.shape[1:]))
+    _all_gather(gathered, tokens.contiguous(), group=group)
+    return gathered
+
+
+def gather_statistics(
+    local: Tensor,  # (k, N) fp32 or fp64
+    group: ProcessGroup | None,
+    degree: int,
+) -> Tensor:  # (V, k, N)
+    """Gather the statistics of every rank's logits: the loss's one collective in forward."""
+    if degree == 1:
+        return local.unsqueeze(0)
+    gathered = local.new_empty((degree * local.shape[0], *local.shape[1:]))
+    _all_gather(gathered, local, group=group)
+    return gathered.view(degree, *local.shape)
+
+
+def sum_over_group(partial: Tensor, group: ProcessGroup | None, degree: int) -> Tensor:
+    """All-reduce a partial gradient, [N, D] for the hidden states; all must call.
+
+    In place where it is contiguous; other strides would add up different elements, since a
+    collective sees memory and not indices.
+    """
+    if degree > 1:
+        partial = partial.contiguous()
+        dist.all_reduce(partial, group=group)
+    return partial
+
+
+def scatter_sum(
+    partial: Tensor,  # (V T, D)
+    group: ProcessGroup | None,
+    degree: int,
+) -> Tensor:  # (T, D)
+    """Sum partial gradients over the group and leave each rank its own tokens; all must call."""
+    if degree == 1:
+        return partial
+    own = partial.new_empty((partial.shape[0] // degree, *partial.shape[1:]))
+    _reduce_scatter(own, partial.contiguous(), group=group)
+    return own
+
+
+def exchange_integers(values: list[int], group: ProcessGroup | None, degree: int) -> Tensor:
+    """Gather a few integers of every rank, as int64 [V, n] on the CPU; all must call.
+
+    Waits for the result, so it is for validation, never for the training path of a GPU.
+    """
+    own = torch.tensor(values, dtype=torch.int64, device=_group_device(group))
+    return gather_tokens(own, group, degree).view(degree, len(values)).cpu()
+
+
+def exchange_objects(value: Any, group: ProcessGroup | None, degree: int) -> list[Any]:
+    """Gather a small picklable object of every rank, to word an error; all must call."""
+    gathered: list[Any] = [None] * degree
+    dist.all_gather_object(gathered, value, group=group)
+    return gathered
+
+
+# torch 2.13 renamed the two and deprecates the old names, which older versions alone have.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def _group_device(group: ProcessGroup | None) -> torch.device:
+    """Return a device that the group's backend can communicate from, the CPU if it can."""
+    if "cpu" in dist.get_backend_config(group):
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())

@@ -1,0 +1,253 @@
+"""Linear cross-entropy over a vocabulary whose rows are spread over a group of ranks.
+
+With z = softcap(e c^T + bias) / temperature, never held as a whole, each rank computes a few
+statistics of every token over its own rows, one all-gather joins them, and what remains is
+arithmetic on [N] tensors, which autograd differentiates:
+
+    nll   = (1 - s) (lse - target) + s (lse - sum / vocabulary)      s = label_smoothing
+    loss  = reduce(token_weight (nll + z_loss lse^2))
+
+Source: cut cross-entropy, arXiv 2411.09009, section 4; vocabulary parallelism as in
+arXiv 1909.08053, section 3.
+"""
+
+from dataclasses import asdict
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from vocab_parallel import arguments
+from vocab_parallel.agreement import Claim, agree
+from vocab_parallel.arguments import LossSettings
+from vocab_parallel.function import LossProblem, VocabStatistics
+from vocab_parallel.impls import LocalImpl, create_impl
+from vocab_parallel.layout import IGNORED, OUT_OF_RANGE, HiddenLayout, TokenLayout, mark_labels
+from vocab_parallel.shard import VocabShard
+from vocab_parallel.statistics import StatisticNames
+
+
+def linear_cross_entropy(
+    e: Tensor,  # (..., T, D)
+    c: Tensor,  # (stop - start, D)
+    targets: Tensor,  # (..., T) global ids
+    bias: Tensor | None = None,  # (stop - start,)
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    reduction: str = "mean",
+    shift: int = 0,
+    return_lse: bool = False,
+    *,
+    vocab_parallel_options: Any = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    temperature: float = 1.0,
+    token_weight: Tensor | None = None,
+    num_valid_tokens: int | Tensor | None = None,
+    hidden_layout: HiddenLayout = "replicated",
+    hidden_grad_scale: float = 1.0,
+    e_grad_reduce_dtype: torch.dtype = torch.float32,
+    impl: str = "auto",
+    backward: str = "auto",
+    memory_budget: int | None = None,
+    validate: bool | None = None,
+    **impl_options: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Cross-entropy of ``softcap(e c^T + bias) / temperature`` without the logits.
+
+    Every rank of the vocab group calls it, with its own rows of the classifier, and every rank
+    returns the same loss; ``c.grad`` and ``bias.grad`` are those of its own rows. It communicates
+    2 float32 for each token in forward (3 with label smoothing), once, and the gradient of the
+    hidden states in backward, once; `collectives.py` lists every call and its bytes.
+
+    Args:
+        e: hidden states [..., T, D], float16, bfloat16, float32 or float64.
+        c: this rank's classifier rows [stop - start, D], in e's dtype.
+        targets: int32 or int64 ids of the whole vocabulary, [..., T].
+        bias: [stop - start], or None.
+        ignore_index: a target that counts for nothing.
+        softcap: s in s tanh(x / s), or None.
+        reduction: "mean" over the valid tokens of the whole group (0 where there are none),
+            "sum", or "none" for [..., T - shift] values of this rank's own tokens.
+        shift: position t predicts ``targets[..., t + shift]``; in [0, max(T, 1)).
+        return_lse: return (loss, lse); lse [..., T - shift] is differentiable, and 0 where the
+            token is ignored.
+        vocab_parallel_options: which rows these are, `VocabParallelOptions` or any object with
+            its attributes. None: one rank that holds the whole vocabulary.
+        label_smoothing: as in F.cross_entropy, over the true vocabulary.
+        z_loss: weight of lse^2, added to each token's loss.
+        temperature: divides the logits, after the softcap.
+        token_weight: [..., T], aligned with targets; multiplies each token's loss. It gets no
+            gradient.
+        num_valid_tokens: divides "mean" in place of the count of valid tokens, so that a batch
+            may be cut into microbatches at will; an int or a one-element tensor.
+        hidden_layout: what the vocab axis does for the hidden states:
+            "replicated"  every rank has the same e and targets;
+            "sharded"     each rank has its own sequences, equally many;
+            "sequence"    e is this rank's [..., T / V, D] of sequences whose targets are whole.
+            In the last two, e is gathered and its gradient comes back by reduce-scatter; the
+            exact gradient of a replicated body parameter is then the sum over the vocab axis.
+        hidden_grad_scale: multiplies e's gradient, never c's: V for wrappers that average.
+        e_grad_reduce_dtype: in which e's gradient is summed over the group.
+        impl: "auto", or a name of `available_impls`.
+        backward: "auto" or "recompute": the logits are computed again in backward.
+        memory_budget: bytes of logits at a time; None means 256 MiB.
+        validate: agree over the group that all arguments are right before the work, in one small
+            exchange that waits for the result. None: yes for CPU tensors, no for GPU tensors,
+            where it would cost a synchronisation; then an error on one rank is local.
+        **impl_options: options of the implementation itself.
+
+    Returns:
+        The loss in float32 (float64 for float64 inputs), a scalar or [..., T - shift]; with
+        return_lse a pair. In the "sequence" layout per-token results are this rank's
+        [..., T / V], 0 where the shift leaves no target. Per-token gradients of the gathering
+        layouts are gathered in backward: all ranks must use them or none.
+
+    Raises:
+        ValueError: bad input; on every rank of the group where ``validate`` holds.
+    """
+    e, c = _autocast(e, c)
+    settings = LossSettings(
+        ignore_index=ignore_index,
+        softcap=softcap,
+        reduction=reduction,
+        shift=int(shift) if isinstance(shift, bool) else shift,
+        return_lse=return_lse,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        temperature=temperature,
+        hidden_layout=hidden_layout,
+        hidden_grad_scale=hidden_grad_scale,
+        e_grad_reduce_dtype=e_grad_reduce_dtype,
+        backward=backward,
+    )
+    if vocab_parallel_options is None:
+        shard = VocabShard.whole(c.shape[0] if isinstance(c, Tensor) and c.dim() else 0)
+    else:
+        shard = VocabShard.from_options(vocab_parallel_options)
+    local_impl: LocalImpl | None = None
+    problem: ValueError | None = None
+    try:
+        settings.check()
+        local_impl = create_impl(impl, memory_budget, impl_options)
+        arguments.check_tensors(e, c, targets, bias, token_weight, settings, shard.degree)
+        arguments.check_token_divisor(num_valid_tokens, e, reduction)
+        arguments.check_shard(c, shard, settings)
+    except ValueError as error:
+        problem = error
+    if validate or shard.degree == 1 or (validate is None and not _is_cuda(e)):
+        checks_targets = problem is None and (validate or not _is_cuda(e))
+        agree(
+            problem,
+            _claim(shard, targets if checks_targets else None, ignore_index),
+            _agreed(settings, e, impl, bias, token_weight) if problem is None else {},
+            shard.group,
+            shard.degree,
+        )
+    elif problem is not None:
+        raise problem
+    assert local_impl is not None
+    return _loss(e, c, targets, bias, token_weight, num_valid_tokens, settings, shard, local_impl)
+
+
+def _loss(
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    token_weight: Tensor | None,
+    num_valid_tokens: int | Tensor | None,
+    settings: LossSettings,
+    shard: VocabShard,
+    impl: LocalImpl,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Compute the loss from arguments that are known to be right."""
+    layout = TokenLayout(settings.hidden_layout, shard.group, shard.rank, shard.degree)
+    labels = mark_labels(targets, settings.ignore_index, shard.vocab_size)
+    labels = layout.arrange(labels, settings.shift, IGNORED)
+    names: StatisticNames = ("lse", "target")
+    if settings.label_smoothing:
+        names = (*names, "sum")
+    statistics = cast(
+        Tensor,
+        VocabStatistics.apply(
+            e.reshape(-1, e.shape[-1]),
+            c,
+            bias,
+            shard.local_targets(labels),
+            LossProblem(settings, shard, layout, impl, names),
+        ),
+    )
+    valid = labels != IGNORED
+    lse = statistics[0].masked_fill(~valid, 0.0)
+    loss = _token_loss(lse, statistics, labels, settings, shard)
+    if token_weight is not None:
+        weight = token_weight.detach().to(loss.dtype)
+        loss = loss * layout.arrange(weight, settings.shift, 0.0)
+
+    if settings.reduction == "none":
+        loss = layout.own(loss, e.shape[:-1], settings.shift)
+    else:
+        loss = loss.sum()
+    if settings.reduction == "mean":
+        count = valid.sum() if num_valid_tokens is None else num_valid_tokens
+        loss = loss / (count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
+    if settings.return_lse:
+        return loss, layout.own(lse, e.shape[:-1], settings.shift)
+    return loss
+
+
+def _token_loss(
+    lse: Tensor,  # (N,), 0 where ignored
+    statistics: Tensor,  # (k, N)
+    labels: Tensor,  # (N,)
+    settings: LossSettings,
+    shard: VocabShard,
+) -> Tensor:  # (N,), 0 where ignored
+    smoothing = settings.label_smoothing
+    nll = lse - (1.0 - smoothing) * statistics[1]
+    if smoothing:
+        assert shard.vocab_size is not None  # check_shard
+        nll = nll - (smoothing / shard.vocab_size) * statistics[2]
+    if settings.z_loss:
+        nll = nll + settings.z_loss * lse.square()
+    nll = nll.masked_fill(labels == IGNORED, 0.0)
+    return nll.masked_fill(labels == OUT_OF_RANGE, torch.nan)
+
+
+def _autocast(e: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """Cast as autocast casts the operands of a linear layer."""
+    tensors = isinstance(e, Tensor) and isinstance(c, Tensor)
+    if not tensors or not torch.is_autocast_enabled(e.device.type):
+        return e, c
+    dtype = torch.get_autocast_dtype(e.device.type)
+    return (
+        e if e.dtype == torch.float64 else e.to(dtype),
+        c if c.dtype == torch.float64 else c.to(dtype),
+    )
+
+
+def _is_cuda(e: Any) -> bool:
+    return isinstance(e, Tensor) and e.is_cuda
+
+
+def _claim(shard: VocabShard, targets: Tensor | None, ignore_index: int) -> Claim:
+    lowest, highest = (0, -1) if targets is None else arguments.target_range(targets, ignore_index)
+    vocab_size = -1 if shard.vocab_size is None else shard.vocab_size
+    return Claim(shard.start, shard.stop, vocab_size, lowest, highest)
+
+
+def _agreed(
+    settings: LossSettings, e: Tensor, impl: str, bias: Tensor | None, token_weight: Tensor | None
+) -> dict[str, Any]:
+    """Name what must be equal over the group, for the ranks to communicate alike."""
+    return {
+        **asdict(settings),
+        "impl": impl,
+        "tokens of e": e.shape[:-1].numel(),
+        "hidden size": e.shape[-1],
+        "dtype of e": e.dtype,
+        "e requires grad": e.requires_grad and torch.is_grad_enabled(),
+        "bias given": bias is not None,
+        "token_weight given": token_weight is not None,
+    }

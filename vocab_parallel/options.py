@@ -1,0 +1,73 @@
+"""Which rows of the classifier a rank holds: integers and a group, nothing else."""
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+
+@dataclass(frozen=True)
+class VocabParallelOptions:
+    """Rows [start, stop) of the classifier lie on this rank of the vocab group.
+
+    The first four fields are those of cut-cross-entropy's class of the same name: an object of
+    this class works there, and any object with those four attributes works here.
+
+    Attributes:
+        start, stop: this rank's rows of the whole classifier. The ranges of a group's ranks
+            follow one another in any order, without overlap or gap; a range may be empty.
+        group: the vocab group. None is the default group, or one rank alone where
+            torch.distributed is not initialized.
+        reduce_e_grad: sum the gradient of the hidden states over the group. False leaves each
+            rank its own partial sum, for callers that reduce it themselves.
+        vocab_size: the true vocabulary. Rows at or beyond it are padding: no probability, no
+            smoothing, zero gradient. None means that every row is a token.
+    """
+
+    start: int
+    stop: int
+    group: ProcessGroup | None = None
+    reduce_e_grad: bool = True
+    vocab_size: int | None = None
+
+    @classmethod
+    def from_vocab(
+        cls, vocab_size: int, group: ProcessGroup | None = None, reduce_e_grad: bool = True
+    ) -> Self:
+        """Split a vocabulary evenly: the first ``vocab_size % V`` ranks hold one row more.
+
+        This is cut-cross-entropy's partition. A `VocabParallelClassifier` uses another one, the
+        ceiling partition of DTensor's ``Shard(0)``: take ``classifier.options`` there.
+        """
+        rank, degree = group_rank_and_size(group)
+        share, remainder = divmod(vocab_size, degree)
+        start = rank * share + min(rank, remainder)
+        stop = start + share + (rank < remainder)
+        return cls(start, stop, group, reduce_e_grad, vocab_size)
+
+
+def ceiling_rows(vocab_size: int, rank: int, degree: int) -> tuple[int, int]:
+    """Return [start, stop) of DTensor's ``Shard(0)``: ceil(vocab_size / degree) rows a rank.
+
+    The last ranks may hold fewer rows, or none.
+    """
+    share = -(-vocab_size // degree)
+    return min(rank * share, vocab_size), min((rank + 1) * share, vocab_size)
+
+
+def group_rank_and_size(group: ProcessGroup | None) -> tuple[int, int]:
+    """Return (rank in the group, size); (0, 1) where torch.distributed is not initialized.
+
+    Raises:
+        ValueError: this rank is not a member of the group.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0, 1
+    rank = dist.get_rank(group)
+    if rank < 0:
+        raise ValueError(
+            "this rank is not in the vocab group of its VocabParallelOptions: pass the group "
+            "that this rank belongs to, StageGroups.vocab_group for instance"
+        )
+    return rank, dist.get_world_size(group)
