@@ -19,7 +19,7 @@ import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -39,16 +39,23 @@ def run_ranks(
     *,
     backend: str = "gloo",
     timeout: float = START_TIMEOUT,
+    environment: Mapping[str, str] | None = None,
     **arguments: Any,
 ) -> None:
     """Run ``function(**arguments)`` on every rank; fail with their output where one fails."""
     name = f"{function.__module__}:{function.__qualname__}"
     command = ["-m", "tests.ranks", backend, name, json.dumps(arguments)]
-    code, output = torchrun(ranks, command, timeout=timeout)
+    code, output = torchrun(ranks, command, timeout=timeout, environment=environment)
     assert code == 0, f"{name} failed on {ranks} ranks:\n{output[-6000:]}"
 
 
-def torchrun(ranks: int, command: list[str], *, timeout: float = START_TIMEOUT) -> tuple[int, str]:
+def torchrun(
+    ranks: int,
+    command: list[str],
+    *,
+    timeout: float = START_TIMEOUT,
+    environment: Mapping[str, str] | None = None,
+) -> tuple[int, str]:
     """Start ranks of ``python COMMAND`` and return (exit code, their output)."""
     start = [
         "-m",
@@ -61,7 +68,7 @@ def torchrun(ranks: int, command: list[str], *, timeout: float = START_TIMEOUT) 
     process = subprocess.Popen(
         [sys.executable, *start, "--nproc-per-node", str(ranks), *command],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

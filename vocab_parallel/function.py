@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from vocab_parallel import collectives
 from vocab_parallel.arguments import LossSettings
-from vocab_parallel.impls import LocalImpl, Shard, Wanted
+from vocab_parallel.impls import Demand, LocalImpl, Shard, Wanted
 from vocab_parallel.layout import TokenLayout
 from vocab_parallel.shard import VocabShard
 from vocab_parallel.split_backward import wanted_inputs
@@ -24,10 +24,20 @@ class LossProblem:
     shard: VocabShard
     layout: TokenLayout
     impl: LocalImpl
-    names: StatisticNames
+    demand: Demand
+
+    @property
+    def names(self) -> StatisticNames:
+        """The statistics that the loss reads."""
+        return self.demand.names
 
     def local(
-        self, hidden: Tensor, classifier: Tensor, bias: Tensor | None, targets: Tensor
+        self,
+        hidden: Tensor,
+        classifier: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        needs_grad: bool,
     ) -> Shard | None:
         """Return what the implementation works on, or None where there is nothing to do."""
         rows = self.shard.num_token_rows
@@ -40,7 +50,21 @@ class LossProblem:
             targets=targets,
             softcap=self.settings.softcap,
             temperature=float(self.settings.temperature),
+            separate_lse_grad=self.demand.separate_lse_grad,
+            sum_dtype=self.sum_dtype(hidden.dtype),
+            needs_grad=needs_grad,
         )
+
+    @property
+    def sums_hidden_grad(self) -> bool:
+        """Whether the gradient of the hidden states is summed over the group."""
+        return self.shard.degree > 1 and (self.layout.gathers or self.shard.reduce_e_grad)
+
+    def sum_dtype(self, hidden: torch.dtype) -> torch.dtype:
+        """Return the dtype of that sum: never narrower than asked for, float64 for float64."""
+        if hidden == torch.float64 or not self.sums_hidden_grad:
+            return hidden
+        return self.settings.e_grad_reduce_dtype
 
 
 class VocabStatistics(torch.autograd.Function):
@@ -63,15 +87,17 @@ class VocabStatistics(torch.autograd.Function):
         shard = problem.shard
         if problem.layout.gathers:
             hidden = collectives.gather_tokens(hidden, shard.group, shard.degree)
-        local = problem.local(hidden, classifier, bias, targets)
+        needs_grad = any(ctx.needs_input_grad[:3])
+        local = problem.local(hidden, classifier, bias, targets, needs_grad)
+        saved: tuple[Tensor, ...] = ()
         if local is None:
             dtype = torch.promote_types(hidden.dtype, torch.float32)
             own = empty_shard(hidden.shape[0], problem.names, hidden.new_empty(0, dtype=dtype))
         else:
-            own = problem.impl.forward(local, problem.names)
+            own, saved = problem.impl.forward(local, problem.names)
         gathered = collectives.gather_statistics(own, shard.group, shard.degree)
         statistics = join_shards(gathered, problem.names)
-        ctx.save_for_backward(hidden, classifier, bias, targets, statistics)
+        ctx.save_for_backward(hidden, classifier, bias, targets, statistics, *saved)
         ctx.problem = problem
         return statistics
 
@@ -79,15 +105,15 @@ class VocabStatistics(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grads: Tensor) -> tuple[Tensor | None, ...]:
         """Turn the gradients [k, N] of the statistics into the wanted ones; reduces dE."""
-        hidden, classifier, bias, targets, statistics = ctx.saved_tensors
+        hidden, classifier, bias, targets, statistics, *saved = ctx.saved_tensors
         problem: LossProblem = ctx.problem
         wanted = Wanted(*wanted_inputs(ctx, (True, True, bias is not None)))
-        local = problem.local(hidden, classifier, bias, targets)
+        local = problem.local(hidden, classifier, bias, targets, needs_grad=True)
         partial: Tensor | None = None
         found: tuple[Tensor | None, Tensor | None] = (None, None)
         if local is not None and any(wanted):
             partial, *rows_found = problem.impl.backward(
-                local, problem.names, statistics, grads, wanted
+                local, problem.names, tuple(saved), statistics, grads, wanted
             )
             found = (rows_found[0], rows_found[1])
         return (
@@ -104,19 +130,13 @@ def _reduced_hidden_grad(partial: Tensor | None, hidden: Tensor, problem: LossPr
     shard, settings = problem.shard, problem.settings
     if partial is None:
         partial = torch.zeros_like(hidden)
-    communicates = shard.degree > 1 and (problem.layout.gathers or shard.reduce_e_grad)
-    if communicates:
-        partial = partial.to(_sum_dtype(settings.e_grad_reduce_dtype, hidden.dtype))
+    if problem.sums_hidden_grad:
+        partial = partial.to(problem.sum_dtype(hidden.dtype))
         join = collectives.scatter_sum if problem.layout.gathers else collectives.sum_over_group
         partial = join(partial, shard.group, shard.degree)
     if settings.hidden_grad_scale != 1.0:
         partial = partial * settings.hidden_grad_scale
     return partial.to(hidden.dtype)
-
-
-def _sum_dtype(requested: torch.dtype, hidden: torch.dtype) -> torch.dtype:
-    """Return the dtype of the sum: as requested, but never narrower for float64 inputs."""
-    return torch.float64 if hidden == torch.float64 else requested
 
 
 def _with_padding(grad: Tensor | None, parameter: Tensor) -> Tensor:

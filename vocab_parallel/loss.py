@@ -21,10 +21,9 @@ from vocab_parallel import arguments
 from vocab_parallel.agreement import Claim, agree
 from vocab_parallel.arguments import LossSettings
 from vocab_parallel.function import LossProblem, VocabStatistics
-from vocab_parallel.impls import LocalImpl, create_impl
+from vocab_parallel.impls import Demand, LocalImpl, create_impl
 from vocab_parallel.layout import IGNORED, OUT_OF_RANGE, HiddenLayout, TokenLayout, mark_labels
 from vocab_parallel.shard import VocabShard
-from vocab_parallel.statistics import StatisticNames
 
 
 def linear_cross_entropy(
@@ -126,6 +125,7 @@ def linear_cross_entropy(
     else:
         shard = VocabShard.from_options(vocab_parallel_options)
     local_impl: LocalImpl | None = None
+    demand: Demand | None = None
     problem: ValueError | None = None
     try:
         settings.check()
@@ -133,6 +133,8 @@ def linear_cross_entropy(
         arguments.check_tensors(e, c, targets, bias, token_weight, settings, shard.degree)
         arguments.check_token_divisor(num_valid_tokens, e, reduction)
         arguments.check_shard(c, shard, settings)
+        demand = _demand(settings, e, c, bias, shard)
+        local_impl.check(demand)
     except ValueError as error:
         problem = error
     if validate or shard.degree == 1 or (validate is None and not _is_cuda(e)):
@@ -147,7 +149,17 @@ def linear_cross_entropy(
     elif problem is not None:
         raise problem
     assert local_impl is not None
-    return _loss(e, c, targets, bias, token_weight, num_valid_tokens, settings, shard, local_impl)
+    assert demand is not None
+    layout = TokenLayout(settings.hidden_layout, shard.group, shard.rank, shard.degree)
+    return _loss(
+        e,
+        c,
+        targets,
+        bias,
+        token_weight,
+        num_valid_tokens,
+        LossProblem(settings, shard, layout, local_impl, demand),
+    )
 
 
 def _loss(
@@ -157,17 +169,12 @@ def _loss(
     bias: Tensor | None,
     token_weight: Tensor | None,
     num_valid_tokens: int | Tensor | None,
-    settings: LossSettings,
-    shard: VocabShard,
-    impl: LocalImpl,
+    problem: LossProblem,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compute the loss from arguments that are known to be right."""
-    layout = TokenLayout(settings.hidden_layout, shard.group, shard.rank, shard.degree)
+    settings, shard, layout = problem.settings, problem.shard, problem.layout
     labels = mark_labels(targets, settings.ignore_index, shard.vocab_size)
     labels = layout.arrange(labels, settings.shift, IGNORED)
-    names: StatisticNames = ("lse", "target")
-    if settings.label_smoothing:
-        names = (*names, "sum")
     statistics = cast(
         Tensor,
         VocabStatistics.apply(
@@ -175,7 +182,7 @@ def _loss(
             c,
             bias,
             shard.local_targets(labels),
-            LossProblem(settings, shard, layout, impl, names),
+            problem,
         ),
     )
     valid = labels != IGNORED
@@ -224,6 +231,22 @@ def _autocast(e: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     return (
         e if e.dtype == torch.float64 else e.to(dtype),
         c if c.dtype == torch.float64 else c.to(dtype),
+    )
+
+
+def _demand(
+    settings: LossSettings, e: Tensor, c: Tensor, bias: Tensor | None, shard: VocabShard
+) -> Demand:
+    copies = 1 if settings.hidden_layout == "replicated" else shard.degree
+    return Demand(
+        dtype=e.dtype,
+        device_type=e.device.type,
+        bias=bias is not None,
+        softcap=settings.softcap is not None,
+        temperature=settings.temperature != 1.0,
+        names=("lse", "target", "sum") if settings.label_smoothing else ("lse", "target"),
+        separate_lse_grad=bool(settings.return_lse or settings.z_loss or settings.label_smoothing),
+        elements=max(copies * e.numel(), c.numel()),
     )
 
 

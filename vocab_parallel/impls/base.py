@@ -18,9 +18,36 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from vocab_parallel.statistics import StatisticNames
+from vocab_parallel.statistics import StatisticName, StatisticNames
 
 NO_TARGET = -1  # in Shard.targets: the token's target is another rank's row, or there is none
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What a call asks of its implementation, known before any work.
+
+    Attributes:
+        dtype, device_type: of the hidden states.
+        bias, softcap, temperature: whether the logits have one (a temperature other than 1).
+        names: the statistics that the loss reads.
+        separate_lse_grad: whether the gradient of lse may differ from minus that of the target,
+            as a z-loss or a use of lse makes it.
+        elements: of this rank's largest operand, hidden states [N, D] or classifier [rows, D].
+    """
+
+    dtype: torch.dtype
+    device_type: str
+    bias: bool
+    softcap: bool
+    temperature: bool
+    names: StatisticNames
+    separate_lse_grad: bool
+    elements: int
+
+    def reads(self, name: StatisticName) -> bool:
+        """Whether the loss reads a statistic."""
+        return name in self.names
 
 
 @dataclass(frozen=True)
@@ -34,6 +61,10 @@ class Shard:
         targets: [N] int64, the row in [0, R) of each token's target, else `NO_TARGET`.
         softcap: s in s tanh(x / s), or None.
         temperature: divides the logits.
+        separate_lse_grad: see `Demand`.
+        sum_dtype: in which the partial gradients of the hidden states are summed over the group,
+            or their own where they are not. An implementation that can writes that dtype.
+        needs_grad: whether a backward may follow.
     """
 
     hidden: Tensor
@@ -42,6 +73,9 @@ class Shard:
     targets: Tensor
     softcap: float | None
     temperature: float
+    separate_lse_grad: bool
+    sum_dtype: torch.dtype
+    needs_grad: bool
 
     @property
     def statistics_dtype(self) -> torch.dtype:
@@ -70,17 +104,33 @@ class Gradients(NamedTuple):
     bias: Tensor | None
 
 
+class Forward(NamedTuple):
+    """What a forward produced.
+
+    ``statistics`` [k, N] are those of this shard's logits, in ``shard.statistics_dtype``;
+    ``saved`` is what the implementation's backward wants back, beside the shard.
+    """
+
+    statistics: Tensor
+    saved: tuple[Tensor, ...] = ()
+
+
 class LocalImpl(Protocol):
     """One way to do the local work."""
 
-    def forward(self, shard: Shard, names: StatisticNames) -> Tensor:
-        """Return the statistics [k, N] of this shard's logits, in ``shard.statistics_dtype``."""
+    def check(self, demand: Demand) -> None:
+        """Raise ValueError where this implementation cannot do what a call asks."""
+        ...
+
+    def forward(self, shard: Shard, names: StatisticNames) -> Forward:
+        """Compute the statistics of this shard's logits."""
         ...
 
     def backward(
         self,
         shard: Shard,
         names: StatisticNames,
+        saved: tuple[Tensor, ...],  # of this implementation's forward
         statistics: Tensor,  # (k, N), of the whole vocabulary
         grads: Tensor,  # (k, N), what each statistic receives
         wanted: Wanted,

@@ -16,8 +16,8 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from vocab_parallel.impls.base import Gradients, Shard, Wanted
-from vocab_parallel.impls.products import add_product, product, widened
+from vocab_parallel.impls.base import Demand, Forward, Gradients, Shard, Wanted
+from vocab_parallel.impls.products import add_product, product, well_scaled, widened
 from vocab_parallel.impls.tiles import DEFAULT_MEMORY_BUDGET, TileShape, blocks, tile_shape
 from vocab_parallel.statistics import StatisticNames
 
@@ -41,7 +41,13 @@ class ChunkedImpl:
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{field.name} must be a positive integer, got {value!r}")
 
-    def forward(self, shard: Shard, names: StatisticNames) -> Tensor:
+    def check(self, demand: Demand) -> None:
+        """Refuse a budget below one logit; everything else can be done."""
+        size = torch.promote_types(demand.dtype, torch.float32).itemsize
+        buffers = _num_buffers(demand.softcap, demand.names)
+        tile_shape(1, 1, buffers * size, self.memory_budget, torch.device(demand.device_type))
+
+    def forward(self, shard: Shard, names: StatisticNames) -> Forward:
         """See `LocalImpl.forward`."""
         dtype = shard.statistics_dtype
         statistics = shard.hidden.new_zeros((len(names), shard.hidden.shape[0]), dtype=dtype)
@@ -55,12 +61,13 @@ class ChunkedImpl:
                 _accumulate_statistics(
                     statistics[:, tokens], names, logits, block.targets[tokens] - rows.start
                 )
-        return statistics
+        return Forward(statistics)
 
     def backward(
         self,
         shard: Shard,
         names: StatisticNames,
+        saved: tuple[Tensor, ...],
         statistics: Tensor,
         grads: Tensor,
         wanted: Wanted,
@@ -70,7 +77,7 @@ class ChunkedImpl:
         found = _allocate(shard, wanted)
         tile = self._tile_shape(shard, names)
         buffer = shard.hidden.new_empty(tile.tokens * tile.rows, dtype=dtype)
-        grads, unit = _well_scaled(grads, shard.classifier)
+        grads, unit = well_scaled(grads, shard.classifier, peak=2.0**10)
         for rows in blocks(shard.classifier.shape[0], tile.rows):
             block = _rows_of(shard, rows)
             block_grad = block.classifier.new_zeros(block.classifier.shape, dtype=dtype)
@@ -102,9 +109,7 @@ class ChunkedImpl:
 
     def _tile_shape(self, shard: Shard, names: StatisticNames) -> TileShape:
         size = shard.statistics_dtype.itemsize
-        # The logits, one pass's temporary, and a copy in the operands' dtype. A softcap and the
-        # entropy each need a factor beside the logits.
-        buffers = 3 + (shard.softcap is not None) + ("expected" in names)
+        buffers = _num_buffers(shard.softcap is not None, names)
         num_tokens, num_rows = shard.hidden.shape[0], shard.classifier.shape[0]
         shape = tile_shape(
             num_tokens, num_rows, buffers * size, self.memory_budget, shard.hidden.device
@@ -113,6 +118,15 @@ class ChunkedImpl:
             min(self.chunk_tokens or shape.tokens, num_tokens),
             min(self.chunk_rows or shape.rows, num_rows),
         )
+
+
+def _num_buffers(softcap: bool, names: StatisticNames) -> int:
+    """Count the buffers of a tile's shape that exist at a time.
+
+    The logits, one pass's temporary, and a copy in the operands' dtype; a softcap and the entropy
+    each need a factor beside the logits.
+    """
+    return 3 + softcap + ("expected" in names)
 
 
 def _rows_of(shard: Shard, rows: slice) -> Shard:
@@ -132,16 +146,6 @@ def _allocate(shard: Shard, wanted: Wanted) -> Gradients:
         torch.empty_like(shard.classifier) if wanted.classifier else None,
         torch.empty_like(shard.bias) if wanted.bias and shard.bias is not None else None,
     )
-
-
-def _well_scaled(grads: Tensor, classifier: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Bring the gradients near 1 where the product's operand is float16, whose small numbers end
-    at 6e-8: a probability over a token count would underflow. The unit multiplies the result.
-    """
-    if not (classifier.is_cuda and classifier.dtype == torch.float16):
-        return grads, None
-    unit = grads.abs().amax().clamp(min=torch.finfo(grads.dtype).tiny) / 2**10
-    return grads / unit, unit
 
 
 def _logits(block: Shard, tokens: slice, buffer: Tensor) -> Tensor:

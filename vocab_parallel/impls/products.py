@@ -27,3 +27,15 @@ def add_product(accumulator: Tensor, a: Tensor, b: Tensor) -> None:
         accumulator.addmm_(a, b)
     else:
         torch.addmm(accumulator, a, b, out_dtype=accumulator.dtype, out=accumulator)
+
+
+def well_scaled(grads: Tensor, operand: Tensor, *, peak: float) -> tuple[Tensor, Tensor | None]:
+    """Bring gradients to at most ``peak`` where they enter a product of float16 on a GPU.
+
+    The small numbers of float16 end at 6e-8: a probability over a token count would underflow.
+    The returned unit multiplies the product's result; None where nothing was scaled.
+    """
+    if operand.dtype != torch.float16 or not operand.is_cuda:
+        return grads, None
+    unit = grads.abs().amax().clamp(min=torch.finfo(grads.dtype).tiny) / peak
+    return grads / unit, unit

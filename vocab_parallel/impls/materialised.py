@@ -1,0 +1,141 @@
+"""A shard's whole logits and autograd: the oracle, and the same under torch.compile.
+
+Memory: N x R logits in float32 (float64 for float64 inputs), several times over in the oracle.
+The gradients come from autograd and the chain rule of `statistics.join_shards` alone, so that
+they check the formula which the other implementations use.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vocab_parallel.impls.base import Demand, Forward, Gradients, Shard, Wanted
+from vocab_parallel.statistics import StatisticNames
+
+Leaves = Sequence[Tensor | None]  # hidden states, classifier, bias
+StatisticsFunction = Callable[[Shard, Leaves, StatisticNames], Tensor]
+
+
+@dataclass(frozen=True)
+class ReferenceImpl:
+    """Materialises its shard's logits in float32 or wider; has no options."""
+
+    def check(self, demand: Demand) -> None:
+        """Accept every call."""
+
+    def forward(self, shard: Shard, names: StatisticNames) -> Forward:
+        """See `LocalImpl.forward`."""
+        leaves = (shard.hidden, shard.classifier, shard.bias)
+        return Forward(self._statistics()(shard, leaves, names))
+
+    def backward(
+        self,
+        shard: Shard,
+        names: StatisticNames,
+        saved: tuple[Tensor, ...],
+        statistics: Tensor,
+        grads: Tensor,
+        wanted: Wanted,
+    ) -> Gradients:
+        """See `LocalImpl.backward`."""
+        leaves = [
+            None if tensor is None else tensor.detach().requires_grad_(want)
+            for tensor, want in zip(
+                (shard.hidden, shard.classifier, shard.bias), wanted, strict=True
+            )
+        ]
+        with torch.enable_grad():
+            local = self._statistics()(shard, leaves, names)
+        sought = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
+        if not sought:
+            return Gradients(None, None, None)
+        pulled = _shard_gradients(names, local.detach(), statistics, grads)
+        found = iter(torch.autograd.grad(local, sought, pulled))
+        return Gradients(
+            *(next(found) if leaf is not None and leaf.requires_grad else None for leaf in leaves)
+        )
+
+    def _statistics(self) -> StatisticsFunction:
+        return _exact_statistics
+
+
+@dataclass(frozen=True)
+class TorchCompileImpl(ReferenceImpl):
+    """Materialises its shard's logits in the inputs' dtype and leaves the rest to torch.compile.
+
+    The local work of cut-cross-entropy's ``torch_compile``; the logits are computed again in
+    backward instead of being kept.
+    """
+
+    def _statistics(self) -> StatisticsFunction:
+        return _compiled()
+
+
+def _exact_statistics(shard: Shard, leaves: Leaves, names: StatisticNames) -> Tensor:
+    dtype = shard.statistics_dtype
+    widened = [None if leaf is None else leaf.to(dtype) for leaf in leaves]
+    return _statistics_of(_product(widened), widened[2], shard, names)
+
+
+@functools.cache
+def _compiled() -> StatisticsFunction:
+    # At its first use, since torch.compile loads its whole compiler.
+    return torch.compile(_native_statistics, dynamic=True)
+
+
+def _native_statistics(shard: Shard, leaves: Leaves, names: StatisticNames) -> Tensor:
+    logits = _product(leaves).to(shard.statistics_dtype)
+    return _statistics_of(logits, leaves[2], shard, names)
+
+
+def _product(leaves: Leaves) -> Tensor:
+    hidden, classifier, _ = leaves
+    assert hidden is not None
+    assert classifier is not None
+    return hidden @ classifier.T
+
+
+def _statistics_of(
+    logits: Tensor, bias: Tensor | None, shard: Shard, names: StatisticNames
+) -> Tensor:
+    if bias is not None:
+        logits = logits + bias.to(logits.dtype)
+    if shard.softcap is not None:
+        logits = shard.softcap * torch.tanh(logits / shard.softcap)
+    logits = logits / shard.temperature
+
+    owned = shard.targets >= 0
+    rows = shard.targets.clamp(min=0).unsqueeze(-1)
+    found = []
+    for name in names:
+        if name == "lse":
+            found.append(torch.logsumexp(logits, -1))
+        elif name == "target":
+            found.append(torch.where(owned, logits.gather(-1, rows).squeeze(-1), 0.0))
+        elif name == "sum":
+            found.append(logits.sum(-1))
+        else:
+            found.append((torch.softmax(logits, -1) * logits).sum(-1))
+    return torch.stack(found)
+
+
+def _shard_gradients(
+    names: StatisticNames, local: Tensor, statistics: Tensor, grads: Tensor
+) -> Tensor:
+    """Pull the gradients [k, N] of the joined statistics back to this shard's statistics.
+
+    With w = exp(lse_r - lse), the shard's share of the probability: dlse / dlse_r = w,
+    dexpected / dexpected_r = w and dexpected / dlse_r = w (expected_r - expected).
+    """
+    lse = names.index("lse")
+    share = (local[lse] - statistics[lse]).exp()
+    pulled = grads.clone()
+    pulled[lse] *= share
+    if "expected" in names:
+        row = names.index("expected")
+        pulled[row] *= share
+        pulled[lse] += pulled[row] * (local[row] - statistics[row])
+    return pulled
