@@ -47,7 +47,7 @@ test-all: $(VENV)/.test  ## the larger matrices too
 
 # On a GPU machine the torch that is there is used: PYTHON names its interpreter.
 test-gpu:  ## kernels and NCCL ranks, on a machine with a CUDA device
-	PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m pytest -p no:cacheprovider -m gpu
+	PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m pytest -p no:cacheprovider -rP tests/gpu
 
 bench: $(VENV)/.test  ## what can be measured on this machine
 	$(BIN)/python -m benchmarks.loss

@@ -40,6 +40,7 @@ def run_ranks(
     backend: str = "gloo",
     timeout: float = START_TIMEOUT,
     environment: Mapping[str, str] | None = None,
+    show: bool = False,
     **arguments: Any,
 ) -> None:
     """Run ``function(**arguments)`` on every rank; fail with their output where one fails."""
@@ -47,6 +48,8 @@ def run_ranks(
     command = ["-m", "tests.ranks", backend, name, json.dumps(arguments)]
     code, output = torchrun(ranks, command, timeout=timeout, environment=environment)
     assert code == 0, f"{name} failed on {ranks} ranks:\n{output[-6000:]}"
+    if show:
+        print(output)
 
 
 def torchrun(
@@ -95,6 +98,7 @@ def _main(backend: str, name: str, arguments: str) -> None:
     torch.use_deterministic_algorithms(True)
     if backend == "nccl":
         # NCCL takes ranks with different host ids on one GPU for ranks of different machines.
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # deterministic products
         os.environ["NCCL_HOSTID"] = f"rank{os.environ['RANK']}"
         torch.cuda.set_device(0)
     dist.init_process_group(backend, timeout=timedelta(seconds=GROUP_TIMEOUT))

@@ -1,0 +1,143 @@
+"""Memory of one rank's loss for 1, 2, 4 and 8 shards, beside the figures others published.
+
+    python -m benchmarks.memory --out benchmarks/results
+
+Needs one CUDA device; the ranks of a vocab group share it, as NCCL ranks of their own. What is
+shown is the most bytes that torch's allocator held above the inputs (hidden states, classifier
+rows, targets), gradients included, over forward and backward. Two classifiers:
+
+    gemma-2-2b   T = 8192, D = 2304, V = 256,000: the table of arXiv 2411.09009
+    qwen3-1.7b   T = 4096, D = 2048, V = 151,936, the losses of 3 microbatches alive at a time
+
+The last line of the output is one JSON document.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+# What the documents say for one shard: (MiB of the forward, MiB in all).
+PUBLISHED: dict[str, dict[str, tuple[float | None, float]]] = {
+    "gemma-2-2b": {"eager": (24_000, 28_000), "cce": (1, 1_164)},
+    "qwen3-1.7b": {
+        "eager": (None, 10.5 * 1024),
+        "chunked": (None, 5.96 * 1024),  # "a pure-PyTorch fused loss"
+        "cce": (None, 1.82 * 1024),
+    },
+}
+Found = dict[int, dict[str, dict[str, dict[str, int]]]]  # shards, classifier, impl, part: bytes
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """How many shards, and where the results go."""
+
+    shards: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
+    """Vocab degrees."""
+    out: Path = Path("runs/memory")
+    """Folder for the numbers (JSON) and the plot (PNG)."""
+
+
+def main() -> None:
+    arguments = tyro.cli(Arguments, description=__doc__)
+    if not torch.cuda.is_available():
+        sys.exit("benchmarks.memory needs a CUDA device")
+    found: Found = {}
+    for shards in tqdm(arguments.shards, desc="shards"):
+        found[shards] = run_ranks(shards)
+    name = torch.cuda.get_device_name()
+    print_tables(found)
+    document: dict[str, Any] = {
+        "date": date.today().isoformat(),
+        "machine": name,
+        "torch": torch.__version__,
+        "bytes": found,
+        "published_mib": PUBLISHED,
+    }
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    stem = f"memory-{name.split()[-1].lower()}"
+    (arguments.out / f"{stem}.json").write_text(json.dumps(document, indent=1) + "\n")
+    plot(found, name, arguments.out / f"{stem}.png")
+    print(json.dumps(document))
+
+
+def run_ranks(shards: int) -> dict[str, dict[str, dict[str, int]]]:
+    """Start the ranks of one vocab group on this card and read what rank 0 printed."""
+    start = ["-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    done = subprocess.run(
+        [sys.executable, *start, f"--nproc-per-node={shards}", "-m", "benchmarks.memory_rank"],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        text=True,
+        check=True,
+    )
+    found: dict[str, dict[str, dict[str, int]]] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def print_tables(found: Found) -> None:
+    """Print a table for each classifier: a row an implementation, a column a degree, in MiB."""
+    for head in PUBLISHED:
+        table = Table(title=f"{head}: MiB held above the inputs, in all (forward alone)")
+        table.add_column("impl")
+        table.add_column("published, 1 shard", justify="right")
+        for shards in found:
+            table.add_column(f"{shards} shards", justify="right")
+        names = list(dict.fromkeys(name for every in found.values() for name in every[head]))
+        for name in names:
+            published = PUBLISHED[head].get(name)
+            cells = ["" if published is None else f"{published[1]:,.0f}"]
+            for every in found.values():
+                one = every[head].get(name)
+                cells.append("" if one is None else f"{mib(one['all'])} ({mib(one['forward'])})")
+            table.add_row(name, *cells)
+        Console(width=120).print(table)
+
+
+def mib(size: int) -> str:
+    return f"{size / 2**20:,.0f}"
+
+
+def plot(found: Found, machine: str, path: Path) -> None:
+    """Draw bytes over degrees, a line an implementation, published figures as crosses."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, len(PUBLISHED), figsize=(11, 4.5), layout="constrained")
+    degrees = list(found)
+    for axes, (head, published) in zip(panels, PUBLISHED.items(), strict=True):
+        names = dict.fromkeys(name for every in found.values() for name in every[head])
+        for name in names:
+            points = [
+                (shards, every[head][name]["all"] / 2**20)
+                for shards, every in found.items()
+                if name in every[head]
+            ]
+            (line,) = axes.plot(*zip(*points, strict=True), marker="o", ms=4, label=name)
+            if name in published:
+                axes.plot(1, published[name][1], marker="x", ms=9, color=line.get_color())
+        axes.set(title=head, xlabel="shards", xscale="log", yscale="log", ylabel="MiB a rank")
+        axes.set_xticks(degrees, [str(degree) for degree in degrees])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    panels[-1].legend(fontsize=7)
+    figure.suptitle(f"Loss and gradients above the inputs, {machine}; x: published")
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    main()
