@@ -74,9 +74,10 @@ def main() -> None:
 
 def run_ranks(shards: int) -> dict[str, dict[str, dict[str, int]]]:
     """Start the ranks of one vocab group on this card and read what rank 0 printed."""
-    start = ["-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    start = ["-m", "torch.distributed.run", *rendezvous, f"--nproc-per-node={shards}"]
     done = subprocess.run(
-        [sys.executable, *start, f"--nproc-per-node={shards}", "-m", "benchmarks.memory_rank"],
+        [sys.executable, *start, "-m", "benchmarks.memory_rank"],
         stdout=subprocess.PIPE,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         text=True,
