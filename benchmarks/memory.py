@@ -16,6 +16,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
@@ -53,9 +54,10 @@ def main() -> None:
     arguments = tyro.cli(Arguments, description=__doc__)
     if not torch.cuda.is_available():
         sys.exit("benchmarks.memory needs a CUDA device")
-    found: Found = {}
-    for shards in tqdm(arguments.shards, desc="shards"):
-        found[shards] = run_ranks(shards)
+    # Two degrees at a time: what is measured is each process's own allocator, not time.
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        runs = tqdm(pool.map(run_ranks, arguments.shards), total=len(arguments.shards))
+        found: Found = dict(zip(arguments.shards, runs, strict=True))
     name = torch.cuda.get_device_name()
     print_tables(found)
     document: dict[str, Any] = {

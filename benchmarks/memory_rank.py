@@ -43,7 +43,9 @@ def main() -> None:
     # NCCL takes ranks with different host ids on one card for ranks of different machines.
     os.environ["NCCL_HOSTID"] = f"rank{os.environ['RANK']}"
     torch.cuda.set_device(0)
-    dist.init_process_group("nccl", timeout=timedelta(seconds=120))
+    dist.init_process_group(
+        "nccl", timeout=timedelta(seconds=120), device_id=torch.device("cuda", 0)
+    )
     found = {name: measure(head) for name, head in HEADS.items()}
     if dist.get_rank() == 0:
         print(json.dumps(found))
@@ -92,6 +94,7 @@ def measure(head: Head) -> dict[str, dict[str, int]]:
         except torch.OutOfMemoryError:
             print(f"{name}: out of memory", file=sys.stderr)
             continue
+        torch.cuda.empty_cache()  # other ranks share the card
         reduced = torch.tensor(peaks, device="cuda")
         dist.all_reduce(reduced, op=dist.ReduceOp.MAX)
         found[name] = dict(zip(("forward", "all"), reduced.tolist(), strict=True))

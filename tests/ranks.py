@@ -96,14 +96,18 @@ def _main(backend: str, name: str, arguments: str) -> None:
     module, function = name.split(":")
     # What is allocated and not written shows as NaN.
     torch.use_deterministic_algorithms(True)
+    device = None
     if backend == "nccl":
+        device = torch.device("cuda", 0)
         # NCCL takes ranks with different host ids on one GPU for ranks of different machines.
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # deterministic products
         os.environ["NCCL_HOSTID"] = f"rank{os.environ['RANK']}"
-        torch.cuda.set_device(0)
-    dist.init_process_group(backend, timeout=timedelta(seconds=GROUP_TIMEOUT))
+        torch.cuda.set_device(device)
+    dist.init_process_group(backend, timeout=timedelta(seconds=GROUP_TIMEOUT), device_id=device)
     check = getattr(importlib.import_module(module), function)
     warnings.simplefilter("error")
+    # torch's own compiler uses what torch deprecates.
+    warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"torch\.")
     check(**json.loads(arguments))
     # A group that is referenced until the interpreter ends may abort it.
     gc.collect()

@@ -110,8 +110,10 @@ def check_errors(hidden: int, confident: bool) -> None:
             assert max(found_errors[1:]) < 0.2, (impl, found_errors)
             continue
         assert found_errors[0] <= max(1.1 * eager[0], 1e-3), (impl, found_errors)
+        # torch_compile rounds each shard's part of dE to bfloat16, as upstream's does.
+        slack = 2.2 if impl == "torch_compile" else 1.1
         for ours, theirs in zip(found_errors[1:], eager[1:], strict=True):
-            assert ours <= 1.1 * theirs + 1e-4, (impl, found_errors, eager)
+            assert ours <= slack * theirs + 1e-4, (impl, found_errors, eager)
 
 
 @pytest.mark.parametrize(

@@ -21,12 +21,13 @@ def problem(dtype: torch.dtype, tokens: int = 300, rows: int = 1777, hidden: int
     return e, c, targets
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("impl", IMPLS)
 def test_no_synchronisation(impl: str) -> None:
     e, c, targets = problem(torch.bfloat16)
     linear_cross_entropy(e, c, targets, impl=impl, shift=1).backward()  # compiles
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         loss = linear_cross_entropy(e, c, targets, impl=impl, shift=1)
         loss.backward()
     finally:

@@ -42,7 +42,7 @@ class ReferenceImpl:
     ) -> Gradients:
         """See `LocalImpl.backward`."""
         leaves = [
-            None if tensor is None else tensor.detach().requires_grad_(want)
+            None if tensor is None else self._leaf(tensor, shard).requires_grad_(want)
             for tensor, want in zip(
                 (shard.hidden, shard.classifier, shard.bias), wanted, strict=True
             )
@@ -54,9 +54,15 @@ class ReferenceImpl:
             return Gradients(None, None, None)
         pulled = _shard_gradients(names, local.detach(), statistics, grads)
         found = iter(torch.autograd.grad(local, sought, pulled))
-        return Gradients(
-            *(next(found) if leaf is not None and leaf.requires_grad else None for leaf in leaves)
+        hidden, classifier, bias = (
+            next(found) if leaf is not None and leaf.requires_grad else None for leaf in leaves
         )
+        return Gradients(hidden, _like(classifier, shard.classifier), _like(bias, shard.bias))
+
+    def _leaf(self, tensor: Tensor, shard: Shard) -> Tensor:
+        # In the wide dtype, so that the partial gradient of the hidden states is not rounded
+        # before it is summed over the group.
+        return tensor.detach().to(shard.statistics_dtype)
 
     def _statistics(self) -> StatisticsFunction:
         return _exact_statistics
@@ -67,11 +73,19 @@ class TorchCompileImpl(ReferenceImpl):
     """Materialises its shard's logits in the inputs' dtype and leaves the rest to torch.compile.
 
     The local work of cut-cross-entropy's ``torch_compile``; the logits are computed again in
-    backward instead of being kept.
+    backward instead of being kept. As there, a shard's partial gradient of the hidden states is
+    rounded to their dtype before it is summed over the group.
     """
+
+    def _leaf(self, tensor: Tensor, shard: Shard) -> Tensor:
+        return tensor.detach()
 
     def _statistics(self) -> StatisticsFunction:
         return _compiled()
+
+
+def _like(gradient: Tensor | None, parameter: Tensor | None) -> Tensor | None:
+    return gradient if gradient is None or parameter is None else gradient.to(parameter.dtype)
 
 
 def _exact_statistics(shard: Shard, leaves: Leaves, names: StatisticNames) -> Tensor:
