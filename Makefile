@@ -51,6 +51,8 @@ test-gpu:  ## kernels and NCCL ranks, on a machine with a CUDA device
 
 bench: $(VENV)/.test  ## what can be measured on this machine
 	$(BIN)/python -m benchmarks.loss
+	if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+	  $(BIN)/python -m benchmarks.memory; fi
 
 lint: $(VENV)/.lint  ## formatting, lint and types
 	$(BIN)/ruff check .

@@ -112,6 +112,22 @@ def mib(size: int) -> str:
     return f"{size / 2**20:,.0f}"
 
 
+def curves(found: Found, head: str) -> dict[str, dict[int, int]]:
+    """Return bytes by degree for each implementation, those that agree to 1% under one name."""
+    merged: list[tuple[list[str], dict[int, int]]] = []
+    for name in dict.fromkeys(name for every in found.values() for name in every[head]):
+        sizes = {n: every[head][name]["all"] for n, every in found.items() if name in every[head]}
+        for names, known in merged:
+            if known.keys() == sizes.keys() and all(
+                abs(sizes[n] - known[n]) <= 0.01 * known[n] for n in sizes
+            ):
+                names.append(name)
+                break
+        else:
+            merged.append(([name], sizes))
+    return {", ".join(names): sizes for names, sizes in merged}
+
+
 def plot(found: Found, machine: str, path: Path) -> None:
     """Draw bytes over degrees, a line an implementation, published figures as crosses."""
     import matplotlib
@@ -119,24 +135,22 @@ def plot(found: Found, machine: str, path: Path) -> None:
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, len(PUBLISHED), figsize=(11, 4.5), layout="constrained")
+    figure, panels = pyplot.subplots(1, len(PUBLISHED), figsize=(12, 4.8), layout="constrained")
     degrees = list(found)
     for axes, (head, published) in zip(panels, PUBLISHED.items(), strict=True):
-        names = dict.fromkeys(name for every in found.values() for name in every[head])
-        for name in names:
-            points = [
-                (shards, every[head][name]["all"] / 2**20)
-                for shards, every in found.items()
-                if name in every[head]
-            ]
-            (line,) = axes.plot(*zip(*points, strict=True), marker="o", ms=4, label=name)
-            if name in published:
-                axes.plot(1, published[name][1], marker="x", ms=9, color=line.get_color())
+        for names, sizes in curves(found, head).items():
+            points = sorted((shards, size / 2**20) for shards, size in sizes.items())
+            (line,) = axes.plot(
+                *zip(*points, strict=True), marker="o", ms=4, label=names.replace(", ", "\n")
+            )
+            for name, (_, size) in published.items():
+                if name in names.split(", "):
+                    axes.plot(1, size, marker="x", ms=10, mew=2, color=line.get_color())
         axes.set(title=head, xlabel="shards", xscale="log", yscale="log", ylabel="MiB a rank")
         axes.set_xticks(degrees, [str(degree) for degree in degrees])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-    panels[-1].legend(fontsize=7)
+    panels[-1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.02, 1.0))
     figure.suptitle(f"Loss and gradients above the inputs, {machine}; x: published")
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

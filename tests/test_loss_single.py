@@ -70,6 +70,21 @@ def test_no_grad() -> None:
     assert not loss.requires_grad  # type: ignore[union-attr]
 
 
+def test_torch_compile() -> None:
+    if available_impls()["torch_compile"] != "ready":
+        pytest.skip(available_impls()["torch_compile"])
+    e, c, targets = problem()
+    found = [
+        torch.autograd.grad(
+            linear_cross_entropy(e, c, targets, softcap=3.0, shift=1, impl=impl),  # type: ignore[arg-type]
+            (e, c),
+        )
+        for impl in ("torch_compile", "reference")
+    ]
+    for ours, expected in zip(*found, strict=True):
+        assert torch.allclose(ours, expected, rtol=1e-12)
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_all_ignored(impl: str) -> None:
     e, c, targets = problem()
