@@ -4,16 +4,23 @@ mesh -> rows -> classifier -> loss -> schedule
 """
 
 from vocab_parallel.classifier import VocabParallelClassifier
+from vocab_parallel.counting import count_valid_tokens
 from vocab_parallel.impls import available_impls
+from vocab_parallel.logprobs import token_logprobs
 from vocab_parallel.loss import linear_cross_entropy
 from vocab_parallel.options import VocabParallelOptions
 from vocab_parallel.pipeline import CCEPipelineLoss, validate_pipeline_loss
+from vocab_parallel.predict import Prediction, predict
 
 __all__ = [
     "CCEPipelineLoss",
+    "Prediction",
     "VocabParallelClassifier",
     "VocabParallelOptions",
     "available_impls",
+    "count_valid_tokens",
     "linear_cross_entropy",
+    "predict",
+    "token_logprobs",
     "validate_pipeline_loss",
 ]

@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from vocab_parallel.layout import HiddenLayout
 from vocab_parallel.shard import VocabShard
+from vocab_parallel.statistics import StatisticNames
 
 REDUCTIONS = ("mean", "sum", "none")
 LAYOUTS = get_args(HiddenLayout)
@@ -18,20 +19,37 @@ BACKWARDS = ("auto", "recompute")
 
 @dataclass(frozen=True)
 class LossSettings:
-    """The scalar arguments of `linear_cross_entropy`; every rank of a group passes the same."""
+    """The scalar arguments of `linear_cross_entropy` and its relatives, and what follows.
 
-    ignore_index: int
-    softcap: float | None
-    reduction: str
-    shift: int
-    return_lse: bool
-    label_smoothing: float
-    z_loss: float
-    temperature: float
-    hidden_layout: HiddenLayout
-    hidden_grad_scale: float
-    e_grad_reduce_dtype: torch.dtype
-    backward: str
+    Every rank of a group passes the same.
+    """
+
+    ignore_index: int = -100
+    softcap: float | None = None
+    reduction: str = "none"
+    shift: int = 0
+    return_lse: bool = False
+    return_entropy: bool = False
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    temperature: float = 1.0
+    hidden_layout: HiddenLayout = "replicated"
+    hidden_grad_scale: float = 1.0
+    e_grad_reduce_dtype: torch.dtype = torch.float32
+    backward: str = "auto"
+
+    @property
+    def statistics(self) -> StatisticNames:
+        """The statistics of the logits that the result is made of."""
+        names: StatisticNames = ("lse", "target")
+        if self.label_smoothing:
+            names = (*names, "sum")
+        return (*names, "expected") if self.return_entropy else names
+
+    @property
+    def separate_lse_grad(self) -> bool:
+        """Whether the gradient of lse may differ from minus that of the target's logit."""
+        return bool(self.return_lse or self.return_entropy or self.z_loss or self.label_smoothing)
 
     def check(self) -> None:
         """Raise ValueError for a value that cannot be."""
@@ -64,7 +82,7 @@ class LossSettings:
 def check_tensors(
     e: Tensor,
     c: Tensor,
-    targets: Tensor,
+    targets: Tensor | None,
     bias: Tensor | None,
     token_weight: Tensor | None,
     settings: LossSettings,
@@ -76,8 +94,10 @@ def check_tensors(
         ValueError: says what was expected, what came and what to do.
     """
     named = {"e": e, "c": c, "targets": targets, "bias": bias, "token_weight": token_weight}
+    optional = ("bias", "token_weight", "targets")
     for name, tensor in named.items():
-        _check_plain_tensor(name, tensor, e)
+        if tensor is not None or name not in optional:
+            _check_plain_tensor(name, tensor, e)
     if e.dim() < 2 or c.dim() != 2:
         raise ValueError(
             f"expected hidden states e [..., T, D] and classifier c [rows, D], got e "
@@ -93,14 +113,15 @@ def check_tensors(
             f"e and c must have one floating dtype, got {e.dtype} and {c.dtype}: cast one, or "
             f"call under torch.autocast"
         )
-    if targets.dtype not in (torch.int32, torch.int64):
+    if targets is not None and targets.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"targets must hold class ids as int32 or int64, got {targets.dtype}; class "
             f"probabilities are not supported"
         )
     if bias is not None and bias.shape != c.shape[:1]:
         raise ValueError(f"bias must be [{c.shape[0]}], a value a row of c, got {list(bias.shape)}")
-    _check_token_shapes(e, targets, token_weight, settings, degree)
+    if targets is not None:
+        _check_token_shapes(e, targets, token_weight, settings, degree)
 
 
 def check_shard(c: Tensor, shard: VocabShard, settings: LossSettings) -> None:
@@ -160,8 +181,6 @@ def check_token_divisor(num_valid_tokens: Any, e: Tensor, reduction: str) -> Non
 
 
 def _check_plain_tensor(name: str, tensor: Tensor | None, e: Tensor) -> None:
-    if tensor is None and name in ("bias", "token_weight"):
-        return
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if isinstance(tensor, DTensor):

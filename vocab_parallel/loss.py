@@ -11,19 +11,15 @@ Source: cut cross-entropy, arXiv 2411.09009, section 4; vocabulary parallelism a
 arXiv 1909.08053, section 3.
 """
 
-from dataclasses import asdict
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from vocab_parallel import arguments
-from vocab_parallel.agreement import Claim, agree
 from vocab_parallel.arguments import LossSettings
-from vocab_parallel.function import LossProblem, VocabStatistics
-from vocab_parallel.impls import Demand, LocalImpl, create_impl
-from vocab_parallel.layout import IGNORED, OUT_OF_RANGE, HiddenLayout, TokenLayout, mark_labels
-from vocab_parallel.shard import VocabShard
+from vocab_parallel.call import Operands, prepare
+from vocab_parallel.function import LossProblem
+from vocab_parallel.layout import IGNORED, OUT_OF_RANGE, HiddenLayout
 
 
 def linear_cross_entropy(
@@ -105,7 +101,6 @@ def linear_cross_entropy(
     Raises:
         ValueError: bad input; on every rank of the group where ``validate`` holds.
     """
-    e, c = _autocast(e, c)
     settings = LossSettings(
         ignore_index=ignore_index,
         softcap=softcap,
@@ -120,97 +115,37 @@ def linear_cross_entropy(
         e_grad_reduce_dtype=e_grad_reduce_dtype,
         backward=backward,
     )
-    if vocab_parallel_options is None:
-        shard = VocabShard.whole(c.shape[0] if isinstance(c, Tensor) and c.dim() else 0)
-    else:
-        shard = VocabShard.from_options(vocab_parallel_options)
-    local_impl: LocalImpl | None = None
-    demand: Demand | None = None
-    problem: ValueError | None = None
-    try:
-        settings.check()
-        local_impl = create_impl(impl, memory_budget, impl_options)
-        arguments.check_tensors(e, c, targets, bias, token_weight, settings, shard.degree)
-        arguments.check_token_divisor(num_valid_tokens, e, reduction)
-        arguments.check_shard(c, shard, settings)
-        demand = _demand(settings, e, c, bias, shard)
-        local_impl.check(demand)
-    except ValueError as error:
-        problem = error
-    if validate or shard.degree == 1 or (validate is None and not _is_cuda(e)):
-        checks_targets = problem is None and (validate or not _is_cuda(e))
-        agree(
-            problem,
-            _claim(shard, targets if checks_targets else None, ignore_index),
-            _agreed(settings, e, impl, bias, token_weight) if problem is None else {},
-            shard.group,
-            shard.degree,
-        )
-    elif problem is not None:
-        raise problem
-    assert local_impl is not None
-    assert demand is not None
-    layout = TokenLayout(settings.hidden_layout, shard.group, shard.rank, shard.degree)
-    return _loss(
-        e,
-        c,
-        targets,
-        bias,
-        token_weight,
-        num_valid_tokens,
-        LossProblem(settings, shard, layout, local_impl, demand),
+    call = prepare(
+        Operands.of(e, c, targets, bias, token_weight),
+        settings,
+        vocab_parallel_options,
+        impl,
+        impl_options,
+        memory_budget=memory_budget,
+        validate=validate,
+        num_valid_tokens=num_valid_tokens,
     )
-
-
-def _loss(
-    e: Tensor,
-    c: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    token_weight: Tensor | None,
-    num_valid_tokens: int | Tensor | None,
-    problem: LossProblem,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Compute the loss from arguments that are known to be right."""
-    settings, shard, layout = problem.settings, problem.shard, problem.layout
-    labels = mark_labels(targets, settings.ignore_index, shard.vocab_size)
-    labels = layout.arrange(labels, settings.shift, IGNORED)
-    statistics = cast(
-        Tensor,
-        VocabStatistics.apply(
-            e.reshape(-1, e.shape[-1]),
-            c,
-            bias,
-            shard.local_targets(labels),
-            problem,
-        ),
-    )
+    statistics, labels = call.statistics()
     valid = labels != IGNORED
     lse = statistics[0].masked_fill(~valid, 0.0)
-    loss = _token_loss(lse, statistics, labels, settings, shard)
+    loss = _token_loss(lse, statistics, labels, call.problem)
     if token_weight is not None:
         weight = token_weight.detach().to(loss.dtype)
-        loss = loss * layout.arrange(weight, settings.shift, 0.0)
-
-    if settings.reduction == "none":
-        loss = layout.own(loss, e.shape[:-1], settings.shift)
-    else:
-        loss = loss.sum()
-    if settings.reduction == "mean":
+        loss = loss * call.problem.layout.arrange(weight, settings.shift, 0.0)
+    loss = call.own(loss) if reduction == "none" else loss.sum()
+    if reduction == "mean":
         count = valid.sum() if num_valid_tokens is None else num_valid_tokens
         loss = loss / (count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
-    if settings.return_lse:
-        return loss, layout.own(lse, e.shape[:-1], settings.shift)
-    return loss
+    return (loss, call.own(lse)) if return_lse else loss
 
 
 def _token_loss(
     lse: Tensor,  # (N,), 0 where ignored
     statistics: Tensor,  # (k, N)
     labels: Tensor,  # (N,)
-    settings: LossSettings,
-    shard: VocabShard,
+    problem: LossProblem,
 ) -> Tensor:  # (N,), 0 where ignored
+    settings, shard = problem.settings, problem.shard
     smoothing = settings.label_smoothing
     nll = lse - (1.0 - smoothing) * statistics[1]
     if smoothing:
@@ -220,57 +155,3 @@ def _token_loss(
         nll = nll + settings.z_loss * lse.square()
     nll = nll.masked_fill(labels == IGNORED, 0.0)
     return nll.masked_fill(labels == OUT_OF_RANGE, torch.nan)
-
-
-def _autocast(e: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    """Cast as autocast casts the operands of a linear layer."""
-    tensors = isinstance(e, Tensor) and isinstance(c, Tensor)
-    if not tensors or not torch.is_autocast_enabled(e.device.type):
-        return e, c
-    dtype = torch.get_autocast_dtype(e.device.type)
-    return (
-        e if e.dtype == torch.float64 else e.to(dtype),
-        c if c.dtype == torch.float64 else c.to(dtype),
-    )
-
-
-def _demand(
-    settings: LossSettings, e: Tensor, c: Tensor, bias: Tensor | None, shard: VocabShard
-) -> Demand:
-    copies = 1 if settings.hidden_layout == "replicated" else shard.degree
-    return Demand(
-        dtype=e.dtype,
-        device_type=e.device.type,
-        bias=bias is not None,
-        softcap=settings.softcap is not None,
-        temperature=settings.temperature != 1.0,
-        names=("lse", "target", "sum") if settings.label_smoothing else ("lse", "target"),
-        separate_lse_grad=bool(settings.return_lse or settings.z_loss or settings.label_smoothing),
-        elements=max(copies * e.numel(), c.numel()),
-    )
-
-
-def _is_cuda(e: Any) -> bool:
-    return isinstance(e, Tensor) and e.is_cuda
-
-
-def _claim(shard: VocabShard, targets: Tensor | None, ignore_index: int) -> Claim:
-    lowest, highest = (0, -1) if targets is None else arguments.target_range(targets, ignore_index)
-    vocab_size = -1 if shard.vocab_size is None else shard.vocab_size
-    return Claim(shard.start, shard.stop, vocab_size, lowest, highest)
-
-
-def _agreed(
-    settings: LossSettings, e: Tensor, impl: str, bias: Tensor | None, token_weight: Tensor | None
-) -> dict[str, Any]:
-    """Name what must be equal over the group, for the ranks to communicate alike."""
-    return {
-        **asdict(settings),
-        "impl": impl,
-        "tokens of e": e.shape[:-1].numel(),
-        "hidden size": e.shape[-1],
-        "dtype of e": e.dtype,
-        "e requires grad": e.requires_grad and torch.is_grad_enabled(),
-        "bias given": bias is not None,
-        "token_weight given": token_weight is not None,
-    }

@@ -11,13 +11,14 @@ group in float32 anyway, is accumulated at full size.
                               dC_block   += g^T e              2 N D R
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from vocab_parallel.impls.base import Demand, Forward, Gradients, Shard, Wanted
-from vocab_parallel.impls.products import add_product, product, well_scaled, widened
+from vocab_parallel.impls.products import add_product, well_scaled, widened
+from vocab_parallel.impls.tile_logits import rows_of, tile_logits
 from vocab_parallel.impls.tiles import DEFAULT_MEMORY_BUDGET, TileShape, blocks, tile_shape
 from vocab_parallel.statistics import StatisticNames
 
@@ -55,9 +56,9 @@ class ChunkedImpl:
         tile = self._tile_shape(shard, names)
         buffer = shard.hidden.new_empty(tile.tokens * tile.rows, dtype=dtype)
         for rows in blocks(shard.classifier.shape[0], tile.rows):
-            block = _rows_of(shard, rows)
+            block = rows_of(shard, rows)
             for tokens in blocks(shard.hidden.shape[0], tile.tokens):
-                logits = _logits(block, tokens, buffer)
+                logits = tile_logits(block, tokens, buffer)
                 _accumulate_statistics(
                     statistics[:, tokens], names, logits, block.targets[tokens] - rows.start
                 )
@@ -79,12 +80,12 @@ class ChunkedImpl:
         buffer = shard.hidden.new_empty(tile.tokens * tile.rows, dtype=dtype)
         grads, unit = well_scaled(grads, shard.classifier, peak=2.0**10)
         for rows in blocks(shard.classifier.shape[0], tile.rows):
-            block = _rows_of(shard, rows)
+            block = rows_of(shard, rows)
             block_grad = block.classifier.new_zeros(block.classifier.shape, dtype=dtype)
             bias_grad = block_grad.new_zeros(block_grad.shape[0])
             for tokens in blocks(shard.hidden.shape[0], tile.tokens):
                 logits_grad = _logits_gradient(
-                    _logits(block, tokens, buffer),
+                    tile_logits(block, tokens, buffer),
                     block,
                     names,
                     statistics[:, tokens],
@@ -129,15 +130,6 @@ def _num_buffers(softcap: bool, names: StatisticNames) -> int:
     return 3 + softcap + ("expected" in names)
 
 
-def _rows_of(shard: Shard, rows: slice) -> Shard:
-    """Cut a block of rows out of a shard; its targets still count from the shard's first row."""
-    return replace(
-        shard,
-        classifier=widened(shard.classifier[rows], shard.statistics_dtype),
-        bias=None if shard.bias is None else shard.bias[rows].to(shard.statistics_dtype),
-    )
-
-
 def _allocate(shard: Shard, wanted: Wanted) -> Gradients:
     """Allocate the wanted gradients: the hidden states' as zeros to add to, in float32."""
     hidden = shard.hidden.new_zeros(shard.hidden.shape, dtype=shard.statistics_dtype)
@@ -146,21 +138,6 @@ def _allocate(shard: Shard, wanted: Wanted) -> Gradients:
         torch.empty_like(shard.classifier) if wanted.classifier else None,
         torch.empty_like(shard.bias) if wanted.bias and shard.bias is not None else None,
     )
-
-
-def _logits(block: Shard, tokens: slice, buffer: Tensor) -> Tensor:
-    """Compute a tile of logits into the buffer."""
-    hidden = widened(block.hidden[tokens], block.statistics_dtype)
-    num_tokens, num_rows = hidden.shape[0], block.classifier.shape[0]
-    logits = buffer[: num_tokens * num_rows].view(num_tokens, num_rows)
-    product(hidden, block.classifier.T, out=logits)
-    if block.bias is not None:
-        logits.add_(block.bias)
-    if block.softcap is not None:
-        logits.div_(block.softcap).tanh_().mul_(block.softcap)
-    if block.temperature != 1.0:
-        logits.div_(block.temperature)
-    return logits
 
 
 def _in_tile(targets: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,185 @@
+"""One call of the loss or of a relative: arguments in, checked and agreed on, statistics out."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from vocab_parallel import arguments
+from vocab_parallel.agreement import Claim, agree
+from vocab_parallel.arguments import LossSettings
+from vocab_parallel.function import LossProblem, VocabStatistics
+from vocab_parallel.impls import Demand, LocalImpl, create_impl
+from vocab_parallel.layout import IGNORED, TokenLayout, mark_labels
+from vocab_parallel.shard import VocabShard
+
+
+@dataclass(frozen=True)
+class Operands:
+    """The tensors of a call; autocast has been applied to the first two.
+
+    Attributes:
+        hidden: [..., T, D].
+        classifier: [rows, D].
+        targets: [..., T], or None where a call has none.
+        bias: [rows] or None.
+        token_weight: [..., T] or None.
+    """
+
+    hidden: Tensor
+    classifier: Tensor
+    targets: Tensor | None
+    bias: Tensor | None = None
+    token_weight: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        e: Tensor,
+        c: Tensor,
+        targets: Tensor | None,
+        bias: Tensor | None = None,
+        token_weight: Tensor | None = None,
+    ) -> "Operands":
+        """Cast hidden states and classifier as autocast casts the operands of a linear layer."""
+        tensors = isinstance(e, Tensor) and isinstance(c, Tensor)
+        if tensors and torch.is_autocast_enabled(e.device.type):
+            dtype = torch.get_autocast_dtype(e.device.type)
+            e, c = (t if t.dtype == torch.float64 else t.to(dtype) for t in (e, c))
+        return cls(e, c, targets, bias, token_weight)
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call whose arguments are known to be right."""
+
+    operands: Operands
+    problem: LossProblem
+
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        """Return the statistics [k, N] of the whole vocabulary and the labels [N].
+
+        All ranks of the group must call it; see `collectives` for what it communicates.
+        """
+        operands, problem = self.operands, self.problem
+        shard, settings = problem.shard, problem.settings
+        assert operands.targets is not None
+        labels = mark_labels(operands.targets, settings.ignore_index, shard.vocab_size)
+        labels = problem.layout.arrange(labels, settings.shift, IGNORED)
+        statistics = VocabStatistics.apply(
+            operands.hidden.reshape(-1, operands.hidden.shape[-1]),
+            operands.classifier,
+            operands.bias,
+            shard.local_targets(labels),
+            problem,
+        )
+        return cast(Tensor, statistics), labels
+
+    def own(self, per_token: Tensor) -> Tensor:
+        """Return this rank's part of a result [N]; see `TokenLayout.own`."""
+        shape = self.operands.hidden.shape[:-1]
+        return self.problem.layout.own(per_token, shape, self.problem.settings.shift)
+
+
+def prepare(
+    operands: Operands,
+    settings: LossSettings,
+    options: Any,
+    impl: str,
+    impl_options: Mapping[str, Any],
+    *,
+    memory_budget: int | None,
+    validate: bool | None,
+    num_valid_tokens: int | Tensor | None = None,
+    needs_targets: bool = True,
+) -> Call:
+    """Check the arguments, agree on them over the group where asked, and return the call.
+
+    Raises:
+        ValueError: bad input; on every rank of the group where ``validate`` holds, or where it is
+            None and the tensors are on the CPU.
+    """
+    hidden, classifier = operands.hidden, operands.classifier
+    if options is None:
+        has_rows = isinstance(classifier, Tensor) and classifier.dim() > 0
+        shard = VocabShard.whole(classifier.shape[0] if has_rows else 0)
+    else:
+        shard = VocabShard.from_options(options)
+    local_impl: LocalImpl | None = None
+    demand: Demand | None = None
+    problem: ValueError | None = None
+    try:
+        settings.check()
+        if needs_targets and operands.targets is None:
+            raise ValueError("targets must be a tensor of class ids, got None")
+        local_impl = create_impl(impl, memory_budget, impl_options)
+        arguments.check_tensors(
+            hidden,
+            classifier,
+            operands.targets,
+            operands.bias,
+            operands.token_weight,
+            settings,
+            shard.degree,
+        )
+        arguments.check_token_divisor(num_valid_tokens, hidden, settings.reduction)
+        arguments.check_shard(classifier, shard, settings)
+        demand = _demand(settings, operands, shard)
+        local_impl.check(demand)
+    except ValueError as error:
+        problem = error
+    on_gpu = isinstance(hidden, Tensor) and hidden.is_cuda
+    if validate or shard.degree == 1 or (validate is None and not on_gpu):
+        checks_targets = problem is None and (validate or not on_gpu)
+        agree(
+            problem,
+            _claim(shard, operands.targets if checks_targets else None, settings),
+            _agreed(settings, operands, impl) if problem is None else {},
+            shard.group,
+            shard.degree,
+        )
+    elif problem is not None:
+        raise problem
+    assert local_impl is not None
+    assert demand is not None
+    layout = TokenLayout(settings.hidden_layout, shard.group, shard.rank, shard.degree)
+    return Call(operands, LossProblem(settings, shard, layout, local_impl, demand))
+
+
+def _demand(settings: LossSettings, operands: Operands, shard: VocabShard) -> Demand:
+    copies = 1 if settings.hidden_layout == "replicated" else shard.degree
+    return Demand(
+        dtype=operands.hidden.dtype,
+        device_type=operands.hidden.device.type,
+        bias=operands.bias is not None,
+        softcap=settings.softcap is not None,
+        temperature=settings.temperature != 1.0,
+        names=settings.statistics,
+        separate_lse_grad=settings.separate_lse_grad,
+        elements=max(copies * operands.hidden.numel(), operands.classifier.numel()),
+    )
+
+
+def _claim(shard: VocabShard, targets: Tensor | None, settings: LossSettings) -> Claim:
+    lowest, highest = (0, -1)
+    if targets is not None:
+        lowest, highest = arguments.target_range(targets, settings.ignore_index)
+    vocab_size = -1 if shard.vocab_size is None else shard.vocab_size
+    return Claim(shard.start, shard.stop, vocab_size, lowest, highest)
+
+
+def _agreed(settings: LossSettings, operands: Operands, impl: str) -> dict[str, Any]:
+    """Name what must be equal over the group, for the ranks to communicate alike."""
+    hidden = operands.hidden
+    return {
+        **asdict(settings),
+        "impl": impl,
+        "tokens of e": hidden.shape[:-1].numel(),
+        "hidden size": hidden.shape[-1],
+        "dtype of e": hidden.dtype,
+        "e requires grad": hidden.requires_grad and torch.is_grad_enabled(),
+        "bias given": operands.bias is not None,
+        "token_weight given": operands.token_weight is not None,
+    }
