@@ -11,7 +11,7 @@ export OMP_NUM_THREADS := 1
 # A start of torchrun that takes no fixed port.
 TORCHRUN := $(BIN)/torchrun --rdzv-backend c10d --rdzv-endpoint localhost:0
 
-.PHONY: help demo test test-all test-gpu bench lint clean
+.PHONY: help demo test test-all test-gpu bench docs fuzz lint clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -53,6 +53,12 @@ bench: $(VENV)/.test  ## what can be measured on this machine
 	$(BIN)/python -m benchmarks.loss
 	if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
 	  $(BIN)/python -m benchmarks.memory; fi
+
+docs: $(VENV)/.test  ## write the pages that are made from what passes
+	WRITE_DOCS=1 $(BIN)/pytest -q tests/test_options_table.py
+
+fuzz: $(VENV)/.test  ## 5,000 drawn combinations of options, fresh ones each time
+	$(BIN)/python -m tests.fuzz
 
 lint: $(VENV)/.lint  ## formatting, lint and types
 	$(BIN)/ruff check .

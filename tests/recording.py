@@ -76,3 +76,18 @@ class AllocationRecorder(TorchDispatchMode):
             if storage.data_ptr() not in self.known and storage.nbytes() > self.largest.size:
                 self.largest = Allocation(storage.nbytes(), tuple(tensor.shape), str(func))
         return result
+
+
+class ProductRecorder(TorchDispatchMode):
+    """Counts the flops of matrix products, in place ones too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.split("::")[1].rstrip("_")
+        if name in ("mm", "addmm"):
+            a, b = args[-2:] if name == "mm" else args[1:3]
+            self.flops += 2 * a.shape[0] * a.shape[1] * b.shape[1]
+        return func(*args, **(kwargs or {}))

@@ -54,6 +54,35 @@ def test_no_worse_than_eager(impl: str, confident: bool, dtype: torch.dtype) -> 
         assert ours <= max(1.1 * theirs, floor), (ours, theirs)
 
 
+def products_around_softmax(e: Tensor, c: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients by products of low-precision operands around a float32 softmax.
+
+    Logits, sums and softmax in float32; only what enters a product is rounded. On a CPU a product
+    of widened low-precision operands is exact enough to stand for one with float32 accumulation.
+    """
+    dtype = e.dtype
+    logits = e.float() @ c.float().T
+    logits_grad = torch.softmax(logits, -1)
+    logits_grad[torch.arange(TOKENS), targets] -= 1.0
+    logits_grad = logits_grad.to(dtype).float()
+    e_grad, c_grad = logits_grad @ c.float(), logits_grad.T @ e.float()
+    return (e_grad / TOKENS).to(dtype), (c_grad / TOKENS).to(dtype)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("confident", [False, True])
+def test_no_worse_than_products_around_a_softmax(impl: str, confident: bool) -> None:
+    e, c, targets = (
+        t.requires_grad_(t.is_floating_point()) for t in draw(torch.bfloat16, confident, 4)
+    )
+    exact = gradients(oracle(e, c, targets)[0], e, c)
+    peers = products_around_softmax(e.detach(), c.detach(), targets)
+    loss = linear_cross_entropy(e, c, targets, impl=impl)
+    assert isinstance(loss, Tensor)
+    for got, peer, want in zip(gradients(loss, e, c), peers, exact, strict=True):
+        assert relative_error(got, want) <= 1.1 * relative_error(peer, want)
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_float32_equals_cross_entropy(impl: str) -> None:
     e, c, targets = (t.requires_grad_(t.is_floating_point()) for t in draw(torch.float32, False, 1))
@@ -63,6 +92,24 @@ def test_float32_equals_cross_entropy(impl: str) -> None:
     assert relative_error(loss, expected) < 1e-5
     for got, want in zip(gradients(loss, e, c), gradients(expected, e, c), strict=True):
         assert relative_error(got, want) < 1e-5
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_float16_with_a_grad_scaler(impl: str) -> None:
+    """A step of a scaled loss moves float32 weights as an unscaled float32 step does."""
+    e, c, targets = draw(torch.float32, False, 5)
+    weights = []
+    for scaled in (True, False):
+        weight = torch.nn.Parameter(c.clone())
+        optimizer = torch.optim.SGD([weight], lr=10.0)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, enabled=scaled)
+        with torch.autocast("cpu", torch.float16, enabled=scaled):
+            loss = linear_cross_entropy(e, weight, targets, impl=impl)
+        scaler.scale(loss).backward()  # type: ignore[union-attr]
+        scaler.step(optimizer)
+        scaler.update()
+        weights.append(weight.detach() - c)
+    assert relative_error(weights[0], weights[1]) < 2e-3
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.recording import ProductRecorder
 from vocab_parallel import VocabParallelOptions, available_impls, linear_cross_entropy
 
 IMPLS = ("chunked", "reference")
@@ -50,6 +51,26 @@ def test_a_gradient_that_is_not_needed(impl: str, needs: tuple[bool, bool]) -> N
     linear_cross_entropy(e, c, targets, impl=impl).backward()  # type: ignore[union-attr]
     for leaf, needed, expected in zip((e, c), needs, full, strict=True):
         assert torch.equal(leaf.grad, expected) if needed else leaf.grad is None
+
+
+def product_flops(impl: str, needs: tuple[bool, bool]) -> tuple[int, int]:
+    """Count the flops of the products of a forward and of its backward."""
+    e, c, targets = problem()
+    e, c = e.detach().requires_grad_(needs[0]), c.detach().requires_grad_(needs[1])
+    with ProductRecorder() as forward:
+        loss = linear_cross_entropy(e, c, targets, impl=impl)
+    with ProductRecorder() as backward:
+        loss.backward()  # type: ignore[union-attr]
+    return forward.flops, backward.flops
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_skipped_product_is_not_computed(impl: str) -> None:
+    """Forward is one product; backward is that again and one for each gradient that is needed."""
+    one = 2 * 10 * 4 * 7  # 2 T D V
+    assert product_flops(impl, (True, True)) == (one, 3 * one)
+    assert product_flops(impl, (True, False)) == (one, 2 * one)
+    assert product_flops(impl, (False, True)) == (one, 2 * one)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

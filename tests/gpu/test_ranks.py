@@ -12,7 +12,7 @@ from torch import Tensor
 from tests.cases import Case, check_case
 from tests.oracle import relative_error
 from tests.ranks import run_ranks
-from tests.test_loss_ranks import named_cases
+from tests.test_loss_ranks import check_drawn_cases, named_cases
 from vocab_parallel import VocabParallelOptions, available_impls, linear_cross_entropy
 
 QWEN = 151_936
@@ -32,6 +32,14 @@ def check_features(degree: int) -> None:
 @pytest.mark.parametrize("degree", [1, 2, 4])
 def test_every_feature_alone(degree: int) -> None:
     run_ranks(check_features, degree, backend="nccl", timeout=110, degree=degree)
+
+
+@pytest.mark.parametrize("degree", [1, 2])
+def test_combinations(degree: int) -> None:
+    """The same drawn combinations as on the CPU, on the card."""
+    run_ranks(
+        check_drawn_cases, degree, backend="nccl", timeout=170, degree=degree, examples=150
+    )  # fmt: skip
 
 
 def draw(hidden: int, confident: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,12 +1,13 @@
 """One process on the card: no synchronisation with the host, half precision, odd sizes."""
 
+import random
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.oracle import relative_error
+from tests.oracle import oracle, relative_error
 from vocab_parallel import available_impls, linear_cross_entropy
 
 IMPLS = ("chunked", "reference", "cce", "cce_exact")
@@ -69,3 +70,63 @@ def test_all_ignored(impl: str) -> None:
     linear_cross_entropy(e, c, torch.full_like(targets, -100), impl=impl).backward()
     assert not e.grad.any()
     assert not c.grad.any()
+
+
+@pytest.mark.parametrize("impl", ["chunked", "reference"])
+def test_tf32_is_the_callers_choice(impl: str) -> None:
+    """float32 products are exact unless torch was told to use TF32, and then near it."""
+    errors = []
+    for precision in ("highest", "high"):
+        e, c, targets = problem(torch.float32, hidden=512)
+        wide = [t.detach().double().requires_grad_() for t in (e, c)]
+        torch.set_float32_matmul_precision("highest")
+        exact = torch.autograd.grad(F.cross_entropy(wide[0] @ wide[1].T, targets), wide)
+        try:
+            torch.set_float32_matmul_precision(precision)
+            found = torch.autograd.grad(linear_cross_entropy(e, c, targets, impl=impl), (e, c))
+        finally:
+            torch.set_float32_matmul_precision("highest")
+        errors.append(max(relative_error(a, b) for a, b in zip(found, exact, strict=True)))
+    assert errors[0] < 1e-5
+    assert 1e-5 < errors[1] < 3e-3
+
+
+def test_float16_with_a_grad_scaler() -> None:
+    """1/N of a probability underflows float16; the loss scales after its products."""
+    e, c, targets = problem(torch.float16, tokens=4096, rows=30_000)
+    e32, c32 = e.detach().float().requires_grad_(), c.detach().float().requires_grad_()
+    exact = torch.autograd.grad(F.cross_entropy(e32 @ c32.T, targets), (e32, c32))
+    scaler = torch.amp.GradScaler("cuda", init_scale=2.0**14)
+    for impl in IMPLS:
+        loss = linear_cross_entropy(
+            e, c, targets, impl=impl, **({"filter_eps": None} if impl == "cce" else {})
+        )
+        found = torch.autograd.grad(scaler.scale(loss), (e, c))
+        for ours, want in zip(found, exact, strict=True):
+            assert relative_error(ours.float() / scaler.get_scale(), want) < 3e-2, impl
+
+
+@pytest.mark.parametrize("impl", ["cce_exact", "cce"])
+def test_drawn_half_precision(impl: str) -> None:
+    """Apple's kernels over random shapes and options, float16 and bfloat16, against float64."""
+    generator = random.Random(0)
+    for turn in range(40):
+        dtype = generator.choice((torch.float16, torch.bfloat16))
+        e, c, targets = problem(
+            dtype, generator.randint(1, 400), generator.randint(2, 3000), generator.randint(8, 300)
+        )
+        options: dict[str, Any] = {
+            "softcap": generator.choice((None, 2.0, 30.0)),
+            "shift": generator.choice((0, 0, 1)) if len(targets) > 1 else 0,
+            "z_loss": generator.choice((0.0, 0.01)),
+            "reduction": generator.choice(("mean", "sum")),
+        }
+        wide = [t.detach().double().requires_grad_() for t in (e, c)]
+        exact_loss, _ = oracle(wide[0], wide[1], targets, **options)
+        exact = torch.autograd.grad(exact_loss, wide)
+        extra: dict[str, Any] = {"filter_eps": 1e-9} if impl == "cce" else {}
+        loss = linear_cross_entropy(e, c, targets, impl=impl, **options, **extra)
+        found = torch.autograd.grad(loss, (e, c))
+        assert relative_error(loss, exact_loss, 1.0) < 1e-2, (turn, options)
+        for ours, want in zip(found, exact, strict=True):
+            assert relative_error(ours, want, 1e-3) < 3e-2, (turn, dtype, e.shape, c.shape, options)

@@ -1,0 +1,130 @@
+"""Options x implementations: the table of docs/options.md, made from what passes here.
+
+`make docs` writes the table anew; the test fails where the page says something else.
+"""
+
+import importlib.util
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tests.cases import TOLERANCE, Case, differences
+from tests.oracle import relative_error
+from tests.ranks import ROOT, run_ranks
+from tests.test_cce import INTERPRETED, prepare
+from vocab_parallel import VocabParallelOptions, token_logprobs
+
+pytest.importorskip("triton")
+pytest.importorskip("cut_cross_entropy")
+
+PAGE = ROOT / "docs" / "options.md"
+IMPLS = ("chunked", "reference", "cce_exact", "cce")
+ROWS = (260, 261)  # whole blocks of a kernel and a rest
+BASE = Case(ROWS, length=6, hidden=24, dtype="float16", ignored=0.2)
+
+# Each option on top of the plain loss; what it is called, and the case.
+OPTIONS: dict[str, Case] = {
+    "mean of the valid tokens": BASE,
+    '`reduction="sum"`': Case(**{**BASE.__dict__, "options": {"reduction": "sum"}}),
+    '`reduction="none"`': Case(**{**BASE.__dict__, "options": {"reduction": "none"}}),
+    "`ignore_index=0`": Case(**{**BASE.__dict__, "options": {"ignore_index": 0}}),
+    "all labels ignored": Case(**{**BASE.__dict__, "ignored": 1.0}),
+    "a rank that owns no target": Case(**{**BASE.__dict__, "owned": (0,)}),
+    "a rank without rows": Case(**{**BASE.__dict__, "rows": (521, 0)}),
+    "`bias`": Case(**{**BASE.__dict__, "bias": True}),
+    "`softcap=3`": Case(**{**BASE.__dict__, "options": {"softcap": 3.0}}),
+    "`temperature=0.7`": Case(**{**BASE.__dict__, "options": {"temperature": 0.7}}),
+    "`shift=1`": Case(**{**BASE.__dict__, "options": {"shift": 1}}),
+    "`token_weight`": Case(**{**BASE.__dict__, "weights": True}),
+    "`num_valid_tokens`": Case(**{**BASE.__dict__, "options": {"num_valid_tokens": 7}}),
+    "`return_lse`, differentiated": Case(**{**BASE.__dict__, "options": {"return_lse": True}}),
+    "`z_loss=0.01`": Case(**{**BASE.__dict__, "options": {"z_loss": 0.01}}),
+    "`label_smoothing=0.1`": Case(**{**BASE.__dict__, "options": {"label_smoothing": 0.1}}),
+    "padded vocabulary": Case(**{**BASE.__dict__, "padding": 9}),
+    '`hidden_layout="sharded"`': Case(
+        **{**BASE.__dict__, "options": {"hidden_layout": "sharded", "shift": 1}}
+    ),
+    '`hidden_layout="sequence"`': Case(
+        **{**BASE.__dict__, "options": {"hidden_layout": "sequence", "shift": 1}}
+    ),
+    "`hidden_grad_scale=2`": Case(**{**BASE.__dict__, "options": {"hidden_grad_scale": 2.0}}),
+    "hidden states that are not contiguous": Case(**{**BASE.__dict__, "noncontiguous": True}),
+    "int32 labels": Case(**{**BASE.__dict__, "label_dtype": "int32"}),
+}
+
+
+def entry(run: Callable[[], dict[str, float]]) -> str:
+    """Return "yes" where the results are right, or the words of the refusal."""
+    try:
+        errors = run()
+    except ValueError as error:
+        words = str(error).split("; or use")[0]
+        return words.partition('" ')[2] if words.startswith("impl ") else words
+    tolerance = TOLERANCE[torch.float16]
+    wrong = {name: error for name, error in errors.items() if not error <= tolerance}
+    assert not wrong, wrong
+    return "yes"
+
+
+def option_errors(case: Case, impl: str) -> dict[str, float]:
+    extra: dict[str, Any] = {"filter_eps": 1e-7} if impl == "cce" else {}
+    return differences(
+        Case(**{**case.__dict__, "options": {**case.options, "impl": impl, **extra}})
+    )
+
+
+def entropy_errors(impl: str) -> dict[str, float]:
+    options = VocabParallelOptions.from_vocab(sum(ROWS))
+    torch.manual_seed(0)
+    e, c = torch.randn(12, 24).half(), torch.randn(sum(ROWS), 24).half()
+    leaf = e.clone().requires_grad_()
+    _, entropy = token_logprobs(
+        leaf, c[options.start : options.stop], torch.arange(12), return_entropy=True, impl=impl,
+        vocab_parallel_options=options,
+    )  # fmt: skip
+    entropy.sum().backward()
+    wide = e.double().requires_grad_()
+    log_p = torch.log_softmax(wide @ c.double().T, -1)
+    exact = -(log_p.exp() * log_p).sum(-1)
+    exact.sum().backward()
+    assert isinstance(wide.grad, Tensor)
+    return {"entropy": relative_error(entropy, exact), "e": relative_error(leaf.grad, wide.grad)}  # type: ignore[arg-type]
+
+
+def make_page(path: str) -> None:
+    prepare()
+    lines = [
+        "# Options x implementations",
+        "",
+        "What each implementation does under sharding: made by `make docs` from what passes on two",
+        "ranks against float64, gradients included, each option by itself; where an implementation",
+        "refuses, the words of its ValueError. `tests/test_loss_ranks.py` draws combinations.",
+        "The columns `cce` are the registry's cut-cross-entropy 25.1.1; docs/cut-cross-entropy.md",
+        "says what newer versions add. `torch_compile` does what `reference` does.",
+        "",
+        "| | " + " | ".join(f"`{impl}`" for impl in IMPLS) + " |",
+        "|---|" + "---|" * len(IMPLS),
+    ]
+    for name, case in OPTIONS.items():
+        cells = [entry(lambda case=case, impl=impl: option_errors(case, impl)) for impl in IMPLS]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    cells = [entry(lambda impl=impl: entropy_errors(impl)) for impl in IMPLS]
+    lines.append("| entropy, `token_logprobs` | " + " | ".join(cells) + " |")
+    if dist.get_rank() == 0:
+        Path(path).write_text("\n".join(lines) + "\n")
+
+
+def test_page_says_what_passes(tmp_path: Path) -> None:
+    if importlib.util.find_spec("cut_cross_entropy.cce_utils") is not None:
+        pytest.skip("the page is about the registry's release")
+    made = tmp_path / "options.md"
+    run_ranks(make_page, 2, environment=INTERPRETED, path=str(made))
+    if os.environ.get("WRITE_DOCS") == "1":
+        PAGE.write_text(made.read_text())
+    assert PAGE.read_text() == made.read_text(), "docs/options.md is stale: run `make docs`"
