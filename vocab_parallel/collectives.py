@@ -7,10 +7,12 @@ degree. A call moves nothing when the degree is 1. Bytes are those that one rank
     forward   gather_tokens     [T] int32 targets     4 T          layout "sharded"
               gather_tokens     [T] fp32 weights      4 T          layout "sharded", token_weight
               gather_tokens     [T, D] hidden states  T D itemsize layouts "sharded", "sequence"
-              gather_statistics [k, N] fp32           4 k N        always
+              gather_shards     [k, N] fp32           4 k N        always
     backward  sum_over_group    [N, D] fp32           4 N D        layout "replicated"
               scatter_sum       [N, D] fp32           4 N D        layouts "sharded", "sequence"
               gather_tokens     [T] fp32              4 T          per-token results, gathering
+    predict   gather_shards     [N, m] fp32, int64    12 m N       m candidates of each token
+              gather_shards     [N] fp32              4 N          and its lse
 
 (float64 inputs keep float64 throughout; ``e_grad_reduce_dtype`` sets the dtype of the two sums.)
 """
@@ -36,16 +38,19 @@ def gather_tokens(
     return gathered
 
 
-def gather_statistics(
-    local: Tensor,  # (k, N) fp32 or fp64
+def gather_shards(
+    local: Tensor,  # (...)
     group: ProcessGroup | None,
     degree: int,
-) -> Tensor:  # (V, k, N)
-    """Gather the statistics of every rank's logits: the loss's one collective in forward."""
+) -> Tensor:  # (V, ...)
+    """Gather what every rank found over its own rows; all must call.
+
+    With the statistics [k, N] this is the loss's one collective in forward.
+    """
     if degree == 1:
         return local.unsqueeze(0)
     gathered = local.new_empty((degree * local.shape[0], *local.shape[1:]))
-    _all_gather(gathered, local, group=group)
+    _all_gather(gathered, local.contiguous(), group=group)
     return gathered.view(degree, *local.shape)
 
 

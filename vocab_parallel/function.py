@@ -95,7 +95,7 @@ class VocabStatistics(torch.autograd.Function):
             own = empty_shard(hidden.shape[0], problem.names, hidden.new_empty(0, dtype=dtype))
         else:
             own, saved = problem.impl.forward(local, problem.names)
-        gathered = collectives.gather_statistics(own, shard.group, shard.degree)
+        gathered = collectives.gather_shards(own, shard.group, shard.degree)
         statistics = join_shards(gathered, problem.names)
         ctx.save_for_backward(hidden, classifier, bias, targets, statistics, *saved)
         ctx.problem = problem

@@ -88,17 +88,16 @@ def predict(
 def _join(call: Call, scores: Tensor, ids: Tensor, lse: Tensor) -> Prediction:
     """Merge the shards' candidates and keep this rank's tokens."""
     shard, k = call.problem.shard, scores.shape[1]
-    # Ranks in the order of their rows, so that of equal scores the lower id wins.
     every_score, every_id, every_lse = (
-        collectives.gather_statistics(part.unsqueeze(0).contiguous(), shard.group, shard.degree)
-        for part in (scores, ids, lse)
+        collectives.gather_shards(part, shard.group, shard.degree) for part in (scores, ids, lse)
     )
+    # Candidates rank by rank: of equal scores the one of the lower rank stands first and wins.
     scores, ids = merge_top_k(
-        every_score[:, 0].movedim(0, 1).flatten(1), every_id[:, 0].movedim(0, 1).flatten(1), k
+        every_score.movedim(0, 1).flatten(1), every_id.movedim(0, 1).flatten(1), k
     )
-    joined = torch.logsumexp(every_lse[:, 0], 0)
-    own = [call.own(column) for column in (*ids.unbind(1), *scores.unbind(1), joined)]
-    return Prediction(torch.stack(own[:k], -1), torch.stack(own[k : 2 * k], -1), own[-1])
+    lse = torch.logsumexp(every_lse, 0)
+    own = [call.own(column) for column in (*ids.unbind(1), *scores.unbind(1), lse)]
+    return Prediction(torch.stack(own[:k], -1), torch.stack(own[k:-1], -1), own[-1])
 
 
 def _check_k(k: Any, call: Call) -> None:
