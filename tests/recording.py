@@ -34,16 +34,20 @@ _CONTRIBUTED = {  # the operator of torch.ops.c10d, and which argument is contri
 }
 
 
+_POINT_TO_POINT = ("send", "recv_", "recv_any_source_")  # a schedule's own
+
+
 class CollectiveRecorder(TorchDispatchMode):
-    """Records every collective."""
+    """Records every collective; a schedule's point-to-point calls are none."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[Collective] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "c10d":
-            name, index = _CONTRIBUTED[func._schema.name.split("::")[1]]
+        operator = func._schema.name.split("::")[1]
+        if func.namespace == "c10d" and operator not in _POINT_TO_POINT:
+            name, index = _CONTRIBUTED[operator]
             given = args[index]
             tensor = given if isinstance(given, Tensor) else tree_flatten(given)[0][0]
             self.calls.append(Collective(name, tuple(tensor.shape), tensor.dtype))

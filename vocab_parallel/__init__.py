@@ -5,6 +5,7 @@ mesh -> rows -> classifier -> loss -> schedule
 
 from vocab_parallel.classifier import VocabParallelClassifier
 from vocab_parallel.counting import count_valid_tokens
+from vocab_parallel.gradient_norm import clip_grad_norm_
 from vocab_parallel.impls import available_impls
 from vocab_parallel.logprobs import token_logprobs
 from vocab_parallel.loss import linear_cross_entropy
@@ -18,6 +19,7 @@ __all__ = [
     "VocabParallelClassifier",
     "VocabParallelOptions",
     "available_impls",
+    "clip_grad_norm_",
     "count_valid_tokens",
     "linear_cross_entropy",
     "predict",

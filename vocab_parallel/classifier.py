@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from vocab_parallel.gathered_logits import gather_logits, replicated_input
+from vocab_parallel.gradient_norm import mark_vocab_rows
 from vocab_parallel.options import VocabParallelOptions, ceiling_rows, group_rank_and_size
 
 
@@ -44,6 +45,7 @@ class VocabParallelClassifier(nn.Module):
     """
 
     bias: nn.Parameter | None
+    owns_vocab_rows = True  # for clip_grad_norm_
 
     def __init__(
         self,
@@ -67,9 +69,13 @@ class VocabParallelClassifier(nn.Module):
         self.start, self.stop = ceiling_rows(vocab_size, rank, degree)
         self.pipeline_mode = True
         num_rows = self.stop - self.start
-        self.weight = nn.Parameter(torch.empty(num_rows, hidden_size, device=device, dtype=dtype))
+        self.weight = mark_vocab_rows(
+            nn.Parameter(torch.empty(num_rows, hidden_size, device=device, dtype=dtype))
+        )
         if bias:
-            self.bias = nn.Parameter(torch.empty(num_rows, device=device, dtype=dtype))
+            self.bias = mark_vocab_rows(
+                nn.Parameter(torch.empty(num_rows, device=device, dtype=dtype))
+            )
         else:
             self.register_parameter("bias", None)
         self.reset_parameters()
@@ -93,7 +99,7 @@ class VocabParallelClassifier(nn.Module):
             whole = getattr(linear, name)
             if whole is not None:
                 own = nn.Parameter(whole.detach()[rows].clone(), requires_grad=whole.requires_grad)
-                setattr(classifier, name, own)
+                setattr(classifier, name, mark_vocab_rows(own))
         return classifier
 
     def reset_parameters(self) -> None:

@@ -84,7 +84,7 @@ def exchange_integers(values: list[int], group: ProcessGroup | None, degree: int
 
     Waits for the result, so it is for validation, never for the training path of a GPU.
     """
-    own = torch.tensor(values, dtype=torch.int64, device=_group_device(group))
+    own = torch.tensor(values, dtype=torch.int64, device=group_device(group))
     return gather_tokens(own, group, degree).view(degree, len(values)).cpu()
 
 
@@ -100,7 +100,7 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-def _group_device(group: ProcessGroup | None) -> torch.device:
+def group_device(group: ProcessGroup | None) -> torch.device:
     """Return a device that the group's backend can communicate from, the CPU if it can."""
     if "cpu" in dist.get_backend_config(group):
         return torch.device("cpu")

@@ -1,14 +1,15 @@
 """The loss as a pipeline schedule calls it, and the check that the two fit together."""
 
+import warnings
 from typing import Any
 
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from vocab_parallel import schedule_check
 from vocab_parallel.arguments import LAYOUTS
 from vocab_parallel.layout import HiddenLayout
 from vocab_parallel.loss import linear_cross_entropy
-from vocab_parallel.options import VocabParallelOptions, ceiling_rows
+from vocab_parallel.output_weight import OutputWeight
 
 _NOT_OPTIONS = ("e", "c", "targets", "bias", "return_lse", "num_valid_tokens", "validate")
 
@@ -36,6 +37,12 @@ class CCEPipelineLoss:
             `linear_cross_entropy`; ``shift`` is 1 by default, since a schedule's labels are
             usually its inputs.
 
+    Attributes:
+        num_valid_tokens: divides the mean in place of each microbatch's own count, until it is set
+            to another value: the tokens of the whole step, from `count_valid_tokens`, set before
+            each step of a schedule that was built with ``scale_grads=False``. A schedule that
+            knows ``step(loss_kwargs={"num_valid_tokens": ...})`` may pass it so instead.
+
     Raises:
         ValueError: an unknown option, a reduction that gives no scalar, or an ``output_weight``
             from which no rows can be read.
@@ -55,13 +62,6 @@ class CCEPipelineLoss:
         hidden_layout: HiddenLayout = "replicated",
         **loss_options: Any,
     ) -> None:
-        if not isinstance(output_weight, Tensor) and not isinstance(
-            getattr(output_weight, "weight", None), Tensor
-        ):
-            raise ValueError(
-                f"output_weight must be a tensor or a module with a weight, got "
-                f"{type(output_weight).__name__}"
-            )
         if reduction not in ("mean", "sum"):
             raise ValueError(
                 f'a schedule needs a scalar loss: reduction must be "mean" or "sum", got '
@@ -71,9 +71,11 @@ class CCEPipelineLoss:
             raise ValueError(f"unknown hidden_layout {hidden_layout!r}: known are {list(LAYOUTS)}")
         for name in loss_options.keys() & set(_NOT_OPTIONS):
             raise ValueError(f"{name} is not an option of a pipeline loss")
-        self.output_weight = output_weight
-        self.output_bias = output_bias
-        self.vocab_parallel_options = vocab_parallel_options
+        self.output_weight = OutputWeight(output_weight, output_bias, vocab_parallel_options)
+        self.reduction = reduction
+        self.num_valid_tokens: int | Tensor | None = None
+        self._scaled_by_schedule = False
+        self._last_stage: Any = None
         self._options: dict[str, Any] = {
             "impl": impl,
             "ignore_index": ignore_index,
@@ -98,107 +100,92 @@ class CCEPipelineLoss:
         later ones as `linear_cross_entropy` does by default. A schedule may call it on
         uninitialised hidden states to infer shapes: nothing is kept of a call.
         """
-        weight, bias, options = self._read()
-        validate = None if self._validated else True
+        divisor = self.num_valid_tokens if num_valid_tokens is None else num_valid_tokens
+        if divisor is not None and self._scaled_by_schedule:
+            raise ValueError(
+                "num_valid_tokens already divides by the tokens of the whole step, but the "
+                "schedule was built with scale_grads=True and divides by the number of "
+                "microbatches again: build it with scale_grads=False"
+            )
+        self._warn_of_kept_outputs()
+        weight, bias, options = self.output_weight.read()
         loss = linear_cross_entropy(
             hidden_states,
             weight,
             labels,
             bias,
             vocab_parallel_options=options,
-            num_valid_tokens=num_valid_tokens,
-            validate=validate,
+            num_valid_tokens=divisor,
+            validate=None if self._validated else True,
             **self._options,
         )
         self._validated = True
         assert isinstance(loss, Tensor)
         return loss
 
-    @property
-    def parameters(self) -> list[Tensor]:
-        """The weight and the bias that the loss reads now."""
-        owner = self.output_weight
-        weight = owner if isinstance(owner, Tensor) else owner.weight
-        bias = self.output_bias
-        if bias is None and not isinstance(owner, Tensor):
-            bias = getattr(owner, "bias", None)
-        return [tensor for tensor in (weight, bias) if isinstance(tensor, Tensor)]
-
-    def _read(self) -> tuple[Tensor, Tensor | None, Any]:
-        weight, *rest = self.parameters
-        bias = rest[0] if rest else None
-        options = self.vocab_parallel_options
-        if options is None:
-            options = getattr(self.output_weight, "options", None)
-        if options is None and isinstance(weight, DTensor):
-            options = _options_of_dtensor(weight)
-        return _local(weight), None if bias is None else _local(bias), options
+    def _warn_of_kept_outputs(self) -> None:
+        stage, self._last_stage = self._last_stage, None
+        if stage is None:
+            return
+        if not stage.fwd_cache:  # shapes are being inferred; the first microbatch is to come
+            self._last_stage = stage
+        elif stage.output_chunks:
+            warnings.warn(
+                "the schedule keeps the last stage's hidden states of every microbatch alive: "
+                "call its step with return_outputs=False",
+                stacklevel=3,
+            )
 
 
-def validate_pipeline_loss(schedule: Any, loss: CCEPipelineLoss) -> None:
-    """Refuse a schedule and a loss that would train wrongly together.
+def validate_pipeline_loss(schedule: Any, loss: Any) -> None:
+    """Refuse a schedule and a loss that would train wrongly together, or hang.
 
-    Call it on every rank after building the schedule; ranks without the last stage have nothing
-    to check. Communicates nothing.
+    Call it on every rank of the world after building the schedule, with whatever was given to the
+    schedule as ``loss_fn``: each rank tells the others what is wrong, so that all of them raise.
+    Communicates one small object a rank.
 
     Raises:
-        ValueError: on the ranks of the last stage, where the classifier's weight is not a
-            parameter of the last stage's module. A weight that only the loss owns is trained
-            wrongly and silently: its gradient is M times too large with ``scale_grads=True`` (M
-            microbatches; the schedule divides only its modules' gradients), missing under
-            InterleavedZeroBubble and ZBVZeroBubble, and partial under DualPipeV.
+        ValueError: on every rank, where on some rank
+            the classifier's weight is not a parameter of the last stage's module. A weight that
+                only the loss owns is trained wrongly and silently: its gradient is M times too
+                large with ``scale_grads=True`` (M microbatches; the schedule divides only its
+                modules' gradients), missing under InterleavedZeroBubble and ZBVZeroBubble, and
+                partial under DualPipeV;
+            a parameter is shared by two stages of one rank and ``scale_grads=True`` divides it
+                twice;
+            the loss is a sum, or was given a divisor, and ``scale_grads=True`` divides it again;
+            the loss is compiled, or a stage is wrapped by DDP or FSDP, under a schedule that
+                splits the backward;
+            the vocab group has a rank that does not run the last stage, and would never come.
     """
     # Imported here, since it takes a second that the loss alone should not cost.
-    from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle
+    from torch.distributed.pipelining import schedules
 
-    if isinstance(schedule, PipelineScheduleSingle):
+    if isinstance(schedule, schedules.PipelineScheduleSingle):
         stages = [schedule._stage]
-    elif isinstance(schedule, PipelineScheduleMulti):
+    elif isinstance(schedule, schedules.PipelineScheduleMulti):
         stages = list(schedule._stages)
     else:
         raise ValueError(
             f"schedule must be a schedule of torch.distributed.pipelining, got "
             f"{type(schedule).__name__}"
         )
-    if not any(stage.is_last for stage in stages):
-        return
-    if not isinstance(loss, CCEPipelineLoss):
-        raise ValueError(f"loss must be a CCEPipelineLoss, got {type(loss).__name__}")
-    last = next(stage for stage in stages if stage.is_last)
-    owned = {id(parameter) for parameter in last.submod.parameters()}
-    for tensor in loss.parameters:
-        if id(tensor) not in owned:
-            raise ValueError(
-                f"the classifier's tensor {list(tensor.shape)} that the loss reads is not a "
-                f"parameter of the last stage's module: the schedule would not scale its "
-                f"gradient (M times too large with scale_grads=True) and zero-bubble schedules "
-                f"would not compute it; register the classifier in the last stage's module, e.g. "
-                f"as a VocabParallelClassifier, and give the loss that module"
-            )
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _options_of_dtensor(weight: DTensor) -> VocabParallelOptions:
-    """Read the rows of a DTensor [vocab, D] off its placement."""
-    axes = [
-        axis
-        for axis, placement in enumerate(weight.placements)
-        if not isinstance(placement, Replicate)
-    ]
-    rest = [weight.placements[axis] for axis in axes]
-    if len(axes) > 1 or (rest and rest[0] != Shard(0)):
-        raise ValueError(
-            f"a DTensor classifier must be sharded by Shard(0) over one mesh axis, got "
-            f"{weight.placements}: redistribute it, or pass vocab_parallel_options"
-        )
-    if not axes:
-        raise ValueError(
-            "a DTensor classifier that is replicated has no shard of rows: pass "
-            "weight.to_local() of a plain module, or shard it by Shard(0)"
-        )
-    mesh = weight.device_mesh
-    start, stop = ceiling_rows(weight.shape[0], mesh.get_local_rank(axes[0]), mesh.size(axes[0]))
-    return VocabParallelOptions(start, stop, mesh.get_group(axes[0]), vocab_size=weight.shape[0])
+    splits = isinstance(
+        schedule,
+        schedules.ScheduleInterleavedZeroBubble
+        | schedules.ScheduleZBVZeroBubble
+        | schedules.ScheduleDualPipeV,
+    )
+    last = next((stage for stage in stages if stage.is_last), None)
+    problem = schedule_check.problem_of_stages(stages, schedule.scale_grads, splits)
+    if problem is None and last is not None:
+        problem = schedule_check.problem_of_loss(loss, schedule.scale_grads, splits)
+        if problem is None and not isinstance(loss, CCEPipelineLoss):
+            problem = f"loss must be a CCEPipelineLoss, got {type(loss).__name__}"
+        if problem is None:
+            problem = schedule_check.problem_of_weight(loss.output_weight.tensors, last.submod)
+    group = loss.output_weight.read()[2] if last is not None and problem is None else None
+    schedule_check.agree_over_world(problem, last is not None, getattr(group, "group", None))
+    if last is not None:
+        loss._scaled_by_schedule = schedule.scale_grads
+        loss._last_stage = last

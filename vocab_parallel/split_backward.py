@@ -6,6 +6,7 @@ Function that trusts it does all of its work, and its collective, twice. Autogra
 better.
 """
 
+import warnings
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ def wanted_inputs(ctx: Any, tensor_inputs: tuple[bool, ...]) -> tuple[bool, ...]
 
     Call it inside ``backward``. The engine is asked by a private function of torch; where that
     is missing, ``needs_input_grad`` is the answer: right, but twice the work under a split
-    backward.
+    backward, which a warning says once.
 
     Args:
         ctx: the context of the Function.
@@ -24,6 +25,12 @@ def wanted_inputs(ctx: Any, tensor_inputs: tuple[bool, ...]) -> tuple[bool, ...]
     """
     ask = getattr(torch._C, "_will_engine_execute_node", None)
     edges = iter(ctx.next_functions)  # one for each tensor input, in order
+    if ask is None:
+        warnings.warn(
+            "this torch does not tell which half of a split backward is running: zero-bubble "
+            "schedules will do the loss's backward twice, with the right result",
+            stacklevel=2,
+        )
     wanted = []
     for is_tensor, needed in zip(tensor_inputs, ctx.needs_input_grad, strict=False):
         node = next(edges)[0] if is_tensor else None

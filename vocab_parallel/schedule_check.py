@@ -1,0 +1,117 @@
+"""What cannot be right between a schedule, its stages and the loss; each problem in words."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from vocab_parallel import collectives
+
+
+def problem_of_stages(stages: Sequence[Any], scale_grads: bool, splits: bool) -> str | None:
+    """Say what is wrong with the stages of this rank, or None.
+
+    Args:
+        stages: this rank's pipeline stages.
+        scale_grads: of the schedule.
+        splits: whether the schedule runs a backward in two halves.
+    """
+    owners = Counter(
+        id(parameter) for stage in stages for parameter in set(stage.submod.parameters())
+    )
+    if scale_grads and any(count > 1 for count in owners.values()):
+        return (
+            "a parameter is shared by two stages of one rank, and scale_grads=True divides its "
+            "gradient once for each: build the schedule with scale_grads=False"
+        )
+    if splits:
+        for stage in stages:
+            wrapper = _data_parallel_wrapper(stage.submod)
+            if wrapper is not None:
+                return (
+                    f"{wrapper} does not work under a schedule that splits the backward: use "
+                    f"1F1B, Interleaved1F1B, GPipe or LoopedBFS, or reduce the gradients over the "
+                    f"data group after the step"
+                )
+    return None
+
+
+def problem_of_loss(loss: Any, scale_grads: bool, splits: bool) -> str | None:
+    """Say what is wrong with the loss of the last stage, or None."""
+    if hasattr(loss, "_torchdynamo_orig_callable") or hasattr(loss, "_orig_mod"):
+        if splits:
+            return (
+                "a compiled loss fails under a schedule that splits the backward, which runs it "
+                "twice: pass the CCEPipelineLoss itself"
+            )
+        return "pass the CCEPipelineLoss itself, not what torch.compile made of it"
+    if getattr(loss, "reduction", None) == "sum" and scale_grads:
+        return (
+            'reduction="sum" is not a mean over microbatches, but scale_grads=True divides by '
+            "their number: build the schedule with scale_grads=False"
+        )
+    if getattr(loss, "num_valid_tokens", None) is not None and scale_grads:
+        return (
+            "num_valid_tokens divides by the tokens of the whole step, but scale_grads=True "
+            "divides by the number of microbatches again: build the schedule with "
+            "scale_grads=False"
+        )
+    return None
+
+
+def problem_of_weight(tensors: Sequence[Tensor], module: nn.Module) -> str | None:
+    """Say which of the classifier's tensors the last stage's module does not own, or None."""
+    owned = {id(parameter) for parameter in module.parameters()}
+    for tensor in tensors:
+        if id(tensor) not in owned:
+            return (
+                f"the classifier's tensor {list(tensor.shape)} that the loss reads is not a "
+                f"parameter of the last stage's module: the schedule would not scale its "
+                f"gradient (M times too large with scale_grads=True) and zero-bubble schedules "
+                f"would not compute it; register the classifier in the last stage's module, e.g. "
+                f"as a VocabParallelClassifier, and give the loss that module"
+            )
+    return None
+
+
+def agree_over_world(
+    problem: str | None, has_last_stage: bool, vocab_group: ProcessGroup | None
+) -> None:
+    """Raise on every rank of the world where one has a problem; all ranks must call.
+
+    Args:
+        problem: of this rank, or None.
+        has_last_stage: whether this rank runs the last stage.
+        vocab_group: of this rank's loss, where it has one.
+
+    Raises:
+        ValueError: some rank has a problem, or a vocab group has a rank without the last stage.
+    """
+    members = [] if vocab_group is None else dist.get_process_group_ranks(vocab_group)
+    told = collectives.exchange_objects(
+        (problem, has_last_stage, members), None, dist.get_world_size()
+    )
+    found = {text: rank for rank, (text, _, _) in reversed(list(enumerate(told))) if text}
+    for rank, (_, _, group) in enumerate(told):
+        strangers = [member for member in group if not told[member][1]]
+        if strangers:
+            text = (
+                f"the vocab group {group} has ranks {strangers}, which do not run the last stage "
+                f"and would never join its loss: pass StageGroups.vocab_group"
+            )
+            found.setdefault(text, rank)
+    if found:
+        raise ValueError("; ".join(f"on rank {rank}: {text}" for text, rank in found.items()))
+
+
+def _data_parallel_wrapper(module: nn.Module) -> str | None:
+    for inner in module.modules():
+        for cls in type(inner).__mro__:
+            if cls.__name__ == "DistributedDataParallel":
+                return "DistributedDataParallel"
+            if cls.__name__ in ("FSDPModule", "FullyShardedDataParallel"):
+                return "FSDP"
+    return None
