@@ -6,7 +6,15 @@ from typing import Annotated, Literal
 
 import tyro
 
-ScheduleName = Literal["1F1B", "GPipe"]
+ScheduleName = Literal[
+    "1F1B",
+    "GPipe",
+    "Interleaved1F1B",
+    "LoopedBFS",
+    "InterleavedZeroBubble",
+    "ZBVZeroBubble",
+    "DualPipeV",
+]
 
 
 @dataclass(frozen=True)
@@ -27,25 +35,31 @@ class TrainArguments:
     vocab: int = 2
     """Vocab degree: over how many ranks of the last stage the classifier's rows are spread."""
     schedule: ScheduleName = "1F1B"
-    """Pipeline schedule of torch.distributed.pipelining."""
+    """Pipeline schedule of torch.distributed.pipelining; all but the first two run two stages on
+    each rank."""
     impl: str = "auto"
     """How a rank computes the loss over its rows: auto, chunked or reference."""
 
     steps: int = 30
     """Optimizer steps."""
     batch: int = 8
-    """Sequences of one step over all columns; a multiple of vocab x microbatches."""
+    """Sequences of one optimizer step over all columns; a multiple of vocab x microbatches x
+    accumulate."""
     sequence: int = 128
     """Tokens of one sequence."""
     microbatches: int = 4
-    """Into how many microbatches a column cuts its sequences of a step."""
+    """Into how many microbatches a column cuts its sequences of a schedule's step."""
+    accumulate: int = 1
+    """Schedule steps whose gradients add up to one optimizer step."""
     learning_rate: float = 3e-3
     """Learning rate of AdamW, constant."""
+    clip_norm: float | None = None
+    """Clip the norm of the whole model's gradient to this; by default it is left alone."""
     seed: int = 0
     """Seed of the model's initial weights."""
 
     layers: int = 4
-    """Decoder layers, a multiple of the number of stages not required."""
+    """Decoder layers, at least as many as stages."""
     hidden: int = 128
     """Hidden size, a multiple of 32 (the size of an attention head)."""
     vocabulary: int = 151_936
@@ -75,6 +89,7 @@ class TrainArguments:
             "batch",
             "sequence",
             "microbatches",
+            "accumulate",
             "layers",
             "hidden",
             "vocabulary",
@@ -92,8 +107,11 @@ class TrainArguments:
             raise ValueError(f"--timeout must be positive seconds, got {self.timeout}")
         if self.hidden % 32:
             raise ValueError(f"--hidden must be a multiple of 32, got {self.hidden}")
-        if self.batch % (self.vocab * self.microbatches):
+        if self.clip_norm is not None and self.clip_norm <= 0:
+            raise ValueError(f"--clip-norm must be positive, got {self.clip_norm}")
+        pieces = self.vocab * self.microbatches * self.accumulate
+        if self.batch % pieces:
             raise ValueError(
-                f"--batch must be a multiple of vocab x microbatches = {self.vocab} x "
-                f"{self.microbatches} = {self.vocab * self.microbatches}, got {self.batch}"
+                f"--batch must be a multiple of vocab x microbatches x accumulate = {self.vocab} "
+                f"x {self.microbatches} x {self.accumulate} = {pieces}, got {self.batch}"
             )

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import trange
 from transformers import Qwen3ForCausalLM
 
@@ -71,6 +71,8 @@ def compare_with_one_process(
             gradient_differences = {
                 name: _relative(gradients[name], gradient) for name, gradient in expected.items()
             }
+        if arguments.clip_norm is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), arguments.clip_norm)
         optimizer.step()
         optimizer.zero_grad()
     comparison = Comparison(

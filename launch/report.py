@@ -18,7 +18,7 @@ class RankReport:
 
     Attributes:
         rank: in the world.
-        stage, vocab_rank: where it stands in the mesh.
+        stages, vocab_rank: where it stands in the mesh.
         rows: the classifier rows [start, stop) that it holds.
         parameters: how many it trains.
         peak_memory: bytes.
@@ -27,7 +27,7 @@ class RankReport:
     """
 
     rank: int
-    stage: int
+    stages: list[int]
     vocab_rank: int
     rows: tuple[int, int]
     parameters: int
@@ -41,7 +41,7 @@ def print_ranks(reports: list[RankReport]) -> None:
     table = Table(title="ranks")
     for column in (
         "rank",
-        "stage",
+        "stages",
         "vocab rank",
         "rows held",
         "of the classifier",
@@ -53,7 +53,7 @@ def print_ranks(reports: list[RankReport]) -> None:
         start, stop = report.rows
         table.add_row(
             str(report.rank),
-            str(report.stage),
+            ", ".join(map(str, report.stages)),
             str(report.vocab_rank),
             f"{stop - start:,}",
             f"[{start:,}, {stop:,})" if stop > start else "none",

@@ -3,33 +3,30 @@
 import sys
 import time
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.distributed as dist
 import tyro
 from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
-from torch.distributed.pipelining import PipelineStage
-from torch.distributed.pipelining.schedules import get_schedule_class
 from tqdm import tqdm
 
 from launch.arguments import TrainArguments
 from launch.check import compare_with_one_process
 from launch.gradients import named_gradients, sum_gradients
-from launch.model import Stage, build_model, cut_stage
+from launch.pipeline import Pipeline, build_pipeline
 from launch.report import RankReport, print_ranks, write_run
 from launch.runtime import peak_memory, process_group
 from launch.text import load_batches
 from stage_groups import StageGroups, build_stage_groups
-from vocab_parallel import CCEPipelineLoss, validate_pipeline_loss
+from vocab_parallel import clip_grad_norm_
 
 
 @dataclass
 class Trained:
     """What one rank knows after training."""
 
-    stage: Stage
+    pipeline: Pipeline
     losses: list[float] = field(default_factory=list)  # a step each; empty off the last stage
     seconds: list[float] = field(default_factory=list)  # a step each
     first_gradients: dict[str, Tensor] = field(default_factory=dict)  # of step 1, for --check
@@ -76,71 +73,41 @@ def train(
     arguments: TrainArguments, groups: StageGroups, batches: Tensor, device: torch.device
 ) -> Trained:
     """Run the training loop of one rank."""
-    num_stages = arguments.pipeline
-    (index,) = groups.stages(num_stages)
-    is_last = groups.has_last_stage(num_stages)
-    stage = cut_stage(build_model(arguments), index, num_stages, groups.vocab_group).to(device)
-    loss: Any = (
-        CCEPipelineLoss(stage.lm_head, impl=arguments.impl, hidden_layout="sharded")
-        if stage.lm_head is not None
-        else _loss_of_another_stage
-    )
-    schedule = get_schedule_class(arguments.schedule)(
-        PipelineStage(stage, index, num_stages, device, group=groups.pipeline_group),
-        n_microbatches=arguments.microbatches,
-        loss_fn=loss,
-    )
-    validate_pipeline_loss(schedule, loss)
-    optimizer = torch.optim.AdamW(stage.parameters(), lr=arguments.learning_rate, fused=True)
-    body = [
-        parameter for name, parameter in stage.named_parameters() if not name.startswith("lm_head.")
-    ]
-    trained = Trained(stage)
-    with _progress(arguments, shown=is_last and groups.vocab_rank == 0) as progress:
+    pipeline = build_pipeline(arguments, groups, device)
+    optimizer = torch.optim.AdamW(pipeline.parameters(), lr=arguments.learning_rate, fused=True)
+    trained = Trained(pipeline)
+    shown = pipeline.has_last and groups.vocab_rank == 0
+    with tqdm(total=arguments.steps, desc="training", unit="step", disable=not shown) as progress:
         for step, batch in enumerate(batches):
             began = time.perf_counter()
             own = batch.chunk(groups.vocab_degree)[groups.vocab_rank].to(device)
-            losses: list[Tensor] = []
-            schedule.step(
-                *([own] if index == 0 else []),
-                target=own if is_last else None,
-                losses=losses if is_last else None,
-                return_outputs=False,
-            )
-            sum_gradients(body, groups.vocab_group)
+            loss = pipeline.accumulate(own, arguments.accumulate)
+            sum_gradients(pipeline.body(), groups.vocab_group)
             if step == 0 and arguments.check:
-                trained.first_gradients = named_gradients(stage)
+                trained.first_gradients = named_gradients(pipeline.stages)
+            if arguments.clip_norm is not None:
+                clip_grad_norm_(pipeline.stages, arguments.clip_norm, groups)
             optimizer.step()
             optimizer.zero_grad()
-            if is_last:
-                trained.losses.append(float(torch.stack(losses).mean()))
             trained.seconds.append(time.perf_counter() - began)
-            if is_last:
+            if loss is not None:
+                trained.losses.append(loss)
                 speed = batch.numel() / trained.seconds[-1]
-                progress.set_postfix(loss=f"{trained.losses[-1]:.3f}", tokens_s=f"{speed:.0f}")
+                progress.set_postfix(loss=f"{loss:.3f}", tokens_s=f"{speed:.0f}")
             progress.update()
     return trained
-
-
-def _loss_of_another_stage(*_: Tensor) -> Tensor:
-    """Stand for the loss on ranks without the last stage: a schedule without one would hang."""
-    raise AssertionError("only the last stage computes the loss")
-
-
-def _progress(arguments: TrainArguments, shown: bool) -> tqdm:
-    return tqdm(total=arguments.steps, desc="training", unit="step", disable=not shown)
 
 
 def _gather_reports(
     groups: StageGroups, trained: Trained, device: torch.device
 ) -> list[RankReport]:
-    head = trained.stage.lm_head
+    head = trained.pipeline.head
     own = RankReport(
         rank=dist.get_rank(),
-        stage=groups.pipeline_rank,
+        stages=trained.pipeline.indices,
         vocab_rank=groups.vocab_rank,
         rows=(head.start, head.stop) if head is not None else (0, 0),
-        parameters=sum(parameter.numel() for parameter in trained.stage.parameters()),
+        parameters=sum(parameter.numel() for parameter in trained.pipeline.parameters()),
         peak_memory=peak_memory(device),
         losses=trained.losses,
         seconds=trained.seconds,
