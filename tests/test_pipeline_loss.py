@@ -1,5 +1,8 @@
 """The loss inside a schedule, against the same model in one process."""
 
+import warnings
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -7,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import get_schedule_class
+from torch.nn.parallel import DistributedDataParallel
 
 from stage_groups import build_stage_groups
 from tests.oracle import relative_error
@@ -112,27 +116,104 @@ def test_schedules(vocab: int, layout: str) -> None:
     run_ranks(check_schedule, 2 * vocab, vocab=vocab, layout=layout)
 
 
+def schedule_of(name: str, modules: list[nn.Module], loss: Any, scale_grads: bool = True) -> Any:
+    stages = [
+        PipelineStage(module, index, len(modules), torch.device("cpu"))
+        for index, module in enumerate(modules)
+    ]
+    cls = get_schedule_class(name)
+    single = len(modules) == 1
+    return cls(
+        stages[0] if single else stages, n_microbatches=2, loss_fn=loss, scale_grads=scale_grads
+    )
+
+
 def check_refusals() -> None:
+    """One rank, which runs every stage."""
     whole = toy_model()
     head = VocabParallelClassifier.from_linear(whole["head"], None)
-    for owned, loss, message in (
-        (None, CCEPipelineLoss(head), "is not a parameter of the last stage's module"),
-        (head, CCEPipelineLoss(whole["head"]), "is not a parameter of the last stage's module"),
-        (head, CCEPipelineLoss(head.weight, torch.zeros(VOCABULARY)), "not a parameter"),
-        (head, F.cross_entropy, "must be a CCEPipelineLoss"),
-        (head, CCEPipelineLoss(head), None),
-        (head, CCEPipelineLoss(head.weight, head.bias), None),
-    ):
-        stage = PipelineStage(ToyStage(whole, True, owned), 0, 1, torch.device("cpu"))
-        schedule = get_schedule_class("GPipe")(stage, n_microbatches=2, loss_fn=loss)
+    first, last = ToyStage(whole, True, None), ToyStage(whole, False, head)
+    shared = ToyStage(whole, False, head)
+    shared.layer = first.layer
+    good = CCEPipelineLoss(head)
+    divided = CCEPipelineLoss(head)
+    divided.num_valid_tokens = 7
+    ddp = DistributedDataParallel(last)
+    zero_bubble = "InterleavedZeroBubble"
+    alone: list[nn.Module] = [ToyStage(whole, True, head)]
+    summed = CCEPipelineLoss(head, reduction="sum")
+    unowned_bias = CCEPipelineLoss(head.weight, torch.zeros(VOCABULARY))
+    cases: list[tuple[str, list[nn.Module], Any, bool, str | None]] = [
+        ("GPipe", [ToyStage(whole, True, None)], good, True, "is not a parameter of the last"),
+        ("GPipe", alone, CCEPipelineLoss(whole["head"]), True, "is not a parameter of the last"),
+        ("GPipe", alone, unowned_bias, True, "is not a parameter of the last"),
+        ("GPipe", alone, F.cross_entropy, True, "must be a CCEPipelineLoss"),
+        ("GPipe", alone, good, True, None),
+        ("GPipe", alone, CCEPipelineLoss(head.weight, head.bias), True, None),
+        ("GPipe", alone, summed, True, 'reduction="sum" is not a mean'),
+        ("GPipe", alone, summed, False, None),
+        ("GPipe", alone, divided, True, "num_valid_tokens divides"),
+        ("Interleaved1F1B", [first, shared], good, True, "shared by two stages of one rank"),
+        ("Interleaved1F1B", [first, shared], good, False, None),
+        ("Interleaved1F1B", [first, ddp], good, True, None),
+        (zero_bubble, [first, last], good, True, None),
+        (zero_bubble, [first, ddp], good, True, "DistributedDataParallel does not work under"),
+        (zero_bubble, [first, last], torch.compile(good), True, "a compiled loss fails under"),
+    ]
+    for name, modules, loss, scale_grads, message in cases:
+        schedule = schedule_of(name, modules, loss, scale_grads)
         if message is None:
             validate_pipeline_loss(schedule, loss)
         else:
             with pytest.raises(ValueError, match=message):
                 validate_pipeline_loss(schedule, loss)
     with pytest.raises(ValueError, match="must be a schedule of torch"):
-        validate_pipeline_loss(None, CCEPipelineLoss(head))
+        validate_pipeline_loss(None, good)
+
+    # A divisor that comes after the check is refused at the call.
+    late = CCEPipelineLoss(head)
+    validate_pipeline_loss(schedule_of("GPipe", [ToyStage(whole, True, head)], late), late)
+    with pytest.raises(ValueError, match="build it with scale_grads=False"):
+        late(torch.zeros(1, 4, HIDDEN).double(), torch.zeros(1, 4).long(), num_valid_tokens=3)
+
+    # Outputs that are kept alive are warned of, once.
+    tokens = torch.randint(VOCABULARY, (4, LENGTH))
+    for kept in (True, False):
+        loss = CCEPipelineLoss(head)
+        schedule = schedule_of("GPipe", [ToyStage(whole, True, head)], loss)
+        validate_pipeline_loss(schedule, loss)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                schedule.step(tokens, target=tokens, losses=[], return_outputs=kept)
+        texts = [str(one.message) for one in said if "return_outputs" in str(one.message)]
+        assert len(texts) == kept, texts
 
 
 def test_refusals() -> None:
     run_ranks(check_refusals, 1)
+
+
+def check_refused_everywhere() -> None:
+    """A mistake on the last stage is told to every rank; a vocab group of other stages, too."""
+    groups = build_stage_groups(2, 1, device_type="cpu")
+    whole = toy_model()
+    is_last = groups.has_last_stage(2)
+    for group, message in (
+        (groups.vocab_group, "on rank 1: the classifier's tensor"),
+        (groups.pipeline_group, r"vocab group \[0, 1\] has ranks \[0\], which do not run the last"),
+    ):
+        head = VocabParallelClassifier.from_linear(whole["head"], group) if is_last else None
+        owned = head if group is groups.pipeline_group else None
+        stage = PipelineStage(
+            ToyStage(whole, not is_last, owned), groups.pipeline_rank, 2, torch.device("cpu"),
+            group=groups.pipeline_group,
+        )  # fmt: skip
+        loss = print if head is None else CCEPipelineLoss(head)
+        schedule = get_schedule_class("GPipe")(stage, n_microbatches=2, loss_fn=loss)
+        with pytest.raises(ValueError, match=message):
+            validate_pipeline_loss(schedule, loss)
+
+
+def test_refused_everywhere() -> None:
+    run_ranks(check_refused_everywhere, 2)

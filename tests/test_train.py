@@ -10,30 +10,24 @@ from launch.model import layers_of_stage
 from launch.text import load_batches
 from tests.ranks import torchrun
 
-SMALL = [
-    "--hidden",
-    "32",
-    "--layers",
-    "3",
-    "--batch",
-    "6",
-    "--sequence",
-    "16",
-    "--microbatches",
-    "1",
-    "--steps",
-    "6",
-    "--timeout",
-    "30",
-    "--vocabulary",
-    "151936",
+SMALL = ["--hidden", "32", "--layers", "4", "--batch", "24", "--sequence", "16", "--steps", "6", "--timeout", "30", "--vocabulary", "151936"]
+
+
+RUNS = [
+    (2, 1, "GPipe --microbatches 1"),
+    (1, 3, "1F1B --microbatches 1"),
+    (2, 2, "InterleavedZeroBubble --microbatches 2 --accumulate 2 --clip-norm 0.5"),
+    *(
+        pytest.param(2, 1, f"{name} --microbatches 4 --accumulate 2", marks=pytest.mark.slow)
+        for name in ("Interleaved1F1B", "LoopedBFS", "ZBVZeroBubble", "DualPipeV")
+    ),
 ]
 
 
-@pytest.mark.parametrize(("pipeline", "vocab", "schedule"), [(2, 1, "GPipe"), (1, 3, "1F1B")])
+@pytest.mark.parametrize(("pipeline", "vocab", "schedule"), RUNS)
 def test_equals_one_process(pipeline: int, vocab: int, schedule: str, tmp_path: Path) -> None:
-    """151,936 rows over 3 ranks do not divide."""
-    mesh = ["--pipeline", str(pipeline), "--vocab", str(vocab), "--schedule", schedule]
+    """Also where 151,936 rows over 3 ranks do not divide, and however the batch is cut."""
+    mesh = f"--pipeline {pipeline} --vocab {vocab} --schedule {schedule}".split()
     code, output = torchrun(
         pipeline * vocab,
         ["-m", "launch.train", *SMALL, *mesh, "--check", "--out", str(tmp_path)],

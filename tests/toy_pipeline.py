@@ -1,5 +1,6 @@
 """A small model cut into stages, and the same model in one process, for every schedule."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -126,7 +127,13 @@ def one_process(
 class Pipeline:
     """A rank's stages, its schedule and its loss."""
 
-    def __init__(self, setting: Setting, groups: StageGroups, device: torch.device) -> None:
+    def __init__(
+        self,
+        setting: Setting,
+        groups: StageGroups,
+        device: torch.device,
+        wrap: Callable[[nn.Module], nn.Module] = lambda module: module,
+    ) -> None:
         self.setting, self.groups, self.device = setting, groups, device
         whole = toy_model(setting).to(device)
         last = setting.num_stages - 1
@@ -146,6 +153,7 @@ class Pipeline:
             if self.head is not None
             else _loss_of_another_stage
         )
+        self.wrapped = {index: wrap(module) for index, module in self.modules.items()}
         stages = [self._stage(index) for index in self.indices]
         cls = torch_schedules.get_schedule_class(setting.schedule)
         self.schedule = cls(
@@ -166,7 +174,7 @@ class Pipeline:
         tokens = torch.zeros(size, length, dtype=torch.int64, device=self.device)
         shapes = {"input_args": hidden if index else tokens, "output_args": hidden}
         return PipelineStage(
-            self.modules[index],
+            self.wrapped[index],
             index,
             setting.num_stages,
             self.device,
@@ -208,12 +216,11 @@ class Pipeline:
             for name, parameter in module.named_parameters():
                 gradient = parameter.grad
                 assert gradient is not None, (self.setting, index, name)
+                is_dtensor = isinstance(gradient, DTensor)
+                gradient = gradient.full_tensor() if is_dtensor else gradient
                 if name == "head.weight":
                     want = expected["head"].weight.grad
-                    if isinstance(gradient, DTensor):
-                        gradient = gradient.full_tensor()
-                    else:
-                        want = want[self.head.start : self.head.stop]
+                    want = want if is_dtensor else want[self.head.start : self.head.stop]
                 else:
                     if self.setting.layout != "replicated":
                         gradient = gradient.clone()

@@ -17,6 +17,8 @@ degree. A call moves nothing when the degree is 1. Bytes are those that one rank
 (float64 inputs keep float64 throughout; ``e_grad_reduce_dtype`` sets the dtype of the two sums.)
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -34,7 +36,8 @@ def gather_tokens(
     if degree == 1:
         return tokens
     gathered = tokens.new_empty((degree * tokens.shape[0], *tokens.shape[1:]))
-    _all_gather(gathered, tokens.contiguous(), group=group)
+    with _named("the all-gather of tokens", group):
+        _all_gather(gathered, tokens.contiguous(), group=group)
     return gathered
 
 
@@ -50,7 +53,8 @@ def gather_shards(
     if degree == 1:
         return local.unsqueeze(0)
     gathered = local.new_empty((degree * local.shape[0], *local.shape[1:]))
-    _all_gather(gathered, local.contiguous(), group=group)
+    with _named("the all-gather of the shards' statistics", group):
+        _all_gather(gathered, local.contiguous(), group=group)
     return gathered.view(degree, *local.shape)
 
 
@@ -62,7 +66,8 @@ def sum_over_group(partial: Tensor, group: ProcessGroup | None, degree: int) -> 
     """
     if degree > 1:
         partial = partial.contiguous()
-        dist.all_reduce(partial, group=group)
+        with _named("the all-reduce of a gradient", group):
+            dist.all_reduce(partial, group=group)
     return partial
 
 
@@ -75,7 +80,8 @@ def scatter_sum(
     if degree == 1:
         return partial
     own = partial.new_empty((partial.shape[0] // degree, *partial.shape[1:]))
-    _reduce_scatter(own, partial.contiguous(), group=group)
+    with _named("the reduce-scatter of a gradient", group):
+        _reduce_scatter(own, partial.contiguous(), group=group)
     return own
 
 
@@ -91,7 +97,8 @@ def exchange_integers(values: list[int], group: ProcessGroup | None, degree: int
 def exchange_objects(value: Any, group: ProcessGroup | None, degree: int) -> list[Any]:
     """Gather a small picklable object of every rank, to word an error; all must call."""
     gathered: list[Any] = [None] * degree
-    dist.all_gather_object(gathered, value, group=group)
+    with _named("an exchange of messages", group):
+        dist.all_gather_object(gathered, value, group=group)
     return gathered
 
 
@@ -105,3 +112,18 @@ def group_device(group: ProcessGroup | None) -> torch.device:
     if "cpu" in dist.get_backend_config(group):
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
+
+
+@contextmanager
+def _named(what: str, group: ProcessGroup | None) -> Iterator[None]:
+    """Say of a collective that failed which ranks it was among, and what is likely wrong."""
+    try:
+        yield
+    except RuntimeError as error:
+        members = dist.get_process_group_ranks(group)
+        raise RuntimeError(
+            f"{what} over the group of ranks {members} failed on rank {dist.get_rank()}: most "
+            f"likely one of them died or raised, and its own traceback says why; or it did not "
+            f"come to this call, because the ranks were given unlike arguments or unlike numbers "
+            f"of microbatches"
+        ) from error
