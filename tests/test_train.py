@@ -10,7 +10,10 @@ from launch.model import layers_of_stage
 from launch.text import load_batches
 from tests.ranks import torchrun
 
-SMALL = ["--hidden", "32", "--layers", "4", "--batch", "24", "--sequence", "16", "--steps", "6", "--timeout", "30", "--vocabulary", "151936"]
+SMALL = [
+    *("--hidden", "32", "--layers", "4", "--batch", "24", "--sequence", "16"),
+    *("--steps", "6", "--timeout", "30", "--vocabulary", "151936"),
+]
 
 
 RUNS = [
