@@ -127,9 +127,9 @@ class CCEPipelineLoss:
         stage, self._last_stage = self._last_stage, None
         if stage is None:
             return
-        if not stage.fwd_cache:  # shapes are being inferred; the first microbatch is to come
+        if not getattr(stage, "fwd_cache", True):  # shapes are being inferred: ask again
             self._last_stage = stage
-        elif stage.output_chunks:
+        elif getattr(stage, "output_chunks", None):
             warnings.warn(
                 "the schedule keeps the last stage's hidden states of every microbatch alive: "
                 "call its step with return_outputs=False",
@@ -166,10 +166,10 @@ def validate_pipeline_loss(schedule: Any, loss: Any) -> None:
     elif isinstance(schedule, schedules.PipelineScheduleMulti):
         stages = list(schedule._stages)
     else:
-        raise ValueError(
-            f"schedule must be a schedule of torch.distributed.pipelining, got "
-            f"{type(schedule).__name__}"
-        )
+        kind = type(schedule).__name__
+        text = f"schedule must be a schedule of torch.distributed.pipelining, got {kind}"
+        schedule_check.agree_over_world(text, False, [])
+        return
     splits = isinstance(
         schedule,
         schedules.ScheduleInterleavedZeroBubble
@@ -178,14 +178,15 @@ def validate_pipeline_loss(schedule: Any, loss: Any) -> None:
     )
     last = next((stage for stage in stages if stage.is_last), None)
     problem = schedule_check.problem_of_stages(stages, schedule.scale_grads, splits)
+    members: list[int] = []
     if problem is None and last is not None:
         problem = schedule_check.problem_of_loss(loss, schedule.scale_grads, splits)
         if problem is None and not isinstance(loss, CCEPipelineLoss):
             problem = f"loss must be a CCEPipelineLoss, got {type(loss).__name__}"
         if problem is None:
             problem = schedule_check.problem_of_weight(loss.output_weight.tensors, last.submod)
-    group = loss.output_weight.read()[2] if last is not None and problem is None else None
-    schedule_check.agree_over_world(problem, last is not None, getattr(group, "group", None))
+            members = schedule_check.vocab_group_ranks(loss.output_weight.read()[2])
+    schedule_check.agree_over_world(problem, last is not None, members)
     if last is not None:
         loss._scaled_by_schedule = schedule.scale_grads
         loss._last_stage = last

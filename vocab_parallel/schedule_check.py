@@ -6,7 +6,6 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 
 from vocab_parallel import collectives
 
@@ -77,20 +76,24 @@ def problem_of_weight(tensors: Sequence[Tensor], module: nn.Module) -> str | Non
     return None
 
 
-def agree_over_world(
-    problem: str | None, has_last_stage: bool, vocab_group: ProcessGroup | None
-) -> None:
+def vocab_group_ranks(options: Any) -> list[int]:
+    """Return the ranks that the loss's options make it communicate with; [] for one rank alone."""
+    if options is None:
+        return []
+    return dist.get_process_group_ranks(options.group or dist.group.WORLD)
+
+
+def agree_over_world(problem: str | None, has_last_stage: bool, members: list[int]) -> None:
     """Raise on every rank of the world where one has a problem; all ranks must call.
 
     Args:
         problem: of this rank, or None.
         has_last_stage: whether this rank runs the last stage.
-        vocab_group: of this rank's loss, where it has one.
+        members: the ranks of its loss's vocab group, where it has one.
 
     Raises:
         ValueError: some rank has a problem, or a vocab group has a rank without the last stage.
     """
-    members = [] if vocab_group is None else dist.get_process_group_ranks(vocab_group)
     told = collectives.exchange_objects(
         (problem, has_last_stage, members), None, dist.get_world_size()
     )

@@ -132,9 +132,9 @@ def _num_buffers(softcap: bool, names: StatisticNames) -> int:
 
 def _allocate(shard: Shard, wanted: Wanted) -> Gradients:
     """Allocate the wanted gradients: the hidden states' as zeros to add to, in float32."""
-    hidden = shard.hidden.new_zeros(shard.hidden.shape, dtype=shard.statistics_dtype)
+    hidden = shard.hidden
     return Gradients(
-        hidden if wanted.hidden else None,
+        hidden.new_zeros(hidden.shape, dtype=shard.statistics_dtype) if wanted.hidden else None,
         torch.empty_like(shard.classifier) if wanted.classifier else None,
         torch.empty_like(shard.bias) if wanted.bias and shard.bias is not None else None,
     )
