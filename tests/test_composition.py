@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -48,9 +47,14 @@ def check_data_parallel(wrapper: str, schedule: str) -> None:
     assert max(errors.values()) < 1e-11, errors
 
 
-@pytest.mark.parametrize(("wrapper", "schedule"), [("ddp", "1F1B"), ("fsdp", "1F1B")])
-def test_data_parallel(wrapper: str, schedule: str) -> None:
-    run_ranks(check_data_parallel, 8, timeout=110, wrapper=wrapper, schedule=schedule)
+def check_wrappers() -> None:
+    for wrapper in ("ddp", "fsdp"):
+        for schedule in ("GPipe", "1F1B"):
+            check_data_parallel(wrapper, schedule)
+
+
+def test_data_parallel() -> None:
+    run_ranks(check_wrappers, 8, timeout=110)
 
 
 class Checkpointed(nn.Module):
@@ -91,10 +95,6 @@ def check_against_one_process(
     assert max(errors.values()) < 1e-11, (setting, errors)
 
 
-def test_activation_checkpointing() -> None:
-    run_ranks(check_checkpointing, 4)
-
-
 def check_tensor_parallel() -> None:
     """The body's tensor-parallel group is the loss's vocab group, as torchtitan has it."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "tp"))
@@ -108,5 +108,10 @@ def check_tensor_parallel() -> None:
         check_against_one_process(Setting(schedule, vocabulary=23), groups, wrap)
 
 
-def test_tensor_parallel_body() -> None:
-    run_ranks(check_tensor_parallel, 4)
+def check_bodies() -> None:
+    check_checkpointing()
+    check_tensor_parallel()
+
+
+def test_checkpointed_and_tensor_parallel_bodies() -> None:
+    run_ranks(check_bodies, 4)

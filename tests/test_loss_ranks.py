@@ -66,11 +66,6 @@ def check_named_cases(degree: int) -> None:
             check_case(Case(**{**case.__dict__, "options": options}))
 
 
-@pytest.mark.parametrize("degree", [1, 2, 3, 4])
-def test_every_feature_alone(degree: int) -> None:
-    run_ranks(check_named_cases, degree, degree=degree)
-
-
 @st.composite
 def drawn_cases(draw: st.DrawFn, degree: int) -> Case:
     """Draw shapes and a combination of options."""
@@ -132,6 +127,11 @@ def check_drawn_cases(degree: int, examples: int, seed_value: int = 0) -> None:
     property_holds()
 
 
+def check_features_and_combinations(degree: int) -> None:
+    check_named_cases(degree)
+    check_drawn_cases(degree, examples=100)
+
+
 @pytest.mark.parametrize("degree", [1, 2, 3, 4])
-def test_combinations(degree: int) -> None:
-    run_ranks(check_drawn_cases, degree, degree=degree, examples=100)
+def test_features_and_combinations(degree: int) -> None:
+    run_ranks(check_features_and_combinations, degree, timeout=110, degree=degree)

@@ -24,8 +24,9 @@ pytest.importorskip("triton")
 pytest.importorskip("cut_cross_entropy")
 
 PAGE = ROOT / "docs" / "options.md"
-IMPLS = ("chunked", "reference", "cce_exact", "cce")
-ROWS = (260, 261)  # whole blocks of a kernel and a rest
+IMPLS = ("chunked", "reference", "cce")
+ROWS = (20, 21)
+WHOLE_BLOCKS = (260, 261)  # with a softcap the kernel gets whole blocks of rows alone
 BASE = Case(ROWS, length=6, hidden=24, dtype="float16", ignored=0.2)
 
 # Each option on top of the plain loss; what it is called, and the case.
@@ -36,9 +37,9 @@ OPTIONS: dict[str, Case] = {
     "`ignore_index=0`": Case(**{**BASE.__dict__, "options": {"ignore_index": 0}}),
     "all labels ignored": Case(**{**BASE.__dict__, "ignored": 1.0}),
     "a rank that owns no target": Case(**{**BASE.__dict__, "owned": (0,)}),
-    "a rank without rows": Case(**{**BASE.__dict__, "rows": (521, 0)}),
+    "a rank without rows": Case(**{**BASE.__dict__, "rows": (41, 0)}),
     "`bias`": Case(**{**BASE.__dict__, "bias": True}),
-    "`softcap=3`": Case(**{**BASE.__dict__, "options": {"softcap": 3.0}}),
+    "`softcap=3`": Case(**{**BASE.__dict__, "rows": WHOLE_BLOCKS, "options": {"softcap": 3.0}}),
     "`temperature=0.7`": Case(**{**BASE.__dict__, "options": {"temperature": 0.7}}),
     "`shift=1`": Case(**{**BASE.__dict__, "options": {"shift": 1}}),
     "`token_weight`": Case(**{**BASE.__dict__, "weights": True}),
@@ -105,8 +106,9 @@ def make_page(path: str) -> None:
         "What each implementation does under sharding: made by `make docs` from what passes on two",
         "ranks against float64, gradients included, each option by itself; where an implementation",
         "refuses, the words of its ValueError. `tests/test_loss_ranks.py` draws combinations.",
-        "The columns `cce` are the registry's cut-cross-entropy 25.1.1; docs/cut-cross-entropy.md",
-        "says what newer versions add. `torch_compile` does what `reference` does.",
+        "The column `cce` is the registry's cut-cross-entropy 25.1.1, and `cce_exact` the same",
+        "kernels; docs/cut-cross-entropy.md says what newer versions add. `torch_compile` does",
+        "what `reference` does.",
         "",
         "| | " + " | ".join(f"`{impl}`" for impl in IMPLS) + " |",
         "|---|" + "---|" * len(IMPLS),
@@ -124,7 +126,7 @@ def test_page_says_what_passes(tmp_path: Path) -> None:
     if importlib.util.find_spec("cut_cross_entropy.cce_utils") is not None:
         pytest.skip("the page is about the registry's release")
     made = tmp_path / "options.md"
-    run_ranks(make_page, 2, environment=INTERPRETED, path=str(made))
+    run_ranks(make_page, 2, environment=INTERPRETED, timeout=150, path=str(made))
     if os.environ.get("WRITE_DOCS") == "1":
         PAGE.write_text(made.read_text())
     assert PAGE.read_text() == made.read_text(), "docs/options.md is stale: run `make docs`"

@@ -17,12 +17,11 @@ SMALL = [
 
 
 RUNS = [
-    (2, 1, "GPipe --microbatches 1"),
     (1, 3, "1F1B --microbatches 1"),
     (2, 2, "InterleavedZeroBubble --microbatches 2 --accumulate 2 --clip-norm 0.5"),
     *(
         pytest.param(2, 1, f"{name} --microbatches 4 --accumulate 2", marks=pytest.mark.slow)
-        for name in ("Interleaved1F1B", "LoopedBFS", "ZBVZeroBubble", "DualPipeV")
+        for name in ("GPipe", "Interleaved1F1B", "LoopedBFS", "ZBVZeroBubble", "DualPipeV")
     ),
 ]
 
