@@ -1,10 +1,8 @@
 """Apple's own kernels on each rank's rows, under Triton's interpreter on the CPU, in float16."""
 
-import importlib
 import os
 import subprocess
 import sys
-from collections import Counter
 from typing import Any
 
 import pytest
@@ -13,6 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.interpreter import INTERPRETED, KERNELS, prepare
 from tests.oracle import oracle, relative_error
 from tests.ranks import ROOT, run_ranks
 from tests.recording import CollectiveRecorder
@@ -22,37 +21,7 @@ from vocab_parallel import linear_cross_entropy as ours
 pytest.importorskip("triton")
 pytest.importorskip("cut_cross_entropy")
 
-INTERPRETED = {"TRITON_INTERPRET": "1"}
-KERNELS = {
-    "cce_lse_forward": "_cce_lse_forward_kernel",
-    "indexed_dot": "_indexed_neg_dot_forward_kernel",
-    "cce_backward": "_cce_backward_kernel",
-}
 TOKENS, HIDDEN, VOCABULARY = 72, 40, 601
-
-
-class Counted:
-    """Stands in a kernel's place, counts its launches and launches it."""
-
-    def __init__(self, kernel: Any, name: str, launches: Counter[str]) -> None:
-        self.kernel, self.name, self.launches = kernel, name, launches
-
-    def __getitem__(self, grid: Any) -> Any:
-        self.launches[self.name] += 1
-        return self.kernel[grid]
-
-
-def prepare() -> Counter[str]:
-    """Make the kernels run in the interpreter, and count their launches."""
-    from tests import libdevice
-
-    utils = importlib.import_module("cut_cross_entropy.tl_utils")
-    utils.tl_log1p, utils.tl_tanh = libdevice.log1p, libdevice.tanh
-    launches: Counter[str] = Counter()
-    for module_name, kernel_name in KERNELS.items():
-        module = importlib.import_module(f"cut_cross_entropy.{module_name}")
-        setattr(module, kernel_name, Counted(getattr(module, kernel_name), kernel_name, launches))
-    return launches
 
 
 def draw(seed: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,9 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tests.cases import TOLERANCE, Case, differences
+from tests.interpreter import INTERPRETED, prepare
 from tests.oracle import relative_error
 from tests.ranks import ROOT, run_ranks
-from tests.test_cce import INTERPRETED, prepare
 from vocab_parallel import VocabParallelOptions, token_logprobs
 
 pytest.importorskip("triton")
