@@ -1,7 +1,6 @@
 """How everything here is timed: contestants interleaved in one process, medians, peaks."""
 
 import gc
-import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -63,8 +62,3 @@ def _peak(call: Callable[[], object], device: torch.device) -> int | None:
     peak = torch.cuda.max_memory_allocated(device) - before
     del result
     return peak
-
-
-def resident_peak() -> int:
-    """Return the most bytes that this process has held."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

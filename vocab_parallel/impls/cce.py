@@ -21,7 +21,7 @@ from vocab_parallel.impls.base import Demand, Forward, Gradients, Shard, Wanted
 from vocab_parallel.impls.products import well_scaled
 from vocab_parallel.statistics import StatisticNames
 
-# Our own two names. The others are the installed version's.
+# These work the same with every version. The other presets are the installed version's.
 OWN_PRESETS: Mapping[str, Mapping[str, Any]] = {
     "cce": {"filter_eps": "auto"},
     "cce_exact": {"filter_eps": None, "accum_e_fp32": True, "accum_c_fp32": True},
