@@ -14,7 +14,13 @@ from torch.nn.parallel import DistributedDataParallel
 from stage_groups import build_stage_groups
 from tests.oracle import relative_error
 from tests.ranks import run_ranks
-from vocab_parallel import CCEPipelineLoss, VocabParallelClassifier, validate_pipeline_loss
+from vocab_parallel import (
+    CCEPipelineLoss,
+    VocabParallelClassifier,
+    linear_cross_entropy,
+    validate_pipeline_loss,
+)
+from vocab_parallel.split_backward import keep_graph
 
 HIDDEN, VOCABULARY, LENGTH, BATCH, MICROBATCHES = 6, 23, 8, 8, 4
 
@@ -210,3 +216,17 @@ def check_refused_everywhere() -> None:
 
 def test_refused_everywhere() -> None:
     run_ranks(check_refused_everywhere, 2)
+
+
+def test_graph_outlives_a_detached_loss() -> None:
+    """What a torch before 2.13 needs between the halves of a backward, on any torch."""
+    weight = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    loss = linear_cross_entropy(torch.randn(3, 4).double(), weight, torch.tensor([0, 4, 2]))
+    expected = torch.autograd.grad(loss, weight, retain_graph=True)[0]
+    node = loss.grad_fn
+    keep_graph(loss)
+    loss.detach_()
+    assert loss.kept_graph is not node  # type: ignore[attr-defined]
+    edge = torch.autograd.graph.GradientEdge(loss.kept_graph, 0)  # type: ignore[attr-defined]
+    found = torch.autograd.grad(edge, weight, torch.ones_like(loss))[0]
+    assert torch.equal(found, expected)

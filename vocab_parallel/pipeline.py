@@ -10,6 +10,7 @@ from vocab_parallel.arguments import LAYOUTS
 from vocab_parallel.layout import HiddenLayout
 from vocab_parallel.loss import linear_cross_entropy
 from vocab_parallel.output_weight import OutputWeight
+from vocab_parallel.split_backward import keep_graph, loses_nodes
 
 _NOT_OPTIONS = ("e", "c", "targets", "bias", "return_lse", "num_valid_tokens", "validate")
 
@@ -86,6 +87,7 @@ class CCEPipelineLoss:
             **loss_options,
         }
         self._validated = False
+        self._keeps_graph = loses_nodes()
 
     def __call__(
         self,
@@ -121,6 +123,8 @@ class CCEPipelineLoss:
         )
         self._validated = True
         assert isinstance(loss, Tensor)
+        if self._keeps_graph:
+            keep_graph(loss)
         return loss
 
     def _warn_of_kept_outputs(self) -> None:

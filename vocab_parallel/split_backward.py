@@ -1,4 +1,4 @@
-"""Which gradients the running backward asks for.
+"""Backward in two halves: which gradients the running half asks for, and what it must find.
 
 Zero-bubble schedules run one Function's backward twice for each microbatch: once for the
 hidden states, once for the weights. ``ctx.needs_input_grad`` is all True both times, so that a
@@ -10,6 +10,7 @@ import warnings
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def wanted_inputs(ctx: Any, tensor_inputs: tuple[bool, ...]) -> tuple[bool, ...]:
@@ -44,3 +45,38 @@ def _will_run(ask: Any, node: Any) -> bool:
     except RuntimeError:
         # A leaf of torch.autograd.grad: the engine cannot say, and asks for it.
         return True
+
+
+class _Node(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return tensor.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+def loses_nodes() -> bool:
+    """Tell whether this torch forgets an autograd.Function between the halves of a backward.
+
+    A schedule that splits the backward keeps a node of the graph for the weights' half, and
+    detaches the loss. Before torch 2.13 that frees the node of an autograd.Function, and the half
+    fails (pytorch issue 166577). `keep_graph` prevents it.
+    """
+    output = _Node.apply(torch.ones((), requires_grad=True))
+    node = output.grad_fn
+    output.detach_()
+    try:
+        return node._input_metadata is None
+    except RuntimeError:
+        return True
+
+
+def keep_graph(loss: Tensor) -> None:
+    """Let a loss keep its graph when it is detached in place, for as long as it is referenced.
+
+    A schedule holds the loss of a microbatch until the weights' half is done.
+    """
+    if loss.requires_grad:
+        loss.kept_graph = loss.view_as(loss).grad_fn  # type: ignore[attr-defined]
