@@ -1,105 +1,239 @@
-"""Time and memory of the loss, forward and backward, on one shard: ours beside torch's own.
+"""Time, memory and error of the loss, forward and backward, on one shard: ours beside its peers.
 
-    python -m benchmarks.loss --tokens 1024 --hidden 256 --rows 37984
+    python -m benchmarks.loss                                on a GPU: six shards, every peer
+    python -m benchmarks.loss --shapes 2048x37984 --no-peers
+    python -m benchmarks.loss --tokens 1024 --shapes 256x37984 --dtype float32    on a laptop
 
-Every contestant computes the mean loss of the same random hidden states, rows and targets, and
-the gradients of hidden states and rows. "products" is the floor: the three matrix products alone,
-in chunks of tokens, with nothing between them. Contestants are interleaved; times are medians.
+The floor is the fastest of the three matrix products alone, in chunks of 2048, 4096 and 8192
+tokens, timed in the same run. Memory is what a call holds above its inputs and the two gradients
+that it returns. Contestants are interleaved; times are medians. `--plot` writes time over memory.
 The last line of the output is one JSON document.
 """
 
 import json
 import platform
-from dataclasses import asdict, dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.measure import interleaved
-from vocab_parallel import linear_cross_entropy
+from benchmarks import contestants
+from benchmarks.contestants import Contestant, Problem
+from benchmarks.measure import Measurement, interleaved
+
+MIB = 2**20
+GPU_SHAPES = ("2048x37984", "5120x37984", "5120x18992", "4096x31040", "2048x50646", "5120x151936")
+CPU_SHAPES = ("256x37984",)
+# Float64 of a larger shard takes longer than it teaches.
+MOST_LOGITS_FOR_ERRORS = 4e8
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """The shard and how often it is timed."""
+    """Which shards, and who is timed on them."""
 
-    tokens: int = 1024
-    """T, tokens."""
-    hidden: int = 256
-    """D, hidden size."""
-    rows: int = 37_984
-    """Rows of the shard."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of hidden states and rows."""
-    rounds: int = 7
+    tokens: int | None = None
+    """T, tokens: 8192 on a GPU, 1024 on a CPU."""
+    shapes: tuple[str, ...] = ()
+    """Hidden size x rows of each shard."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Of hidden states and rows: bfloat16 on a GPU, float32 on a CPU."""
+    rounds: int = 9
     """Timed rounds."""
-    chunk: int = 512
-    """Tokens in a chunk of the floor's products."""
+    peers: bool = True
+    """Whether other packages' losses are timed."""
+    errors: bool = True
+    """Whether gradients are compared with float64."""
+    curve: bool = True
+    """Whether each way is timed at several sizes of its tiles."""
+    plot: Path | None = None
+    """Write the figure of time over memory here."""
+    out: Path | None = None
+    """Write the JSON document here, too."""
+
+
+@dataclass
+class Row:
+    """What was found of one contestant on one shard."""
+
+    milliseconds: float
+    spread: float
+    over_floor: float
+    memory: int | None  # bytes above inputs and returned gradients
+    errors: dict[str, float] = field(default_factory=dict)
 
 
 def main() -> None:
     arguments = tyro.cli(Arguments, description=__doc__)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = getattr(torch, arguments.dtype)
-    torch.manual_seed(0)
-    e = torch.randn(arguments.tokens, arguments.hidden, device=device, dtype=dtype)
-    c = torch.randn(arguments.rows, arguments.hidden, device=device, dtype=dtype)
-    c /= arguments.hidden**0.5
-    targets = torch.randint(arguments.rows, (arguments.tokens,), device=device)
-    e.requires_grad_()
-    c.requires_grad_()
-
-    def gradients(loss: Tensor) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(loss, (e, c))
-
-    contestants = {
-        "products": lambda: products(e.detach(), c.detach(), arguments.chunk),
-        "chunked": lambda: gradients(linear_cross_entropy(e, c, targets, impl="chunked")),
-        "eager": lambda: gradients(F.cross_entropy(F.linear(e, c).float(), targets)),
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    backend = "nccl" if on_gpu else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    tokens = arguments.tokens or (8192 if on_gpu else 1024)
+    dtype = getattr(torch, arguments.dtype or ("bfloat16" if on_gpu else "float32"))
+    document: dict[str, Any] = {
+        "machine": torch.cuda.get_device_name() if on_gpu else platform.machine(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "tokens": tokens,
+        "dtype": str(dtype),
+        "shapes": {},
     }
+    for shape in arguments.shapes or (GPU_SHAPES if on_gpu else CPU_SHAPES):
+        hidden, rows = (int(side) for side in shape.split("x"))
+        problem = contestants.draw(tokens, hidden, rows, dtype, device)
+        found, missing = _measure(problem, arguments, device)
+        _print_table(shape, tokens, found, missing)
+        document["shapes"][shape] = {
+            "rows": {name: asdict(row) for name, row in found.items()},
+            "missing": missing,
+        }
+        del problem
+        if on_gpu:
+            torch.cuda.empty_cache()
+    if arguments.plot is not None:
+        from benchmarks.plot import plot_time_over_memory
+
+        plot_time_over_memory(document, arguments.plot)
+    text = json.dumps(document)
+    if arguments.out is not None:
+        arguments.out.write_text(text + "\n")
+    dist.destroy_process_group()
+    print(text)
+
+
+def _measure(
+    problem: Problem, arguments: Arguments, device: torch.device
+) -> tuple[dict[str, Row], dict[str, str]]:
+    entered, missing = _entries(problem, arguments, device)
+    found = interleaved(entered, device=device, rounds=arguments.rounds)
+    floor = min(one.milliseconds for name, one in found.items() if name.startswith("products"))
+    table = {}
+    for name, one in found.items():
+        table[name] = Row(
+            one.milliseconds,
+            one.spread,
+            one.milliseconds / floor,
+            _memory(name, one, problem),
+        )
+    elements = problem.hidden.shape[0] * problem.rows.shape[0]
+    if arguments.errors and elements <= MOST_LOGITS_FOR_ERRORS:
+        for kind, case in (("random", problem), ("confident", contestants.confident(problem))):
+            exact = _exact_gradients(case)
+            same, _ = _entries(case, arguments, device)
+            for name, contestant in same.items():
+                if not name.startswith("products"):
+                    table[name].errors |= _errors(kind, contestant, exact, name)
+    return table, missing
+
+
+def _entries(
+    problem: Problem, arguments: Arguments, device: torch.device
+) -> tuple[dict[str, Contestant], dict[str, str]]:
+    num_tokens = problem.hidden.shape[0]
+    entered = contestants.floors(problem)
+    entered["ours, probs"] = contestants.ours(problem, backward="probs")
+    entered["ours, gradients"] = contestants.ours(
+        problem, backward="gradients", chunk_tokens=num_tokens
+    )
+    entered["ours, recompute"] = contestants.ours(
+        problem, backward="recompute", memory_budget=64 * MIB
+    )
+    if arguments.curve:
+        for budget in (16, 32, 128):
+            rows = {"chunk_rows": 8192} if budget == 128 and device.type == "cuda" else {}
+            entered[f"ours, recompute {budget} MiB"] = contestants.ours(
+                problem, backward="recompute", memory_budget=budget * MIB, **rows
+            )
+        for chunk in (num_tokens // 8, num_tokens // 4, num_tokens // 2):
+            entered[f"ours, gradients {chunk} tokens"] = contestants.ours(
+                problem, backward="gradients", chunk_tokens=chunk
+            )
+    entered["ours, probs into main_grad"] = contestants.ours_into_main_grad(
+        problem, backward="probs"
+    )
+    entered["ours, gradients into main_grad"] = contestants.ours_into_main_grad(
+        problem, backward="gradients", chunk_tokens=num_tokens // 2
+    )
+    entered["eager, materialised"] = contestants.materialised(problem, compiled=False)
+    missing: dict[str, str] = {}
     if hasattr(torch.nn, "LinearCrossEntropyOptions"):
         options = torch.nn.LinearCrossEntropyOptions()
-        contestants["torch linear_cross_entropy"] = lambda: gradients(
-            F.linear_cross_entropy(e, c, targets, options=options)
+        entered["torch F.linear_cross_entropy"] = lambda: problem.gradients(
+            F.linear_cross_entropy(problem.hidden, problem.rows, problem.targets, options=options)
         )
-    found = interleaved(contestants, device=device, rounds=arguments.rounds)
-
-    floor = found["products"].milliseconds
-    table = Table(title=f"{arguments.tokens} tokens, {arguments.rows:,} x {arguments.hidden}")
-    for column in ("", "ms", "x products", "peak MiB"):
-        table.add_column(column, justify="right")
-    for name, one in found.items():
-        peak = "" if one.peak is None else f"{one.peak / 2**20:,.0f}"
-        table.add_row(name, f"{one.milliseconds:.1f}", f"{one.milliseconds / floor:.2f}", peak)
-    Console().print(table)
-    machine = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
-    print(
-        json.dumps(
-            {
-                "arguments": asdict(arguments),
-                "machine": machine,
-                "torch": torch.__version__,
-                "threads": torch.get_num_threads(),
-                "contestants": {name: asdict(one) for name, one in found.items()},
-            }
-        )
-    )
+    if arguments.peers and device.type == "cuda":
+        entered["torch.compile, materialised"] = contestants.materialised(problem, compiled=True)
+        others, missing = contestants.peers(problem)
+        entered |= others
+    return entered, missing
 
 
-def products(e: Tensor, c: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
-    """Multiply as the loss must: logits, then the two gradients, with nothing between."""
-    hidden_grad, rows_grad = torch.empty_like(e), torch.zeros_like(c)
-    for start in range(0, e.shape[0], chunk):
-        own = slice(start, start + chunk)
-        logits = e[own] @ c.T
-        torch.mm(logits, c, out=hidden_grad[own])
-        rows_grad.addmm_(logits.T, e[own])
+def _memory(name: str, one: Measurement, problem: Problem) -> int | None:
+    """Take the returned gradients off the peak; an accumulator was there before."""
+    if one.peak is None or name.startswith("products"):
+        return None
+    returned = problem.hidden.nbytes
+    if "main_grad" not in name:
+        returned += problem.rows.nbytes
+    return one.peak - returned
+
+
+def _exact_gradients(problem: Problem) -> tuple[Tensor, Tensor]:
+    """Compute in float64, some tokens at a time."""
+    count = problem.targets.numel()
+    rows = problem.rows.detach().double()
+    hidden_grad = torch.empty_like(problem.hidden, dtype=torch.float64)
+    rows_grad = torch.zeros_like(rows)
+    for start in range(0, count, 1024):
+        own = slice(start, start + 1024)
+        hidden = problem.hidden.detach()[own].double()
+        logits_grad = torch.softmax(hidden @ rows.T, 1)
+        target = problem.targets[own].unsqueeze(1)
+        # 1 - p of a confident token, without cancellation
+        others = logits_grad.scatter(1, target, 0.0).sum(1, keepdim=True)
+        logits_grad.scatter_(1, target, -others).div_(count)
+        hidden_grad[own] = logits_grad @ rows
+        rows_grad.addmm_(logits_grad.T, hidden)
     return hidden_grad, rows_grad
+
+
+def _errors(
+    kind: str, contestant: Contestant, exact: tuple[Tensor, Tensor], name: str
+) -> dict[str, float]:
+    if "main_grad" in name:
+        return {}
+    return {
+        f"{kind} {what}": float((got.double() - want).norm() / want.norm())
+        for what, got, want in zip(("dE", "dC"), contestant(), exact, strict=True)
+    }
+
+
+def _print_table(shape: str, tokens: int, found: dict[str, Row], missing: dict[str, str]) -> None:
+    table = Table(title=f"{tokens} tokens, hidden x rows {shape}")
+    kinds = sorted({kind for row in found.values() for kind in row.errors}, reverse=True)
+    for column in ("", "ms", "+-", "x floor", "MiB held", *kinds):
+        table.add_column(column, justify="right")
+    for name, row in found.items():
+        table.add_row(
+            name,
+            f"{row.milliseconds:.2f}",
+            f"{row.spread:.2f}",
+            f"{row.over_floor:.3f}",
+            "" if row.memory is None else f"{row.memory / MIB:,.0f}",
+            *(f"{row.errors[kind]:.1e}" if kind in row.errors else "" for kind in kinds),
+        )
+    console = Console(width=140)
+    console.print(table)
+    for name, reason in missing.items():
+        console.print(f"not here: {name}: {reason}", markup=False)
 
 
 if __name__ == "__main__":

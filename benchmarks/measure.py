@@ -1,12 +1,14 @@
 """How everything here is timed: contestants interleaved in one process, medians, peaks."""
 
 import gc
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 
@@ -15,6 +17,7 @@ class Measurement:
     """Median milliseconds of a call, and the bytes that it held above what was there before."""
 
     milliseconds: float
+    spread: float  # milliseconds, between the second fastest and the second slowest
     peak: int | None  # None where the device has no counter
 
 
@@ -25,23 +28,56 @@ def interleaved(
     rounds: int = 7,
     warmup: int = 2,
 ) -> dict[str, Measurement]:
-    """Time every contestant once a round, so that a slow spell of the machine meets all."""
+    """Time every contestant once a round, so that a slow spell of the machine meets all.
+
+    Each round has an order of its own: a device that runs at its power limit is faster after a
+    contestant that left it cool.
+
+    On a GPU each call is queued behind other products, as it is in training, where the last
+    layer's work is still running when the loss is called: what is measured is the device's time,
+    at the clock of a busy device, and the host's time only where it is longer than that.
+    """
+    shuffle = random.Random(0).shuffle
+    order = list(contestants)
     times: dict[str, list[float]] = {name: [] for name in contestants}
     peaks = {name: _peak(call, device) for name, call in contestants.items()}
+    busy = _busy_work(device)
     for turn in tqdm(range(warmup + rounds), desc="rounds", leave=False):
-        for name, call in contestants.items():
-            milliseconds = _time(call, device)
+        shuffle(order)
+        for name in order:
+            milliseconds = _time(contestants[name], device, busy)
             if turn >= warmup:
                 times[name].append(milliseconds)
-    return {name: Measurement(statistics.median(times[name]), peaks[name]) for name in contestants}
+    found = {}
+    for name, values in times.items():
+        ordered = sorted(values)
+        inner = ordered[1:-1] if len(ordered) > 2 else ordered
+        found[name] = Measurement(statistics.median(values), inner[-1] - inner[0], peaks[name])
+    return found
 
 
-def _time(call: Callable[[], object], device: torch.device) -> float:
+def _busy_work(device: torch.device) -> Callable[[], object]:
+    """Return about 12 ms of products."""
+    if device.type != "cuda":
+        return lambda: None
+    operand = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
+    out = torch.empty_like(operand)
+
+    def products() -> Tensor:
+        for _ in range(8):
+            torch.mm(operand, operand, out=out)
+        return out
+
+    return products
+
+
+def _time(call: Callable[[], object], device: torch.device, busy: Callable[[], object]) -> float:
     if device.type != "cuda":
         began = time.perf_counter()
         call()
         return 1e3 * (time.perf_counter() - began)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    busy()
     start.record()
     call()
     end.record()
@@ -53,6 +89,7 @@ def _peak(call: Callable[[], object], device: torch.device) -> int | None:
     """Return the most bytes that one call held above the level before it."""
     if device.type != "cuda":
         return None
+    call()  # what is loaded and compiled once is no memory of the call
     gc.collect()
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)

@@ -162,6 +162,8 @@ def _expected(case: Case, whole: Problem) -> dict[str, Tensor]:
         "chunk_tokens",
         "chunk_rows",
         "filter_eps",
+        "backward",
+        "overlap",
     )
     options = {k: v for k, v in case.options.items() if k not in skipped}
     loss, lse = oracle(

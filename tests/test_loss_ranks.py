@@ -1,5 +1,8 @@
 """The loss on 1 to 4 real ranks against the oracle: the named cases, then drawn ones."""
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch.distributed as dist
 from hypothesis import HealthCheck, Phase, given, seed, settings
@@ -7,6 +10,7 @@ from hypothesis import strategies as st
 
 from tests.cases import Case, check_case
 from tests.ranks import run_ranks
+from vocab_parallel import pieces
 
 IMPLS = ("reference", "chunked")
 LAYOUTS = ("replicated", "sharded", "sequence")
@@ -57,13 +61,23 @@ def named_cases(degree: int) -> list[Case]:
     return cases
 
 
+def is_scalar(options: dict[str, Any]) -> bool:
+    return options.get("reduction", "mean") != "none" and not options.get("return_lse")
+
+
 def check_named_cases(degree: int) -> None:
-    for impl in IMPLS:
-        for case in named_cases(degree):
-            options = {**case.options, "impl": impl}
-            if impl == "chunked":  # several tiles on both sides, the last ones smaller
-                options |= {"chunk_tokens": 5, "chunk_rows": 2}
-            check_case(Case(**{**case.__dict__, "options": options}))
+    # Several tiles on both sides, the last ones smaller; and several pieces to communicate.
+    tiles = {"impl": "chunked", "chunk_tokens": 5, "chunk_rows": 2}
+    pieces._FEWEST_TOKENS = 3
+    for case in named_cases(degree):
+        check_case(with_options(case, {"impl": "reference"}))
+        for backward in ("recompute", "probs", "gradients"):
+            if backward != "gradients" or is_scalar(case.options):
+                check_case(with_options(case, {**tiles, "backward": backward}))
+
+
+def with_options(case: Case, options: dict[str, Any]) -> Case:
+    return replace(case, options={**case.options, **options})
 
 
 @st.composite
@@ -86,9 +100,13 @@ def drawn_cases(draw: st.DrawFn, degree: int) -> Case:
         "temperature": draw(st.sampled_from((1.0, 0.5))),
         "hidden_grad_scale": draw(st.sampled_from((1.0, 2.0))),
     }
-    if options["impl"] == "chunked" and draw(st.booleans()):
-        options["chunk_tokens"] = draw(st.integers(1, 7))
-        options["chunk_rows"] = draw(st.integers(1, 7))
+    if options["impl"] == "chunked":
+        ways = ["auto", "recompute", "probs"] + ["gradients"] * is_scalar(options)
+        options["backward"] = draw(st.sampled_from(ways))
+        options["overlap"] = draw(st.booleans())
+        if draw(st.booleans()):
+            options["chunk_tokens"] = draw(st.integers(1, 7))
+            options["chunk_rows"] = draw(st.integers(1, 7))
     if options["reduction"] == "mean" and draw(st.booleans()):
         options["num_valid_tokens"] = draw(st.integers(0, 50))
     return Case(
@@ -124,6 +142,7 @@ def check_drawn_cases(degree: int, examples: int, seed_value: int = 0) -> None:
         check_case(case)
 
     assert dist.get_world_size() == degree
+    pieces._FEWEST_TOKENS = 3
     property_holds()
 
 

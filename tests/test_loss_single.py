@@ -53,24 +53,29 @@ def test_a_gradient_that_is_not_needed(impl: str, needs: tuple[bool, bool]) -> N
         assert torch.equal(leaf.grad, expected) if needed else leaf.grad is None
 
 
-def product_flops(impl: str, needs: tuple[bool, bool]) -> tuple[int, int]:
+def product_flops(impl: str, needs: tuple[bool, bool], backward: str) -> tuple[int, int]:
     """Count the flops of the products of a forward and of its backward."""
     e, c, targets = problem()
     e, c = e.detach().requires_grad_(needs[0]), c.detach().requires_grad_(needs[1])
-    with ProductRecorder() as forward:
-        loss = linear_cross_entropy(e, c, targets, impl=impl)
-    with ProductRecorder() as backward:
+    with ProductRecorder() as before:
+        loss = linear_cross_entropy(e, c, targets, impl=impl, backward=backward)
+    with ProductRecorder() as after:
         loss.backward()  # type: ignore[union-attr]
-    return forward.flops, backward.flops
+    return before.flops, after.flops
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_a_skipped_product_is_not_computed(impl: str) -> None:
-    """Forward is one product; backward is that again and one for each gradient that is needed."""
+    """Forward is one product; backward is that again and one for each gradient that is needed.
+
+    Kept logits spare the second, and gradients in forward leave nothing for backward.
+    """
     one = 2 * 10 * 4 * 7  # 2 T D V
-    assert product_flops(impl, (True, True)) == (one, 3 * one)
-    assert product_flops(impl, (True, False)) == (one, 2 * one)
-    assert product_flops(impl, (False, True)) == (one, 2 * one)
+    for needs, count in (((True, True), 2), ((True, False), 1), ((False, True), 1)):
+        assert product_flops(impl, needs, "recompute") == (one, (1 + count) * one)
+        if impl == "chunked":
+            assert product_flops(impl, needs, "probs") == (one, count * one)
+            assert product_flops(impl, needs, "gradients") == ((1 + count) * one, 0)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

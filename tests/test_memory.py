@@ -5,7 +5,7 @@ import torch
 
 from tests.recording import AllocationRecorder
 from vocab_parallel import linear_cross_entropy
-from vocab_parallel.impls.tiles import DEFAULT_MEMORY_BUDGET, tile_shape
+from vocab_parallel.impls.tiles import tile_shape
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -21,7 +21,13 @@ def test_largest_intermediate(dtype: torch.dtype, softcap: float | None, budget:
     assert tokens * rows * 4 > 4 * budget
     with AllocationRecorder([e, c, targets]) as seen:
         loss = linear_cross_entropy(
-            e, c, targets, softcap=softcap, impl="chunked", memory_budget=budget
+            e,
+            c,
+            targets,
+            softcap=softcap,
+            impl="chunked",
+            backward="recompute",
+            memory_budget=budget,
         )
         loss.backward()
     assert seen.largest.size <= budget, seen.largest
@@ -38,9 +44,9 @@ def test_reference_is_seen_to_materialise() -> None:
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("tokens", [1, 127, 8192, 1_000_000])
 @pytest.mark.parametrize("rows", [1, 37_984, 248_320])
-@pytest.mark.parametrize("budget", [12, 2**20, DEFAULT_MEMORY_BUDGET])
+@pytest.mark.parametrize("budget", [12, 2**20, 2**28])
 def test_tiles_fit(device: str, tokens: int, rows: int, budget: int) -> None:
-    tile = tile_shape(tokens, rows, 12, budget, torch.device(device))
+    tile = tile_shape(tokens, rows, 12, budget, device)
     assert 1 <= tile.tokens <= tokens
     assert 1 <= tile.rows <= rows
     assert tile.tokens * tile.rows * 12 <= budget

@@ -28,7 +28,6 @@ from tests.toy_pipeline import (
     draw_batch,
     one_process,
 )
-from vocab_parallel.impls import Wanted
 from vocab_parallel.impls.chunked import ChunkedImpl
 
 PAGE = ROOT / "docs" / "schedules.md"
@@ -113,19 +112,23 @@ class Work:
 
     def __init__(self) -> None:
         self.forwards = 0
+        self.waiting = self.most_waiting = 0  # forwards whose backward is not finished
         self.backwards: Counter[tuple[bool, bool]] = Counter()
 
 
 def watch(work: Work) -> None:
     forward, backward = ChunkedImpl.forward, ChunkedImpl.backward
 
-    def counted_forward(self, shard, names):  # type: ignore[no-untyped-def]
+    def counted_forward(self, shard, task):  # type: ignore[no-untyped-def]
         work.forwards += 1
-        return forward(self, shard, names)
+        work.waiting += 1
+        work.most_waiting = max(work.most_waiting, work.waiting)
+        return forward(self, shard, task)
 
-    def counted_backward(self, shard, names, saved, statistics, grads, wanted: Wanted):  # type: ignore[no-untyped-def]
-        work.backwards[wanted.hidden, wanted.classifier] += 1
-        return backward(self, shard, names, saved, statistics, grads, wanted)
+    def counted_backward(self, shard, task):  # type: ignore[no-untyped-def]
+        work.backwards[task.wanted.hidden, task.wanted.classifier] += 1
+        work.waiting -= task.wanted.classifier
+        return backward(self, shard, task)
 
     ChunkedImpl.forward, ChunkedImpl.backward = counted_forward, counted_backward  # type: ignore[method-assign]
 
@@ -166,6 +169,9 @@ def check_every_schedule(private_query: bool) -> None:
             call.name for call in recorded.calls if call.name in ("all_reduce", "reduce_scatter")
         )
         assert work.forwards == MICROBATCHES
+        if private_query:  # what auto counts on
+            told = pipeline.loss._options["microbatches_in_flight"]
+            assert work.most_waiting == told, (schedule, work.most_waiting, told)
         asked = dict(work.backwards)
         if schedule not in SPLIT_BACKWARD:
             assert asked == {(True, True): MICROBATCHES}, (schedule, asked)

@@ -14,7 +14,7 @@ from vocab_parallel.statistics import StatisticNames
 
 REDUCTIONS = ("mean", "sum", "none")
 LAYOUTS = get_args(HiddenLayout)
-BACKWARDS = ("auto", "recompute")
+BACKWARDS = ("auto", "recompute", "probs", "gradients")
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,11 @@ class LossSettings:
         if self.label_smoothing:
             names = (*names, "sum")
         return (*names, "expected") if self.return_entropy else names
+
+    @property
+    def scalar_loss(self) -> bool:
+        """Whether the result is one number."""
+        return self.reduction != "none" and not (self.return_lse or self.return_entropy)
 
     @property
     def separate_lse_grad(self) -> bool:

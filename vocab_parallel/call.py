@@ -10,10 +10,13 @@ from torch import Tensor
 from vocab_parallel import arguments
 from vocab_parallel.agreement import Claim, agree
 from vocab_parallel.arguments import LossSettings
-from vocab_parallel.function import LossProblem, VocabStatistics
-from vocab_parallel.impls import Demand, LocalImpl, create_impl
-from vocab_parallel.layout import IGNORED, TokenLayout, mark_labels
+from vocab_parallel.function import VocabStatistics
+from vocab_parallel.fused_function import LossOfTokens, VocabLoss
+from vocab_parallel.impls import Demand, LocalImpl, Way, create_impl
+from vocab_parallel.layout import TokenLayout, mark_labels
+from vocab_parallel.problem import LossProblem
 from vocab_parallel.shard import VocabShard
+from vocab_parallel.weight_grad import WeightGrad, weight_grad_of
 
 
 @dataclass(frozen=True)
@@ -58,24 +61,37 @@ class Call:
     operands: Operands
     problem: LossProblem
 
-    def statistics(self) -> tuple[Tensor, Tensor]:
-        """Return the statistics [k, N] of the whole vocabulary and the labels [N].
+    def labels(self) -> Tensor:
+        """Return the labels [N] in the loss's order; gathers those of a "sharded" layout."""
+        operands, settings = self.operands, self.problem.settings
+        assert operands.targets is not None
+        labels = mark_labels(
+            operands.targets,
+            settings.ignore_index,
+            self.problem.shard.vocab_size,
+            settings.shift,
+        )
+        return self.problem.layout.arrange(labels)
+
+    def statistics(self, labels: Tensor) -> Tensor:
+        """Return the statistics [k, N] of the whole vocabulary.
 
         All ranks of the group must call it; see `collectives` for what it communicates.
         """
-        operands, problem = self.operands, self.problem
-        shard, settings = problem.shard, problem.settings
-        assert operands.targets is not None
-        labels = mark_labels(operands.targets, settings.ignore_index, shard.vocab_size)
-        labels = problem.layout.arrange(labels, settings.shift, IGNORED)
-        statistics = VocabStatistics.apply(
+        return cast(Tensor, VocabStatistics.apply(*self._inputs(labels), self.problem))
+
+    def scalar_loss(self, labels: Tensor, loss_of: LossOfTokens) -> Tensor:
+        """Return the loss of all tokens, its gradients computed already; as `statistics`."""
+        return cast(Tensor, VocabLoss.apply(*self._inputs(labels), self.problem, loss_of))
+
+    def _inputs(self, labels: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        operands = self.operands
+        return (
             operands.hidden.reshape(-1, operands.hidden.shape[-1]),
             operands.classifier,
             operands.bias,
-            shard.local_targets(labels),
-            problem,
+            self.problem.shard.local_targets(labels),
         )
-        return cast(Tensor, statistics), labels
 
     def own(self, per_token: Tensor) -> Tensor:
         """Return this rank's part of a result [N]; see `TokenLayout.own`."""
@@ -94,6 +110,7 @@ def prepare(
     validate: bool | None,
     num_valid_tokens: int | Tensor | None = None,
     needs_targets: bool = True,
+    accumulate_into: str | None = None,
 ) -> Call:
     """Check the arguments, agree on them over the group where asked, and return the call.
 
@@ -109,6 +126,8 @@ def prepare(
         shard = VocabShard.from_options(options)
     local_impl: LocalImpl | None = None
     demand: Demand | None = None
+    weight_grad: WeightGrad | None = None
+    chosen: tuple[Way, int] | None = None
     problem: ValueError | None = None
     try:
         settings.check()
@@ -126,8 +145,10 @@ def prepare(
         )
         arguments.check_token_divisor(num_valid_tokens, hidden, settings.reduction)
         arguments.check_shard(classifier, shard, settings)
-        demand = _demand(settings, operands, shard)
+        weight_grad = weight_grad_of(classifier, accumulate_into)
+        demand = _demand(settings, operands, shard, accumulates=weight_grad is not None)
         local_impl.check(demand)
+        chosen = local_impl.way(demand)
     except ValueError as error:
         problem = error
     on_gpu = isinstance(hidden, Tensor) and hidden.is_cuda
@@ -136,7 +157,13 @@ def prepare(
         agree(
             problem,
             _claim(shard, operands.targets if checks_targets else None, settings),
-            _agreed(settings, operands, impl) if problem is None else {},
+            {
+                **_agreed(settings, operands, impl),
+                "memory_budget": memory_budget,
+                "options of the impl": sorted(impl_options.items()),
+            }
+            if problem is None and shard.degree > 1
+            else {},
             shard.group,
             shard.degree,
         )
@@ -145,11 +172,33 @@ def prepare(
     assert local_impl is not None
     assert demand is not None
     layout = TokenLayout(settings.hidden_layout, shard.group, shard.rank, shard.degree)
-    return Call(operands, LossProblem(settings, shard, layout, local_impl, demand))
+    assert chosen is not None
+    way, chunk_tokens = chosen
+    return Call(
+        operands,
+        LossProblem(
+            settings,
+            shard,
+            layout,
+            local_impl,
+            demand,
+            way,
+            chunk_tokens,
+            weight_grad,
+            torch.is_grad_enabled(),
+        ),
+    )
 
 
-def _demand(settings: LossSettings, operands: Operands, shard: VocabShard) -> Demand:
+def _demand(
+    settings: LossSettings, operands: Operands, shard: VocabShard, *, accumulates: bool
+) -> Demand:
     copies = 1 if settings.hidden_layout == "replicated" else shard.degree
+    even_rows = None
+    if shard.degree == 1:
+        even_rows = shard.num_token_rows
+    elif shard.vocab_size is not None:
+        even_rows = -(-shard.vocab_size // shard.degree)
     return Demand(
         dtype=operands.hidden.dtype,
         device_type=operands.hidden.device.type,
@@ -158,7 +207,14 @@ def _demand(settings: LossSettings, operands: Operands, shard: VocabShard) -> De
         temperature=settings.temperature != 1.0,
         names=settings.statistics,
         separate_lse_grad=settings.separate_lse_grad,
-        elements=max(copies * operands.hidden.numel(), operands.classifier.numel()),
+        tokens=copies * operands.hidden.shape[:-1].numel(),
+        hidden_size=operands.hidden.shape[-1],
+        rows=shard.num_token_rows,
+        even_rows=even_rows,
+        degree=shard.degree,
+        backward=settings.backward,
+        scalar_loss=settings.scalar_loss,
+        accumulates=accumulates,
     )
 
 

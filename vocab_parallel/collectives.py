@@ -15,6 +15,10 @@ degree. A call moves nothing when the degree is 1. Bytes are those that one rank
               gather_shards     [N] fp32              4 N          and its lse
 
 (float64 inputs keep float64 throughout; ``e_grad_reduce_dtype`` sets the dtype of the two sums.)
+
+The statistics and the sum may go in several calls, of the same bytes together, so that each runs
+beside the products that follow it: `pieces.py` cuts them. backward="gradients" makes the sum in
+forward.
 """
 
 from collections.abc import Iterator
@@ -41,48 +45,90 @@ def gather_tokens(
     return gathered
 
 
-def gather_shards(
+class Pending:
+    """A collective under way; `wait` returns its result.
+
+    On a GPU it runs on the group's own stream, behind the work that was queued before it, and
+    beside what is queued after it; `wait` lets the current stream wait, not the host. It holds its
+    tensors until then, so that none is freed or written while it runs.
+    """
+
+    def __init__(self, result: Tensor, work: Any, what: str, group: ProcessGroup | None) -> None:
+        self._result, self._work, self._what, self._group = result, work, what, group
+        self._held: tuple[Tensor, ...] = ()
+
+    def hold(self, *tensors: Tensor) -> "Pending":
+        """Keep what the collective reads, until it is waited for."""
+        self._held = tensors
+        return self
+
+    def wait(self) -> Tensor:
+        """Return the result, for work that is queued from now on."""
+        if self._work is not None:
+            with _named(self._what, self._group):
+                self._work.wait()
+        self._held = ()
+        return self._result
+
+
+def start_gather_shards(
     local: Tensor,  # (...)
     group: ProcessGroup | None,
     degree: int,
-) -> Tensor:  # (V, ...)
+) -> Pending:  # of (V, ...)
     """Gather what every rank found over its own rows; all must call.
 
     With the statistics [k, N] this is the loss's one collective in forward.
     """
+    what = "the all-gather of the shards' statistics"
     if degree == 1:
-        return local.unsqueeze(0)
+        return Pending(local.unsqueeze(0), None, what, group)
+    local = local.contiguous()
     gathered = local.new_empty((degree * local.shape[0], *local.shape[1:]))
-    with _named("the all-gather of the shards' statistics", group):
-        _all_gather(gathered, local.contiguous(), group=group)
-    return gathered.view(degree, *local.shape)
+    with _named(what, group):
+        work = _all_gather(gathered, local, group=group, async_op=True)
+    return Pending(gathered.view(degree, *local.shape), work, what, group).hold(local)
 
 
-def sum_over_group(partial: Tensor, group: ProcessGroup | None, degree: int) -> Tensor:
+def gather_shards(local: Tensor, group: ProcessGroup | None, degree: int) -> Tensor:
+    """`start_gather_shards`, waited for."""
+    return start_gather_shards(local, group, degree).wait()
+
+
+def start_sum_over_group(partial: Tensor, group: ProcessGroup | None, degree: int) -> Pending:
     """All-reduce a partial gradient, [N, D] for the hidden states; all must call.
 
     In place where it is contiguous; other strides would add up different elements, since a
     collective sees memory and not indices.
     """
-    if degree > 1:
-        partial = partial.contiguous()
-        with _named("the all-reduce of a gradient", group):
-            dist.all_reduce(partial, group=group)
-    return partial
+    what = "the all-reduce of a gradient"
+    if degree == 1:
+        return Pending(partial, None, what, group)
+    partial = partial.contiguous()
+    with _named(what, group):
+        work = dist.all_reduce(partial, group=group, async_op=True)
+    return Pending(partial, work, what, group)
 
 
-def scatter_sum(
+def sum_over_group(partial: Tensor, group: ProcessGroup | None, degree: int) -> Tensor:
+    """`start_sum_over_group`, waited for."""
+    return start_sum_over_group(partial, group, degree).wait()
+
+
+def start_scatter_sum(
     partial: Tensor,  # (V T, D)
     group: ProcessGroup | None,
     degree: int,
-) -> Tensor:  # (T, D)
+) -> Pending:  # of (T, D)
     """Sum partial gradients over the group and leave each rank its own tokens; all must call."""
+    what = "the reduce-scatter of a gradient"
     if degree == 1:
-        return partial
+        return Pending(partial, None, what, group)
+    partial = partial.contiguous()
     own = partial.new_empty((partial.shape[0] // degree, *partial.shape[1:]))
-    with _named("the reduce-scatter of a gradient", group):
-        _reduce_scatter(own, partial.contiguous(), group=group)
-    return own
+    with _named(what, group):
+        work = _reduce_scatter(own, partial, group=group, async_op=True)
+    return Pending(own, work, what, group).hold(partial)
 
 
 def exchange_integers(values: list[int], group: ProcessGroup | None, degree: int) -> Tensor:

@@ -1,6 +1,5 @@
 """The autograd.Function between the tensors of all ranks and the statistics of every token."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -8,63 +7,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vocab_parallel import collectives
-from vocab_parallel.arguments import LossSettings
-from vocab_parallel.impls import Demand, LocalImpl, Shard, Wanted
-from vocab_parallel.layout import TokenLayout
-from vocab_parallel.shard import VocabShard
+from vocab_parallel.impls import BackwardTask, ForwardTask, KeptLogits, Wanted
+from vocab_parallel.pieces import HiddenGradSum, StatisticsExchange
+from vocab_parallel.problem import LossProblem
 from vocab_parallel.split_backward import wanted_inputs
-from vocab_parallel.statistics import StatisticNames, empty_shard, join_shards
+from vocab_parallel.statistics import empty_shard
 
-
-@dataclass(frozen=True)
-class LossProblem:
-    """What the Function below needs beside tensors."""
-
-    settings: LossSettings
-    shard: VocabShard
-    layout: TokenLayout
-    impl: LocalImpl
-    demand: Demand
-
-    @property
-    def names(self) -> StatisticNames:
-        """The statistics that the loss reads."""
-        return self.demand.names
-
-    def local(
-        self,
-        hidden: Tensor,
-        classifier: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        needs_grad: bool,
-    ) -> Shard | None:
-        """Return what the implementation works on, or None where there is nothing to do."""
-        rows = self.shard.num_token_rows
-        if rows == 0 or hidden.shape[0] == 0:
-            return None
-        return Shard(
-            hidden=hidden.detach(),
-            classifier=classifier.detach()[:rows],
-            bias=None if bias is None else bias.detach()[:rows],
-            targets=targets,
-            softcap=self.settings.softcap,
-            temperature=float(self.settings.temperature),
-            separate_lse_grad=self.demand.separate_lse_grad,
-            sum_dtype=self.sum_dtype(hidden.dtype),
-            needs_grad=needs_grad,
-        )
-
-    @property
-    def sums_hidden_grad(self) -> bool:
-        """Whether the gradient of the hidden states is summed over the group."""
-        return self.shard.degree > 1 and (self.layout.gathers or self.shard.reduce_e_grad)
-
-    def sum_dtype(self, hidden: torch.dtype) -> torch.dtype:
-        """Return the dtype of that sum: never narrower than asked for, float64 for float64."""
-        if hidden == torch.float64 or not self.sums_hidden_grad:
-            return hidden
-        return self.settings.e_grad_reduce_dtype
+Parameters = tuple[Tensor, Tensor, Tensor | None]  # hidden states, classifier, bias
 
 
 class VocabStatistics(torch.autograd.Function):
@@ -87,16 +36,28 @@ class VocabStatistics(torch.autograd.Function):
         shard = problem.shard
         if problem.layout.gathers:
             hidden = collectives.gather_tokens(hidden, shard.group, shard.degree)
-        needs_grad = any(ctx.needs_input_grad[:3])
+        needs_grad = problem.grad_enabled and any(ctx.needs_input_grad[:3])
         local = problem.local(hidden, classifier, bias, targets, needs_grad)
+        overlap = problem.impl.overlap
+        exchange = StatisticsExchange(
+            hidden.shape[0],
+            problem.names,
+            shard,
+            in_pieces=problem.way == "probs",
+            overlap=overlap,
+        )
         saved: tuple[Tensor, ...] = ()
+        ctx.kept = None
         if local is None:
-            dtype = torch.promote_types(hidden.dtype, torch.float32)
-            own = empty_shard(hidden.shape[0], problem.names, hidden.new_empty(0, dtype=dtype))
+            own = own_of_idle_rank(hidden, problem)
         else:
-            own, saved = problem.impl.forward(local, problem.names)
-        gathered = collectives.gather_shards(own, shard.group, shard.degree)
-        statistics = join_shards(gathered, problem.names)
+            task = ForwardTask(
+                problem.names,
+                keep=needs_grad and problem.way == "probs",
+                progress=exchange if overlap else None,
+            )
+            own, saved, ctx.kept = problem.impl.forward(local, task)
+        statistics = exchange.join(own)
         ctx.save_for_backward(hidden, classifier, bias, targets, statistics, *saved)
         ctx.problem = problem
         return statistics
@@ -106,43 +67,86 @@ class VocabStatistics(torch.autograd.Function):
     def backward(ctx: Any, grads: Tensor) -> tuple[Tensor | None, ...]:
         """Turn the gradients [k, N] of the statistics into the wanted ones; reduces dE."""
         hidden, classifier, bias, targets, statistics, *saved = ctx.saved_tensors
-        problem: LossProblem = ctx.problem
         wanted = Wanted(*wanted_inputs(ctx, (True, True, bias is not None)))
-        local = problem.local(hidden, classifier, bias, targets, needs_grad=True)
-        partial: Tensor | None = None
-        found: tuple[Tensor | None, Tensor | None] = (None, None)
-        if local is not None and any(wanted):
-            partial, *rows_found = problem.impl.backward(
-                local, problem.names, tuple(saved), statistics, grads, wanted
-            )
-            found = (rows_found[0], rows_found[1])
-        return (
-            _reduced_hidden_grad(partial, hidden, problem) if wanted.hidden else None,
-            _with_padding(found[0], classifier) if wanted.classifier else None,
-            _with_padding(found[1], bias) if wanted.bias else None,
-            None,
-            None,
+        found = pull_back(
+            ctx.problem,
+            (hidden, classifier, bias),
+            targets,
+            statistics,
+            grads,
+            wanted,
+            saved=tuple(saved),
+            kept=ctx.kept,
         )
+        return (*found, None, None)
 
 
-def _reduced_hidden_grad(partial: Tensor | None, hidden: Tensor, problem: LossProblem) -> Tensor:
+def pull_back(
+    problem: LossProblem,
+    parameters: Parameters,
+    targets: Tensor,
+    statistics: Tensor,
+    grads: Tensor,
+    wanted: Wanted,
+    *,
+    saved: tuple[Tensor, ...] = (),
+    kept: KeptLogits | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return the wanted gradients of hidden states [T, D], classifier and bias; sums the first."""
+    hidden, classifier, bias = parameters
+    local = problem.local(hidden, classifier, bias, targets, needs_grad=True)
+    reduction = problem.hidden_grad_sum(hidden) if wanted.hidden else None
+    partial: Tensor | None = None
+    rows_found: tuple[Tensor | None, Tensor | None] = (None, None)
+    target = problem.classifier_grad(classifier)
+    if local is not None and any(wanted):
+        task = BackwardTask(
+            problem.names,
+            statistics,
+            grads,
+            wanted,
+            target,
+            saved,
+            kept,
+            progress=reduction if problem.impl.overlap else None,
+        )
+        partial, *found = problem.impl.backward(local, task)
+        rows_found = (found[0], found[1])
+    hidden_grad = None
+    if wanted.hidden:
+        hidden_grad = total_hidden_grad(partial, hidden, reduction, problem)
+    added = target.add_to is not None
+    return (
+        hidden_grad,
+        with_padding(rows_found[0], classifier) if wanted.classifier and not added else None,
+        with_padding(rows_found[1], bias) if wanted.bias and bias is not None else None,
+    )
+
+
+def own_of_idle_rank(hidden: Tensor, problem: LossProblem) -> Tensor:
+    """Return the statistics [k, N] of a rank that has no rows, or meets no tokens."""
+    like = hidden.new_empty(0, dtype=torch.promote_types(hidden.dtype, torch.float32))
+    return empty_shard(hidden.shape[0], problem.names, like)
+
+
+def total_hidden_grad(
+    partial: Tensor | None, hidden: Tensor, reduction: HiddenGradSum | None, problem: LossProblem
+) -> Tensor:
     """Sum the shards' partial gradients [N, D] and return this rank's [T, D]."""
-    shard, settings = problem.shard, problem.settings
     if partial is None:
-        partial = torch.zeros_like(hidden)
-    if problem.sums_hidden_grad:
-        partial = partial.to(problem.sum_dtype(hidden.dtype))
-        join = collectives.scatter_sum if problem.layout.gathers else collectives.sum_over_group
-        partial = join(partial, shard.group, shard.degree)
-    if settings.hidden_grad_scale != 1.0:
-        partial = partial * settings.hidden_grad_scale
-    return partial.to(hidden.dtype)
+        partial = hidden.new_zeros(hidden.shape)
+    if reduction is None:
+        total = partial.to(hidden.dtype)
+    else:
+        total = reduction.total(partial, hidden.dtype)
+    scale = problem.settings.hidden_grad_scale
+    return total if scale == 1.0 else total * scale
 
 
-def _with_padding(grad: Tensor | None, parameter: Tensor) -> Tensor:
+def with_padding(grad: Tensor | None, parameter: Tensor) -> Tensor:
     """Return the gradient of all rows: padding rows, and those of an idle rank, get zeros."""
     if grad is not None and grad.shape == parameter.shape:
-        return grad
+        return grad.to(parameter.dtype)
     full = torch.zeros_like(parameter)
     if grad is not None:
         full[: grad.shape[0]] = grad

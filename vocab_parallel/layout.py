@@ -42,12 +42,8 @@ class TokenLayout:
         """Whether hidden states are gathered over the group."""
         return self.layout != "replicated" and self.degree > 1
 
-    def arrange(self, per_label: Tensor, shift: int, fill: float) -> Tensor:
-        """Bring labels or their weights [..., T] to the loss's flat order [N].
-
-        Positions that the shift leaves without a label get ``fill``.
-        """
-        shifted = _shifted(per_label, shift, fill)
+    def arrange(self, shifted: Tensor) -> Tensor:
+        """Bring shifted labels or their weights [..., T] to the loss's flat order [N]."""
         if not self.gathers:
             return shifted.reshape(-1)
         if self.layout == "sharded":
@@ -81,21 +77,37 @@ class _OwnTokens(torch.autograd.Function):
         return collectives.gather_tokens(grad, layout.group, layout.degree), None
 
 
-def mark_labels(labels: Tensor, ignore_index: int, vocab_size: int | None) -> Tensor:
-    """Return labels as int32, with `IGNORED` and `OUT_OF_RANGE` for what is no token."""
+def mark_labels(
+    labels: Tensor, ignore_index: int, vocab_size: int | None, shift: int = 0
+) -> Tensor:
+    """Return shifted labels as int32, with `IGNORED` and `OUT_OF_RANGE` for what is no token."""
+    if labels.is_cuda:
+        from vocab_parallel.kernels.labels import mark_and_shift
+
+        return mark_and_shift(
+            labels,
+            ignore_index=ignore_index,
+            vocab_size=vocab_size,
+            shift=shift,
+            ignored=IGNORED,
+            out_of_range=OUT_OF_RANGE,
+        )
     outside = labels < 0
     if vocab_size is not None:
         outside |= labels >= vocab_size
     marked = labels.masked_fill(outside, OUT_OF_RANGE)
-    return marked.masked_fill(labels == ignore_index, IGNORED).to(torch.int32)
+    return shifted(
+        marked.masked_fill(labels == ignore_index, IGNORED).to(torch.int32), shift, IGNORED
+    )
 
 
-def _shifted(per_label: Tensor, shift: int, fill: float) -> Tensor:
+def shifted(per_label: Tensor, shift: int, fill: float) -> Tensor:
+    """Move labels or their weights [..., T] to the left; what has none left gets ``fill``."""
     if shift == 0:
         return per_label
-    shifted = torch.full_like(per_label, fill)
-    shifted[..., :-shift] = per_label[..., shift:]
-    return shifted
+    moved = torch.full_like(per_label, fill)
+    moved[..., :-shift] = per_label[..., shift:]
+    return moved
 
 
 def _without_tail(per_token: Tensor, shift: int) -> Tensor:

@@ -8,8 +8,10 @@ from torch import Tensor
 from vocab_parallel.arguments import LossSettings
 from vocab_parallel.call import Operands, prepare
 from vocab_parallel.layout import IGNORED, OUT_OF_RANGE, HiddenLayout
+from vocab_parallel.uncompiled import uncompiled
 
 
+@uncompiled
 def token_logprobs(
     e: Tensor,  # (..., T, D)
     c: Tensor,  # (stop - start, D)
@@ -71,7 +73,8 @@ def token_logprobs(
         memory_budget=memory_budget,
         validate=validate,
     )
-    statistics, labels = call.statistics()
+    labels = call.labels()
+    statistics = call.statistics(labels)
     ignored = labels == IGNORED
     logprobs = (statistics[1] - statistics[0]).masked_fill(ignored, 0.0)
     logprobs = call.own(logprobs.masked_fill(labels == OUT_OF_RANGE, torch.nan))

@@ -18,10 +18,12 @@ from torch import Tensor
 
 from vocab_parallel.arguments import LossSettings
 from vocab_parallel.call import Operands, prepare
-from vocab_parallel.function import LossProblem
-from vocab_parallel.layout import IGNORED, OUT_OF_RANGE, HiddenLayout
+from vocab_parallel.layout import IGNORED, HiddenLayout, shifted
+from vocab_parallel.token_loss import TokenLossTerms, token_loss
+from vocab_parallel.uncompiled import uncompiled
 
 
+@uncompiled
 def linear_cross_entropy(
     e: Tensor,  # (..., T, D)
     c: Tensor,  # (stop - start, D)
@@ -46,6 +48,7 @@ def linear_cross_entropy(
     backward: str = "auto",
     memory_budget: int | None = None,
     validate: bool | None = None,
+    accumulate_into: str | None = None,
     **impl_options: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Cross-entropy of ``softcap(e c^T + bias) / temperature`` without the logits.
@@ -85,12 +88,21 @@ def linear_cross_entropy(
         hidden_grad_scale: multiplies e's gradient, never c's: V for wrappers that average.
         e_grad_reduce_dtype: in which e's gradient is summed over the group.
         impl: "auto", or a name of `available_impls`.
-        backward: "auto" or "recompute": the logits are computed again in backward.
-        memory_budget: bytes of logits at a time; None means 256 MiB.
+        backward: where backward finds the logits; with impl="chunked" all four:
+            "recompute"  computes them again: least memory, 8 N D R flops instead of 6;
+            "probs"      keeps them, [N, rows] in e's dtype;
+            "gradients"  needs none: forward computes the gradients; for a scalar loss alone;
+            "auto"       takes the fastest that fits; `plan_backward` tells which, and its bytes.
+        memory_budget: bytes that the loss may hold beside its inputs, its two gradients and
+            float32 sums of their size; None means 1 GiB on a GPU and 256 MiB on a CPU.
         validate: agree over the group that all arguments are right before the work, in one small
             exchange that waits for the result. None: yes for CPU tensors, no for GPU tensors,
             where it would cost a synchronisation; then an error on one rank is local.
-        **impl_options: options of the implementation itself.
+        accumulate_into: "grad" or "main_grad" adds c's gradient to that attribute of the
+            parameter c, in backward, by the product that computes it: c gets no gradient from
+            autograd, none of its hooks run, and no [rows, D] tensor is made. ``main_grad`` must be
+            there, in float32; where ``grad`` is None, autograd makes it as usual.
+        **impl_options: options of the implementation itself; `ChunkedImpl` has its own.
 
     Returns:
         The loss in float32 (float64 for float64 inputs), a scalar or [..., T - shift]; with
@@ -124,34 +136,32 @@ def linear_cross_entropy(
         memory_budget=memory_budget,
         validate=validate,
         num_valid_tokens=num_valid_tokens,
+        accumulate_into=accumulate_into,
     )
-    statistics, labels = call.statistics()
-    valid = labels != IGNORED
-    lse = statistics[0].masked_fill(~valid, 0.0)
-    loss = _token_loss(lse, statistics, labels, call.problem)
+    labels = call.labels()
+    weight: Tensor | None = None
     if token_weight is not None:
-        weight = token_weight.detach().to(loss.dtype)
-        loss = loss * call.problem.layout.arrange(weight, settings.shift, 0.0)
-    loss = call.own(loss) if reduction == "none" else loss.sum()
+        weight = token_weight.detach().to(torch.promote_types(e.dtype, torch.float32))
+        weight = call.problem.layout.arrange(shifted(weight, settings.shift, 0.0))
+    divisor: Tensor | int | None = None
     if reduction == "mean":
-        count = valid.sum() if num_valid_tokens is None else num_valid_tokens
-        loss = loss / (count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
-    return (loss, call.own(lse)) if return_lse else loss
+        divisor = (labels != IGNORED).sum() if num_valid_tokens is None else num_valid_tokens
+        divisor = divisor.clamp(min=1) if isinstance(divisor, Tensor) else max(divisor, 1)
 
+    terms = TokenLossTerms(label_smoothing, call.problem.shard.vocab_size or 0, z_loss)
 
-def _token_loss(
-    lse: Tensor,  # (N,), 0 where ignored
-    statistics: Tensor,  # (k, N)
-    labels: Tensor,  # (N,)
-    problem: LossProblem,
-) -> Tensor:  # (N,), 0 where ignored
-    settings, shard = problem.settings, problem.shard
-    smoothing = settings.label_smoothing
-    nll = lse - (1.0 - smoothing) * statistics[1]
-    if smoothing:
-        assert shard.vocab_size is not None  # check_shard
-        nll = nll - (smoothing / shard.vocab_size) * statistics[2]
-    if settings.z_loss:
-        nll = nll + settings.z_loss * lse.square()
-    nll = nll.masked_fill(labels == IGNORED, 0.0)
-    return nll.masked_fill(labels == OUT_OF_RANGE, torch.nan)
+    def loss_of(statistics: Tensor, tokens: slice) -> Tensor:
+        chosen = None if weight is None else weight[tokens]
+        loss = token_loss(statistics, labels[tokens], chosen, terms).sum()
+        return loss if divisor is None else loss / divisor
+
+    if call.problem.way == "gradients":
+        return call.scalar_loss(labels, loss_of)
+    statistics = call.statistics(labels)
+    if reduction == "none":
+        loss = call.own(token_loss(statistics, labels, weight, terms))
+    else:
+        loss = loss_of(statistics, slice(None))
+    if not return_lse:
+        return loss
+    return loss, call.own(statistics[0].masked_fill(labels == IGNORED, 0.0))

@@ -74,6 +74,7 @@ class CCEPipelineLoss:
             raise ValueError(f"{name} is not an option of a pipeline loss")
         self.output_weight = OutputWeight(output_weight, output_bias, vocab_parallel_options)
         self.reduction = reduction
+        self.accumulate_into = loss_options.get("accumulate_into")
         self.num_valid_tokens: int | Tensor | None = None
         self._scaled_by_schedule = False
         self._last_stage: Any = None
@@ -127,6 +128,14 @@ class CCEPipelineLoss:
             keep_graph(loss)
         return loss
 
+    def plan_for(self, microbatches_in_flight: int) -> None:
+        """Let ``backward="auto"`` count on so many microbatches between forward and backward.
+
+        `validate_pipeline_loss` calls it with the schedule's number.
+        """
+        if self._options["impl"] in ("auto", "chunked"):
+            self._options.setdefault("microbatches_in_flight", microbatches_in_flight)
+
     def _warn_of_kept_outputs(self) -> None:
         stage, self._last_stage = self._last_stage, None
         if stage is None:
@@ -146,7 +155,8 @@ def validate_pipeline_loss(schedule: Any, loss: Any) -> None:
 
     Call it on every rank of the world after building the schedule, with whatever was given to the
     schedule as ``loss_fn``: each rank tells the others what is wrong, so that all of them raise.
-    Communicates one small object a rank.
+    Communicates one small object a rank. It also tells the loss how many microbatches the schedule
+    has in flight on the last stage, for its choice of ``backward``.
 
     Raises:
         ValueError: on every rank, where on some rank
@@ -158,6 +168,8 @@ def validate_pipeline_loss(schedule: Any, loss: Any) -> None:
             a parameter is shared by two stages of one rank and ``scale_grads=True`` divides it
                 twice;
             the loss is a sum, or was given a divisor, and ``scale_grads=True`` divides it again;
+            the loss accumulates the classifier's gradient by itself, and the schedule scales it
+                or splits the backward;
             the loss is compiled, or a stage is wrapped by DDP or FSDP, under a schedule that
                 splits the backward;
             the vocab group has a rank that does not run the last stage, and would never come.
@@ -194,3 +206,10 @@ def validate_pipeline_loss(schedule: Any, loss: Any) -> None:
     if last is not None:
         loss._scaled_by_schedule = schedule.scale_grads
         loss._last_stage = last
+        if isinstance(schedule, schedules.PipelineScheduleMulti):
+            actions = schedule.pipeline_order[schedule.rank]
+            in_flight = schedule_check.microbatches_in_flight(actions, last.stage_index)
+        else:
+            fills = isinstance(schedule, schedules.ScheduleGPipe)
+            in_flight = schedule._n_microbatches if fills else 1
+        loss.plan_for(in_flight)

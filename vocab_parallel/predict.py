@@ -8,9 +8,10 @@ from torch import Tensor
 from vocab_parallel import collectives
 from vocab_parallel.arguments import LossSettings
 from vocab_parallel.call import Call, Operands, prepare
-from vocab_parallel.impls.tiles import DEFAULT_MEMORY_BUDGET
+from vocab_parallel.impls.plan import DEFAULT_MEMORY_BUDGET
 from vocab_parallel.impls.top_k import merge_top_k, top_k_of_shard
 from vocab_parallel.layout import HiddenLayout
+from vocab_parallel.uncompiled import uncompiled
 
 
 class Prediction(NamedTuple):
@@ -28,6 +29,7 @@ class Prediction(NamedTuple):
 
 
 @torch.no_grad()
+@uncompiled
 def predict(
     e: Tensor,  # (..., T, D)
     c: Tensor,  # (stop - start, D)
@@ -52,7 +54,7 @@ def predict(
         e, c, bias, softcap, temperature, vocab_parallel_options, hidden_layout, validate: as in
             `linear_cross_entropy`.
         k: how many tokens; at most the vocabulary.
-        memory_budget: bytes of logits at a time; None means 256 MiB.
+        memory_budget: bytes of logits at a time; None means 1 GiB on a GPU and 256 MiB on a CPU.
 
     Raises:
         ValueError: as `linear_cross_entropy`, or a k that is not in [1, vocabulary].
@@ -81,7 +83,8 @@ def predict(
         scores = hidden.new_full((hidden.shape[0], k), -torch.inf, dtype=dtype)
         rows, lse = torch.zeros_like(scores, dtype=torch.int64), scores[:, 0].clone()
     else:
-        scores, rows, lse = top_k_of_shard(local, k, memory_budget or DEFAULT_MEMORY_BUDGET)
+        default = DEFAULT_MEMORY_BUDGET["cuda" if hidden.is_cuda else "cpu"]
+        scores, rows, lse = top_k_of_shard(local, k, memory_budget or default)
     return _join(call, scores, rows + shard.start, lse)
 
 

@@ -1,7 +1,7 @@
 """What cannot be right between a schedule, its stages and the loss; each problem in words."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -47,6 +47,18 @@ def problem_of_loss(loss: Any, scale_grads: bool, splits: bool) -> str | None:
                 "twice: pass the CCEPipelineLoss itself"
             )
         return "pass the CCEPipelineLoss itself, not what torch.compile made of it"
+    if splits and getattr(loss, "accumulate_into", None) is not None:
+        return (
+            "accumulate_into gives autograd no gradient of the classifier, which a schedule that "
+            "splits the backward asks for by name: leave it out, or use 1F1B, Interleaved1F1B, "
+            "GPipe or LoopedBFS"
+        )
+    if getattr(loss, "accumulate_into", None) is not None and scale_grads:
+        return (
+            "accumulate_into adds each microbatch's gradient to what is there, and scale_grads="
+            "True divides only .grad, or that of earlier steps again: build the schedule with "
+            "scale_grads=False and set the loss's num_valid_tokens"
+        )
     if getattr(loss, "reduction", None) == "sum" and scale_grads:
         return (
             'reduction="sum" is not a mean over microbatches, but scale_grads=True divides by '
@@ -118,3 +130,29 @@ def _data_parallel_wrapper(module: nn.Module) -> str | None:
             if cls.__name__ in ("FSDPModule", "FullyShardedDataParallel"):
                 return "FSDP"
     return None
+
+
+def microbatches_in_flight(actions: Iterable[Any], last_stage: int) -> int:
+    """Count how many forwards of the last stage wait for the end of their backward, at most.
+
+    Args:
+        actions: of this rank, in order, as a schedule lists them; None where it waits.
+        last_stage: the index of the last stage.
+    """
+    waiting = most = 0
+    for action in _flat(actions):
+        if action.stage_index != last_stage:
+            continue
+        if action.computation_type.name == "FORWARD":
+            waiting += 1
+            most = max(most, waiting)
+        elif action.computation_type.name in ("FULL_BACKWARD", "BACKWARD_WEIGHT"):
+            waiting -= 1
+    return max(most, 1)
+
+
+def _flat(actions: Iterable[Any]) -> Iterator[Any]:
+    """Yield single actions; some schedules pair a forward with a backward."""
+    for action in actions:
+        if action is not None:
+            yield from getattr(action, "sub_actions", None) or (action,)

@@ -67,6 +67,5 @@ class VocabShard:
         return min(max(self.vocab_size - self.start, 0), self.stop - self.start)
 
     def local_targets(self, labels: Tensor) -> Tensor:
-        """Turn global ids [N] into rows of this shard as int64, -1 for those of other ranks."""
-        rows = labels.long() - self.start
-        return rows.masked_fill((rows < 0) | (rows >= self.num_token_rows) | (labels < 0), -1)
+        """Count marked labels [N] from this shard's first row; see `Shard.targets`."""
+        return labels - self.start if self.start else labels

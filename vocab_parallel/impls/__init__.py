@@ -1,15 +1,35 @@
 """The implementations of a shard's local work, by name."""
 
-from vocab_parallel.impls.base import Demand, Forward, Gradients, LocalImpl, Shard, Wanted
+from vocab_parallel.impls.base import (
+    BackwardTask,
+    ClassifierGrad,
+    Demand,
+    Forward,
+    ForwardTask,
+    Gradients,
+    KeptLogits,
+    LocalImpl,
+    Shard,
+    Wanted,
+    Way,
+)
+from vocab_parallel.impls.plan import BackwardPlan, plan_backward
 from vocab_parallel.impls.registry import available_impls, create_impl
 
 __all__ = [
+    "BackwardPlan",
+    "BackwardTask",
+    "ClassifierGrad",
     "Demand",
     "Forward",
+    "ForwardTask",
     "Gradients",
+    "KeptLogits",
     "LocalImpl",
     "Shard",
     "Wanted",
+    "Way",
     "available_impls",
     "create_impl",
+    "plan_backward",
 ]

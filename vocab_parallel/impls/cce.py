@@ -17,9 +17,17 @@ import torch
 from torch import Tensor
 
 from vocab_parallel.impls import cce_kernels
-from vocab_parallel.impls.base import Demand, Forward, Gradients, Shard, Wanted
+from vocab_parallel.impls.base import (
+    BackwardTask,
+    Demand,
+    Forward,
+    ForwardTask,
+    Gradients,
+    Shard,
+)
+from vocab_parallel.impls.passes import scale_
 from vocab_parallel.impls.products import well_scaled
-from vocab_parallel.statistics import StatisticNames
+from vocab_parallel.impls.recompute_only import RecomputeOnly, placed
 
 # These work the same with every version. The other presets are the installed version's.
 OWN_PRESETS: Mapping[str, Mapping[str, Any]] = {
@@ -37,7 +45,7 @@ NEWER_PRESETS = (
 
 
 @dataclass(frozen=True)
-class CceImpl:
+class CceImpl(RecomputeOnly):
     """One preset of cut-cross-entropy.
 
     Attributes:
@@ -65,6 +73,7 @@ class CceImpl:
 
     def check(self, demand: Demand) -> None:
         """Refuse what neither the installed kernels nor this file can do."""
+        self.refuse_other_ways(demand)
         reason = self._why_not(demand)
         if reason is not None:
             raise ValueError(f'impl "{self.name}" {reason}; or use impl="chunked"')
@@ -94,15 +103,14 @@ class CceImpl:
                 return f"has no {what}: leave it out"
         return None
 
-    def forward(self, shard: Shard, names: StatisticNames) -> Forward:
+    def forward(self, shard: Shard, task: ForwardTask) -> Forward:
         """See `LocalImpl.forward`."""
         hidden = shard.hidden.contiguous()
         filters = self.filter_eps is not None and shard.needs_grad
         lse, mean_logits = cce_kernels.shard_lse(
             hidden, shard.classifier, shard.bias, shard.softcap, filters
         )
-        owned = shard.targets >= 0
-        rows = shard.targets.clamp(min=0)
+        owned, rows = shard.owned_targets()
         target = cce_kernels.chosen_dot(hidden, shard.classifier, rows)
         if shard.bias is not None:
             target += shard.bias[rows]
@@ -111,22 +119,15 @@ class CceImpl:
         statistics = torch.stack([lse, target.masked_fill_(~owned, 0.0)])
         return Forward(statistics, () if mean_logits is None else (mean_logits,))
 
-    def backward(
-        self,
-        shard: Shard,
-        names: StatisticNames,
-        saved: tuple[Tensor, ...],
-        statistics: Tensor,
-        grads: Tensor,
-        wanted: Wanted,
-    ) -> Gradients:
+    def backward(self, shard: Shard, task: BackwardTask) -> Gradients:
         """See `LocalImpl.backward`.
 
         The kernel's gradient is nll_grad (p - [is target]) + lse_grad p, so that
         nll_grad = -d.target and lse_grad = d.lse + d.target.
         """
         can = cce_kernels.features()
-        grads, unit = well_scaled(grads, shard.hidden, peak=1.0)
+        statistics = task.statistics
+        grads, unit = well_scaled(task.grads, shard.hidden, peak=1.0)
         lse_grad, target_grad = grads
         separate = lse_grad + target_grad if shard.separate_lse_grad else None
         # A sum over the group in float32 follows: let the kernel write float32.
@@ -135,12 +136,13 @@ class CceImpl:
         )
         filter_eps = self._filter_eps(shard.hidden.dtype)
         hidden = shard.hidden.contiguous()
+        owned, rows = shard.owned_targets()
         request = cce_kernels.BackwardRequest(
             hidden=hidden,
             classifier=shard.classifier,
             bias=shard.bias,
             lse=statistics[0].contiguous(),
-            targets=shard.targets,
+            targets=torch.where(owned, rows, -1),
             # Without a gradient of lse of its own, the older kernel takes p's factor for both.
             nll_grad=(-target_grad if can.lse_grad else lse_grad).contiguous(),
             lse_grad=separate if can.lse_grad else None,
@@ -150,14 +152,15 @@ class CceImpl:
             filter_classifier=self.filter_c_grad and filter_eps is not None,
             fp32_hidden=fp32_hidden,
             fp32_classifier=can.fp32_accumulation and self.accum_c_fp32,
-            vocab_order=torch.argsort(saved[0]).to(torch.int32) if saved else None,
+            vocab_order=torch.argsort(task.saved[0]).to(torch.int32) if task.saved else None,
             hidden_dtype=torch.float32 if fp32_hidden else shard.hidden.dtype,
-            wants=wanted,
+            wants=task.wanted,
         )
         found = Gradients(*cce_kernels.backward(request))
         if separate is not None and not can.lse_grad:
             _add_at_targets(found, shard, statistics[1], separate)
-        return Gradients(*(_times(gradient, unit) for gradient in found))
+        found = Gradients(*(_times(gradient, unit) for gradient in found))
+        return found._replace(classifier=placed(found.classifier, task.classifier_grad))
 
     def _filter_eps(self, dtype: torch.dtype) -> float | None:
         if self.filter_eps == "auto":
@@ -168,10 +171,10 @@ class CceImpl:
 
 def _add_at_targets(found: Gradients, shard: Shard, target: Tensor, factor: Tensor) -> None:
     """Add factor [is target] to the logits' gradient: one row of the classifier for each token."""
-    factor = factor.masked_fill(shard.targets < 0, 0.0)
+    owned, rows = shard.owned_targets()
+    factor = factor.masked_fill(~owned, 0.0)
     if shard.softcap is not None:
         factor = factor * (1.0 - (target / shard.softcap).square())
-    rows = shard.targets.clamp(min=0)
     factor = factor.unsqueeze(1)
     if found.hidden is not None:
         found.hidden.add_((factor * shard.classifier[rows]).to(found.hidden.dtype))
@@ -183,7 +186,7 @@ def _add_at_targets(found: Gradients, shard: Shard, target: Tensor, factor: Tens
 def _times(gradient: Tensor | None, unit: Tensor | None) -> Tensor | None:
     if gradient is None or unit is None:
         return gradient
-    return gradient.mul_(unit)
+    return scale_(gradient, unit)
 
 
 def preset(name: str) -> Mapping[str, Any] | None:

@@ -1,207 +1,259 @@
-"""Plain torch over tiles of the logits: exact, deterministic, any device, bounded memory.
+"""Products over tiles of the logits: exact, deterministic, any device, bounded memory.
 
 The plane [N tokens, R rows] is cut into tiles. Rows are the outer loop and tokens the inner one,
-so that a block of rows is read once, its gradient is accumulated in float32 while it is small and
-written once, and only the [N, D] partial gradient of the hidden states, which is summed over the
-group in float32 anyway, is accumulated at full size.
+so that a block of rows is read once and its gradient is written once, and only the [N, D] partial
+gradient of the hidden states, which is summed over the group in float32 anyway, is accumulated at
+full size. A GPU's tile has all tokens unless the budget is tiny.
 
-    forward   for each tile   z = e c^T                        2 N D R flops
-    backward  for each tile   z again, then g in place of z    2 N D R
+    forward   for each tile   z = e c^T                        2 N D R flops, one pass over z
+    backward  for each tile   z again, or the forward's        2 N D R, or none
+                              g in place of z                  one pass
                               dE[tokens] += g c                2 N D R
                               dC_block   += g^T e              2 N D R
+
+`plan.py` chooses between making z again and keeping it.
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 
-import torch
 from torch import Tensor
 
-from vocab_parallel.impls.base import Demand, Forward, Gradients, Shard, Wanted
-from vocab_parallel.impls.products import add_product, well_scaled, widened
-from vocab_parallel.impls.tile_logits import rows_of, tile_logits
-from vocab_parallel.impls.tiles import DEFAULT_MEMORY_BUDGET, TileShape, blocks, tile_shape
+from vocab_parallel.impls import passes
+from vocab_parallel.impls.base import (
+    BackwardTask,
+    Demand,
+    Forward,
+    ForwardTask,
+    Gradients,
+    KeptLogits,
+    Progress,
+    Shard,
+    Way,
+)
+from vocab_parallel.impls.plan import padded, plan_backward, plan_of
+from vocab_parallel.impls.products import put_product, well_scaled, widened
+from vocab_parallel.impls.row_gradients import RowGradients
+from vocab_parallel.impls.tile_logits import raw_logits, rows_of
+from vocab_parallel.impls.tiles import TileShape, blocks, row_blocks
 from vocab_parallel.statistics import StatisticNames
+
+# In how many parts the tokens go where a pass cannot work in place.
+_PARTS = 4
 
 
 @dataclass(frozen=True)
 class ChunkedImpl:
-    """Exact, in memory that does not grow with the vocabulary.
+    """Exact, in memory that does not grow with the vocabulary unless it may.
 
     Attributes:
-        memory_budget: bytes of logits at a time, all buffers of their shape together.
+        memory_budget: bytes; see `plan_backward`.
         chunk_tokens, chunk_rows: the tile's sides, in place of those that the budget gives.
+        microbatches_in_flight: how many forwards may wait for their backward, for the choice.
+        overlap: whether communication may run beside the products; False is a plain order, for
+            debugging.
     """
 
-    memory_budget: int = DEFAULT_MEMORY_BUDGET
+    memory_budget: int | None = None
     chunk_tokens: int | None = None
     chunk_rows: int | None = None
+    microbatches_in_flight: int = 1
+    overlap: bool = True
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if value is not None and (not isinstance(value, int) or value < 1):
+            if field.name == "overlap":
+                if not isinstance(value, bool):
+                    raise ValueError(f"overlap must be True or False, got {value!r}")
+            elif value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{field.name} must be a positive integer, got {value!r}")
 
     def check(self, demand: Demand) -> None:
-        """Refuse a budget below one logit; everything else can be done."""
-        size = torch.promote_types(demand.dtype, torch.float32).itemsize
-        buffers = _num_buffers(demand.softcap, demand.names)
-        tile_shape(1, 1, buffers * size, self.memory_budget, torch.device(demand.device_type))
+        """Accept every call; `way` refuses what cannot be planned."""
 
-    def forward(self, shard: Shard, names: StatisticNames) -> Forward:
+    def way(self, demand: Demand) -> tuple[Way, int]:
+        """See `LocalImpl.way`; `plan_backward` raises ValueError where nothing can be planned."""
+        plan = plan_of(
+            demand,
+            self.memory_budget,
+            self.microbatches_in_flight,
+            self.chunk_tokens,
+            self.chunk_rows,
+        )
+        return plan.backward, plan.tile.tokens
+
+    def forward(self, shard: Shard, task: ForwardTask) -> Forward:
         """See `LocalImpl.forward`."""
-        dtype = shard.statistics_dtype
-        statistics = shard.hidden.new_zeros((len(names), shard.hidden.shape[0]), dtype=dtype)
-        statistics[names.index("lse")] = -torch.inf
-        tile = self._tile_shape(shard, names)
-        buffer = shard.hidden.new_empty(tile.tokens * tile.rows, dtype=dtype)
-        for rows in blocks(shard.classifier.shape[0], tile.rows):
+        num_tokens, num_rows = shard.hidden.shape[0], shard.classifier.shape[0]
+        statistics = shard.hidden.new_empty(
+            (len(task.names), num_tokens), dtype=shard.statistics_dtype
+        )
+        tile = self._tile(shard, task.names, task.keep)
+        buffer = _buffer(shard, TileShape(num_tokens, num_rows) if task.keep else tile)
+        for rows in self._row_blocks(shard, tile):
             block = rows_of(shard, rows)
-            for tokens in blocks(shard.hidden.shape[0], tile.tokens):
-                logits = tile_logits(block, tokens, buffer)
-                _accumulate_statistics(
-                    statistics[:, tokens], names, logits, block.targets[tokens] - rows.start
+            is_last = rows.stop == num_rows
+            for tokens in _token_blocks(num_tokens, tile.tokens, task.progress):
+                logits = buffer[tokens, rows] if task.keep else _corner(buffer, tokens, rows)
+                passes.add_statistics(
+                    statistics[:, tokens],
+                    task.names,
+                    raw_logits(block, tokens, logits),
+                    block,
+                    tokens,
+                    rows.start,
+                    keep=task.keep,
                 )
-        return Forward(statistics)
+                if is_last and task.progress is not None:
+                    task.progress.complete(statistics, tokens.stop)
+        return Forward(statistics, kept=KeptLogits(buffer) if task.keep else None)
 
-    def backward(
+    def backward(self, shard: Shard, task: BackwardTask) -> Gradients:
+        """See `LocalImpl.backward`."""
+        num_tokens, num_rows = shard.hidden.shape[0], shard.classifier.shape[0]
+        source = _GradientTiles(shard, task, self._tile)
+        tile = source.tile_shape
+        row_slices = self._row_blocks(shard, tile)
+        at_once = len(row_slices) == 1 and source.unit is None
+        hidden_grad = _allocate_hidden_grad(shard, task, at_once)
+        row_grads = RowGradients(shard, task, source.unit, one_tile=tile.tokens >= num_tokens)
+        for rows in row_slices:
+            block = rows_of(shard, rows)
+            # Tokens are complete with the last rows, and where nothing is to be multiplied after.
+            is_last = rows.stop == num_rows and source.unit is None
+            row_grads.begin(rows)
+            for tokens in blocks(num_tokens, tile.tokens):
+                logits_grad, sums = source.tile(block, tokens, rows)
+                if hidden_grad is not None:
+                    _add_hidden_grad(
+                        hidden_grad,
+                        logits_grad,
+                        block,
+                        tokens,
+                        task.progress if is_last else None,
+                        add=rows.start > 0,
+                    )
+                hidden = widened(shard.hidden[tokens], shard.statistics_dtype)
+                row_grads.add(logits_grad, hidden, sums)
+            row_grads.end()
+        if hidden_grad is not None and source.unit is not None:
+            hidden_grad.mul_(source.unit)
+        return Gradients(hidden_grad, *row_grads.found)
+
+    def _row_blocks(self, shard: Shard, tile: TileShape) -> list[slice]:
+        aligned = passes.kernels_work(shard.hidden)
+        return list(row_blocks(shard.classifier.shape[0], tile.rows, aligned=aligned))
+
+    def _tile(self, shard: Shard, names: StatisticNames, keeps: bool) -> TileShape:
+        """Choose the tile of this rank's own work; kernels take kept logits whole."""
+        num_tokens, num_rows = shard.hidden.shape[0], shard.classifier.shape[0]
+        if keeps and passes.kernels_work(shard.hidden):
+            return TileShape(num_tokens, num_rows)
+        return plan_backward(
+            num_tokens,
+            num_rows,
+            shard.hidden.shape[1],
+            shard.hidden.dtype,
+            backward="recompute",
+            memory_budget=self.memory_budget,
+            device_type="cuda" if shard.hidden.is_cuda else "cpu",
+            chunk_tokens=self.chunk_tokens,
+            chunk_rows=self.chunk_rows,
+            temporaries=2 + (shard.softcap is not None) + ("expected" in names),
+        ).tile
+
+
+class _GradientTiles:
+    """Makes the gradient of one tile of raw logits after the other.
+
+    The forward's logits are turned into it in place, where they were kept. The inputs' half of a
+    split backward must leave them to the weights' half, and works in parts of the tokens, beside
+    them. Where there are none, the product makes them again.
+    """
+
+    def __init__(
         self,
         shard: Shard,
-        names: StatisticNames,
-        saved: tuple[Tensor, ...],
-        statistics: Tensor,
-        grads: Tensor,
-        wanted: Wanted,
-    ) -> Gradients:
-        """See `LocalImpl.backward`."""
-        dtype = shard.statistics_dtype
-        found = _allocate(shard, wanted)
-        tile = self._tile_shape(shard, names)
-        buffer = shard.hidden.new_empty(tile.tokens * tile.rows, dtype=dtype)
-        grads, unit = well_scaled(grads, shard.classifier, peak=2.0**10)
-        for rows in blocks(shard.classifier.shape[0], tile.rows):
-            block = rows_of(shard, rows)
-            block_grad = block.classifier.new_zeros(block.classifier.shape, dtype=dtype)
-            bias_grad = block_grad.new_zeros(block_grad.shape[0])
-            for tokens in blocks(shard.hidden.shape[0], tile.tokens):
-                logits_grad = _logits_gradient(
-                    tile_logits(block, tokens, buffer),
-                    block,
-                    names,
-                    statistics[:, tokens],
-                    grads[:, tokens],
-                    block.targets[tokens] - rows.start,
-                )
-                if found.bias is not None:
-                    bias_grad += logits_grad.sum(0)
-                logits_grad = logits_grad.to(block.classifier.dtype)
-                if found.hidden is not None:
-                    add_product(found.hidden[tokens], logits_grad, block.classifier)
-                if found.classifier is not None:
-                    hidden = widened(shard.hidden[tokens], dtype)
-                    add_product(block_grad, logits_grad.T, hidden)
-            if found.classifier is not None:
-                found.classifier[rows] = block_grad if unit is None else block_grad.mul_(unit)
-            if found.bias is not None:
-                found.bias[rows] = bias_grad if unit is None else bias_grad.mul_(unit)
-        if found.hidden is not None and unit is not None:
-            found.hidden.mul_(unit)
-        return found
-
-    def _tile_shape(self, shard: Shard, names: StatisticNames) -> TileShape:
-        size = shard.statistics_dtype.itemsize
-        buffers = _num_buffers(shard.softcap is not None, names)
-        num_tokens, num_rows = shard.hidden.shape[0], shard.classifier.shape[0]
-        shape = tile_shape(
-            num_tokens, num_rows, buffers * size, self.memory_budget, shard.hidden.device
-        )
-        return TileShape(
-            min(self.chunk_tokens or shape.tokens, num_tokens),
-            min(self.chunk_rows or shape.rows, num_rows),
+        task: BackwardTask,
+        choose_tile: Callable[[Shard, StatisticNames, bool], TileShape],
+    ) -> None:
+        self._task = task
+        self._kept: Tensor | None = None
+        takes = task.wanted.classifier or task.wanted.bias
+        if task.kept is not None:
+            self._kept = task.kept.take() if takes else task.kept.look()
+        self.tile_shape = choose_tile(shard, task.names, self._kept is not None)
+        self._scratch: Tensor | None = None
+        if self._kept is None or not takes:
+            if self._kept is not None:
+                part = -(-shard.hidden.shape[0] // _PARTS)
+                self.tile_shape = TileShape(part, self.tile_shape.rows)
+            self._scratch = _buffer(shard, self.tile_shape)
+        self._grads, self.unit = well_scaled(
+            task.grads.contiguous(), shard.classifier, peak=2.0**10
         )
 
-
-def _num_buffers(softcap: bool, names: StatisticNames) -> int:
-    """Count the buffers of a tile's shape that exist at a time.
-
-    The logits, one pass's temporary, and a copy in the operands' dtype; a softcap and the entropy
-    each need a factor beside the logits.
-    """
-    return 3 + softcap + ("expected" in names)
-
-
-def _allocate(shard: Shard, wanted: Wanted) -> Gradients:
-    """Allocate the wanted gradients: the hidden states' as zeros to add to, in float32."""
-    hidden = shard.hidden
-    return Gradients(
-        hidden.new_zeros(hidden.shape, dtype=shard.statistics_dtype) if wanted.hidden else None,
-        torch.empty_like(shard.classifier) if wanted.classifier else None,
-        torch.empty_like(shard.bias) if wanted.bias and shard.bias is not None else None,
-    )
+    def tile(self, block: Shard, tokens: slice, rows: slice) -> tuple[Tensor, Tensor | None]:
+        """Return a tile's gradient [n, r], until the next call, and its sum over tokens [r]."""
+        if self._scratch is None:
+            assert self._kept is not None
+            logits = out = self._kept[tokens, rows]
+        else:
+            out = _corner(self._scratch, tokens, rows)
+            if self._kept is None:
+                logits = raw_logits(block, tokens, out)
+            else:
+                logits = self._kept[tokens, rows]
+        sums = passes.put_gradient(logits, out, block, tokens, rows.start, self._task, self._grads)
+        return out, sums
 
 
-def _in_tile(targets: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
-    """Return which targets lie in a tile [n], and an index [n, 1] that is safe for all."""
-    inside = (targets >= 0) & (targets < num_rows)
-    return inside, targets.clamp(0, num_rows - 1).unsqueeze(1)
-
-
-def _accumulate_statistics(
-    statistics: Tensor,  # (k, n), of the rows before this tile; updated in place
-    names: StatisticNames,
-    logits: Tensor,  # (n, r), overwritten
-    targets: Tensor,  # (n,), counted from the tile's first row
-) -> None:
-    rows = dict(zip(names, statistics, strict=True))
-    inside, index = _in_tile(targets, logits.shape[1])
-    rows["target"] += torch.where(inside, logits.gather(1, index).squeeze(1), 0.0)
-    if "sum" in rows:
-        rows["sum"] += logits.sum(1)
-
-    # A row of -inf alone (a bias may mask rows so) must not give -inf - -inf.
-    largest = logits.amax(1).clamp_(min=torch.finfo(logits.dtype).min)
-    values = logits.clone() if "expected" in rows else None
-    exponentials = logits.sub_(largest.unsqueeze(1)).exp_()
-    total = exponentials.sum(1)
-    lse = total.log().add_(largest)
-    joined = torch.logaddexp(rows["lse"], lse)
-    if values is not None:
-        expected = values.mul_(exponentials).sum(1).div_(total)
-        rows["expected"].mul_((rows["lse"] - joined).exp()).add_((lse - joined).exp() * expected)
-    rows["lse"].copy_(joined)
-
-
-def _logits_gradient(
-    logits: Tensor,  # (n, r), overwritten
+def _add_hidden_grad(
+    hidden_grad: Tensor,  # (N, D)
+    logits_grad: Tensor,  # (n, r)
     block: Shard,
-    names: StatisticNames,
-    statistics: Tensor,  # (k, n)
-    grads: Tensor,  # (k, n)
-    targets: Tensor,  # (n,), counted from the tile's first row
-) -> Tensor:
-    """Put the gradient of e c^T + b in the logits' place; `base.py` has the formula."""
-    stat = dict(zip(names, statistics.unsqueeze(-1), strict=True))
-    grad = dict(zip(names, grads.unsqueeze(-1), strict=True))
+    tokens: slice,
+    progress: Progress | None,
+    *,
+    add: bool,
+) -> None:
+    """Put or add a tile's share, part by part where somebody waits for the parts."""
+    ends = {tokens.stop}
+    if progress is not None:
+        ends |= {p.stop for p in progress.pieces if tokens.start < p.stop < tokens.stop}
+    start = tokens.start
+    for stop in sorted(ends):
+        part = logits_grad[start - tokens.start : stop - tokens.start]
+        put_product(hidden_grad[start:stop], part, block.classifier, add=add)
+        if progress is not None:
+            progress.complete(hidden_grad, stop)
+        start = stop
 
-    scaled = None if block.softcap is None else logits * (block.temperature / block.softcap)
-    factor = grad["lse"]
-    at_target = factor * torch.expm1(stat["target"] - stat["lse"]) + (factor + grad["target"])
-    if "expected" in names:
-        factor = (logits - (stat["expected"] - 1.0)).mul_(grad["expected"]).add_(factor)
-        at_target += (
-            grad["expected"]
-            * (stat["target"] - stat["lse"]).exp()
-            * (1.0 + stat["target"] - stat["expected"])
-        )
-    gradient = logits.sub_(stat["lse"]).exp_().mul_(factor)
-    inside, index = _in_tile(targets, gradient.shape[1])
-    gradient.scatter_(
-        1, index, torch.where(inside.unsqueeze(1), at_target, gradient.gather(1, index))
-    )
-    if "sum" in names:
-        gradient.add_(grad["sum"])
-    if scaled is not None:  # d tanh = 1 - tanh^2
-        gradient.addcmul_(gradient, scaled.square_(), value=-1.0)
-    if block.temperature != 1.0:
-        gradient.div_(block.temperature)
-    return gradient
+
+def _buffer(shard: Shard, tile: TileShape) -> Tensor:
+    """Allocate a tile's logits [tokens, at least rows], tokens a whole number of lines apart."""
+    rows = padded(tile.rows) if passes.kernels_work(shard.hidden) else tile.rows
+    return shard.hidden.new_empty((tile.tokens, rows), dtype=passes.logits_dtype(shard.hidden))
+
+
+def _corner(buffer: Tensor, tokens: slice, rows: slice) -> Tensor:
+    """Return the part of a tile's buffer that some tokens and rows need."""
+    return buffer[: tokens.stop - tokens.start, : rows.stop - rows.start]
+
+
+def _token_blocks(num_tokens: int, size: int, progress: Progress | None) -> Iterator[slice]:
+    """Cut the tokens into tiles, or into the parts that are communicated one by one."""
+    if size >= num_tokens and progress is not None:
+        return iter(progress.pieces)
+    return blocks(num_tokens, size)
+
+
+def _allocate_hidden_grad(shard: Shard, task: BackwardTask, at_once: bool) -> Tensor | None:
+    """Allocate the partial gradient [N, D]: in its own dtype where one product finishes it."""
+    if not task.wanted.hidden:
+        return None
+    dtype = shard.statistics_dtype
+    if at_once and shard.hidden.is_cuda and shard.sum_dtype == shard.hidden.dtype:
+        dtype = shard.sum_dtype
+    return shard.hidden.new_empty(shard.hidden.shape, dtype=dtype)

@@ -12,7 +12,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vocab_parallel.impls.base import Demand, Forward, Gradients, Shard, Wanted
+from vocab_parallel.impls.base import (
+    BackwardTask,
+    Demand,
+    Forward,
+    ForwardTask,
+    Gradients,
+    Shard,
+)
+from vocab_parallel.impls.recompute_only import RecomputeOnly, placed
 from vocab_parallel.statistics import StatisticNames
 
 Leaves = Sequence[Tensor | None]  # hidden states, classifier, bias
@@ -20,44 +28,37 @@ StatisticsFunction = Callable[[Shard, Leaves, StatisticNames], Tensor]
 
 
 @dataclass(frozen=True)
-class ReferenceImpl:
+class ReferenceImpl(RecomputeOnly):
     """Materialises its shard's logits in float32 or wider; has no options."""
 
     def check(self, demand: Demand) -> None:
-        """Accept every call."""
+        """Accept every call but one that names another way than to recompute."""
+        self.refuse_other_ways(demand)
 
-    def forward(self, shard: Shard, names: StatisticNames) -> Forward:
+    def forward(self, shard: Shard, task: ForwardTask) -> Forward:
         """See `LocalImpl.forward`."""
         leaves = (shard.hidden, shard.classifier, shard.bias)
-        return Forward(self._statistics()(shard, leaves, names))
+        return Forward(self._statistics()(shard, leaves, task.names))
 
-    def backward(
-        self,
-        shard: Shard,
-        names: StatisticNames,
-        saved: tuple[Tensor, ...],
-        statistics: Tensor,
-        grads: Tensor,
-        wanted: Wanted,
-    ) -> Gradients:
+    def backward(self, shard: Shard, task: BackwardTask) -> Gradients:
         """See `LocalImpl.backward`."""
         leaves = [
             None if tensor is None else self._leaf(tensor, shard).requires_grad_(want)
             for tensor, want in zip(
-                (shard.hidden, shard.classifier, shard.bias), wanted, strict=True
+                (shard.hidden, shard.classifier, shard.bias), task.wanted, strict=True
             )
         ]
         with torch.enable_grad():
-            local = self._statistics()(shard, leaves, names)
+            local = self._statistics()(shard, leaves, task.names)
         sought = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
         if not sought:
             return Gradients(None, None, None)
-        pulled = _shard_gradients(names, local.detach(), statistics, grads)
+        pulled = _shard_gradients(task.names, local.detach(), task.statistics, task.grads)
         found = iter(torch.autograd.grad(local, sought, pulled))
         hidden, classifier, bias = (
             next(found) if leaf is not None and leaf.requires_grad else None for leaf in leaves
         )
-        return Gradients(hidden, _like(classifier, shard.classifier), _like(bias, shard.bias))
+        return Gradients(hidden, placed(classifier, task.classifier_grad), bias)
 
     def _leaf(self, tensor: Tensor, shard: Shard) -> Tensor:
         # In the wide dtype, so that the partial gradient of the hidden states is not rounded
@@ -82,10 +83,6 @@ class TorchCompileImpl(ReferenceImpl):
 
     def _statistics(self) -> StatisticsFunction:
         return _compiled()
-
-
-def _like(gradient: Tensor | None, parameter: Tensor | None) -> Tensor | None:
-    return gradient if gradient is None or parameter is None else gradient.to(parameter.dtype)
 
 
 def _exact_statistics(shard: Shard, leaves: Leaves, names: StatisticNames) -> Tensor:
@@ -121,8 +118,8 @@ def _statistics_of(
         logits = shard.softcap * torch.tanh(logits / shard.softcap)
     logits = logits / shard.temperature
 
-    owned = shard.targets >= 0
-    rows = shard.targets.clamp(min=0).unsqueeze(-1)
+    owned, rows = shard.owned_targets()
+    rows = rows.unsqueeze(-1)
     found = []
     for name in names:
         if name == "lse":

@@ -1,4 +1,4 @@
-"""Matrix products with float32 accumulation and a float32 result, on any device.
+"""Matrix products with float32 accumulation, written or added where their result belongs.
 
 cuBLAS multiplies float16 and bfloat16 into float32 directly. A CPU has no such product, so
 there the two operands, which are a tile's and therefore small, are widened first; that is also
@@ -14,19 +14,23 @@ def widened(operand: Tensor, dtype: torch.dtype) -> Tensor:
     return operand if operand.is_cuda else operand.to(dtype)
 
 
-def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """Write a @ b into ``out``."""
-    if a.dtype == out.dtype:
-        return torch.mm(a, b, out=out)
-    return torch.mm(a, b, out_dtype=out.dtype, out=out)
+def put_product(destination: Tensor, a: Tensor, b: Tensor, *, add: bool) -> None:
+    """Write a @ b to ``destination``, or add it to what is there, in one product.
 
-
-def add_product(accumulator: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add a @ b to ``accumulator``."""
-    if a.dtype == accumulator.dtype:
-        accumulator.addmm_(a, b)
+    Accumulates in float32 or wider and rounds once, to the destination's dtype.
+    """
+    if a.dtype == destination.dtype:
+        if add:
+            destination.addmm_(a, b)
+        else:
+            torch.mm(a, b, out=destination)
+    elif not a.is_cuda:  # a and b are wider
+        found = a @ b
+        destination.copy_(found.add_(destination) if add else found)
+    elif add:
+        torch.addmm(destination, a, b, out_dtype=destination.dtype, out=destination)
     else:
-        torch.addmm(accumulator, a, b, out_dtype=accumulator.dtype, out=accumulator)
+        torch.mm(a, b, out_dtype=destination.dtype, out=destination)
 
 
 def well_scaled(grads: Tensor, operand: Tensor, *, peak: float) -> tuple[Tensor, Tensor | None]:

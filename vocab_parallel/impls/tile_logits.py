@@ -1,11 +1,15 @@
-"""The logits of one tile: a block of a shard's rows against some tokens."""
+"""The logits of one tile: a block of a shard's rows against some tokens.
+
+A raw logit is the product's entry; with the bias added, capped and divided it is a logit. On a GPU
+tiles are raw and in the operands' dtype, and the kernels do the rest where they read them.
+"""
 
 from dataclasses import replace
 
 from torch import Tensor
 
 from vocab_parallel.impls.base import Shard
-from vocab_parallel.impls.products import product, widened
+from vocab_parallel.impls.products import put_product, widened
 
 
 def rows_of(shard: Shard, rows: slice) -> Shard:
@@ -17,12 +21,16 @@ def rows_of(shard: Shard, rows: slice) -> Shard:
     )
 
 
-def tile_logits(block: Shard, tokens: slice, buffer: Tensor) -> Tensor:
-    """Compute a tile of logits into the buffer."""
-    hidden = widened(block.hidden[tokens], block.statistics_dtype)
-    num_tokens, num_rows = hidden.shape[0], block.classifier.shape[0]
-    logits = buffer[: num_tokens * num_rows].view(num_tokens, num_rows)
-    product(hidden, block.classifier.T, out=logits)
+def raw_logits(block: Shard, tokens: slice, out: Tensor) -> Tensor:
+    """Compute a tile of raw logits into ``out`` [n, r]."""
+    put_product(
+        out, widened(block.hidden[tokens], block.statistics_dtype), block.classifier.T, add=False
+    )
+    return out
+
+
+def finish_logits_(logits: Tensor, block: Shard) -> Tensor:
+    """Turn a tile of raw logits into logits, in place."""
     if block.bias is not None:
         logits.add_(block.bias)
     if block.softcap is not None:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from vocab_parallel.impls.base import Shard
-from vocab_parallel.impls.tile_logits import rows_of, tile_logits
+from vocab_parallel.impls.tile_logits import finish_logits_, raw_logits, rows_of
 from vocab_parallel.impls.tiles import blocks, tile_shape
 
 
@@ -20,12 +20,13 @@ def top_k_of_shard(shard: Shard, k: int, memory_budget: int) -> tuple[Tensor, Te
     rows = torch.zeros((num_tokens, k), dtype=torch.int64, device=shard.hidden.device)
     lse = shard.hidden.new_full((num_tokens,), -torch.inf, dtype=dtype)
     # The logits, and the temporary that logsumexp makes of them.
-    tile = tile_shape(num_tokens, num_rows, 2 * dtype.itemsize, memory_budget, scores.device)
-    buffer = scores.new_empty(tile.tokens * tile.rows)
+    tile = tile_shape(num_tokens, num_rows, 2 * dtype.itemsize, memory_budget, scores.device.type)
+    buffer = scores.new_empty(tile)
     for own_rows in blocks(num_rows, tile.rows):
         block = rows_of(shard, own_rows)
         for tokens in blocks(num_tokens, tile.tokens):
-            logits = tile_logits(block, tokens, buffer)
+            shape = slice(tokens.stop - tokens.start), slice(own_rows.stop - own_rows.start)
+            logits = finish_logits_(raw_logits(block, tokens, buffer[shape]), block)
             lse[tokens] = torch.logaddexp(lse[tokens], torch.logsumexp(logits, 1))
             found, index = logits.topk(min(k, logits.shape[1]))
             scores[tokens], rows[tokens] = merge_top_k(

@@ -1,0 +1,201 @@
+"""Who is timed on one shard: the products alone, ours in each way, and others' losses.
+
+Each contestant computes the mean loss of the same hidden states, rows and targets, and returns
+the gradients of hidden states and rows; "into main_grad" adds the latter to a float32 accumulator
+that is there already. A peer that is not installed is left out, with the reason.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from vocab_parallel import linear_cross_entropy
+
+Gradients = tuple[Tensor, Tensor]
+Contestant = Callable[[], Gradients]
+FLOOR_CHUNKS = (2048, 4096, 8192)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One shard: hidden states [T, D], rows [R, D] and targets [T]."""
+
+    hidden: Tensor
+    rows: Tensor
+    targets: Tensor
+
+    def gradients(self, loss: Any) -> Gradients:
+        found = torch.autograd.grad(loss, (self.hidden, self.rows))
+        return found[0], found[1]
+
+
+def draw(tokens: int, hidden: int, rows: int, dtype: torch.dtype, device: torch.device) -> Problem:
+    """Draw a problem whose logits have a deviation of 1."""
+    torch.manual_seed(0)
+    e = torch.randn(tokens, hidden, device=device).to(dtype)
+    c = (torch.randn(rows, hidden, device=device) / hidden**0.5).to(dtype)
+    targets = torch.randint(rows, (tokens,), device=device)
+    return Problem(e.requires_grad_(), c.requires_grad_(), targets)
+
+
+def confident(problem: Problem) -> Problem:
+    """Return a problem whose every target has most of the probability: a trained model's."""
+    rows = problem.rows.detach()
+    toward = rows[problem.targets].float()
+    toward *= 16.0 / toward.square().sum(1, keepdim=True)
+    hidden = (0.3 * problem.hidden.detach().float() + toward).to(rows.dtype)
+    return Problem(hidden.requires_grad_(), problem.rows, problem.targets)
+
+
+def floors(problem: Problem) -> dict[str, Contestant]:
+    """Return the three products alone, in chunks of tokens; nothing between them, no allocation.
+
+    Logits lie in lines of 128 bytes, and the rows beyond the last multiple of 128 go by
+    themselves where cuBLAS would be slow: what a loss could do, too.
+    """
+    num_tokens = problem.hidden.shape[0]
+    sizes = [size for size in FLOOR_CHUNKS if size <= num_tokens] or [num_tokens]
+    return {f"products, {size} tokens": _products(problem, size) for size in sizes}
+
+
+def _products(problem: Problem, chunk: int) -> Contestant:
+    e, c = problem.hidden.detach(), problem.rows.detach()
+    num_rows = c.shape[0]
+    main = num_rows // 128 * 128 if e.is_cuda and num_rows % 8 else num_rows
+    blocks = [slice(0, main)] + ([slice(main, num_rows)] if main < num_rows else [])
+    pitch = -(-num_rows // 64) * 64
+    logits = e.new_empty((min(chunk, e.shape[0]), pitch))
+    hidden_grad, rows_grad = torch.empty_like(e), torch.empty_like(c)
+
+    def run() -> Gradients:
+        for start in range(0, e.shape[0], chunk):
+            own = e[start : start + chunk]
+            for rows in blocks:
+                tile = logits[: own.shape[0], rows]
+                torch.mm(own, c[rows].T, out=tile)
+                into = hidden_grad[start : start + chunk]
+                if rows.start:
+                    into.addmm_(tile, c[rows])
+                else:
+                    torch.mm(tile, c[rows], out=into)
+                if start:
+                    rows_grad[rows].addmm_(tile.T, own)
+                else:
+                    torch.mm(tile.T, own, out=rows_grad[rows])
+        return hidden_grad, rows_grad
+
+    return run
+
+
+def ours(problem: Problem, **options: Any) -> Contestant:
+    """Return our loss with some options."""
+    return lambda: problem.gradients(
+        linear_cross_entropy(problem.hidden, problem.rows, problem.targets, **options)
+    )
+
+
+def ours_into_main_grad(problem: Problem, **options: Any) -> Contestant:
+    """Return our loss with the rows' gradient added to a float32 accumulator."""
+    rows = problem.rows.detach().clone().requires_grad_()
+    rows.main_grad = torch.zeros_like(rows, dtype=torch.float32)  # type: ignore[attr-defined]
+
+    def run() -> Gradients:
+        loss = linear_cross_entropy(
+            problem.hidden, rows, problem.targets, accumulate_into="main_grad", **options
+        )
+        problem.hidden.grad = None
+        loss.backward()  # type: ignore[union-attr]
+        assert problem.hidden.grad is not None
+        return problem.hidden.grad, rows.main_grad  # type: ignore[attr-defined]
+
+    return run
+
+
+def materialised(problem: Problem, compiled: bool) -> Contestant:
+    """Return torch's own loss over whole logits in float32."""
+
+    def loss(e: Tensor, c: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(e, c).float(), targets)
+
+    chosen = torch.compile(loss) if compiled else loss
+    return lambda: problem.gradients(chosen(problem.hidden, problem.rows, problem.targets))
+
+
+def peers(problem: Problem) -> tuple[dict[str, Contestant], dict[str, str]]:
+    """Return the peers that are installed and, for the others, why they are not here."""
+    group = dist.group.WORLD
+    found: dict[str, Contestant] = {}
+    missing: dict[str, str] = {}
+    for name, make in (
+        ("cut-cross-entropy cce", lambda: _cut_cross_entropy(problem, "cce", group)),
+        ("cut-cross-entropy cce_exact", lambda: _cut_cross_entropy(problem, "cce_exact", group)),
+        ("liger, tensor-parallel", lambda: _liger_parallel(problem, group)),
+        ("liger, one GPU", lambda: _liger(problem)),
+        ("fla, process group", lambda: _fla(problem, group)),
+        ("quack, one GPU", lambda: _quack(problem)),
+    ):
+        try:
+            contestant = make()
+            contestant()  # some fail only when they run
+            found[name] = contestant
+        except Exception as error:
+            missing[name] = f"{type(error).__name__}: {str(error).strip()[:200]}"
+    return found, missing
+
+
+def _cut_cross_entropy(problem: Problem, impl: str, group: Any) -> Contestant:
+    import cut_cross_entropy as package
+
+    options = package.VocabParallelOptions(0, problem.rows.shape[0], group)
+    return lambda: problem.gradients(
+        package.linear_cross_entropy(
+            problem.hidden,
+            problem.rows,
+            problem.targets,
+            impl=impl,
+            vocab_parallel_options=options,
+        )
+    )
+
+
+def _liger_parallel(problem: Problem, group: Any) -> Contestant:
+    from liger_kernel.transformers import functional
+
+    count = problem.targets.numel()
+    return lambda: problem.gradients(
+        functional.liger_fused_linear_scaled_cross_entropy_tp(
+            problem.hidden, problem.rows, problem.targets, group
+        ).sum()
+        / count
+    )
+
+
+def _liger(problem: Problem) -> Contestant:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    loss = LigerFusedLinearCrossEntropyLoss()
+    return lambda: problem.gradients(loss(problem.rows, problem.hidden, problem.targets))
+
+
+def _fla(problem: Problem, group: Any) -> Contestant:
+    from fla.modules.fused_linear_cross_entropy import FusedLinearCrossEntropyLoss
+
+    loss = FusedLinearCrossEntropyLoss(process_group=group)
+    return lambda: problem.gradients(
+        loss(problem.hidden[None], problem.targets[None], problem.rows)
+    )
+
+
+def _quack(problem: Problem) -> Contestant:
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    return lambda: problem.gradients(
+        chunked_linear_cross_entropy(
+            problem.hidden, problem.rows, problem.targets, reduction="mean"
+        )
+    )

@@ -1,0 +1,206 @@
+"""The three ways of backward on the card: errors, memory, no synchronisation, graphs, overlap."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests.oracle import oracle, relative_error
+from tests.ranks import run_ranks
+from vocab_parallel import VocabParallelOptions, linear_cross_entropy, plan_backward
+
+WAYS = ("recompute", "probs", "gradients")
+MIB = 2**20
+
+
+def problem(
+    tokens: int,
+    rows: int,
+    hidden: int,
+    dtype: torch.dtype = torch.bfloat16,
+    confident: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    e = torch.randn(tokens, hidden, device="cuda")
+    c = torch.randn(rows, hidden, device="cuda") / hidden**0.5
+    targets = torch.randint(rows, (tokens,), device="cuda")
+    if confident:
+        e = 16.0 * c[targets] + 0.3 * e
+    targets[::9] = -100
+    return e.to(dtype).requires_grad_(), c.to(dtype).requires_grad_(), targets
+
+
+@pytest.mark.parametrize("confident", [False, True])
+@pytest.mark.parametrize("rows", [4992, 5001])
+def test_errors(rows: int, confident: bool) -> None:
+    """At most 1.1 times eager bfloat16's, however the work is cut."""
+    e, c, targets = problem(1500, rows, 512, confident=confident)
+    wide = [t.detach().double().requires_grad_() for t in (e, c)]
+    exact = torch.autograd.grad(oracle(wide[0], wide[1], targets)[0], wide)
+    peers = torch.autograd.grad(F.cross_entropy(F.linear(e, c).float(), targets), (e, c))
+    for backward in WAYS:
+        for cut in ({}, {"chunk_tokens": 512}, {"chunk_rows": 1024}, {"chunk_rows": 999}):
+            loss = linear_cross_entropy(e, c, targets, backward=backward, **cut)
+            found = torch.autograd.grad(loss, (e, c))
+            for name, ours, peer, want in zip(("dE", "dC"), found, peers, exact, strict=True):
+                ours_error, peer_error = relative_error(ours, want), relative_error(peer, want)
+                print(backward, cut, name, f"{ours_error:.2e}", f"eager {peer_error:.2e}")
+                assert ours_error <= 1.1 * peer_error, (backward, cut, name)
+
+
+@pytest.mark.parametrize("backward", WAYS)
+def test_every_option(backward: str) -> None:
+    """Bias, softcap, smoothing, z-loss, temperature and weights inside of the kernels."""
+    e, c, targets = problem(700, 3001, 64, torch.float32)
+    bias = torch.randn(3001, device="cuda", requires_grad=True)
+    options: dict[str, Any] = {
+        "softcap": 4.0,
+        "label_smoothing": 0.1,
+        "z_loss": 1e-3,
+        "temperature": 0.7,
+        "token_weight": torch.rand(700, device="cuda"),
+    }
+    wide = [t.detach().double().requires_grad_() for t in (e, c, bias)]
+    exact_loss = oracle(wide[0], wide[1], targets, wide[2], **options)[0]
+    exact = torch.autograd.grad(3.0 * exact_loss, wide)
+    loss = linear_cross_entropy(e, c, targets, bias, backward=backward, **options)
+    assert relative_error(loss, exact_loss) < 1e-6
+    for got, want in zip(torch.autograd.grad(3.0 * loss, (e, c, bias)), exact, strict=True):
+        assert relative_error(got, want) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+@pytest.mark.parametrize("backward", WAYS)
+def test_no_synchronisation(backward: str) -> None:
+    e, c, targets = problem(600, 1777, 64)
+
+    def step() -> Tensor:
+        loss = linear_cross_entropy(e, c, targets, backward=backward, chunk_tokens=256, shift=1)
+        loss.backward()  # type: ignore[union-attr]
+        return loss  # type: ignore[return-value]
+
+    step()  # compiles
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        loss = step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.isfinite(loss)
+
+
+@pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream does not match")
+@pytest.mark.parametrize("backward", WAYS)
+def test_cuda_graph(backward: str) -> None:
+    """Forward and backward are captured once and replayed on other data."""
+    e, c, targets = problem(600, 1777, 64)
+
+    def step() -> tuple[Tensor, ...]:
+        loss = linear_cross_entropy(e, c, targets, backward=backward, chunk_tokens=256)
+        return (loss, *torch.autograd.grad(loss, (e, c)))  # type: ignore[arg-type]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        e.copy_(torch.randn_like(e))
+        targets.copy_(torch.randint_like(targets, 1777))
+    graph.replay()
+    for got, want in zip(captured, step(), strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("backward", WAYS)
+def test_predicted_memory(backward: str) -> None:
+    """`plan_backward` predicts what the allocator holds, beside inputs and both gradients."""
+    tokens, rows, hidden = 4096, 32_000, 1024
+    e, c, targets = problem(tokens, rows, hidden)
+    budget = 64 * MIB if backward != "gradients" else 300 * MIB
+    plan = plan_backward(tokens, rows, hidden, backward=backward, memory_budget=budget)
+    assert plan.backward == backward
+
+    def step() -> tuple[Tensor, ...]:
+        loss = linear_cross_entropy(e, c, targets, backward=backward, memory_budget=budget)
+        return torch.autograd.grad(loss, (e, c))  # type: ignore[arg-type]
+
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    held = step()
+    peak = torch.cuda.max_memory_allocated() - before
+    del held
+    print(backward, f"predicted {plan.peak_bytes / MIB:.1f} MiB, held {peak / MIB:.1f}")
+    assert abs(peak - plan.peak_bytes) <= 0.05 * plan.peak_bytes
+
+
+def test_accumulation_makes_no_gradient() -> None:
+    """dC goes into main_grad by its product: a tensor [rows, D] never exists beside it."""
+    e, c, targets = problem(2048, 40_000, 1024)
+    c.main_grad = torch.zeros_like(c, dtype=torch.float32)  # type: ignore[attr-defined]
+    wide = [t.detach().double().requires_grad_() for t in (e, c)]
+    exact = torch.autograd.grad(oracle(wide[0], wide[1], targets)[0], wide)[1]
+    del wide
+    for turn in range(2):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        loss = linear_cross_entropy(
+            e, c, targets, backward="recompute", memory_budget=16 * MIB, accumulate_into="main_grad"
+        )
+        loss.backward()  # type: ignore[union-attr]
+        torch.cuda.synchronize()
+        if turn:
+            assert torch.cuda.max_memory_allocated() - before < c.nbytes // 2
+    assert c.grad is None
+    assert relative_error(c.main_grad / 2, exact) < 3e-3  # type: ignore[attr-defined]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_compiled_model() -> None:
+    e, c, targets = problem(256, 999, 64)
+    layer = torch.nn.Linear(64, 64, device="cuda", dtype=torch.bfloat16)
+
+    def step(e: Tensor) -> Tensor:
+        loss = linear_cross_entropy(torch.tanh(layer(e)), c, targets)
+        return 2.0 * loss  # type: ignore[operator, return-value]
+
+    expected = torch.autograd.grad(step(e), (e, c))
+    found = torch.autograd.grad(torch.compile(step)(e), (e, c))
+    for got, want in zip(found, expected, strict=True):
+        assert relative_error(got, want) < 2e-2
+
+
+def check_overlap() -> None:
+    """Communication beside the products gives the bits of the plain order, every time."""
+    rank, degree = dist.get_rank(), dist.get_world_size()
+    e, c, targets = problem(8192, 16_000, 512)
+    del rank
+    options = VocabParallelOptions.from_vocab(16_000)
+    own = c.detach()[options.start : options.stop].clone().requires_grad_()
+    assert degree == 2
+    for backward in WAYS:
+        for cut in ({}, {"chunk_tokens": 2048}):
+            plain: tuple[Tensor, ...] | None = None
+            for turn in range(12):
+                # Memory that was just freed is what a race would see overwritten.
+                torch.full((64 * MIB,), float("nan"), device="cuda")
+                loss = linear_cross_entropy(
+                    e, own, targets, vocab_parallel_options=options, backward=backward,
+                    overlap=turn > 0, **cut,
+                )  # fmt: skip
+                found = (loss.detach(), *torch.autograd.grad(loss, (e, own)))  # type: ignore
+                plain = found if plain is None else plain
+                for got, want in zip(found, plain, strict=True):
+                    assert torch.equal(got, want), (backward, cut, turn)
+
+
+def test_overlap() -> None:
+    run_ranks(check_overlap, 2, backend="nccl", timeout=110)

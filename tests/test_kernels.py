@@ -1,0 +1,168 @@
+"""The Triton kernels against plain torch, in Triton's interpreter."""
+
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.oracle import oracle, relative_error
+from tests.ranks import run_ranks
+from vocab_parallel import linear_cross_entropy
+from vocab_parallel.impls import passes
+from vocab_parallel.impls.base import BackwardTask, ClassifierGrad, Shard, Wanted
+from vocab_parallel.layout import IGNORED, OUT_OF_RANGE, mark_labels
+from vocab_parallel.statistics import StatisticNames
+
+INTERPRETED = {"TRITON_INTERPRET": "1"}
+
+
+def drawn_shard(generator: torch.Generator, num_tokens: int, num_rows: int, **given: Any) -> Shard:
+    values: dict[str, Any] = {
+        "hidden": torch.randn(num_tokens, 8, generator=generator),
+        "classifier": torch.randn(num_rows, 8, generator=generator),
+        "bias": None,
+        "targets": torch.randint(-1, num_rows + 1, (num_tokens,), generator=generator),
+        "softcap": None,
+        "temperature": 1.0,
+        "separate_lse_grad": True,
+        "sum_dtype": torch.float32,
+        "needs_grad": True,
+    }
+    return Shard(**(values | given))
+
+
+def both(run: Any, *arguments: Any) -> tuple[Any, Any]:
+    """Return what plain torch does and what the kernels do."""
+    plain, expected = passes.kernels_work, run(*arguments)
+    passes.kernels_work = lambda tensor: True
+    try:
+        return expected, run(*arguments)
+    finally:
+        passes.kernels_work = plain
+
+
+def spans(num_rows: int) -> list[slice]:
+    """Two blocks of rows where there are two rows."""
+    cut = num_rows // 2
+    return [slice(0, cut), slice(cut, num_rows)] if cut else [slice(0, num_rows)]
+
+
+def blocked(shard: Shard, rows: slice) -> Shard:
+    bias = None if shard.bias is None else shard.bias[rows]
+    return replace(shard, classifier=shard.classifier[rows], bias=bias)
+
+
+def statistics_of(shard: Shard, names: StatisticNames, raw: torch.Tensor) -> torch.Tensor:
+    num_tokens, num_rows = shard.hidden.shape[0], shard.classifier.shape[0]
+    found = torch.full((len(names), num_tokens), torch.nan)
+    for rows in spans(num_rows):
+        logits, tokens = raw.clone()[:, rows], slice(0, num_tokens)
+        block = blocked(shard, rows)
+        passes.add_statistics(found, names, logits, block, tokens, rows.start, keep=False)
+    return found
+
+
+def gradient_of(shard: Shard, task: BackwardTask, raw: torch.Tensor) -> list[torch.Tensor]:
+    num_tokens, num_rows = shard.hidden.shape[0], shard.classifier.shape[0]
+    parts, found = [], []
+    for rows in spans(num_rows):
+        # A kernel may touch what follows a tile in its row of the buffer.
+        tile, tokens = raw.clone()[:, rows], slice(0, num_tokens)
+        block = blocked(shard, rows)
+        sums = passes.put_gradient(tile, tile, block, tokens, rows.start, task, task.grads)
+        parts.append(tile)
+        found += [] if sums is None else [sums]
+    return [torch.cat(parts, 1), *found]
+
+
+def check_passes() -> None:
+    generator = torch.Generator().manual_seed(0)
+    names_of: list[StatisticNames] = [
+        ("lse", "target"),
+        ("lse", "target", "sum"),
+        ("lse", "target", "sum", "expected"),
+    ]
+    for turn, case in enumerate(
+        itertools.product(names_of, (None, 1.5), (1.0, 0.7), (False, True))
+    ):
+        names, softcap, temperature, has_bias = case
+        num_tokens, num_rows = (1, 5, 70)[turn % 3], (1, 37, 4200)[turn % 3]
+        bias = torch.randn(num_rows, generator=generator) if has_bias else None
+        if bias is not None and softcap is None and "sum" not in names:
+            bias[: num_rows // 2] = -torch.inf  # rows that are masked: a block of them, even
+        shard = drawn_shard(
+            generator, num_tokens, num_rows, softcap=softcap, temperature=temperature, bias=bias
+        )
+        # The logits lie in a wider buffer.
+        raw = torch.full((num_tokens, num_rows + 3), torch.nan)
+        raw[:, :num_rows] = shard.hidden @ shard.classifier.T
+        expected, found = both(statistics_of, shard, names, raw)
+        finite = expected.isfinite()
+        assert torch.equal(finite, found.isfinite()), case
+        assert relative_error(found[finite], expected[finite]) < 1e-6, case
+
+        grads = torch.randn(len(names), num_tokens, generator=generator)
+        wanted = Wanted(True, True, True)
+        task = BackwardTask(names, expected, grads, wanted, ClassifierGrad(torch.float32))
+        for want, got in zip(*both(gradient_of, shard, task, raw), strict=True):
+            known = want.isfinite()  # a target that is masked has no finite gradient
+            assert torch.equal(known, got.isfinite()), case
+            assert relative_error(got[known], want[known]) < 2e-6, case
+
+
+def check_whole_loss() -> None:
+    """Every way through the kernels, in float32, with all options at once."""
+    passes.kernels_work = lambda tensor: tensor.dtype != torch.float64
+    torch.manual_seed(0)
+    e, c, bias = torch.randn(40, 8), torch.randn(150, 8), torch.randn(150)
+    targets = torch.randint(150, (40,))
+    targets[::7] = -100
+    options: dict[str, Any] = {
+        "softcap": 3.0,
+        "label_smoothing": 0.1,
+        "z_loss": 0.01,
+        "temperature": 0.8,
+        "token_weight": torch.rand(40),
+    }
+    leaves = [t.double().requires_grad_() for t in (e, c, bias)]
+    exact_loss, _ = oracle(leaves[0], leaves[1], targets, leaves[2], **options)
+    exact = torch.autograd.grad(exact_loss, leaves)
+    for backward, extra in (
+        ("recompute", {}),
+        ("recompute", {"chunk_rows": 64, "chunk_tokens": 16}),
+        ("probs", {}),
+        ("gradients", {}),
+        ("gradients", {"chunk_tokens": 16}),
+    ):
+        own = [t.clone().requires_grad_() for t in (e, c, bias)]
+        loss = linear_cross_entropy(
+            own[0], own[1], targets, own[2], backward=backward, **extra, **options
+        )
+        assert relative_error(loss, exact_loss) < 1e-6
+        (2.0 * loss).backward()
+        for tensor, want in zip(own, exact, strict=True):
+            assert relative_error(tensor.grad, 2.0 * want) < 5e-6, (backward, extra)
+
+
+def check_labels() -> None:
+    from vocab_parallel.kernels.labels import mark_and_shift
+
+    marks = {"ignored": IGNORED, "out_of_range": OUT_OF_RANGE}
+    for dtype, vocab_size, shift in itertools.product(
+        (torch.int32, torch.int64), (None, 7), (0, 1, 3)
+    ):
+        labels = torch.randint(-3, 12, (3, 5), dtype=dtype)
+        labels[0, 2] = -100
+        expected = mark_labels(labels, -100, vocab_size, shift)
+        found = mark_and_shift(
+            labels, ignore_index=-100, vocab_size=vocab_size, shift=shift, **marks
+        )
+        assert torch.equal(found, expected), (dtype, vocab_size, shift)
+
+
+@pytest.mark.parametrize("check", [check_labels, check_passes, check_whole_loss])
+def test_kernels(check: Any) -> None:
+    pytest.importorskip("triton")
+    run_ranks(check, 1, environment=INTERPRETED)

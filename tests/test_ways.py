@@ -1,0 +1,204 @@
+"""The three ways of backward: what each keeps, computes and communicates, and who chooses."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tests.oracle import oracle, relative_error
+from tests.ranks import run_ranks
+from tests.recording import CollectiveRecorder
+from vocab_parallel import VocabParallelOptions, linear_cross_entropy, pieces, plan_backward
+
+WAYS = ("recompute", "probs", "gradients")
+MIB = 2**20
+
+
+def problem(dtype: torch.dtype = torch.float64, tokens: int = 12) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(3)
+    e, c = torch.randn(tokens, 5).to(dtype), torch.randn(17, 5).to(dtype)
+    targets = torch.randint(17, (tokens,))
+    targets[1::4] = -100
+    return e.requires_grad_(), c.requires_grad_(), targets
+
+
+def exact(scale: float = 1.0, **options: Any) -> tuple[Tensor, ...]:
+    e, c, targets = problem()
+    loss, _ = oracle(e, c, targets, **options)
+    return torch.autograd.grad(scale * loss, (e, c))
+
+
+@pytest.mark.parametrize("backward", WAYS)
+def test_halves_in_any_order_and_again(backward: str) -> None:
+    """Inputs' half, weights' half, either first, the whole after both: every time the same."""
+    expected = exact(scale=-2.0, z_loss=0.1)
+    for order in ((0, 1), (1, 0), (0, 0, 1, 1), (2, 0, 1), (0, 2), (1, 2, 2)):
+        e, c, targets = problem()
+        loss = -2.0 * linear_cross_entropy(e, c, targets, z_loss=0.1, backward=backward)
+        for half in order:
+            wanted = [(e,), (c,), (e, c)][half]
+            found = torch.autograd.grad(loss, wanted, retain_graph=True)
+            kept = expected if half == 2 else (expected[half],)
+            for got, want in zip(found, kept, strict=True):
+                assert relative_error(got, want) < 1e-12, (backward, order, half)
+
+
+@pytest.mark.parametrize("backward", WAYS)
+def test_unlike_gradients_of_one_graph(backward: str) -> None:
+    """A second backward with another gradient is not answered with the first one's."""
+    e, c, targets = problem()
+    loss = linear_cross_entropy(e, c, targets, backward=backward)
+    first = torch.autograd.grad(loss, c, retain_graph=True)[0].clone()
+    second = torch.autograd.grad(5.0 * loss, (e, c))
+    assert relative_error(second[1], 5.0 * first) < 1e-12
+
+
+def test_gradients_need_a_scalar() -> None:
+    e, c, targets = problem()
+    for options in ({"reduction": "none"}, {"return_lse": True}):
+        with pytest.raises(ValueError, match="before it knows what the loss receives"):
+            linear_cross_entropy(e, c, targets, backward="gradients", **options)
+        # auto takes another way
+        result = linear_cross_entropy(e, c, targets, memory_budget=200, **options)
+        assert (result[0] if isinstance(result, tuple) else result).sum().isfinite()
+    with pytest.raises(ValueError, match="float16 underflow"):
+        linear_cross_entropy(e.half(), c.half(), targets, backward="gradients")
+    with pytest.raises(ValueError, match='impl="chunked" alone'):
+        linear_cross_entropy(e, c, targets, impl="reference", backward="probs")
+
+
+@pytest.mark.parametrize("attribute", ["grad", "main_grad"])
+@pytest.mark.parametrize("backward", WAYS)
+def test_accumulation(attribute: str, backward: str) -> None:
+    """Two backwards add up where the parameter's gradient is kept; autograd gets none."""
+    e, c, targets = problem(torch.float32)
+    seen: list[Tensor] = []
+    c.register_hook(seen.append)
+    if attribute == "main_grad":
+        c.main_grad = torch.ones_like(c)  # type: ignore[attr-defined]
+    else:
+        c.grad = torch.ones_like(c)
+    kept = getattr(c, attribute)
+    for _ in range(2):
+        linear_cross_entropy(
+            e, c, targets, backward=backward, accumulate_into=attribute, chunk_tokens=5
+        ).backward()  # type: ignore[union-attr]
+    assert getattr(c, attribute) is kept
+    assert relative_error(kept, 1.0 + 2.0 * exact()[1]) < 1e-6
+    assert not any(grad is not None and grad.any() for grad in seen)
+    if attribute == "main_grad":
+        assert c.grad is None
+
+
+def test_accumulation_begins_where_there_is_no_grad() -> None:
+    e, c, targets = problem(torch.float32)
+    for count in (1, 2):
+        linear_cross_entropy(e, c, targets, accumulate_into="grad").backward()  # type: ignore[union-attr]
+        assert relative_error(c.grad, count * exact()[1]) < 1e-6
+
+
+def test_accumulation_is_refused() -> None:
+    e, c, targets = problem()
+    for given, into, match in (
+        (c, "main_grad", r"needs c.main_grad \[17, 5\] in float32"),
+        (c * 1.0, "grad", "not a plain leaf"),
+        (c.detach(), "grad", "not a plain leaf"),
+        (c, "momentum", "unknown accumulate_into"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            linear_cross_entropy(e, given, targets, accumulate_into=into)
+
+
+def test_auto_takes_the_fastest_that_fits() -> None:
+    shard = (8192, 37_984, 2048)
+    logits = 8192 * (37_984 + 32) * 2  # lines of 64 logits
+    gradients = (8192 + 37_984) * 2048 * 2
+    for budget, in_flight, expected in (
+        (logits, 1, "probs"),
+        (logits - 1, 1, "gradients"),  # its float32 sums and 1024 tokens' logits are less
+        (logits, 2, "recompute"),
+        (2 * logits, 2, "probs"),
+        (None, 1, "probs"),
+        (64 * MIB, 1, "recompute"),
+    ):
+        plan = plan_backward(*shard, memory_budget=budget, microbatches_in_flight=in_flight)
+        assert plan.backward == expected, (budget, in_flight, plan)
+    long = plan_backward(65_536, 18_992, 2048, memory_budget=2**30)
+    assert long.backward == "gradients"
+    assert long.kept_bytes + long.logits_bytes + long.float32_bytes <= 2**30
+    assert long.tile.tokens < 65_536
+    named = plan_backward(*shard, backward="gradients", memory_budget=2**30)
+    assert (named.kept_bytes, named.tile.tokens) == (gradients, 8192)
+    tight = plan_backward(*shard, backward="recompute", memory_budget=64 * MIB)
+    assert tight.tile.tokens == 8192, "one product writes a block of rows"
+    assert tight.logits_bytes <= 64 * MIB
+    assert tight.float32_bytes == 8192 * 2048 * 4
+
+
+def check_overlap() -> None:
+    """Pieces communicate as many bytes as the whole, and give the same bits."""
+    tokens, hidden, vocabulary = 12, 8, 23
+    options = VocabParallelOptions.from_vocab(vocabulary)
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.randn(vocabulary, hidden, generator=generator)
+    given = torch.randn(tokens, hidden, generator=generator)
+    targets = torch.randint(vocabulary, (tokens,), generator=generator)
+    found: dict[Any, tuple[Tensor, ...]] = {}
+    for fewest in (2048, 3):
+        pieces._FEWEST_TOKENS = fewest
+        for backward in WAYS:
+            for overlap in (True, False):
+                e = given.clone().requires_grad_()
+                c = whole[options.start : options.stop].clone().requires_grad_()
+                with CollectiveRecorder() as before:
+                    loss = linear_cross_entropy(
+                        e, c, targets, vocab_parallel_options=options, backward=backward,
+                        overlap=overlap, validate=False, chunk_tokens=tokens,
+                    )  # fmt: skip
+                with CollectiveRecorder() as after:
+                    loss.backward()  # type: ignore[union-attr]
+                calls = [(call.name, call.size) for call in before.calls + after.calls]
+                count = {"all_gather": 2 if fewest == 3 and backward == "probs" else 1}
+                cut = fewest == 3 and backward != "gradients"  # it goes by its own chunks
+                count["all_reduce"] = 4 if cut else 1
+                for name, size in (
+                    ("all_gather", 2 * 4 * tokens),
+                    ("all_reduce", 4 * tokens * hidden),
+                ):
+                    sizes = [size for called, size in calls if called == name]
+                    assert (len(sizes), sum(sizes)) == (count[name], size), (calls, backward)
+                assert len(after.calls) == (0 if backward == "gradients" else count["all_reduce"])
+                found[fewest, backward, overlap] = (loss.detach(), e.grad, c.grad)  # type: ignore
+    for key, result in found.items():
+        other = found[key[0], key[1], not key[2]]
+        assert all(torch.equal(a, b) for a, b in zip(result, other, strict=True)), key
+        first = found[2048, "recompute", True]
+        assert all(relative_error(a, b) < 1e-6 for a, b in zip(result, first, strict=True)), key
+    dist.barrier()
+
+
+def test_overlap() -> None:
+    run_ranks(check_overlap, 2)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_compiled_model_breaks_once() -> None:
+    graphs: list[Any] = []
+
+    def backend(module: Any, inputs: Any) -> Any:
+        graphs.append(module)
+        return module.forward
+
+    e, c, targets = problem()
+
+    def step(e: Tensor) -> Tensor:
+        loss = linear_cross_entropy(torch.tanh(e), c, targets)
+        assert isinstance(loss, Tensor)
+        return 2.0 * loss
+
+    expected = torch.autograd.grad(step(e), (e, c))
+    found = torch.autograd.grad(torch.compile(step, backend=backend)(e), (e, c))
+    assert len(graphs) == 2, "one before the loss, one after"
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

@@ -1,0 +1,41 @@
+"""From a product's raw entry to a logit, and other arithmetic that the kernels share."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+def readable_width(tile: Tensor) -> int:
+    """Return how many columns of a tile [n, r] a kernel may touch: whole 32-byte sectors if it can.
+
+    What follows a tile's columns in its own row of the buffer is nobody's, if the tile begins the
+    row; a mask that ends at a multiple of 16 lets loads and stores stay wide.
+    """
+    rounded = -(-tile.shape[1] // 16) * 16
+    begins_row = tile.stride(0) > 0 and tile.storage_offset() % tile.stride(0) == 0
+    return rounded if begins_row and rounded <= tile.stride(0) else tile.shape[1]
+
+
+@triton.jit
+def capped_tanh(x, softcap):  # type: ignore[no-untyped-def]
+    """tanh(x / softcap), without a library that the interpreter lacks."""
+    return 2.0 * tl.sigmoid(2.0 * x / softcap) - 1.0
+
+
+@triton.jit
+def to_logit(x, softcap, temperature, HAS_SOFTCAP: tl.constexpr, HAS_TEMPERATURE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """softcap tanh(x / softcap) / temperature, for x in float32 with the bias added."""
+    if HAS_SOFTCAP:
+        x = softcap * capped_tanh(x, softcap)
+    if HAS_TEMPERATURE:
+        x = x / temperature
+    return x
+
+
+@triton.jit
+def expm1(x):  # type: ignore[no-untyped-def]
+    """exp(x) - 1 to float32's precision; a series near 0, where the difference would cancel."""
+    series = x * (
+        1.0 + x * (0.5 + x * (1.0 / 6 + x * (1.0 / 24 + x * (1.0 / 120 + x * (1.0 / 720)))))
+    )
+    return tl.where(tl.abs(x) < 0.25, series, tl.exp(x) - 1.0)

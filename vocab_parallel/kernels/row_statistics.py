@@ -1,0 +1,164 @@
+"""One pass over a tile of raw logits: each token's statistics, and its target's logit.
+
+Reads the tile once and writes k numbers a token: n r itemsize bytes, one exponential a logit.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vocab_parallel.kernels.logit import readable_width, to_logit
+
+# Logits that a program works on at a time: one warp, so that no reduction waits for another.
+BLOCK = 1024
+
+
+def row_statistics(
+    logits: Tensor,  # (n, r), raw: hidden classifier^T
+    bias: Tensor | None,  # (r,)
+    targets: Tensor,  # (n,), counted from the row `row_start` before the tile's first
+    row_start: int,
+    statistics: Tensor,  # (k, n) float32; written, or joined with what is there
+    names: tuple[str, ...],
+    *,
+    softcap: float | None,
+    temperature: float,
+    first: bool,
+) -> None:
+    """Write the statistics of the tile, or join them with those of the rows before it.
+
+    Args:
+        logits: float16, bfloat16 or float32; columns are adjacent, rows may be further apart.
+        targets: int32 or int64; a token whose target lies outside of the tile adds nothing.
+        names: "lse", "target", then "sum" and "expected" where wanted; see `statistics.py`.
+        first: whether the tile's are the first rows; else ``statistics`` are joined.
+    """
+    num_tokens, num_rows = logits.shape
+    assert logits.stride(1) == 1
+    assert statistics.stride(1) == 1
+    assert names[:2] == ("lse", "target")
+    with torch.cuda.device_of(logits):
+        _row_statistics[(num_tokens,)](
+            logits,
+            logits.stride(0),
+            bias,
+            targets,
+            statistics,
+            statistics.stride(0),
+            num_rows,
+            readable_width(logits),
+            row_start,
+            0.0 if softcap is None else softcap,
+            temperature,
+            HAS_BIAS=bias is not None,
+            HAS_SOFTCAP=softcap is not None,
+            HAS_TEMPERATURE=temperature != 1.0,
+            SUM=names.index("sum") if "sum" in names else 0,
+            EXPECTED=names.index("expected") if "expected" in names else 0,
+            FIRST=first,
+            BLOCK=BLOCK,
+            num_warps=1,
+        )
+
+
+@triton.jit
+def _row_statistics(  # type: ignore[no-untyped-def]
+    logits,
+    row_stride,
+    bias,
+    targets,
+    statistics,
+    statistics_stride,
+    num_rows,
+    width,  # of the columns that may be read, at least num_rows
+    row_start,
+    softcap,
+    temperature,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_TEMPERATURE: tl.constexpr,
+    SUM: tl.constexpr,  # its row in the statistics, 0 where it is not wanted
+    EXPECTED: tl.constexpr,
+    FIRST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    own = logits + token * row_stride
+    target = tl.load(targets + token).to(tl.int64) - row_start
+    owned = (target >= 0) & (target < num_rows)
+    at_target = tl.load(own + target, mask=owned, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        at_target += tl.load(bias + target, mask=owned, other=0.0).to(tl.float32)
+    at_target = to_logit(at_target, softcap, temperature, HAS_SOFTCAP, HAS_TEMPERATURE)
+    at_target = tl.where(owned, at_target, 0.0)
+    peak = -float("inf")
+    totals = tl.zeros((BLOCK,), tl.float32)
+    weighted = tl.zeros((BLOCK,), tl.float32)
+    plain = tl.zeros((BLOCK,), tl.float32)
+    columns = tl.arange(0, BLOCK)
+    # The next block is on its way while one is worked on; the last, which alone is masked, follows.
+    ahead = tl.load(own + columns, mask=columns < width, other=0.0)
+    for _ in range(0, num_rows // BLOCK):
+        z = ahead.to(tl.float32)
+        if HAS_BIAS:
+            z += tl.load(bias + columns).to(tl.float32)
+        columns += BLOCK
+        ahead = tl.load(own + columns, mask=columns < width, other=0.0)
+        z = to_logit(z, softcap, temperature, HAS_SOFTCAP, HAS_TEMPERATURE)
+        if SUM > 0:
+            plain += z
+        peak, totals, weighted = _join_block(z, peak, totals, weighted, EXPECTED > 0)
+    if num_rows % BLOCK != 0:
+        inside = columns < num_rows
+        z = ahead.to(tl.float32)
+        if HAS_BIAS:
+            z += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
+        z = to_logit(z, softcap, temperature, HAS_SOFTCAP, HAS_TEMPERATURE)
+        if SUM > 0:
+            plain += tl.where(inside, z, 0.0)
+        z = tl.where(inside, z, -float("inf"))
+        peak, totals, weighted = _join_block(z, peak, totals, weighted, EXPECTED > 0)
+    total = tl.sum(totals, 0)
+    lse = tl.where(total > 0.0, peak + tl.log(tl.where(total > 0.0, total, 1.0)), -float("inf"))
+
+    out = statistics + token
+    joined = lse
+    if not FIRST:
+        before = tl.load(out)
+        larger = tl.maximum(before, lse)
+        shift = tl.where(larger == -float("inf"), 0.0, larger)
+        both = tl.exp(before - shift) + tl.exp(lse - shift)
+        joined = tl.where(both > 0.0, shift + tl.log(tl.where(both > 0.0, both, 1.0)), larger)
+        at_target += tl.load(out + statistics_stride)
+    tl.store(out + statistics_stride, at_target)
+    if SUM > 0:
+        summed = tl.sum(plain, 0)
+        if not FIRST:
+            summed += tl.load(out + SUM * statistics_stride)
+        tl.store(out + SUM * statistics_stride, summed)
+    if EXPECTED > 0:
+        expected = tl.where(total > 0.0, tl.sum(weighted, 0) / total, 0.0)
+        if not FIRST:
+            safe = tl.where(joined == -float("inf"), 0.0, joined)
+            expected = expected * tl.exp(lse - safe) + tl.exp(before - safe) * tl.load(
+                out + EXPECTED * statistics_stride
+            )
+        tl.store(out + EXPECTED * statistics_stride, expected)
+    tl.store(out, joined)
+
+
+@triton.jit
+def _join_block(z, peak, totals, weighted, EXPECTED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Add a block's exponentials to the sums, lane by lane, under the largest logit so far."""
+    LOG2E: tl.constexpr = 1.4426950408889634
+    new_peak = tl.maximum(peak, tl.max(z, 0))
+    # A row of -inf alone (a bias may mask rows so) must not give -inf - -inf.
+    shift = tl.where(new_peak == -float("inf"), 0.0, new_peak)
+    rescale = tl.exp2((peak - shift) * LOG2E)
+    exponential = tl.exp2(z * LOG2E - shift * LOG2E)
+    totals = totals * rescale + exponential
+    if EXPECTED:
+        finite = tl.where(exponential > 0.0, z, 0.0)
+        weighted = weighted * rescale + finite * exponential
+    return new_peak, totals, weighted
