@@ -178,7 +178,7 @@ def _entries(
 
 def _memory(name: str, one: Measurement, problem: Problem) -> int | None:
     """Take the returned gradients off the peak; an accumulator was there before."""
-    if one.peak is None or name.startswith("products"):
+    if name.startswith("products"):
         return None
     returned = problem.hidden.nbytes
     if "main_grad" not in name:

@@ -1,14 +1,19 @@
 """How everything here is timed: contestants interleaved in one process, medians, peaks."""
 
 import gc
+import itertools
+import json
 import random
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 
@@ -18,7 +23,7 @@ class Measurement:
 
     milliseconds: float
     spread: float  # milliseconds, between the second fastest and the second slowest
-    peak: int | None  # None where the device has no counter
+    peak: int
 
 
 def interleaved(
@@ -56,6 +61,21 @@ def interleaved(
     return found
 
 
+def _peak_of_host(call: Callable[[], object]) -> int:
+    """Add up what torch's allocator says in a trace of the call; products' own buffers are not."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as traced:
+        result = call()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        traced.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    del result
+    changes = sorted(
+        (event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]"
+    )
+    return max(itertools.accumulate((change for _, change in changes), initial=0))
+
+
 def _busy_work(device: torch.device) -> Callable[[], object]:
     """Return about 12 ms of products."""
     if device.type != "cuda":
@@ -85,11 +105,11 @@ def _time(call: Callable[[], object], device: torch.device, busy: Callable[[], o
     return start.elapsed_time(end)
 
 
-def _peak(call: Callable[[], object], device: torch.device) -> int | None:
+def _peak(call: Callable[[], object], device: torch.device) -> int:
     """Return the most bytes that one call held above the level before it."""
-    if device.type != "cuda":
-        return None
     call()  # what is loaded and compiled once is no memory of the call
+    if device.type != "cuda":
+        return _peak_of_host(call)
     gc.collect()
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
