@@ -58,12 +58,27 @@ class TrainArguments:
     seed: int = 0
     """Seed of the model's initial weights."""
 
+    model: str | None = None
+    """A Hugging Face folder (config.json and safetensors), or a published model with random
+    weights: qwen3-1.7b, qwen3-8b, qwen3-32b, llama-3.1-8b or gemma-2-2b. By default a small Qwen3
+    of the next three sizes."""
     layers: int = 4
     """Decoder layers, at least as many as stages."""
     hidden: int = 128
     """Hidden size, a multiple of 32 (the size of an attention head)."""
     vocabulary: int = 151_936
     """Rows of the classifier and of the embedding; at least the tokenizer's largest id + 1."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of weights, activations and optimizer state."""
+
+    checkpoint: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """Save checkpoints here, which load on any mesh; the two newest are kept."""
+    checkpoint_every: int = 0
+    """Save after every so many steps; 0 saves after the last one alone."""
+    resume: bool = False
+    """Go on from the newest checkpoint of --checkpoint, if there is one."""
+    export: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """Write a Hugging Face model folder here at the end."""
 
     text: Annotated[Path | None, tyro.conf.arg(metavar="FILE_OR_FOLDER")] = None
     """Text to train on; by default the Python standard library's own sources."""
@@ -105,13 +120,29 @@ class TrainArguments:
             raise ValueError(f"--learning-rate must be at least 0, got {self.learning_rate}")
         if self.timeout <= 0:
             raise ValueError(f"--timeout must be positive seconds, got {self.timeout}")
-        if self.hidden % 32:
-            raise ValueError(f"--hidden must be a multiple of 32, got {self.hidden}")
         if self.clip_norm is not None and self.clip_norm <= 0:
             raise ValueError(f"--clip-norm must be positive, got {self.clip_norm}")
+        if self.checkpoint_every < 0:
+            raise ValueError(f"--checkpoint-every must be at least 0, got {self.checkpoint_every}")
+        if self.checkpoint is None and (self.resume or self.checkpoint_every):
+            raise ValueError("--resume and --checkpoint-every need --checkpoint FOLDER")
+        if self.export is not None and self.export.exists() and any(self.export.iterdir()):
+            raise ValueError(f"--export {self.export} is not empty: give a new folder")
+        if self.check and (self.dtype != "float32" or self.resume):
+            raise ValueError("--check compares float32 runs from their first step")
+        self._validate_model()
         pieces = self.vocab * self.microbatches * self.accumulate
         if self.batch % pieces:
             raise ValueError(
                 f"--batch must be a multiple of vocab x microbatches x accumulate = {self.vocab} "
                 f"x {self.microbatches} x {self.accumulate} = {pieces}, got {self.batch}"
             )
+
+    def _validate_model(self) -> None:
+        if self.model is None:
+            if self.hidden % 32:
+                raise ValueError(f"--hidden must be a multiple of 32, got {self.hidden}")
+            return
+        for name in ("layers", "hidden", "vocabulary"):
+            if getattr(self, name) != getattr(TrainArguments, name):
+                raise ValueError(f"--{name} is given by --model {self.model}: leave it out")

@@ -8,11 +8,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from tqdm import trange
-from transformers import Qwen3ForCausalLM
 
 from launch.arguments import TrainArguments
 from launch.gradients import named_gradients
-from launch.model import build_model
+from launch.model import CLASSIFIER, EMBEDDING, Stage, build_stage
+from launch.pipeline import model_of
 
 CHECKED_STEPS = 5
 LOSS_TOLERANCE = 1e-5
@@ -56,12 +56,14 @@ def compare_with_one_process(
         device: where to run.
     """
     steps = min(CHECKED_STEPS, arguments.steps)
-    model = build_model(arguments).to(device)
+    config, source = model_of(arguments)
+    model = build_stage(config, source, 0, 1, None, device=device, dtype=torch.float32)
+    softcap = getattr(config, "final_logit_softcapping", None)
     optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.learning_rate, fused=True)
     expected_losses = []
     gradient_differences: dict[str, float] = {}
     for step in trange(steps, desc="checking in one process", unit="step"):
-        expected_losses.append(_backward(model, batches[step].to(device)))
+        expected_losses.append(_backward(model, batches[step].to(device), softcap))
         if step == 0:
             expected = named_gradients(model)
             if expected.keys() != gradients.keys():
@@ -83,12 +85,13 @@ def compare_with_one_process(
     return comparison
 
 
-def _backward(model: Qwen3ForCausalLM, batch: Tensor) -> float:
+def _backward(model: Stage, batch: Tensor, softcap: float | None) -> float:
     """Accumulate the gradients of one step, a sequence at a time; return the mean loss."""
     total = 0.0
     for tokens in batch.split(1):
-        hidden = model.model(tokens, use_cache=False).last_hidden_state
-        logits = F.linear(hidden[0, :-1], model.lm_head.weight)
+        logits = F.linear(model.hidden_states(tokens)[0, :-1], model.lm_head.weight)
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
         loss = F.cross_entropy(logits, tokens[0, 1:]) / len(batch)
         loss.backward()
         total += float(loss.detach())
@@ -111,8 +114,9 @@ def _print(comparison: Comparison, losses: list[float], expected: list[float]) -
             f"{difference:.1e}",
             f"{LOSS_TOLERANCE:.0e}",
         )
-    head = comparison.gradients["lm_head.weight"]
-    body = {name: d for name, d in comparison.gradients.items() if name != "lm_head.weight"}
+    rows = CLASSIFIER if CLASSIFIER in comparison.gradients else EMBEDDING  # tied: one weight
+    head = comparison.gradients[rows]
+    body = {name: d for name, d in comparison.gradients.items() if name != rows}
     worst = max(body, key=lambda name: body[name])
     for name, difference in (
         ("gradient of the classifier, rows joined", head),

@@ -1,40 +1,25 @@
-"""transformers' own Qwen3 as pipeline stages, without a copy of its code.
+"""A Hugging Face causal language model as pipeline stages, without a copy of its code.
 
-A stage is the whole model with the other stages' layers replaced by a pass-through, so that names
-and layer types keep their global indices, without an embedding off the first stage, and without
-a norm and a classifier off the last. Masks and rotary positions are made by the model itself.
+A stage is the model with the other stages' layers replaced by a pass-through, so that names and
+layer types keep their global indices, without an embedding off the first stage, and without a
+norm and a classifier off the last. Masks and rotary positions are made by the model itself. It is
+built without memory, and then filled with its own weights alone.
 """
 
+import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3Model
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from launch.arguments import TrainArguments
-from vocab_parallel import VocabParallelClassifier
+from launch.weights import WeightSource
+from vocab_parallel import VocabParallelClassifier, VocabParallelEmbedding
 
-HEAD_SIZE = 32
-
-
-def build_model(arguments: TrainArguments) -> Qwen3ForCausalLM:
-    """Build the whole model with random weights; equal on every rank for one seed."""
-    torch.manual_seed(arguments.seed)
-    heads = arguments.hidden // HEAD_SIZE
-    config = Qwen3Config(
-        vocab_size=arguments.vocabulary,
-        hidden_size=arguments.hidden,
-        intermediate_size=3 * arguments.hidden,
-        num_hidden_layers=arguments.layers,
-        num_attention_heads=heads,
-        num_key_value_heads=max(1, heads // 2) if heads % 2 == 0 else heads,
-        head_dim=HEAD_SIZE,
-        max_position_embeddings=max(2048, arguments.sequence),
-        tie_word_embeddings=False,
-        use_cache=False,
-    )
-    return Qwen3ForCausalLM(config)
+EMBEDDING = "model.embed_tokens.weight"
+CLASSIFIER = "lm_head.weight"
 
 
 class Stage(nn.Module):
@@ -44,16 +29,24 @@ class Stage(nn.Module):
     hidden states [b, T, D].
     """
 
-    def __init__(self, model: Qwen3Model, lm_head: VocabParallelClassifier | None) -> None:
+    model: Any
+    lm_head: Any
+
+    def __init__(self, model: nn.Module, lm_head: nn.Module | None) -> None:
         super().__init__()
         self.model = model
         self.lm_head = lm_head
 
-    def forward(self, inputs: Tensor) -> Tensor:
+    def hidden_states(self, inputs: Tensor) -> Tensor:
         """Run the stage's layers."""
         embedding = self.model.embed_tokens
         hidden = inputs if embedding is None else embedding(inputs)
-        hidden = self.model(inputs_embeds=hidden, use_cache=False).last_hidden_state
+        result: Tensor = self.model(inputs_embeds=hidden, use_cache=False).last_hidden_state
+        return result
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Run the stage's layers, and on the last stage whatever the classifier does in it."""
+        hidden = self.hidden_states(inputs)
         return hidden if self.lm_head is None else self.lm_head(hidden)
 
 
@@ -65,37 +58,131 @@ class PassThrough(nn.Module):
         return hidden_states
 
 
-def cut_stage(
-    whole: Qwen3ForCausalLM, stage: int, num_stages: int, vocab_group: ProcessGroup
+def build_stage(
+    config: PretrainedConfig,
+    source: WeightSource,
+    stage: int,
+    num_stages: int,
+    vocab_group: ProcessGroup | None,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> Stage:
-    """Cut one stage out of the whole model, whose parameters it takes over.
+    """Build one stage and fill it with its weights.
 
-    The classifier is replaced by this rank's rows of it, so that the whole one can be freed.
+    With a vocab group the last stage has this rank's rows of the classifier, and a tied model's
+    first stage its rows of the embedding; without one, both are whole.
+
+    Raises:
+        ValueError: more stages than layers, a model of another build, or weights that do not fit.
+    """
+    own = layers_of_stage(stage, num_stages, config)
+    with torch.device("meta"):
+        # A copy, since building writes the dtype into the configuration.
+        whole = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+    model: Any = getattr(whole, "model", None)
+    if not all(hasattr(model, part) for part in ("embed_tokens", "layers", "norm", "rotary_emb")):
+        raise ValueError(
+            f"{type(whole).__name__} is not built of embed_tokens, layers, norm and rotary_emb, "
+            f"as Qwen3, Llama and Gemma 2 are: it cannot be cut into stages"
+        )
+    for index in range(config.num_hidden_layers):
+        if index not in own:
+            model.layers[index] = PassThrough()
+    is_last = stage == num_stages - 1
+    head: nn.Module | None = whole.lm_head if is_last else None
+    if vocab_group is not None and is_last:
+        head = VocabParallelClassifier(
+            config.hidden_size, config.vocab_size, group=vocab_group, device="meta", dtype=dtype
+        )
+    if stage != 0:
+        model.embed_tokens = None
+    elif vocab_group is not None and config.tie_word_embeddings:
+        model.embed_tokens = VocabParallelEmbedding(
+            config.hidden_size,
+            config.vocab_size,
+            group=vocab_group,
+            scale=getattr(model.embed_tokens, "scalar_embed_scale", 1.0),
+            device="meta",
+            dtype=dtype,
+        )
+    if not is_last:
+        model.norm = nn.Identity()
+    cut = Stage(model, head)
+    _fill(cut, source, config, device)
+    if vocab_group is None and config.tie_word_embeddings and is_last and stage == 0:
+        cut.lm_head.weight = cut.model.embed_tokens.weight
+    return cut
+
+
+def _fill(
+    stage: Stage, source: WeightSource, config: PretrainedConfig, device: torch.device
+) -> None:
+    """Give every parameter memory and its weight, and every buffer its value."""
+    owners = dict(stage.named_modules())
+    stage.to_empty(device=device)
+    with torch.no_grad():
+        for name, parameter in stage.named_parameters():
+            owner = owners[name.rpartition(".")[0]]
+            rows = slice(owner.start, owner.stop) if hasattr(owner, "start") else None
+            stored = EMBEDDING if config.tie_word_embeddings and name == CLASSIFIER else name
+            source.fill(stored, parameter, rows, owner)
+    # Buffers are computed from the configuration and no part of the weights.
+    stage.model.rotary_emb = type(stage.model.rotary_emb)(config=config).to(device)
+    embedding = stage.model.embed_tokens
+    if hasattr(embedding, "embed_scale"):
+        embedding.embed_scale.fill_(embedding.scalar_embed_scale)
+
+
+def layers_of_stage(stage: int, num_stages: int, config: PretrainedConfig) -> range:
+    """Return the layers of a stage, so that the slowest stage is as fast as can be.
+
+    The last stage has the classifier besides, which costs as much as its parameters do in layers.
 
     Raises:
         ValueError: more stages than layers.
     """
-    config = whole.config
-    own = layers_of_stage(stage, num_stages, config.num_hidden_layers)
-    with torch.device("meta"):
-        model = Qwen3Model(config)
-    for index in range(config.num_hidden_layers):
-        model.layers[index] = whole.model.layers[index] if index in own else PassThrough()
-    is_last = stage == num_stages - 1
-    model.embed_tokens = whole.model.embed_tokens if stage == 0 else None
-    model.norm = whole.model.norm if is_last else nn.Identity()
-    model.rotary_emb = whole.model.rotary_emb
-    head = VocabParallelClassifier.from_linear(whole.lm_head, vocab_group) if is_last else None
-    return Stage(model, head)
+    counts = _layer_counts(num_stages, config)
+    start = sum(counts[:stage])
+    return range(start, start + counts[stage])
 
 
-def layers_of_stage(stage: int, num_stages: int, num_layers: int) -> range:
-    """Return the layers of a stage; the first stages hold one more where it is uneven."""
+def _layer_counts(num_stages: int, config: PretrainedConfig) -> list[int]:
+    num_layers = config.num_hidden_layers
     if num_layers < num_stages:
         raise ValueError(
             f"{num_stages} stages need at least as many layers, got {num_layers}: use fewer "
             f"stages (--pipeline) or more --layers"
         )
-    share, remainder = divmod(num_layers, num_stages)
-    start = stage * share + min(stage, remainder)
-    return range(start, start + share + (stage < remainder))
+    if num_stages == 1:
+        return [num_layers]
+    head = config.vocab_size * config.hidden_size / layer_parameters(config)  # in layers
+    before = num_stages - 1
+
+    def slowest(last: int) -> tuple[float, int]:
+        return max(-(-(num_layers - last) // before), last + head), -last
+
+    most = num_layers - before
+    last = min(range(1, most + 1), key=slowest)
+    share, remainder = divmod(num_layers - last, before)
+    return [share + (stage < remainder) for stage in range(before)] + [last]
+
+
+def layer_parameters(config: PretrainedConfig) -> int:
+    """Count the parameters of one decoder layer's products."""
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or hidden // heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    attention = 2 * hidden * heads * head_dim + 2 * hidden * kv_heads * head_dim
+    return int(attention + 3 * hidden * config.intermediate_size)
+
+
+def vocabulary_rows(stages: Iterator[nn.Module] | nn.Module) -> dict[int, int]:
+    """Return the size of the whole vocabulary for the id of each parameter that holds its rows."""
+    modules = [stages] if isinstance(stages, nn.Module) else list(stages)
+    return {
+        id(module.weight): int(module.vocab_size)  # type: ignore[arg-type]
+        for stage in modules
+        for module in stage.modules()
+        if getattr(module, "owns_vocab_rows", False)
+    }

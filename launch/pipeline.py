@@ -13,12 +13,16 @@ from torch.distributed.pipelining.schedules import (
     ScheduleZBVZeroBubble,
     get_schedule_class,
 )
+from transformers import PretrainedConfig
 
 from launch.arguments import TrainArguments
-from launch.model import Stage, build_model, cut_stage
+from launch.configs import config_of_sizes, load_config
+from launch.model import EMBEDDING, Stage, build_stage, vocabulary_rows
+from launch.weights import FolderWeights, RandomWeights, WeightSource
 from stage_groups import StageGroups, StageStyle
 from vocab_parallel import (
     CCEPipelineLoss,
+    TiedRows,
     VocabParallelClassifier,
     count_valid_tokens,
     validate_pipeline_loss,
@@ -45,6 +49,9 @@ class Pipeline:
         loss: a CCEPipelineLoss on ranks with the last stage.
         head: this rank's rows of the classifier, or None.
         groups: the mesh.
+        config: of the model.
+        tied: the two ends of a tied weight, or None.
+        bytes_read: from the model's folder.
     """
 
     indices: list[int]
@@ -53,6 +60,9 @@ class Pipeline:
     loss: Any
     head: VocabParallelClassifier | None
     groups: StageGroups
+    config: PretrainedConfig
+    tied: TiedRows | None
+    bytes_read: int
 
     @property
     def has_last(self) -> bool:
@@ -64,9 +74,9 @@ class Pipeline:
         return self.stages.parameters()
 
     def body(self) -> list[nn.Parameter]:
-        """Return what every column has a replica of: all but the classifier's rows."""
-        rows = set() if self.head is None else set(self.head.parameters())
-        return [parameter for parameter in self.parameters() if parameter not in rows]
+        """Return what every column has a replica of: all but rows of the vocabulary."""
+        rows = vocabulary_rows(self.stages)
+        return [parameter for parameter in self.parameters() if id(parameter) not in rows]
 
     def accumulate(self, tokens: Tensor, pieces: int) -> float | None:
         """Run forward and backward over this column's sequences [b, T], in schedule steps.
@@ -91,13 +101,42 @@ class Pipeline:
         return float(torch.stack(losses).sum()) if losses else None
 
 
+def model_of(arguments: TrainArguments) -> tuple[PretrainedConfig, WeightSource]:
+    """Return the configuration of the model, and where its weights come from.
+
+    Raises:
+        ValueError: an unknown model, or a folder that is not a whole one.
+    """
+    folder = None
+    if arguments.model is None:
+        config = config_of_sizes(
+            vocabulary=arguments.vocabulary,
+            hidden=arguments.hidden,
+            layers=arguments.layers,
+            sequence=arguments.sequence,
+        )
+    else:
+        config, folder = load_config(arguments.model)
+    if folder is None:
+        return config, RandomWeights(arguments.seed, config.initializer_range)
+    weights = FolderWeights(folder)
+    rows = weights.stored_rows(EMBEDDING)
+    if rows != config.vocab_size:
+        raise ValueError(
+            f"{folder}: the weights have a vocabulary of {rows}, but config.json says "
+            f"{config.vocab_size}: they are not of one model"
+        )
+    return config, weights
+
+
 def build_pipeline(
     arguments: TrainArguments, groups: StageGroups, device: torch.device
 ) -> Pipeline:
     """Build this rank's stages and their schedule; all ranks must call.
 
     Raises:
-        ValueError: more stages than layers, or microbatches that the schedule cannot run.
+        ValueError: a model that cannot be read, more stages than layers, or microbatches that the
+            schedule cannot run.
     """
     cls = get_schedule_class(arguments.schedule)
     single = issubclass(cls, PipelineScheduleSingle)
@@ -105,15 +144,30 @@ def build_pipeline(
     style: StageStyle = "v" if v_shaped else "loop"
     num_stages = arguments.pipeline * (1 if single else 2)
     indices = groups.stages(num_stages, style)
-    whole = build_model(arguments)
-    stages: list[Stage] = [
-        cut_stage(whole, index, num_stages, groups.vocab_group).to(device) for index in indices
+    config, source = model_of(arguments)
+    stages = [
+        build_stage(
+            config,
+            source,
+            index,
+            num_stages,
+            groups.vocab_group,
+            device=device,
+            dtype=getattr(torch, arguments.dtype),
+        )
+        for index in indices
     ]
     head = next((stage.lm_head for stage in stages if stage.lm_head is not None), None)
+    tied = _tie(stages, head, groups, v_shaped) if config.tie_word_embeddings else None
     loss = (
         _loss_of_another_stage
         if head is None
-        else CCEPipelineLoss(head, impl=arguments.impl, hidden_layout="sharded")
+        else CCEPipelineLoss(
+            head,
+            impl=arguments.impl,
+            hidden_layout="sharded",
+            softcap=getattr(config, "final_logit_softcapping", None),
+        )
     )
     pipeline_stages = [
         PipelineStage(stage, index, num_stages, device, group=groups.pipeline_group)
@@ -126,7 +180,27 @@ def build_pipeline(
         scale_grads=False,  # the loss divides by the valid tokens of the whole step
     )
     validate_pipeline_loss(schedule, loss)
-    return Pipeline(indices, StageList(stages), schedule, loss, head, groups)
+    return Pipeline(
+        indices,
+        StageList(stages),
+        schedule,
+        loss,
+        head,
+        groups,
+        config,
+        tied,
+        source.bytes_read,
+    )
+
+
+def _tie(
+    stages: list[Stage], head: VocabParallelClassifier | None, groups: StageGroups, v_shaped: bool
+) -> TiedRows:
+    embedding = next(
+        (stage.model.embed_tokens for stage in stages if stage.model.embed_tokens is not None), None
+    )
+    last = 0 if v_shaped else groups.pipeline_degree - 1
+    return TiedRows(embedding, head, groups.pipeline_group, first=0, last=last)
 
 
 def _loss_of_another_stage(*_: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ class RankReport:
         rows: the classifier rows [start, stop) that it holds.
         parameters: how many it trains.
         peak_memory: bytes.
+        bytes_read: of the model's folder.
         losses: of each step; empty off the last stage.
         seconds: of each step.
     """
@@ -32,6 +33,7 @@ class RankReport:
     rows: tuple[int, int]
     parameters: int
     peak_memory: int
+    bytes_read: int
     losses: list[float]
     seconds: list[float]
 

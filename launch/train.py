@@ -13,12 +13,15 @@ from tqdm import tqdm
 
 from launch.arguments import TrainArguments
 from launch.check import compare_with_one_process
+from launch.checkpoint import Checkpoints
+from launch.export import export_model
 from launch.gradients import named_gradients, sum_gradients
-from launch.pipeline import Pipeline, build_pipeline
+from launch.model import CLASSIFIER, EMBEDDING
+from launch.pipeline import Pipeline, build_pipeline, model_of
 from launch.report import RankReport, print_ranks, write_run
 from launch.runtime import peak_memory, process_group
 from launch.text import load_batches
-from stage_groups import StageGroups, build_stage_groups
+from stage_groups import StageGroups, build_host_group, build_stage_groups
 from vocab_parallel import clip_grad_norm_
 
 
@@ -27,6 +30,7 @@ class Trained:
     """What one rank knows after training."""
 
     pipeline: Pipeline
+    first_step: int = 0  # of those that this run did
     losses: list[float] = field(default_factory=list)  # a step each; empty off the last stage
     seconds: list[float] = field(default_factory=list)  # a step each
     first_gradients: dict[str, Tensor] = field(default_factory=dict)  # of step 1, for --check
@@ -51,7 +55,7 @@ def run(arguments: TrainArguments, device: torch.device) -> bool:
         steps=arguments.steps,
         batch=arguments.batch,
         sequence=arguments.sequence,
-        vocabulary=arguments.vocabulary,
+        vocabulary=model_of(arguments)[0].vocab_size,
     )
     trained = train(arguments, groups, batches, device)
     reports = _gather_reports(groups, trained, device)
@@ -76,13 +80,27 @@ def train(
     pipeline = build_pipeline(arguments, groups, device)
     optimizer = torch.optim.AdamW(pipeline.parameters(), lr=arguments.learning_rate, fused=True)
     trained = Trained(pipeline)
+    checkpoints = None
+    if arguments.checkpoint is not None:
+        checkpoints = Checkpoints(arguments, pipeline, optimizer, build_host_group())
+        if arguments.resume:
+            trained.first_step = checkpoints.resume()
     shown = pipeline.has_last and groups.vocab_rank == 0
-    with tqdm(total=arguments.steps, desc="training", unit="step", disable=not shown) as progress:
-        for step, batch in enumerate(batches):
+    with tqdm(
+        total=arguments.steps,
+        initial=trained.first_step,
+        desc="training",
+        unit="step",
+        disable=not shown,
+    ) as progress:
+        for step in range(trained.first_step, arguments.steps):
+            batch = batches[step]
             began = time.perf_counter()
             own = batch.chunk(groups.vocab_degree)[groups.vocab_rank].to(device)
             loss = pipeline.accumulate(own, arguments.accumulate)
             sum_gradients(pipeline.body(), groups.vocab_group)
+            if pipeline.tied is not None:
+                pipeline.tied.sum_gradients()
             if step == 0 and arguments.check:
                 trained.first_gradients = named_gradients(pipeline.stages)
             if arguments.clip_norm is not None:
@@ -95,7 +113,19 @@ def train(
                 speed = batch.numel() / trained.seconds[-1]
                 progress.set_postfix(loss=f"{loss:.3f}", tokens_s=f"{speed:.0f}")
             progress.update()
+            if checkpoints is not None and _saves(arguments, step + 1):
+                checkpoints.save(step + 1)
+    if checkpoints is not None:
+        checkpoints.finish()
+    if arguments.export is not None:
+        export_model(pipeline, arguments.export)
     return trained
+
+
+def _saves(arguments: TrainArguments, step: int) -> bool:
+    """Tell whether a checkpoint is saved after so many steps."""
+    every = arguments.checkpoint_every
+    return step == arguments.steps or (every > 0 and step % every == 0)
 
 
 def _gather_reports(
@@ -109,6 +139,7 @@ def _gather_reports(
         rows=(head.start, head.stop) if head is not None else (0, 0),
         parameters=sum(parameter.numel() for parameter in trained.pipeline.parameters()),
         peak_memory=peak_memory(device),
+        bytes_read=trained.pipeline.bytes_read,
         losses=trained.losses,
         seconds=trained.seconds,
     )
@@ -126,14 +157,18 @@ def _gather_gradients(trained: Trained) -> dict[str, Tensor] | None:
     if gathered is None:
         return None
     joined: dict[str, Tensor] = {}
-    heads: list[Tensor] = []
+    tied = trained.pipeline.tied is not None
+    rows: dict[str, list[Tensor]] = {EMBEDDING: [], CLASSIFIER: []}
     for gradients in gathered:  # ranks of one stage follow one another, vocab rank by vocab rank
         for name, gradient in gradients.items():
-            if name == "lm_head.weight":
-                heads.append(gradient)
+            if name == CLASSIFIER or (tied and name == EMBEDDING):
+                rows[name].append(gradient)
             else:
                 joined[name] = gradient
-    joined["lm_head.weight"] = torch.cat(heads)
+    if tied:  # both ends have the same sum; a shared parameter has one name alone
+        joined[EMBEDDING] = torch.cat(rows[EMBEDDING] or rows[CLASSIFIER])
+    else:
+        joined[CLASSIFIER] = torch.cat(rows[CLASSIFIER])
     return joined
 
 

@@ -4,6 +4,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import init_device_mesh
 
 from stage_groups.groups import StageGroups
@@ -64,6 +65,20 @@ def build_stage_groups(
         for axis in MESH_AXES:
             mesh.get_group(axis).set_timeout(timeout)
     return StageGroups.from_mesh(mesh)
+
+
+def build_host_group(timeout: timedelta | None = None) -> ProcessGroup:
+    """Create a group of all ranks that talks over the CPU, for work in the background.
+
+    Nothing else uses it, so that what a thread says over it cannot be mistaken for the training's.
+    Call it on every rank.
+
+    Args:
+        timeout: of every collective; None means that of the default group.
+    """
+    group = dist.new_group(backend="gloo", timeout=timeout)
+    assert isinstance(group, ProcessGroup)
+    return group
 
 
 def _default_device_type() -> str:

@@ -52,6 +52,13 @@ def run_ranks(
         print(output)
 
 
+def torchrun_command(ranks: int, command: list[str]) -> list[str]:
+    """Return what starts ranks of ``python COMMAND``, on a free port."""
+    rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    start = [sys.executable, "-m", "torch.distributed.run", *rendezvous]
+    return [*start, "--nproc-per-node", str(ranks), *command]
+
+
 def torchrun(
     ranks: int,
     command: list[str],
@@ -60,16 +67,8 @@ def torchrun(
     environment: Mapping[str, str] | None = None,
 ) -> tuple[int, str]:
     """Start ranks of ``python COMMAND`` and return (exit code, their output)."""
-    start = [
-        "-m",
-        "torch.distributed.run",
-        "--rdzv-backend",
-        "c10d",
-        "--rdzv-endpoint",
-        "localhost:0",
-    ]
     process = subprocess.Popen(
-        [sys.executable, *start, "--nproc-per-node", str(ranks), *command],
+        torchrun_command(ranks, command),
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
         stdout=subprocess.PIPE,

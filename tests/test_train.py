@@ -4,9 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from launch.arguments import TrainArguments
-from launch.model import layers_of_stage
+from launch.configs import config_of_sizes, load_config
+from launch.model import layer_parameters, layers_of_stage
 from launch.text import load_batches
 from tests.ranks import torchrun
 
@@ -80,12 +83,43 @@ def test_text_in_order(tmp_path: Path) -> None:
 
 
 def test_layers_are_spread() -> None:
-    for layers, stages in ((4, 2), (5, 2), (7, 3), (3, 3)):
-        spread = [layers_of_stage(stage, stages, layers) for stage in range(stages)]
+    """The last stage's classifier counts as so many layers; its cost is what is balanced."""
+    for layers, vocabulary, stages, expected in (
+        (4, 16, 2, [2, 2]),  # hardly a classifier
+        (5, 16, 2, [3, 2]),
+        (7, 16, 3, [2, 3, 2]),
+        (3, 16, 3, [1, 1, 1]),
+        (8, 3 * 128, 2, [5, 3]),  # as much as three layers' hidden x hidden x 13 parameters
+        (4, 151_936, 2, [3, 1]),
+    ):
+        config = config_of_sizes(vocabulary=vocabulary, hidden=128, layers=layers, sequence=8)
+        spread = [layers_of_stage(stage, stages, config) for stage in range(stages)]
         assert [layer for own in spread for layer in own] == list(range(layers))
-        assert max(map(len, spread)) - min(map(len, spread)) <= 1
+        head = vocabulary * 128 / layer_parameters(config)
+        cost = [len(own) + head * (own is spread[-1]) for own in spread]
+        even = [layers // stages + (i < layers % stages) for i in range(stages)]
+        assert max(cost) <= max(count + head * (i == stages - 1) for i, count in enumerate(even))
+        if vocabulary != 3 * 128:
+            assert sorted(map(len, spread)) == sorted(expected), (layers, vocabulary)
+    config = config_of_sizes(vocabulary=16, hidden=128, layers=2, sequence=8)
     with pytest.raises(ValueError, match="at least as many layers, got 2"):
-        layers_of_stage(0, 3, 2)
+        layers_of_stage(0, 3, config)
+
+
+def test_published_models() -> None:
+    """As their authors count them, from configurations alone."""
+    for name, billions in (
+        ("qwen3-1.7b", 1.72),
+        ("qwen3-8b", 8.19),
+        ("qwen3-32b", 32.76),
+        ("llama-3.1-8b", 8.03),
+        ("gemma-2-2b", 2.61),
+    ):
+        config, folder = load_config(name)
+        assert folder is None
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        assert model.num_parameters() / 1e9 == pytest.approx(billions, abs=0.01), name
 
 
 def test_arguments() -> None:

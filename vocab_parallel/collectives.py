@@ -13,6 +13,10 @@ degree. A call moves nothing when the degree is 1. Bytes are those that one rank
               gather_tokens     [T] fp32              4 T          per-token results, gathering
     predict   gather_shards     [N, m] fp32, int64    12 m N       m candidates of each token
               gather_shards     [N] fp32              4 N          and its lse
+    embedding gather_tokens     [T] int64 ids         8 T          layout "sharded"
+              scatter_sum       [V T, D]              V T D itemsize  (sum_over_group: "replicated")
+    backward  gather_tokens     [T, D]                T D itemsize    layout "sharded"
+    tied      exchange_with_peer [rows, D]            rows D itemsize, between the pipeline's ends
 
 (float64 inputs keep float64 throughout; ``e_grad_reduce_dtype`` sets the dtype of the two sums.)
 
@@ -129,6 +133,32 @@ def start_scatter_sum(
     with _named(what, group):
         work = _reduce_scatter(own, partial, group=group, async_op=True)
     return Pending(own, work, what, group).hold(partial)
+
+
+def scatter_sum(partial: Tensor, group: ProcessGroup | None, degree: int) -> Tensor:
+    """`start_scatter_sum`, waited for."""
+    return start_scatter_sum(partial, group, degree).wait()
+
+
+def rank_in(group: ProcessGroup) -> int:
+    """Return this process's rank in a group."""
+    return dist.get_rank(group)
+
+
+def exchange_with_peer(own: Tensor, peer: int, group: ProcessGroup) -> Tensor:
+    """Send a tensor to another rank of the group and return its own of that shape; both call."""
+    own = own.contiguous()
+    other = torch.empty_like(own)
+    there = dist.get_global_rank(group, peer)
+    with _named("the exchange of a tied weight's gradients", group):
+        for work in dist.batch_isend_irecv(
+            [
+                dist.P2POp(dist.isend, own, there, group),
+                dist.P2POp(dist.irecv, other, there, group),
+            ]
+        ):
+            work.wait()
+    return other
 
 
 def exchange_integers(values: list[int], group: ProcessGroup | None, degree: int) -> Tensor:

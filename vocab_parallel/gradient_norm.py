@@ -12,11 +12,18 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from vocab_parallel import collectives
 
 _MARK = "holds_vocab_rows"
+_COPY = "is_tied_copy"
 
 
 def mark_vocab_rows(parameter: nn.Parameter) -> nn.Parameter:
     """Mark a parameter whose rows are this vocab rank's alone; returns it."""
     setattr(parameter, _MARK, True)
+    return parameter
+
+
+def mark_copy(parameter: nn.Parameter) -> nn.Parameter:
+    """Mark a parameter that is another rank's too, which counts it; returns it."""
+    setattr(parameter, _COPY, True)
     return parameter
 
 
@@ -34,6 +41,7 @@ def clip_grad_norm_(
         the classifier's rows               on every rank of the vocab group
         a DTensor's shards                  on every rank of the axes that it is sharded over
         what is replicated over an axis     on the first rank of that axis alone
+        a weight tied over the pipeline     on the last stage alone (`TiedRows`)
 
     and the squares are summed over the vocab, the data and the pipeline group, one number each.
     Plain and DTensor parameters may be mixed. Does not wait for the GPU.
@@ -67,7 +75,7 @@ def clip_grad_norm_(
         own = gradient.to_local() if isinstance(gradient, DTensor) else gradient
         locals_.append(own)
         rows = id(parameter) in module_rows or getattr(parameter, _MARK, False)
-        if _counts_here(gradient, rows, groups):
+        if not getattr(parameter, _COPY, False) and _counts_here(gradient, rows, groups):
             wide = torch.promote_types(own.dtype, torch.float32)
             squares.append(torch.linalg.vector_norm(own, dtype=wide).square())
     norm = _sum_over_mesh(squares, locals_, groups).sqrt()

@@ -1,0 +1,73 @@
+"""Write a trained model as a Hugging Face folder, one file for each pipeline rank."""
+
+import json
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
+
+from launch.model import CLASSIFIER, EMBEDDING, vocabulary_rows
+from launch.pipeline import Pipeline
+from vocab_parallel import rows_as_dtensor
+
+
+def export_model(pipeline: Pipeline, folder: Path) -> None:
+    """Write config.json and safetensors that `AutoModelForCausalLM.from_pretrained` opens.
+
+    All ranks call it. The rows of a vocabulary are gathered over its group, one weight at a time;
+    the first vocab rank of each pipeline rank writes what that one holds. Weights are stored in
+    the dtype that the model's configuration names, else in the one that they were trained in. The
+    folder appears when it is whole.
+    """
+    groups = pipeline.groups
+    partial = folder.with_name(folder.name + ".partial")
+    if dist.get_rank() == 0:
+        partial.mkdir(parents=True, exist_ok=True)
+    dist.barrier()
+    tensors = _whole_tensors(pipeline)
+    single = groups.pipeline_degree == 1
+    file = (
+        "model.safetensors"
+        if single
+        else f"model-{groups.pipeline_rank + 1:05d}-of-{groups.pipeline_degree:05d}.safetensors"
+    )
+    sizes = {}
+    if groups.vocab_rank == 0 and groups.data_rank == 0:
+        save_file(tensors, partial / file, metadata={"format": "pt"})
+        sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
+    told: list[tuple[str, dict[str, int]]] = [("", {})] * dist.get_world_size()
+    dist.all_gather_object(told, (file, sizes))
+    if dist.get_rank() == 0:
+        pipeline.config.save_pretrained(partial)
+        if not single:
+            index = {
+                "metadata": {"total_size": sum(sum(own.values()) for _, own in told)},
+                "weight_map": {name: where for where, own in told for name in sorted(own)},
+            }
+            (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+        if folder.exists():
+            folder.rmdir()  # empty, or it would have been refused
+        partial.rename(folder)
+    dist.barrier()
+
+
+def _whole_tensors(pipeline: Pipeline) -> dict[str, Tensor]:
+    """Return this rank's weights on the CPU; a tied weight once, on the first stage's rank."""
+    rows = vocabulary_rows(pipeline.stages)
+    mesh = pipeline.groups.mesh["vocab"]
+    stored = getattr(pipeline.config, "dtype", None)
+    names = dict(pipeline.stages.named_parameters())
+    found = {}
+    for name, parameter in names.items():
+        whole = parameter.detach()
+        if id(parameter) in rows:
+            whole = rows_as_dtensor(whole, rows[id(parameter)], mesh).full_tensor()
+        if pipeline.tied is not None and name == CLASSIFIER:
+            if 0 not in pipeline.indices:
+                continue
+            name = EMBEDDING
+        dtype = stored if isinstance(stored, torch.dtype) else whole.dtype
+        found[name] = whole.to("cpu", dtype).contiguous()
+    return found

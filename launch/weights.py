@@ -1,0 +1,141 @@
+"""Where a stage's weights come from: a seed, or a Hugging Face folder read slice by slice."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+_BLOCK = 4096  # rows of a vocabulary that one seed draws
+
+
+class WeightSource(Protocol):
+    """Attributes: bytes_read, from files, so far."""
+
+    bytes_read: int
+
+    def fill(self, name: str, into: Tensor, rows: slice | None, module: nn.Module) -> None:
+        """Write a weight, or some rows of it, into a tensor.
+
+        Args:
+            name: in the whole model.
+            into: [...], or [stop - start, ...] of its rows.
+            rows: of the whole weight; None for all.
+            module: which owns it; a random weight is drawn as its kind wants it.
+        """
+        ...
+
+
+class RandomWeights:
+    """Weights that depend on their names and a seed alone, not on who draws them.
+
+    Every rank draws what it holds: replicas are equal, and the rows of a vocabulary are the same
+    however they are cut.
+    """
+
+    def __init__(self, seed: int, deviation: float) -> None:
+        self.bytes_read = 0
+        self._seed, self._deviation = seed, deviation
+
+    def fill(self, name: str, into: Tensor, rows: slice | None, module: nn.Module) -> None:
+        """See `WeightSource.fill`."""
+        if name.endswith(".bias"):
+            into.zero_()
+        elif "norm" in type(module).__name__.lower():
+            # Gemma's norm multiplies by 1 + weight
+            into.fill_(0.0 if "gemma" in type(module).__name__.lower() else 1.0)
+        elif rows is None and into.dim() < 2:
+            into.normal_(0.0, self._deviation, generator=self._generator(name, 0, into))
+        else:
+            start = 0 if rows is None else rows.start
+            stop = start + into.shape[0]
+            for block in range(start // _BLOCK, -(-stop // _BLOCK)):
+                first = block * _BLOCK
+                drawn = torch.empty(_BLOCK, *into.shape[1:], device=into.device)
+                drawn.normal_(0.0, self._deviation, generator=self._generator(name, block, into))
+                low, high = max(first, start), min(first + _BLOCK, stop)
+                into[low - start : high - start] = drawn[low - first : high - first]
+
+    def _generator(self, name: str, block: int, like: Tensor) -> torch.Generator:
+        text = f"{self._seed} {name} {block}"
+        seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+        return torch.Generator(like.device).manual_seed(seed)
+
+
+class FolderWeights:
+    """The safetensors of a Hugging Face folder, one file or several with an index.
+
+    Reads what is asked for and nothing else: ``bytes_read`` counts it.
+
+    Raises:
+        ValueError: no safetensors in the folder, or an index that names files which are not there.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.bytes_read = 0
+        self._files = _files_of_weights(folder)
+        self._folder = folder
+
+    def fill(self, name: str, into: Tensor, rows: slice | None, module: nn.Module) -> None:
+        """See `WeightSource.fill`."""
+        file = self._files.get(name)
+        if file is None:
+            raise ValueError(
+                f"{self._folder} has no weight {name}: its config.json and its safetensors are "
+                f"not of one model"
+            )
+        try:
+            with safe_open(file, framework="pt") as opened:
+                stored = opened.get_slice(name)
+                shape = list(stored.get_shape())
+                wanted = list(into.shape)
+                whole_rows = rows is None or (shape[1:] == wanted[1:] and rows.stop <= shape[0])
+                if (rows is None and shape != wanted) or not whole_rows:
+                    raise ValueError(
+                        f"{file}: {name} is {shape}, but the model wants "
+                        f"{wanted if rows is None else f'rows [{rows.start}, {rows.stop})'}"
+                        f" of {wanted[1:]}: its config.json is of another model"
+                    )
+                found: Tensor = opened.get_tensor(name) if rows is None else stored[rows]
+        except SafetensorError as error:
+            raise ValueError(f"{file} cannot be read: {error}") from error
+        self.bytes_read += found.nbytes
+        into.copy_(found)
+
+    def stored_rows(self, name: str) -> int:
+        """Return how many rows a weight has in the files.
+
+        Raises:
+            ValueError: the files have no such weight.
+        """
+        file = self._files.get(name)
+        if file is None:
+            raise ValueError(f"{self._folder} has no weight {name}")
+        with safe_open(file, framework="pt") as opened:
+            rows: int = opened.get_slice(name).get_shape()[0]
+        return rows
+
+
+def _files_of_weights(folder: Path) -> dict[str, Path]:
+    """Return the file of each weight, having opened each file once."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = json.loads(index.read_text())["weight_map"]
+        files = {name: folder / file for name, file in names.items()}
+    else:
+        single = folder / "model.safetensors"
+        files = {"": single}
+    for file in sorted(set(files.values())):
+        if not file.is_file():
+            raise ValueError(f"{file} does not exist: give a folder with safetensors weights")
+        try:
+            with safe_open(file, framework="pt") as opened:
+                inside = list(opened.keys())
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file} cannot be read: {error}; copy it again") from error
+        if "" in files:
+            return dict.fromkeys(inside, file)
+    return files

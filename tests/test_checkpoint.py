@@ -1,0 +1,228 @@
+"""A Hugging Face folder in, training on a mesh, checkpoints over meshes, and a folder out."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from launch.arguments import TrainArguments
+from launch.pipeline import model_of
+from launch.weights import FolderWeights
+from tests.ranks import ROOT, torchrun, torchrun_command
+
+VOCABULARY, HIDDEN, LAYERS = 151_936, 32, 4
+SIZES = [
+    *("--batch", "24", "--sequence", "16", "--timeout", "40"),
+    *("--hidden", "32", "--layers", "4"),
+]
+FOLDER_SIZES = SIZES[:-4]
+
+
+def write_model(folder: Path, tied: bool, shards: str = "5GB") -> Path:
+    """Let transformers write a tiny Qwen3."""
+    torch.manual_seed(int(tied))
+    config = Qwen3Config(
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        intermediate_size=48,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        tie_word_embeddings=tied,
+    )
+    Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder, max_shard_size=shards)
+    return folder
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {
+        name: tensor
+        for file in folder.glob("*.safetensors")
+        for name, tensor in load_file(file).items()
+    }
+
+
+def train(ranks: tuple[int, int], out: Path, *arguments: str) -> dict[str, Any]:
+    mesh = ["--pipeline", str(ranks[0]), "--vocab", str(ranks[1]), "--out", str(out)]
+    mesh += ["--microbatches", str(max(2, ranks[0]))]
+    code, output = torchrun(
+        ranks[0] * ranks[1], ["-m", "launch.train", *mesh, *arguments], timeout=150
+    )
+    assert code == 0, output[-4000:]
+    run: dict[str, Any] = json.loads((out / "run.json").read_text())
+    return run
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_in_and_out(tied: bool, tmp_path: Path) -> None:
+    """Bitwise where nothing is computed, and each rank reads its own alone."""
+    source = write_model(tmp_path / "a", tied, shards="5MB")
+    assert (source / "model.safetensors.index.json").exists()
+    run = train(
+        (2, 2), tmp_path / "run", *FOLDER_SIZES, "--model", str(source), "--learning-rate", "0",
+        "--steps", "2", "--export", str(tmp_path / "b"),
+    )  # fmt: skip
+    before, after = weights_of(source), weights_of(tmp_path / "b")
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert after[name].dtype == tensor.dtype, name
+        assert torch.equal(after[name], tensor), name
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "b")
+    ids = torch.tensor([[3, 150_000, 17]])
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(source)(ids).logits
+        assert torch.equal(again(ids).logits, expected)
+
+    total = sum(tensor.nbytes for tensor in before.values())
+    rows = VOCABULARY * HIDDEN * 2
+    layers = total - rows * (1 if tied else 2)
+    read = [rank["bytes_read"] for rank in run["ranks"]]
+    # Stages of 3 and 1 layers; ends of the vocabulary, of which a tied or a last one is halved.
+    first = rows // 2 if tied else rows
+    assert sum(read) == 2 * (layers + first + rows // 2)
+    assert max(read[2:]) < rows // 2 + layers
+
+
+@pytest.mark.parametrize("schedule", ["1F1B", "ZBVZeroBubble"])
+def test_tied_equals_one_process(schedule: str, tmp_path: Path) -> None:
+    source = write_model(tmp_path / "a", tied=True)
+    run = train(
+        (2, 2), tmp_path / "run", *FOLDER_SIZES, "--model", str(source), "--steps", "5",
+        "--schedule", schedule, "--check", "--clip-norm", "1.0",
+    )  # fmt: skip
+    assert run["check"]["passed"]
+    assert "model.embed_tokens.weight" in run["check"]["gradients"]
+
+
+MESHES = [
+    ((2, 2), (1, 3)),
+    pytest.param((1, 3), (1, 4), marks=pytest.mark.slow),
+    pytest.param((1, 4), (2, 1), marks=pytest.mark.slow),
+    pytest.param((2, 1), (4, 1), marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("first", "second"), MESHES)
+def test_resume_on_another_mesh(
+    first: tuple[int, int], second: tuple[int, int], tmp_path: Path
+) -> None:
+    folder = str(tmp_path / "checkpoints")
+    whole = train(
+        first, tmp_path / "whole", *SIZES, "--steps", "4", "--checkpoint", folder,
+        "--checkpoint-every", "2",
+    )  # fmt: skip
+    assert sorted(os.listdir(folder)) == ["step-000002", "step-000004"]
+    shutil.rmtree(Path(folder) / "step-000004")
+    rest = train(
+        second, tmp_path / "rest", *SIZES, "--steps", "4", "--checkpoint", folder, "--resume"
+    )
+    assert rest["losses"] == pytest.approx(whole["losses"][2:], rel=1e-5)
+
+    for arguments, message in (
+        (["--steps", "4"], "has done all of --steps 4"),
+        (["--steps", "5", "--hidden", "64"], "its hidden_size is 32, but this one's is 64"),
+        (["--steps", "5", "--sequence", "8"], "its sequence is 16"),
+    ):
+        seen = sorted(Path(folder).rglob("*"))
+        mesh = ["--pipeline", "1", "--vocab", "1", "--microbatches", "2"]
+        mesh += ["--out", str(tmp_path / "bad")]
+        again = [*mesh, *SIZES, "--checkpoint", folder, "--resume", *arguments]
+        code, output = torchrun(1, ["-m", "launch.train", *again])
+        assert code == 1
+        assert message in output
+        assert sorted(Path(folder).rglob("*")) == seen, "nothing on disk changed"
+
+
+def test_killed_save(tmp_path: Path) -> None:
+    """kill -9 in the middle of a save leaves the last good one, which resumes."""
+    folder = tmp_path / "checkpoints"
+    arguments = [
+        "-m", "launch.train", *SIZES, "--pipeline", "1", "--vocab", "2", "--microbatches", "1",
+        "--steps", "500",
+        "--checkpoint", str(folder), "--checkpoint-every", "1", "--out", str(tmp_path / "out"),
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        torchrun_command(2, arguments),
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 90
+        while not (list(folder.glob("*.partial")) and len(list(folder.glob("step-*"))) > 1):
+            assert time.monotonic() < deadline, "no save was seen"
+            assert process.poll() is None, "training ended"
+            time.sleep(0.005)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        subprocess.run(["pkill", "-9", "-f", str(folder)], check=False)
+        process.wait()
+    done = sorted(path.name for path in folder.glob("step-*") if path.suffix != ".partial")
+    assert done
+    step = int(done[-1].removeprefix("step-"))
+    run = train(
+        (1, 1), tmp_path / "rest", *SIZES, "--steps", str(step + 1), "--checkpoint", str(folder),
+        "--resume",
+    )  # fmt: skip
+    assert len(run["losses"]) == 1
+
+
+def test_bad_folders(tmp_path: Path) -> None:
+    def refused(folder: Path, match: str) -> None:
+        with pytest.raises(ValueError, match=match):
+            model_of(TrainArguments(model=str(folder)))
+
+    refused(tmp_path / "nowhere", "neither a folder nor a published model: known are")
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", "has no config.json")
+
+    source = write_model(tmp_path / "a", tied=False)
+    config = json.loads((source / "config.json").read_text())
+    for change, match in (
+        ({"vocab_size": 1000}, "vocabulary of 151936, but config.json says 1000"),
+        ({"vocab_size": None}, "has no vocab_size"),
+    ):
+        copy = tmp_path / "copy"
+        shutil.copytree(source, copy)
+        (copy / "config.json").write_text(json.dumps(config | change))
+        refused(copy, match)
+        shutil.rmtree(copy)
+
+    shutil.copytree(source, tmp_path / "short")
+    file = tmp_path / "short" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    refused(tmp_path / "short", "cannot be read")
+    file.unlink()
+    refused(tmp_path / "short", "does not exist")
+
+    weights = FolderWeights(source)
+    with pytest.raises(ValueError, match=r"has no weight model\.layers\.9"):
+        weights.fill("model.layers.9", torch.empty(1), None, torch.nn.Identity())
+    with pytest.raises(ValueError, match=r"config\.json is of another model"), torch.no_grad():
+        weights.fill("model.norm.weight", torch.empty(7), None, torch.nn.Identity())
+
+
+def test_more_stages_than_layers(tmp_path: Path) -> None:
+    source = write_model(tmp_path / "a", tied=True)
+    arguments = ["--model", str(source), "--pipeline", "2", "--vocab", "1", *FOLDER_SIZES]
+    config = json.loads((source / "config.json").read_text())
+    config |= {"num_hidden_layers": 1, "layer_types": ["full_attention"]}
+    (source / "config.json").write_text(json.dumps(config))
+    code, output = torchrun(
+        2, ["-m", "launch.train", *arguments, "--out", str(tmp_path / "out")], timeout=60
+    )
+    assert code == 1
+    assert "2 stages need at least as many layers, got 1" in output
+    assert not (tmp_path / "out").exists()
