@@ -31,6 +31,10 @@ def process_group(timeout: float) -> Iterator[torch.device]:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         torch.cuda.set_device(device)
+        if int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
+            # Ranks that share a card, to try things out: NCCL takes those with different host
+            # ids for ranks of different machines.
+            os.environ.setdefault("NCCL_HOSTID", f"rank{os.environ['RANK']}")
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(
         backend,
