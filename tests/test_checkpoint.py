@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from launch.arguments import TrainArguments
 from launch.pipeline import model_of
+from launch.text import load_batches
 from launch.weights import FolderWeights
 from tests.ranks import ROOT, torchrun, torchrun_command
 
@@ -226,3 +227,29 @@ def test_more_stages_than_layers(tmp_path: Path) -> None:
     assert code == 1
     assert "2 stages need at least as many layers, got 1" in output
     assert not (tmp_path / "out").exists()
+
+
+def test_evaluate(tmp_path: Path) -> None:
+    """Perplexity and accuracy of a folder on 2 ranks are those of its logits in one process."""
+    source = write_model(tmp_path / "a", tied=True)
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog " * 40)
+    code, output = torchrun(
+        2,
+        [
+            "-m", "launch.evaluate", "--model", str(source), "--text", str(text),
+            "--batches", "2", "--batch", "4", "--sequence", "24", "--timeout", "40",
+        ],
+        timeout=60,
+    )  # fmt: skip
+    assert code == 0, output[-3000:]
+    found = json.loads(output.strip().splitlines()[-1])
+    batches = load_batches(text, steps=2, batch=4, sequence=24, vocabulary=VOCABULARY).flatten(0, 1)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    with torch.no_grad():
+        logits = model(batches).logits[:, :-1]
+    wanted = batches[:, 1:]
+    nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten())
+    assert found["tokens"] == wanted.numel()
+    assert found["perplexity"] == pytest.approx(float(nll.exp()), rel=1e-4)
+    assert found["accuracy"] == pytest.approx(float((logits.argmax(-1) == wanted).float().mean()))

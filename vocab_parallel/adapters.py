@@ -1,0 +1,142 @@
+"""The loss as other trainers call one; `docs/adapters.md` shows each in its place.
+
+Nothing of those trainers is imported: what is taken is what they hand over.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
+
+from vocab_parallel.layout import HiddenLayout
+from vocab_parallel.loss import linear_cross_entropy
+from vocab_parallel.output_weight import OutputWeight
+
+
+class CausalLMLoss:
+    """The loss of a Hugging Face causal language model, whose forward stays untouched.
+
+    Runs the model without its classifier and computes the loss from its hidden states and
+    ``get_output_embeddings()``, which is read at each call. One process, the whole vocabulary;
+    FSDP's hooks of the classifier do not run, so keep it out of a wrapped unit of its own.
+
+        loss = CausalLMLoss()(model, batch)         # batch as model(**batch) takes it
+
+    Args:
+        ignore_index: labels that count for nothing.
+        **options: of `linear_cross_entropy`: label_smoothing, z_loss, backward, memory_budget, ...
+    """
+
+    def __init__(self, ignore_index: int = -100, **options: Any) -> None:
+        self._options = {"ignore_index": ignore_index, **options}
+
+    def __call__(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        num_items_in_batch: int | Tensor | None = None,
+    ) -> Tensor:
+        """Return the loss that ``model(**inputs).loss`` has, without the logits.
+
+        Args:
+            model: with ``get_output_embeddings`` and ``base_model``.
+            inputs: what the model takes, ``labels`` [b, T] among them.
+            num_items_in_batch: divides the sum in place of the count of valid labels, as Trainer
+                gives it where gradients are accumulated.
+
+        Raises:
+            ValueError: a model without a classifier, or inputs without labels.
+        """
+        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        if head is None or not hasattr(model, "base_model"):
+            raise ValueError(
+                f"expected a causal language model with get_output_embeddings() and base_model, "
+                f"got {type(model).__name__}: give the unwrapped model"
+            )
+        labels = inputs.get("labels")
+        if labels is None:
+            raise ValueError("inputs must have labels; in a causal model's batch they are its ids")
+        rest = {name: value for name, value in inputs.items() if name != "labels"}
+        body: Any = model.base_model
+        hidden = body(**rest).last_hidden_state
+        config: Any = getattr(model, "config", None)
+        if num_items_in_batch is not None and isinstance(num_items_in_batch, Tensor):
+            num_items_in_batch = num_items_in_batch.to(hidden.device)
+        loss = linear_cross_entropy(
+            hidden,
+            head.weight,
+            labels.to(hidden.device),
+            getattr(head, "bias", None),
+            softcap=getattr(config, "final_logit_softcapping", None),
+            shift=1,
+            num_valid_tokens=num_items_in_batch,
+            **self._options,
+        )
+        assert isinstance(loss, Tensor)
+        return loss
+
+
+class HiddenStatesLoss:
+    """A loss of hidden states that is told of its classifier after the model is built.
+
+    torchtitan's contract: ``set_lm_head`` once, then ``loss(hidden, labels, global_valid_tokens)``
+    with labels that are shifted already, returning (sum over valid labels / global_valid_tokens,
+    metrics). The classifier may be a DTensor sharded by ``Shard(0)`` over the tensor-parallel mesh,
+    whose group then is the vocab group, and hidden states a DTensor over it: replicated, or sharded
+    over the sequence.
+
+    Args:
+        ignore_index: labels that count for nothing.
+        **options: of `linear_cross_entropy`.
+    """
+
+    def __init__(self, ignore_index: int = -100, **options: Any) -> None:
+        self._options = {"ignore_index": ignore_index, **options}
+        self._weight: OutputWeight | None = None
+
+    def set_lm_head(self, lm_head: nn.Module) -> None:
+        """Take the module that owns the classifier; its weight is read at each call."""
+        self._weight = OutputWeight(lm_head, None, None)
+
+    def __call__(
+        self,
+        pred: Tensor,  # (b, T, D), or (b, T / V, D) of a sequence-parallel body
+        labels: Tensor,  # (b, T)
+        global_valid_tokens: Tensor | None = None,
+        **loss_inputs: Any,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss and no metrics; every rank of the vocab group calls it.
+
+        Raises:
+            ValueError: no classifier was given, or hidden states are sharded over their last axis.
+        """
+        if self._weight is None:
+            raise ValueError("the loss has no classifier yet: call set_lm_head(model.lm_head)")
+        layout: HiddenLayout = "replicated"
+        if isinstance(pred, DTensor):
+            shards = [placement for placement in pred.placements if isinstance(placement, Shard)]
+            if shards and shards[0].dim not in (1, pred.dim() - 2):
+                raise ValueError(
+                    f"hidden states are sharded by {pred.placements}: redistribute them to "
+                    f"Replicate(), or to the sequence"
+                )
+            layout = "sequence" if shards else "replicated"
+            pred = pred.to_local()
+        if isinstance(labels, DTensor):
+            labels = labels.full_tensor()
+        weight, bias, options = self._weight.read()
+        divided = global_valid_tokens is not None
+        loss = linear_cross_entropy(
+            pred,
+            weight,
+            labels,
+            bias,
+            reduction="mean" if divided else "sum",
+            num_valid_tokens=global_valid_tokens,
+            vocab_parallel_options=options,
+            hidden_layout=layout,
+            **self._options,
+        )
+        assert isinstance(loss, Tensor)
+        return loss, {}
