@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from launch.planning.balance import layer_counts
 from launch.weights import WeightSource
 from vocab_parallel import VocabParallelClassifier, VocabParallelEmbedding
 
@@ -142,30 +143,10 @@ def layers_of_stage(stage: int, num_stages: int, config: PretrainedConfig) -> ra
     Raises:
         ValueError: more stages than layers.
     """
-    counts = _layer_counts(num_stages, config)
+    classifier = config.vocab_size * config.hidden_size / layer_parameters(config)
+    counts = layer_counts(config.num_hidden_layers, num_stages, classifier)
     start = sum(counts[:stage])
     return range(start, start + counts[stage])
-
-
-def _layer_counts(num_stages: int, config: PretrainedConfig) -> list[int]:
-    num_layers = config.num_hidden_layers
-    if num_layers < num_stages:
-        raise ValueError(
-            f"{num_stages} stages need at least as many layers, got {num_layers}: use fewer "
-            f"stages (--pipeline) or more --layers"
-        )
-    if num_stages == 1:
-        return [num_layers]
-    head = config.vocab_size * config.hidden_size / layer_parameters(config)  # in layers
-    before = num_stages - 1
-
-    def slowest(last: int) -> tuple[float, int]:
-        return max(-(-(num_layers - last) // before), last + head), -last
-
-    most = num_layers - before
-    last = min(range(1, most + 1), key=slowest)
-    share, remainder = divmod(num_layers - last, before)
-    return [share + (stage < remainder) for stage in range(before)] + [last]
 
 
 def layer_parameters(config: PretrainedConfig) -> int:

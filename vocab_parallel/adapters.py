@@ -48,8 +48,9 @@ class CausalLMLoss:
         Raises:
             ValueError: a model without a classifier, or inputs without labels.
         """
-        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        if head is None or not hasattr(model, "base_model"):
+        owner: Any = model
+        head = owner.get_output_embeddings() if hasattr(owner, "get_output_embeddings") else None
+        if head is None or not hasattr(owner, "base_model"):
             raise ValueError(
                 f"expected a causal language model with get_output_embeddings() and base_model, "
                 f"got {type(model).__name__}: give the unwrapped model"
@@ -58,8 +59,7 @@ class CausalLMLoss:
         if labels is None:
             raise ValueError("inputs must have labels; in a causal model's batch they are its ids")
         rest = {name: value for name, value in inputs.items() if name != "labels"}
-        body: Any = model.base_model
-        hidden = body(**rest).last_hidden_state
+        hidden = owner.base_model(**rest).last_hidden_state
         config: Any = getattr(model, "config", None)
         if num_items_in_batch is not None and isinstance(num_items_in_batch, Tensor):
             num_items_in_batch = num_items_in_batch.to(hidden.device)

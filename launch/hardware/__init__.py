@@ -1,0 +1,1 @@
+"""Hardware files of the planner: JSON, each number with its source."""

@@ -1,0 +1,179 @@
+"""Which mesh for how many GPUs: ``python -m launch.plan --model qwen3-32b --gpus 64``."""
+
+import json
+import re
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from launch.planning.estimate import LAYER_EFFICIENCY, Job
+from launch.planning.hardware import Hardware
+from launch.planning.meshes import Plan, plan_meshes
+from launch.planning.shape import ModelShape
+
+_UNITS = {"": 1.0, "MB": 1e6, "GB": 1e9, "MIB": 2.0**20, "GIB": 2.0**30}
+
+
+@dataclass(frozen=True)
+class PlanArguments:
+    """Plan a data x pipeline x vocab mesh: memory and time of each stage, the best meshes first.
+
+    Memory is that of plain weights, gradients and AdamW, and of activations as transformers keeps
+    them; where that does not fit, each layer keeps its input alone and runs again in backward.
+    Times are arithmetic over a hardware file; what is measured and what is assumed is said below
+    the table. Starts no ranks and needs no GPU.
+    """
+
+    model: str
+    """A published model, or a Hugging Face config.json or its folder."""
+    gpus: int
+    """How many GPUs there are."""
+    gpu_memory: str | None = None
+    """Of each, such as 80GB; by default the hardware's."""
+    hardware: str = "h200"
+    """h200, h100, a100, or a file of your own."""
+    sequence: int = 4096
+    """Tokens of a sequence."""
+    microbatch: int = 1
+    """Sequences of a microbatch of one column."""
+    microbatches: int = 8
+    """Microbatches of a column in a step."""
+    schedule: Literal["1f1b", "gpipe"] = "1f1b"
+    """Pipeline schedule."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of weights, gradients and activations."""
+    state_bytes: int | None = None
+    """Of the optimizer for each parameter: 2 moments in dtype by default, 12 with float32 moments
+    and master weights."""
+    memory_budget: str | None = None
+    """Of the loss, such as 64MiB; by default the loss's own, 1GiB."""
+    show: int = 8
+    """Meshes in the table."""
+    json: bool = False
+    """Print one JSON document in place of the table."""
+    plot: Path | None = None
+    """Write a picture of the best mesh here: memory of each stage, and the simulated step."""
+
+
+def main() -> None:
+    """Parse the command line and plan; a user's mistake ends with a message and code 2."""
+    arguments = tyro.cli(PlanArguments)
+    try:
+        plans, hardware = plan(arguments)
+    except ValueError as error:
+        print(f"launch.plan: {error}", file=sys.stderr)
+        sys.exit(2)
+    if arguments.json:
+        print(json.dumps([_document(one) for one in plans]))
+    else:
+        _print(plans[: arguments.show], arguments, hardware)
+    if arguments.plot is not None:
+        from launch.planning.plot import plot_plan
+
+        plot_plan(plans[0], arguments.plot)
+
+
+def plan(arguments: PlanArguments) -> tuple[list[Plan], Hardware]:
+    """Return every mesh's plan, the best first, and the hardware.
+
+    Raises:
+        ValueError: a value that cannot be.
+    """
+    for name in ("sequence", "microbatch", "microbatches", "show"):
+        if getattr(arguments, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, got {getattr(arguments, name)}")
+    hardware = Hardware.load(arguments.hardware)
+    itemsize = {"bfloat16": 2, "float32": 4}[arguments.dtype]
+    budget = arguments.memory_budget
+    job = Job(
+        shape=ModelShape.load(arguments.model),
+        sequence=arguments.sequence,
+        microbatch=arguments.microbatch,
+        microbatches=arguments.microbatches,
+        schedule=arguments.schedule,
+        itemsize=itemsize,
+        state_bytes=2 * itemsize if arguments.state_bytes is None else arguments.state_bytes,
+        memory_budget=None if budget is None else int(parse_bytes("--memory-budget", budget)),
+    )
+    memory = hardware.memory
+    if arguments.gpu_memory is not None:
+        memory = parse_bytes("--gpu-memory", arguments.gpu_memory)
+    return plan_meshes(job, arguments.gpus, hardware, memory), hardware
+
+
+def parse_bytes(flag: str, text: str) -> float:
+    """Read 80GB, 64MiB or a number of bytes.
+
+    Raises:
+        ValueError: anything else.
+    """
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?)\s*([A-Za-z]*)\s*", text)
+    if found is None or found[2].upper() not in _UNITS:
+        raise ValueError(f"{flag} {text!r} is no size: give 80GB or 64MiB, or bytes")
+    return float(found[1]) * _UNITS[found[2].upper()]
+
+
+def _document(one: Plan) -> dict[str, Any]:
+    found = asdict(one)
+    del found["spans"]
+    for estimate, stage in zip(found["stages"], one.stages, strict=True):
+        estimate["memory"] = stage.memory
+    return {**found, "fits": one.fits, "imbalance": one.imbalance}
+
+
+def _print(plans: list[Plan], arguments: PlanArguments, hardware: Hardware) -> None:
+    table = Table(title=f"{arguments.model} on {arguments.gpus} x {hardware.name}")
+    for column in (
+        "d x p x v",
+        "layers",
+        "tokens/s",
+        "step s",
+        "bubble",
+        "last / others",
+        "layers again",
+        "GB of first",
+        "GB of last",
+        "classifier GB",
+        "loss GB",
+        "loss",
+        "missing GB",
+    ):
+        table.add_column(column, justify="right")
+    for one in plans:
+        first, last = one.stages[0], one.stages[-1]
+        layers = [stage.layers for stage in one.stages]
+        table.add_row(
+            f"{one.mesh.data} x {one.mesh.pipeline} x {one.mesh.vocab}",
+            f"{layers[0]}..{layers[-1]}" if len(layers) > 1 else str(layers[0]),
+            f"{one.tokens_per_second:,.0f}",
+            f"{one.step_seconds:.2f}",
+            f"{one.bubble:.0%}",
+            f"{one.imbalance:.2f}",
+            "yes" if one.recompute_layers else "",
+            f"{first.memory / 1e9:.1f}",
+            f"{last.memory / 1e9:.1f}",
+            f"{last.classifier / 1e9:.2f}",
+            f"{last.loss / 1e9:.2f}",
+            last.loss_way,
+            "" if one.fits else f"{one.missing / 1e9:.1f}",
+        )
+    console = Console(width=150)
+    console.print(table)
+    console.print("d x p x v: data x pipeline x vocab degrees; memory is a rank's", markup=False)
+    console.print(
+        f"Memory: arithmetic, within 1% of what two ranks of Qwen3-1.7B held. Loss: the products' "
+        f"{hardware.product_flops / 1e12:.0f} TFLOP/s ({hardware.sources['product_flops']}). "
+        f"Layers: {LAYER_EFFICIENCY:.0%} of that, assumed. Links: "
+        f"{hardware.link_bytes / 1e9:.0f} GB/s ({hardware.sources['link_bytes']}), nothing of it "
+        f"hidden.",
+        markup=False,
+    )
+
+
+if __name__ == "__main__":
+    main()

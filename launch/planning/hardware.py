@@ -1,0 +1,46 @@
+"""What a GPU does in a second, and where that number is from."""
+
+import json
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Self
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Attributes: name; bytes of memory; rates; "measured" or "data sheet" for each.
+
+    product_flops: of large bfloat16 matrix products. copy_bytes: of a copy in device memory, bytes
+    read and written. link_bytes: that one GPU sends to its neighbours.
+    """
+
+    name: str
+    memory: float
+    product_flops: float
+    copy_bytes: float
+    link_bytes: float
+    sources: dict[str, str]
+
+    @classmethod
+    def load(cls, name: str) -> Self:
+        """Read a shipped file by its name, or one of your own by its path.
+
+        Raises:
+            ValueError: no such hardware, or a file without what is needed.
+        """
+        shipped = {
+            path.name.removesuffix(".json"): path
+            for path in files("launch.hardware").iterdir()
+            if path.name.endswith(".json")
+        }
+        if name in shipped:
+            text = shipped[name].read_text()
+        elif Path(name).is_file():
+            text = Path(name).read_text()
+        else:
+            raise ValueError(f"unknown hardware {name!r}: give a file, or one of {sorted(shipped)}")
+        try:
+            return cls(**json.loads(text))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"hardware {name!r} cannot be read: {error}") from error

@@ -1,0 +1,116 @@
+"""Every mesh of so many GPUs: which fit, and the fastest first."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from launch.planning.estimate import Job, Mesh, StageEstimate, estimate_stages
+from launch.planning.hardware import Hardware
+from launch.planning.timeline import Span, simulate
+
+# What the runtime, the allocator's gaps and the communicators take.
+RESERVED = 0.06  # of a GPU's memory; assumed
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One mesh.
+
+    Attributes:
+        recompute_layers: whether layers run again in backward, since nothing else fits.
+        stages: a rank of each.
+        step_seconds: of one optimizer step.
+        bubble: the share of the stages' time in which they wait.
+        tokens_per_second: of the whole mesh.
+        missing: bytes that the fullest rank lacks; 0 where it fits.
+        spans: the simulated step.
+    """
+
+    mesh: Mesh
+    recompute_layers: bool
+    stages: list[StageEstimate]
+    step_seconds: float
+    bubble: float
+    tokens_per_second: float
+    missing: float
+    spans: list[Span]
+
+    @property
+    def fits(self) -> bool:
+        """Whether every rank has room."""
+        return self.missing <= 0.0
+
+    @property
+    def imbalance(self) -> float:
+        """The last stage's time of a microbatch over the slowest other one's; 1 if alone."""
+        times = [_seconds(stage) for stage in self.stages]
+        return times[-1] / max(times[:-1]) if len(times) > 1 else 1.0
+
+
+def plan_meshes(job: Job, gpus: int, hardware: Hardware, gpu_memory: float) -> list[Plan]:
+    """Plan every mesh; those that fit first, by tokens a second, then by what is missing.
+
+    Raises:
+        ValueError: no GPUs, or less memory than one layer's weights and state need.
+    """
+    if gpus < 1:
+        raise ValueError(f"--gpus must be at least 1, got {gpus}")
+    least = job.shape.layer_parameters * (2 * job.itemsize + job.state_bytes)
+    if gpu_memory < least:
+        raise ValueError(
+            f"--gpu-memory {gpu_memory / 1e9:.2f}GB is below one layer of {job.shape.name}, whose "
+            f"weights, gradients and optimizer state are {least / 1e9:.2f} GB"
+        )
+    plans = []
+    for mesh in _meshes(gpus, job.shape.layers, job.shape.vocabulary):
+        plan = _plan(job, mesh, hardware, gpu_memory)
+        if not plan.fits:
+            plan = _plan(replace(job, recompute_layers=True), mesh, hardware, gpu_memory)
+        plans.append(plan)
+    return sorted(plans, key=lambda plan: (max(plan.missing, 0.0), -plan.tokens_per_second))
+
+
+def _meshes(gpus: int, layers: int, vocabulary: int) -> Iterator[Mesh]:
+    divisors = [n for n in range(1, gpus + 1) if gpus % n == 0]
+    for pipeline in divisors:
+        if pipeline > layers:
+            break
+        for vocab in divisors:
+            if (gpus // pipeline) % vocab == 0 and vocab <= min(vocabulary, 64):
+                yield Mesh(gpus // pipeline // vocab, pipeline, vocab)
+
+
+def _plan(job: Job, mesh: Mesh, hardware: Hardware, gpu_memory: float) -> Plan:
+    stages = estimate_stages(job, mesh, hardware)
+    transfer = job.tokens * job.shape.hidden * job.itemsize / hardware.link_bytes
+    spans = simulate(
+        job.schedule,
+        job.microbatches,
+        [stage.forward_seconds + stage.loss_seconds / 3 for stage in stages],
+        [
+            stage.backward_seconds + stage.loss_seconds * 2 / 3 + stage.collective_seconds
+            for stage in stages
+        ],
+        transfer,
+    )
+    computed = max(span.stop for span in spans)
+    # Replicas of the body sum their gradients after the step: a ring moves nearly twice the bytes.
+    replicas = mesh.data * mesh.vocab
+    summed = max(stage.gradients for stage in stages) * 2 * (1 - 1 / replicas)
+    step = computed + summed / hardware.link_bytes
+    busy = sum(span.stop - span.start for span in spans)
+    tokens = job.tokens * job.microbatches * replicas
+    room = gpu_memory * (1 - RESERVED)
+    return Plan(
+        mesh=mesh,
+        recompute_layers=job.recompute_layers,
+        stages=stages,
+        step_seconds=step,
+        bubble=1 - busy / (computed * len(stages)),
+        tokens_per_second=tokens / step,
+        missing=max(stage.memory for stage in stages) - room,
+        spans=spans,
+    )
+
+
+def _seconds(stage: StageEstimate) -> float:
+    return stage.forward_seconds + stage.backward_seconds + stage.loss_seconds

@@ -1,0 +1,147 @@
+"""The planner: what was measured, what must hold, and what is refused."""
+
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.plan import PlanArguments, parse_bytes, plan
+from launch.planning.balance import layer_counts
+from launch.planning.estimate import Job, Mesh, estimate_stages
+from launch.planning.hardware import Hardware
+from launch.planning.shape import ModelShape
+from launch.planning.timeline import simulate
+from tests.ranks import ROOT
+
+MIB = 2**20
+MEASURED = ROOT / "benchmarks" / "results" / "2026-11-24-loss-h200.json"
+
+
+def test_memory_of_measured_ranks() -> None:
+    """Qwen3-1.7B on 2 x 1 ranks of one H200, docs/qwen3.md: both stages within 10%."""
+    job = Job(ModelShape.load("qwen3-1.7b"), 4096, 1, 8, "1f1b")
+    stages = estimate_stages(job, Mesh(1, 2, 1), Hardware.load("h200"))
+    assert [stage.layers for stage in stages] == [17, 11]
+    assert [int(stage.parameters) for stage in stages] == [1_166_876_928, 864_862_976]
+    for stage, measured in zip(stages, (24_211 * MIB, 12_412 * MIB), strict=True):
+        assert stage.memory == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize(("way", "budget"), [("probs", 3e9), ("recompute", 64 * MIB)])
+def test_time_of_the_measured_loss(way: str, budget: float) -> None:
+    """Against benchmarks.loss; its times spread by 5 to 10%."""
+    found = json.loads(MEASURED.read_text())["shapes"]
+    for shape, rows_found in found.items():
+        hidden, rows = map(int, shape.split("x"))
+        model = ModelShape("", rows, hidden, hidden, 1, 1, 1, hidden, False, False)
+        job = Job(model, 8192, 1, 1, "1f1b", memory_budget=int(budget))
+        stage = estimate_stages(job, Mesh(1, 1, 1), Hardware.load("h200"))[-1]
+        assert stage.loss_way == way
+        measured = rows_found["rows"][f"ours, {way}"]["milliseconds"]
+        assert 1e3 * stage.loss_seconds == pytest.approx(measured, rel=0.2), shape
+
+
+def planned(**given: Any) -> Any:
+    values = {"model": "qwen3-32b", "gpus": 64, "gpu_memory": "80GB", "microbatches": 16, **given}
+    return plan(PlanArguments(**values))[0]
+
+
+def test_every_mesh() -> None:
+    plans = planned()
+    meshes = {(one.mesh.data, one.mesh.pipeline, one.mesh.vocab) for one in plans}
+    assert len(meshes) == len(plans) == 28
+    assert all(d * p * v == 64 for d, p, v in meshes)
+    fitting = [one for one in plans if one.fits]
+    assert fitting
+    assert fitting == plans[: len(fitting)], "those that fit stand first"
+    speeds = [one.tokens_per_second for one in fitting]
+    assert speeds == sorted(speeds, reverse=True)
+    assert not next(one for one in plans if one.mesh.pipeline == 1).fits
+    assert any(one.recompute_layers for one in fitting), "long stages keep their inputs alone"
+    for one in plans:
+        assert sum(stage.layers for stage in one.stages) == 64
+        assert 0 <= one.bubble < 1
+        assert one.stages[-1].rows == -(-151_936 // one.mesh.vocab)
+
+
+def test_sharding_the_vocabulary_relieves_the_last_stage() -> None:
+    by_mesh = {one.mesh: one for one in planned()}
+    for vocab in (2, 4, 8):
+        wide, narrow = by_mesh[Mesh(8, 8, 1)], by_mesh[Mesh(8 // vocab, 8, vocab)]
+        assert narrow.stages[-1].classifier == pytest.approx(wide.stages[-1].classifier / vocab)
+        assert narrow.stages[-1].memory < wide.stages[-1].memory
+
+
+def test_timeline() -> None:
+    """Equal stages: the bubble is (P - 1) / (M + P - 1), and 1F1B keeps fewer microbatches."""
+    for schedule in ("1f1b", "gpipe"):
+        spans = simulate(schedule, 6, [1.0] * 4, [2.0] * 4, 0.0)
+        assert len(spans) == 4 * 6 * 2
+        total = max(span.stop for span in spans)
+        assert total == pytest.approx(3.0 * (6 + 3))
+        for stage in range(4):
+            own = sorted((span.start, span.stop) for span in spans if span.stage == stage)
+            assert all(a[1] <= b[0] + 1e-12 for a, b in itertools.pairwise(own))
+
+
+def test_balance() -> None:
+    assert layer_counts(28, 2, 311 / 50.3) == [17, 11]
+    assert layer_counts(8, 1, 5.0) == [8]
+    with pytest.raises(ValueError, match="3 stages need at least as many layers, got 2"):
+        layer_counts(2, 3, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"model": "qwen4"}, "unknown model 'qwen4': give a config.json"),
+        ({"gpus": 0}, "--gpus must be at least 1, got 0"),
+        ({"gpu_memory": "2GB"}, "below one layer of qwen3-32b"),
+        ({"gpu_memory": "lots"}, "'lots' is no size"),
+        ({"hardware": "abacus"}, r"unknown hardware 'abacus': give a file, or one of \['a100'"),
+        ({"sequence": 0}, "--sequence must be at least 1"),
+    ],
+)
+def test_refusals(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        planned(**given)
+
+
+def test_config_files(tmp_path: Path) -> None:
+    config = {
+        "model_type": "llama", "vocab_size": 1000, "hidden_size": 64, "intermediate_size": 128,
+        "num_hidden_layers": 4, "num_attention_heads": 4,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    shape = ModelShape.load(str(tmp_path))
+    assert (shape.kv_heads, shape.head_size, shape.tied) == (4, 16, False)
+    del config["vocab_size"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"has no \['vocab_size'\]"):
+        ModelShape.load(str(tmp_path / "config.json"))
+    assert parse_bytes("--x", "64MiB") == 64 * MIB
+    assert parse_bytes("--x", "1.5 GB") == 1.5e9
+
+
+def test_command(tmp_path: Path) -> None:
+    def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+        start = [sys.executable, "-m", "launch.plan", *arguments]
+        return subprocess.run(start, cwd=ROOT, capture_output=True, text=True)
+
+    picture = tmp_path / "plan.png"
+    shown = command(
+        "--model", "qwen3-32b", "--gpus", "4096", "--gpu-memory", "80GB", "--plot", str(picture)
+    )  # fmt: skip
+    assert shown.returncode == 0, shown.stderr
+    assert "data x pipeline x vocab" in shown.stdout
+    assert "assumed" in shown.stdout
+    assert picture.stat().st_size > 1000
+    document = json.loads(command("--model", "qwen3-1.7b", "--gpus", "8", "--json").stdout)
+    assert document[0]["fits"]
+    bad = command("--model", "qwen3-32b", "--gpus", "0")
+    assert (bad.returncode, bad.stdout) == (2, "")
+    assert "--gpus must be at least 1" in bad.stderr
