@@ -94,7 +94,9 @@ def test_in_and_out(tied: bool, tmp_path: Path) -> None:
     assert max(read[2:]) < rows // 2 + layers
 
 
-@pytest.mark.parametrize("schedule", ["1F1B", "ZBVZeroBubble"])
+@pytest.mark.parametrize(
+    "schedule", [pytest.param("1F1B", marks=pytest.mark.slow), "ZBVZeroBubble"]
+)
 def test_tied_equals_one_process(schedule: str, tmp_path: Path) -> None:
     source = write_model(tmp_path / "a", tied=True)
     run = train(
@@ -129,19 +131,26 @@ def test_resume_on_another_mesh(
     )
     assert rest["losses"] == pytest.approx(whole["losses"][2:], rel=1e-5)
 
-    for arguments, message in (
-        (["--steps", "4"], "has done all of --steps 4"),
-        (["--steps", "5", "--hidden", "64"], "its hidden_size is 32, but this one's is 64"),
-        (["--steps", "5", "--sequence", "8"], "its sequence is 16"),
-    ):
-        seen = sorted(Path(folder).rglob("*"))
-        mesh = ["--pipeline", "1", "--vocab", "1", "--microbatches", "2"]
-        mesh += ["--out", str(tmp_path / "bad")]
-        again = [*mesh, *SIZES, "--checkpoint", folder, "--resume", *arguments]
-        code, output = torchrun(1, ["-m", "launch.train", *again])
-        assert code == 1
-        assert message in output
-        assert sorted(Path(folder).rglob("*")) == seen, "nothing on disk changed"
+
+REFUSED = [
+    (["--steps", "5", "--hidden", "64"], "its hidden_size is 32, but this one's is 64"),
+    pytest.param(["--steps", "2"], "has done all of --steps 2", marks=pytest.mark.slow),
+    pytest.param(["--steps", "5", "--sequence", "8"], "sequence is 16", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), REFUSED)
+def test_resume_of_another_run(arguments: list[str], message: str, tmp_path: Path) -> None:
+    folder = str(tmp_path / "checkpoints")
+    train((1, 1), tmp_path / "out", *SIZES, "--steps", "2", "--checkpoint", folder)
+    seen = sorted(Path(folder).rglob("*"))
+    mesh = ["--pipeline", "1", "--vocab", "1", "--microbatches", "2"]
+    mesh += ["--out", str(tmp_path / "bad")]
+    again = [*mesh, *SIZES, "--checkpoint", folder, "--resume", *arguments]
+    code, output = torchrun(1, ["-m", "launch.train", *again])
+    assert code == 1
+    assert message in output
+    assert sorted(Path(folder).rglob("*")) == seen, "nothing on disk changed"
 
 
 def test_killed_save(tmp_path: Path) -> None:
@@ -215,6 +224,7 @@ def test_bad_folders(tmp_path: Path) -> None:
         weights.fill("model.norm.weight", torch.empty(7), None, torch.nn.Identity())
 
 
+@pytest.mark.slow
 def test_more_stages_than_layers(tmp_path: Path) -> None:
     source = write_model(tmp_path / "a", tied=True)
     arguments = ["--model", str(source), "--pipeline", "2", "--vocab", "1", *FOLDER_SIZES]

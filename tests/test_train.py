@@ -20,7 +20,7 @@ SMALL = [
 
 
 RUNS = [
-    (1, 3, "1F1B --microbatches 1"),
+    pytest.param(1, 3, "1F1B --microbatches 1", marks=pytest.mark.slow),
     (2, 2, "InterleavedZeroBubble --microbatches 2 --accumulate 2 --clip-norm 0.5"),
     *(
         pytest.param(2, 1, f"{name} --microbatches 4 --accumulate 2", marks=pytest.mark.slow)
