@@ -206,7 +206,8 @@ class _GradientTiles:
             else:
                 logits = self._kept[tokens, rows]
         sums = passes.put_gradient(logits, out, block, tokens, rows.start, self._task, self._grads)
-        return out, sums
+        # Where no kernel works the logits may be wider than the operands.
+        return out.to(block.classifier.dtype), sums
 
 
 def _add_hidden_grad(

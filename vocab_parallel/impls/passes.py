@@ -4,6 +4,9 @@ Both do the same, and a test compares them. The kernels need a CUDA device and a
 float32; they read a tile once, and hold nothing of its size.
 """
 
+import functools
+import importlib.util
+
 import torch
 from torch import Tensor
 
@@ -14,7 +17,13 @@ from vocab_parallel.statistics import StatisticNames
 
 def kernels_work(tensor: Tensor) -> bool:
     """Tell whether the Triton kernels take a tensor's device and dtype."""
-    return tensor.is_cuda and tensor.dtype != torch.float64
+    return tensor.is_cuda and tensor.dtype != torch.float64 and _has_triton()
+
+
+@functools.cache
+def _has_triton() -> bool:
+    """Tell whether triton is installed; it is not for every system that has CUDA."""
+    return importlib.util.find_spec("triton") is not None
 
 
 def logits_dtype(hidden: Tensor) -> torch.dtype:
