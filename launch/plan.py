@@ -51,7 +51,7 @@ class PlanArguments:
     """Of the optimizer for each parameter: 2 moments in dtype by default, 12 with float32 moments
     and master weights."""
     memory_budget: str | None = None
-    """Of the loss, such as 64MiB; by default the loss's own, 1GiB."""
+    """Of the loss, such as 64MiB; by default the loss's own, 64MiB."""
     show: int = 8
     """Meshes in the table."""
     json: bool = False

@@ -120,7 +120,7 @@ def test_auto_takes_the_fastest_that_fits() -> None:
         (logits - 1, 1, "gradients"),  # its float32 sums and 1024 tokens' logits are less
         (logits, 2, "recompute"),
         (2 * logits, 2, "probs"),
-        (None, 1, "probs"),
+        (None, 1, "recompute"),  # no whole shard of logits unless asked for
         (64 * MIB, 1, "recompute"),
     ):
         plan = plan_backward(*shard, memory_budget=budget, microbatches_in_flight=in_flight)

@@ -94,7 +94,7 @@ def linear_cross_entropy(
             "gradients"  needs none: forward computes the gradients; for a scalar loss alone;
             "auto"       takes the fastest that fits; `plan_backward` tells which, and its bytes.
         memory_budget: bytes that the loss may hold beside its inputs, its two gradients and
-            float32 sums of their size; None means 1 GiB on a GPU and 256 MiB on a CPU.
+            float32 sums of their size; None means 64 MiB. Give it N x rows x itemsize for speed.
         validate: agree over the group that all arguments are right before the work, in one small
             exchange that waits for the result. None: yes for CPU tensors, no for GPU tensors,
             where it would cost a synchronisation; then an error on one rank is local.

@@ -54,7 +54,7 @@ def predict(
         e, c, bias, softcap, temperature, vocab_parallel_options, hidden_layout, validate: as in
             `linear_cross_entropy`.
         k: how many tokens; at most the vocabulary.
-        memory_budget: bytes of logits at a time; None means 1 GiB on a GPU and 256 MiB on a CPU.
+        memory_budget: bytes of logits at a time; None means 64 MiB.
 
     Raises:
         ValueError: as `linear_cross_entropy`, or a k that is not in [1, vocabulary].
@@ -83,8 +83,7 @@ def predict(
         scores = hidden.new_full((hidden.shape[0], k), -torch.inf, dtype=dtype)
         rows, lse = torch.zeros_like(scores, dtype=torch.int64), scores[:, 0].clone()
     else:
-        default = DEFAULT_MEMORY_BUDGET["cuda" if hidden.is_cuda else "cpu"]
-        scores, rows, lse = top_k_of_shard(local, k, memory_budget or default)
+        scores, rows, lse = top_k_of_shard(local, k, memory_budget or DEFAULT_MEMORY_BUDGET)
     return _join(call, scores, rows + shard.start, lse)
 
 

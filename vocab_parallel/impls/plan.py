@@ -15,8 +15,10 @@ import torch
 from vocab_parallel.impls.base import Demand, Way
 from vocab_parallel.impls.tiles import TileShape, check_budget, tile_shape
 
-# What the loss may hold beside its inputs, its two gradients and float32 sums of their size.
-DEFAULT_MEMORY_BUDGET = {"cpu": 256 * 2**20, "cuda": 2**30}  # bytes
+# What the loss may hold beside its inputs, its two gradients and float32 sums of their size, in
+# bytes. That is a tile of logits: a whole shard of them exists where it is no larger, or where the
+# caller gives room for it.
+DEFAULT_MEMORY_BUDGET = 64 * 2**20
 # Fewer tokens at a time than this make the products of "gradients" slower than "recompute".
 _FEWEST_TOKENS = 1024
 
@@ -66,8 +68,8 @@ def plan_backward(
         hidden_size: D.
         dtype: of hidden states and classifier.
         backward: "auto", or the way by name.
-        memory_budget: bytes; None means 1 GiB on a GPU, 256 MiB on a CPU. A way that is named is
-            taken even where what it keeps does not fit.
+        memory_budget: bytes; None means 64 MiB. A way that is named is taken even where what it
+            keeps does not fit.
         microbatches_in_flight: whose forward may wait for its backward at a time.
         degree: V; with more than one rank "gradients" works on two chunks at a time.
         scalar_loss: "gradients" needs one number to differentiate.
@@ -78,7 +80,7 @@ def plan_backward(
     Raises:
         ValueError: a budget below one logit, or "gradients" for a loss that is no scalar.
     """
-    budget = DEFAULT_MEMORY_BUDGET[device_type] if memory_budget is None else memory_budget
+    budget = DEFAULT_MEMORY_BUDGET if memory_budget is None else memory_budget
     kernels = device_type != "cpu" and dtype != torch.float64
     size = dtype.itemsize if kernels else torch.promote_types(dtype, torch.float32).itemsize
     scratch = size if kernels else size * (1 + temporaries)  # of a logit that is worked on
