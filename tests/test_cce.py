@@ -94,7 +94,7 @@ def check_against_float64(degree: int) -> None:
             ]
 
 
-@pytest.mark.parametrize("degree", [1, 2, 3, 4])
+@pytest.mark.parametrize("degree", [1, 2, pytest.param(3, marks=pytest.mark.slow), 4])
 def test_against_float64(degree: int) -> None:
     run_ranks(check_against_float64, degree, environment=INTERPRETED, timeout=110, degree=degree)
 

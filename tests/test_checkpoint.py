@@ -64,7 +64,7 @@ def train(ranks: tuple[int, int], out: Path, *arguments: str) -> dict[str, Any]:
     return run
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_in_and_out(tied: bool, tmp_path: Path) -> None:
     """Bitwise where nothing is computed, and each rank reads its own alone."""
     source = write_model(tmp_path / "a", tied, shards="5MB")

@@ -151,6 +151,6 @@ def check_features_and_combinations(degree: int) -> None:
     check_drawn_cases(degree, examples=100)
 
 
-@pytest.mark.parametrize("degree", [1, 2, 3, 4])
+@pytest.mark.parametrize("degree", [1, 2, pytest.param(3, marks=pytest.mark.slow), 4])
 def test_features_and_combinations(degree: int) -> None:
     run_ranks(check_features_and_combinations, degree, timeout=110, degree=degree)
