@@ -99,6 +99,27 @@ def test_accumulation_begins_where_there_is_no_grad() -> None:
         assert relative_error(c.grad, count * exact()[1]) < 1e-6
 
 
+@pytest.mark.parametrize("attribute", ["grad", "main_grad"])
+@pytest.mark.parametrize("backward", WAYS)
+def test_accumulation_leaves_padding_rows_alone(attribute: str, backward: str) -> None:
+    options = VocabParallelOptions(0, 17, vocab_size=15)
+    e, c, targets = problem(torch.float32)
+    targets = targets.clamp(max=14)
+    wide = [e.detach().double().requires_grad_(), c.detach().double().requires_grad_()]
+    loss, _ = oracle(wide[0], wide[1], targets, vocab_size=15)
+    exact = torch.autograd.grad(loss, wide[1])[0]
+    if attribute == "main_grad":
+        c.main_grad = torch.zeros_like(c)  # type: ignore[attr-defined]
+    for _ in range(2):  # where there is no grad yet, autograd makes it
+        linear_cross_entropy(
+            e, c, targets, vocab_parallel_options=options, backward=backward,
+            accumulate_into=attribute, chunk_tokens=5,
+        ).backward()  # type: ignore[union-attr]  # fmt: skip
+    found = getattr(c, attribute)
+    assert relative_error(found, 2.0 * exact) < 1e-6
+    assert not found[15:].any()
+
+
 def test_accumulation_is_refused() -> None:
     e, c, targets = problem()
     for given, into, match in (

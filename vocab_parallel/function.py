@@ -29,7 +29,7 @@ class VocabStatistics(torch.autograd.Function):
         hidden: Tensor,  # (T, D), this rank's
         classifier: Tensor,  # (rows, D)
         bias: Tensor | None,  # (rows,)
-        targets: Tensor,  # (N,), rows of this shard or -1
+        targets: Tensor,  # (N,), rows of this shard, or outside of them
         problem: LossProblem,
     ) -> Tensor:
         """Compute the statistics [k, N]; gathers them, and hidden states where it must."""

@@ -34,6 +34,7 @@ from vocab_parallel.impls import (
     Wanted,
 )
 from vocab_parallel.impls.passes import scale_
+from vocab_parallel.impls.tiles import blocks
 from vocab_parallel.pieces import HiddenGradSum
 from vocab_parallel.problem import LossProblem
 from vocab_parallel.split_backward import wanted_inputs
@@ -62,7 +63,7 @@ class VocabLoss(torch.autograd.Function):
         hidden: Tensor,  # (T, D), this rank's
         classifier: Tensor,  # (rows, D)
         bias: Tensor | None,  # (rows,)
-        targets: Tensor,  # (N,), rows of this shard or -1
+        targets: Tensor,  # (N,), rows of this shard, or outside of them
         problem: LossProblem,
         loss_of: LossOfTokens,
     ) -> Tensor:
@@ -89,10 +90,13 @@ class VocabLoss(torch.autograd.Function):
         if all(ctx.gradients[name] is not None for name in names):
             found = {name: scale_(ctx.gradients[name], grad) for name in names}
             ctx.gradients.update(dict.fromkeys(names))
-            if problem.weight_grad is not None and wanted.classifier:
-                destination = problem.weight_grad.destination()
-                if destination is not None:
-                    destination.add_(found.pop("classifier"))
+            if wanted.classifier:
+                rows = found.pop("classifier")
+                target = problem.classifier_grad(classifier).add_to
+                if target is None:
+                    found["classifier"] = with_padding(rows, classifier)
+                else:  # of the rows that are tokens; the others get nothing
+                    target.add_(rows[: target.shape[0]])
             return (*(found.get(name) for name in wanted._fields), None, None, None)
         # They were handed out before, and may belong to a parameter now: a graph that is run
         # again makes them again.
@@ -121,9 +125,7 @@ class _Work:
         self._local = problem.local(hidden, classifier, bias, targets, any(wanted))
         num_tokens = hidden.shape[0]
         size = max(problem.chunk_tokens, 1)
-        self._chunks = [
-            slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size)
-        ] or [slice(0, 0)]
+        self._chunks = list(blocks(num_tokens, size)) or [slice(0, 0)]
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         self.statistics = hidden.new_empty((len(problem.names), num_tokens), dtype=dtype)
         self._reduction: HiddenGradSum | None = None

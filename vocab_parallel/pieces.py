@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vocab_parallel import collectives
 from vocab_parallel.collectives import Pending
+from vocab_parallel.impls.tiles import blocks
 from vocab_parallel.shard import VocabShard
 from vocab_parallel.statistics import StatisticNames, join_shards
 
@@ -25,9 +26,7 @@ def even_pieces(num_tokens: int, most: int) -> list[slice]:
     """Cut [0, N) into at most so many slices of about equal length, none of few tokens."""
     count = max(1, min(most, num_tokens // _FEWEST_TOKENS))
     size = max(1, -(-num_tokens // count))
-    return [
-        slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size)
-    ] or [slice(0, 0)]
+    return list(blocks(num_tokens, size)) or [slice(0, 0)]
 
 
 class Pieces:
