@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from launch.planning.balance import layer_counts
+from launch.planning.shape import ModelShape
 from launch.weights import WeightSource
 from vocab_parallel import VocabParallelClassifier, VocabParallelEmbedding
 
@@ -143,19 +143,9 @@ def layers_of_stage(stage: int, num_stages: int, config: PretrainedConfig) -> ra
     Raises:
         ValueError: more stages than layers.
     """
-    classifier = config.vocab_size * config.hidden_size / layer_parameters(config)
-    counts = layer_counts(config.num_hidden_layers, num_stages, classifier)
+    counts = ModelShape.of(config.model_type, config.to_dict()).layer_counts(num_stages)
     start = sum(counts[:stage])
     return range(start, start + counts[stage])
-
-
-def layer_parameters(config: PretrainedConfig) -> int:
-    """Count the parameters of one decoder layer's products."""
-    hidden, heads = config.hidden_size, config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or hidden // heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    attention = 2 * hidden * heads * head_dim + 2 * hidden * kv_heads * head_dim
-    return int(attention + 3 * hidden * config.intermediate_size)
 
 
 def vocabulary_rows(stages: Iterator[nn.Module] | nn.Module) -> dict[int, int]:

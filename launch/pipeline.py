@@ -130,12 +130,16 @@ def model_of(arguments: TrainArguments) -> tuple[PretrainedConfig, WeightSource]
 
 
 def build_pipeline(
-    arguments: TrainArguments, groups: StageGroups, device: torch.device
+    arguments: TrainArguments,
+    config: PretrainedConfig,
+    source: WeightSource,
+    groups: StageGroups,
+    device: torch.device,
 ) -> Pipeline:
     """Build this rank's stages and their schedule; all ranks must call.
 
     Raises:
-        ValueError: a model that cannot be read, more stages than layers, or microbatches that the
+        ValueError: weights that cannot be read, more stages than layers, or microbatches that the
             schedule cannot run.
     """
     cls = get_schedule_class(arguments.schedule)
@@ -144,7 +148,6 @@ def build_pipeline(
     style: StageStyle = "v" if v_shaped else "loop"
     num_stages = arguments.pipeline * (1 if single else 2)
     indices = groups.stages(num_stages, style)
-    config, source = model_of(arguments)
     stages = [
         build_stage(
             config,

@@ -50,14 +50,16 @@ def main() -> None:
 def run(arguments: TrainArguments, device: torch.device) -> bool:
     """Train, report, and where asked check; returns whether the check passed, on every rank."""
     groups = build_stage_groups(arguments.pipeline, arguments.vocab, device_type=device.type)
+    config, source = model_of(arguments)
     batches = load_batches(
         arguments.text,
         steps=arguments.steps,
         batch=arguments.batch,
         sequence=arguments.sequence,
-        vocabulary=model_of(arguments)[0].vocab_size,
+        vocabulary=config.vocab_size,
     )
-    trained = train(arguments, groups, batches, device)
+    pipeline = build_pipeline(arguments, config, source, groups, device)
+    trained = train(arguments, pipeline, batches, device)
     reports = _gather_reports(groups, trained, device)
     passed = torch.ones((), dtype=torch.int32, device=device)
     joined = _gather_gradients(trained) if arguments.check else None
@@ -74,10 +76,10 @@ def run(arguments: TrainArguments, device: torch.device) -> bool:
 
 
 def train(
-    arguments: TrainArguments, groups: StageGroups, batches: Tensor, device: torch.device
+    arguments: TrainArguments, pipeline: Pipeline, batches: Tensor, device: torch.device
 ) -> Trained:
     """Run the training loop of one rank."""
-    pipeline = build_pipeline(arguments, groups, device)
+    groups = pipeline.groups
     optimizer = torch.optim.AdamW(pipeline.parameters(), lr=arguments.learning_rate, fused=True)
     trained = Trained(pipeline)
     checkpoints = None

@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from launch.arguments import TrainArguments
 from launch.configs import config_of_sizes, load_config
-from launch.model import layer_parameters, layers_of_stage
+from launch.model import layers_of_stage
+from launch.planning.shape import ModelShape
 from launch.text import load_batches
 from tests.ranks import torchrun
 
@@ -95,7 +96,8 @@ def test_layers_are_spread() -> None:
         config = config_of_sizes(vocabulary=vocabulary, hidden=128, layers=layers, sequence=8)
         spread = [layers_of_stage(stage, stages, config) for stage in range(stages)]
         assert [layer for own in spread for layer in own] == list(range(layers))
-        head = vocabulary * 128 / layer_parameters(config)
+        shape = ModelShape.of("", config.to_dict())
+        head = vocabulary * 128 / shape.layer_products
         cost = [len(own) + head * (own is spread[-1]) for own in spread]
         even = [layers // stages + (i < layers % stages) for i in range(stages)]
         assert max(cost) <= max(count + head * (i == stages - 1) for i, count in enumerate(even))

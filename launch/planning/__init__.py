@@ -1,4 +1,4 @@
 """How much a data x pipeline x vocab mesh holds and how long its step takes, before it is rented.
 
-shape -> balance -> estimate -> timeline -> meshes
+balance -> shape -> estimate -> timeline -> meshes
 """

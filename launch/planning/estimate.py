@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import torch
 
-from launch.planning.balance import layer_counts
 from launch.planning.hardware import Hardware
 from launch.planning.shape import ModelShape
 from vocab_parallel import plan_backward
@@ -85,10 +84,7 @@ def estimate_stages(job: Job, mesh: Mesh, hardware: Hardware) -> list[StageEstim
     Raises:
         ValueError: more stages than layers.
     """
-    shape = job.shape
-    # In the sharded layout a rank's rows meet the tokens of all columns: as many flops as whole.
-    classifier = shape.vocabulary_parameters / shape.layer_products
-    counts = layer_counts(shape.layers, mesh.pipeline, classifier)
+    counts = job.shape.layer_counts(mesh.pipeline)
     return [_estimate(job, mesh, hardware, stage, count) for stage, count in enumerate(counts)]
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from launch.planning.balance import layer_counts
 from launch.published import PUBLISHED
 
 _NEEDED = (
@@ -41,7 +42,7 @@ class ModelShape:
         """
         published = PUBLISHED.get(model.lower())
         if published is not None:
-            return cls._of(model.lower(), published)
+            return cls.of(model.lower(), published)
         path = Path(model)
         path = path / "config.json" if path.is_dir() else path
         if not path.is_file():
@@ -53,10 +54,15 @@ class ModelShape:
             raw = json.loads(path.read_text())
         except ValueError as error:
             raise ValueError(f"{path} is not JSON: {error}") from error
-        return cls._of(path.parent.name or str(path), raw)
+        return cls.of(path.parent.name or str(path), raw)
 
     @classmethod
-    def _of(cls, name: str, raw: Mapping[str, Any]) -> Self:
+    def of(cls, name: str, raw: Mapping[str, Any]) -> Self:
+        """Read a configuration's values.
+
+        Raises:
+            ValueError: one that is needed is missing.
+        """
         missing = [key for key in _NEEDED if not isinstance(raw.get(key), int)]
         if missing:
             raise ValueError(f"the config of {name} has no {missing}: give a causal LM's")
@@ -73,6 +79,17 @@ class ModelShape:
             tied=bool(raw.get("tie_word_embeddings", False)),
             qk_norm=raw.get("model_type") == "qwen3",
         )
+
+    def layer_counts(self, num_stages: int) -> list[int]:
+        """Spread the layers over stages; the classifier costs what its parameters do in layers.
+
+        In the gathering layouts a rank's rows meet the tokens of all columns: whole, however cut.
+
+        Raises:
+            ValueError: more stages than layers.
+        """
+        classifier = self.vocabulary_parameters / self.layer_products
+        return layer_counts(self.layers, num_stages, classifier)
 
     @property
     def layer_products(self) -> int:
