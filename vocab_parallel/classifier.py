@@ -10,7 +10,12 @@ from torch.distributed import ProcessGroup
 
 from vocab_parallel.gathered_logits import gather_logits, replicated_input
 from vocab_parallel.gradient_norm import mark_vocab_rows
-from vocab_parallel.options import VocabParallelOptions, ceiling_rows, group_rank_and_size
+from vocab_parallel.options import (
+    VocabParallelOptions,
+    ceiling_rows,
+    generator_of_rows,
+    group_rank_and_size,
+)
 
 
 class VocabParallelClassifier(nn.Module):
@@ -103,15 +108,10 @@ class VocabParallelClassifier(nn.Module):
         return classifier
 
     def reset_parameters(self) -> None:
-        """Draw the rows from nn.Linear's distribution, U(-1 / sqrt(D), 1 / sqrt(D)).
-
-        Each rank draws its own numbers, also where all have the same default seed, which this
-        advances equally on every rank.
-        """
+        """Draw the rows from nn.Linear's distribution, U(-1 / sqrt(D), 1 / sqrt(D))."""
         if self.weight.is_meta:
             return
-        seed = int(torch.randint(2**62, ()))
-        generator = torch.Generator(self.weight.device).manual_seed(seed + self.start)
+        generator = generator_of_rows(self.weight.device, self.start)
         bound = 1.0 / math.sqrt(self.hidden_size)
         with torch.no_grad():
             self.weight.uniform_(-bound, bound, generator=generator)

@@ -9,7 +9,7 @@ from torch.distributed import ProcessGroup
 
 from vocab_parallel import collectives
 from vocab_parallel.gradient_norm import mark_vocab_rows
-from vocab_parallel.options import ceiling_rows, group_rank_and_size
+from vocab_parallel.options import ceiling_rows, generator_of_rows, group_rank_and_size
 
 EmbeddingLayout = Literal["sharded", "replicated"]
 
@@ -75,15 +75,10 @@ class VocabParallelEmbedding(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the rows from nn.Embedding's distribution, N(0, 1).
-
-        Each rank draws its own numbers, also where all have the same default seed, which this
-        advances equally on every rank.
-        """
+        """Draw the rows from nn.Embedding's distribution, N(0, 1)."""
         if self.weight.is_meta:
             return
-        seed = int(torch.randint(2**62, ()))
-        generator = torch.Generator(self.weight.device).manual_seed(seed + self.start)
+        generator = generator_of_rows(self.weight.device, self.start)
         with torch.no_grad():
             self.weight.normal_(generator=generator)
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Self
 
+import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
@@ -54,6 +55,16 @@ def ceiling_rows(vocab_size: int, rank: int, degree: int) -> tuple[int, int]:
     """
     share = -(-vocab_size // degree)
     return min(rank * share, vocab_size), min((rank + 1) * share, vocab_size)
+
+
+def generator_of_rows(device: torch.device, start: int) -> torch.Generator:
+    """Return a generator for the rows from ``start`` on.
+
+    Each rank draws its own numbers, also where all have the same default seed, which this advances
+    equally on every rank.
+    """
+    seed = int(torch.randint(2**62, ()))
+    return torch.Generator(device).manual_seed(seed + start)
 
 
 def group_rank_and_size(group: ProcessGroup | None) -> tuple[int, int]:
