@@ -60,8 +60,8 @@ class TrainArguments:
 
     model: str | None = None
     """A Hugging Face folder (config.json and safetensors), or a published model with random
-    weights: qwen3-1.7b, qwen3-8b, qwen3-32b, llama-3.1-8b or gemma-2-2b. By default a small Qwen3
-    of the next three sizes."""
+    weights: qwen3-1.7b, qwen3-8b, qwen3-32b, llama-3.1-8b, llama-3.1-70b or gemma-2-2b. By default
+    a small Qwen3 of the next three sizes."""
     layers: int = 4
     """Decoder layers, at least as many as stages."""
     hidden: int = 128

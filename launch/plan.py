@@ -1,6 +1,7 @@
 """Which mesh for how many GPUs: ``python -m launch.plan --model qwen3-32b --gpus 64``."""
 
 import json
+import os
 import re
 import sys
 from dataclasses import asdict, dataclass
@@ -11,7 +12,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from launch.planning.estimate import LAYER_EFFICIENCY, Job
+from launch.planning.estimate import Job
 from launch.planning.hardware import Hardware
 from launch.planning.meshes import Plan, plan_meshes
 from launch.planning.shape import ModelShape
@@ -29,22 +30,35 @@ class PlanArguments:
     the table. Starts no ranks and needs no GPU.
     """
 
-    model: str
+    model: str | None = None
     """A published model, or a Hugging Face config.json or its folder."""
-    gpus: int
+    gpus: int | None = None
     """How many GPUs there are."""
     gpu_memory: str | None = None
     """Of each, such as 80GB; by default the hardware's."""
     hardware: str = "h200"
-    """h200, h100, a100, or a file of your own."""
+    """h200, h100, a100, or a file of your own: see --calibrate."""
+    calibrate: bool = False
+    """Measure this device, and under torchrun the links of its ranks, write a hardware file to
+    --out, and plan nothing."""
+    out: Path = Path("hardware.json")
+    """Where --calibrate writes."""
     sequence: int = 4096
     """Tokens of a sequence."""
     microbatch: int = 1
     """Sequences of a microbatch of one column."""
     microbatches: int = 8
     """Microbatches of a column in a step."""
-    schedule: Literal["1f1b", "gpipe"] = "1f1b"
-    """Pipeline schedule."""
+    schedule: Literal[
+        "1f1b",
+        "gpipe",
+        "interleaved1f1b",
+        "loopedbfs",
+        "interleavedzerobubble",
+        "zbvzerobubble",
+        "dualpipev",
+    ] = "1f1b"
+    """Pipeline schedule; all but the first two run two stages on each rank."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of weights, gradients and activations."""
     state_bytes: int | None = None
@@ -63,6 +77,9 @@ class PlanArguments:
 def main() -> None:
     """Parse the command line and plan; a user's mistake ends with a message and code 2."""
     arguments = tyro.cli(PlanArguments)
+    if arguments.calibrate:
+        _calibrate(arguments.out)
+        return
     try:
         plans, hardware = plan(arguments)
     except ValueError as error:
@@ -84,6 +101,8 @@ def plan(arguments: PlanArguments) -> tuple[list[Plan], Hardware]:
     Raises:
         ValueError: a value that cannot be.
     """
+    if arguments.model is None or arguments.gpus is None:
+        raise ValueError("--model and --gpus are needed to plan: give both, or --calibrate")
     for name in ("sequence", "microbatch", "microbatches", "show"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"--{name} must be at least 1, got {getattr(arguments, name)}")
@@ -106,6 +125,26 @@ def plan(arguments: PlanArguments) -> tuple[list[Plan], Hardware]:
     return plan_meshes(job, arguments.gpus, hardware, memory), hardware
 
 
+def _calibrate(path: Path) -> None:
+    """Write the hardware file of this rank's device; of several ranks, the first one's."""
+    import torch
+
+    from launch.planning.calibrate import calibrate
+    from launch.runtime import process_group
+
+    if "RANK" in os.environ:
+        with process_group(timeout=60.0) as device:
+            found, writes = calibrate(device), os.environ["RANK"] == "0"
+    else:
+        found, writes = (
+            calibrate(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+            True,
+        )
+    if writes:
+        found.save(path)
+        print(json.dumps(asdict(found)))
+
+
 def parse_bytes(flag: str, text: str) -> float:
     """Read 80GB, 64MiB or a number of bytes.
 
@@ -123,7 +162,12 @@ def _document(one: Plan) -> dict[str, Any]:
     del found["spans"]
     for estimate, stage in zip(found["stages"], one.stages, strict=True):
         estimate["memory"] = stage.memory
-    return {**found, "fits": one.fits, "imbalance": one.imbalance}
+    return {
+        **found,
+        "rank_memory": one.rank_memory,
+        "fits": one.fits,
+        "imbalance": one.imbalance,
+    }
 
 
 def _print(plans: list[Plan], arguments: PlanArguments, hardware: Hardware) -> None:
@@ -136,8 +180,8 @@ def _print(plans: list[Plan], arguments: PlanArguments, hardware: Hardware) -> N
         "bubble",
         "last / others",
         "layers again",
-        "GB of first",
-        "GB of last",
+        "fullest GB",
+        "GB with loss",
         "classifier GB",
         "loss GB",
         "loss",
@@ -145,7 +189,9 @@ def _print(plans: list[Plan], arguments: PlanArguments, hardware: Hardware) -> N
     ):
         table.add_column(column, justify="right")
     for one in plans:
-        first, last = one.stages[0], one.stages[-1]
+        last = one.stages[-1]
+        memory = one.rank_memory
+        holder = next(rank for rank, own in enumerate(one.ranks) if len(one.stages) - 1 in own)
         layers = [stage.layers for stage in one.stages]
         table.add_row(
             f"{one.mesh.data} x {one.mesh.pipeline} x {one.mesh.vocab}",
@@ -155,8 +201,8 @@ def _print(plans: list[Plan], arguments: PlanArguments, hardware: Hardware) -> N
             f"{one.bubble:.0%}",
             f"{one.imbalance:.2f}",
             "yes" if one.recompute_layers else "",
-            f"{first.memory / 1e9:.1f}",
-            f"{last.memory / 1e9:.1f}",
+            f"{max(memory) / 1e9:.1f}",
+            f"{memory[holder] / 1e9:.1f}",
             f"{last.classifier / 1e9:.2f}",
             f"{last.loss / 1e9:.2f}",
             last.loss_way,
@@ -166,13 +212,16 @@ def _print(plans: list[Plan], arguments: PlanArguments, hardware: Hardware) -> N
     console.print(table)
     console.print("d x p x v: data x pipeline x vocab degrees; memory is a rank's", markup=False)
     console.print(
-        f"Memory: arithmetic, within 1% of what two ranks of Qwen3-1.7B held. Loss: the products' "
-        f"{hardware.product_flops / 1e12:.0f} TFLOP/s ({hardware.sources['product_flops']}). "
-        f"Layers: {LAYER_EFFICIENCY:.0%} of that, assumed. Links: "
-        f"{hardware.link_bytes / 1e9:.0f} GB/s ({hardware.sources['link_bytes']}), nothing of it "
-        f"hidden.",
+        "Memory is arithmetic, within 1% of what ranks of Qwen3-1.7B held. Nothing of the links' "
+        f"time is hidden. Products {_rate(hardware, 'product_flops', 1e12, 'TFLOP/s')}, layers "
+        f"{_rate(hardware, 'layer_flops', 1e12, 'TFLOP/s')}, links "
+        f"{_rate(hardware, 'link_bytes', 1e9, 'GB/s')}.",
         markup=False,
     )
+
+
+def _rate(hardware: Hardware, name: str, unit: float, unit_name: str) -> str:
+    return f"{getattr(hardware, name) / unit:.0f} {unit_name} ({hardware.sources[name]})"
 
 
 if __name__ == "__main__":

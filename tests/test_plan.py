@@ -13,8 +13,9 @@ from launch.plan import PlanArguments, parse_bytes, plan
 from launch.planning.balance import layer_counts
 from launch.planning.estimate import Job, Mesh, estimate_stages
 from launch.planning.hardware import Hardware
+from launch.planning.orders import SCHEDULES, SINGLE, most_in_flight, orders, stages_of
 from launch.planning.shape import ModelShape
-from launch.planning.timeline import simulate
+from launch.planning.timeline import StageTimes, simulate
 from tests.ranks import ROOT
 
 MIB = 2**20
@@ -33,7 +34,7 @@ def test_memory_of_measured_ranks() -> None:
 
 @pytest.mark.parametrize(("way", "budget"), [("probs", 3e9), ("recompute", 64 * MIB)])
 def test_time_of_the_measured_loss(way: str, budget: float) -> None:
-    """Against benchmarks.loss; its times spread by 5 to 10%."""
+    """Against benchmarks.loss on the card that the hardware file is of."""
     found = json.loads(MEASURED.read_text())["shapes"]
     for shape, rows_found in found.items():
         hidden, rows = map(int, shape.split("x"))
@@ -42,7 +43,7 @@ def test_time_of_the_measured_loss(way: str, budget: float) -> None:
         stage = estimate_stages(job, Mesh(1, 1, 1), Hardware.load("h200"))[-1]
         assert stage.loss_way == way
         measured = rows_found["rows"][f"ours, {way}"]["milliseconds"]
-        assert 1e3 * stage.loss_seconds == pytest.approx(measured, rel=0.2), shape
+        assert 1e3 * stage.loss_seconds == pytest.approx(measured, rel=0.1), shape
 
 
 def planned(**given: Any) -> Any:
@@ -77,15 +78,62 @@ def test_sharding_the_vocabulary_relieves_the_last_stage() -> None:
 
 
 def test_timeline() -> None:
-    """Equal stages: the bubble is (P - 1) / (M + P - 1), and 1F1B keeps fewer microbatches."""
-    for schedule in ("1f1b", "gpipe"):
-        spans = simulate(schedule, 6, [1.0] * 4, [2.0] * 4, 0.0)
-        assert len(spans) == 4 * 6 * 2
-        total = max(span.stop for span in spans)
-        assert total == pytest.approx(3.0 * (6 + 3))
-        for stage in range(4):
-            own = sorted((span.start, span.stop) for span in spans if span.stage == stage)
+    """Equal stages: the bubble is (P - 1) / (M + P - 1); with two stages a rank it is half."""
+    for schedule in SCHEDULES:
+        ranks, microbatches = 4, 8
+        stages = [stage for own in stages_of(schedule, ranks) for stage in own]
+        share = ranks / len(stages)
+        times = [StageTimes(share, 2 * share, share)] * len(stages)
+        spans = simulate(schedule, ranks, microbatches, times, 0.0)
+        work = {(span.stage, span.kind, span.microbatch) for span in spans}
+        assert len(work) == len(spans), "nothing twice"
+        for stage, microbatch in itertools.product(stages, range(microbatches)):
+            kinds = {kind for s, kind, m in work if (s, m) == (stage, microbatch)}
+            assert kinds in ({"forward", "backward"}, {"forward", "inputs", "weights"})
+        for rank in range(ranks):
+            own = sorted((span.start, span.stop) for span in spans if span.rank == rank)
             assert all(a[1] <= b[0] + 1e-12 for a, b in itertools.pairwise(own))
+        total = max(span.stop for span in spans)
+        if schedule in SINGLE:
+            assert total == pytest.approx(3.0 * (microbatches + ranks - 1))
+        else:
+            assert 3.0 * microbatches <= total < 3.0 * (microbatches + ranks - 1)
+
+
+def test_in_flight() -> None:
+    """1F1B keeps P - stage microbatches, GPipe all, and a V-shaped rank those of both stages."""
+    order = orders("1f1b", 4, 8)
+    assert [most_in_flight(order[r], {r: 1.0})[r] for r in range(4)] == [4, 3, 2, 1]
+    assert most_in_flight(orders("gpipe", 4, 8)[3], {3: 1.0}) == {3: 8}
+    found = most_in_flight(orders("zbvzerobubble", 4, 8)[0], {0: 1.0, 7: 1.0})
+    assert sum(found.values()) == 8, "as much as 1F1B's first rank, whose stages are twice as long"
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_schedule(schedule: str) -> None:
+    plans = planned(schedule=schedule, gpus=16, gpu_memory="141GB")
+    assert any(one.fits for one in plans)
+    for one in plans:
+        assert sorted(stage for own in one.ranks for stage in own) == list(range(len(one.stages)))
+        assert sum(one.rank_memory) == pytest.approx(sum(stage.memory for stage in one.stages))
+
+
+def test_calibration(tmp_path: Path) -> None:
+    """On two ranks of this machine: what comes out is read back, and can be planned with."""
+    path = tmp_path / "here.json"
+    start = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d",
+             "--rdzv-endpoint", "localhost:0", "--nproc-per-node", "2"]  # fmt: skip
+    command = [*start, "-m", "launch.plan", "--calibrate", "--out", str(path)]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert shown.returncode == 0, shown.stderr
+    found = Hardware.load(str(path))
+    assert found == Hardware(**json.loads(shown.stdout.splitlines()[-1]))
+    assert 0 < found.layer_flops < 3 * found.product_flops
+    assert found.copy_bytes > 1e8
+    assert found.link_bytes > 1e6
+    assert "all-gather of 2 ranks" in found.sources["link_bytes"]
+    assert all(0.3 < factor < 30 for factor in found.loss_overhead.values())
+    assert planned(hardware=str(path), gpu_memory="80GB")[0].fits
 
 
 def test_balance() -> None:
@@ -99,6 +147,8 @@ def test_balance() -> None:
     ("given", "message"),
     [
         ({"model": "qwen4"}, "unknown model 'qwen4': give a config.json"),
+        ({"model": None}, "--model and --gpus are needed"),
+        ({"schedule": "dualpipev", "microbatches": 1}, "dualpipev runs on no mesh of 64 GPUs"),
         ({"gpus": 0}, "--gpus must be at least 1, got 0"),
         ({"gpu_memory": "2GB"}, "below one layer of qwen3-32b"),
         ({"gpu_memory": "lots"}, "'lots' is no size"),

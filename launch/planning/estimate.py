@@ -5,13 +5,10 @@ from dataclasses import dataclass
 import torch
 
 from launch.planning.hardware import Hardware
+from launch.planning.orders import most_in_flight, orders, stages_of
 from launch.planning.shape import ModelShape
-from vocab_parallel import plan_backward
-
-# Of the products' rate, what a layer reaches with everything between them, attention included.
-LAYER_EFFICIENCY = 0.6  # assumed, not measured
-# What the loss takes above its products and passes, as benchmarks.loss measured it.
-LOSS_OVERHEAD = {"recompute": 1.12, "probs": 1.02, "gradients": 1.04}
+from launch.planning.timeline import StageTimes
+from vocab_parallel import BackwardPlan, plan_backward
 
 
 @dataclass(frozen=True)
@@ -22,7 +19,7 @@ class Job:
         sequence, microbatch, microbatches: tokens, sequences, and how many a column has a step.
         itemsize: bytes of weights, gradients and activations.
         state_bytes: of the optimizer, for each parameter.
-        schedule: "1f1b" or "gpipe".
+        schedule: one of `orders.SCHEDULES`.
         memory_budget: of the loss, as `plan_backward` has it.
         recompute_layers: whether a layer keeps its input alone and runs again in backward.
     """
@@ -54,9 +51,10 @@ class Mesh:
 
 @dataclass(frozen=True)
 class StageEstimate:
-    """One rank of a stage: bytes, and seconds of a microbatch."""
+    """One rank's part of a stage: bytes, and seconds of a microbatch."""
 
     layers: int
+    in_flight: int  # microbatches that wait for their backward at the rank's worst moment
     rows: int
     classifier: float  # weights, gradients and optimizer state of the rows, among those below
     parameters: float
@@ -77,39 +75,62 @@ class StageEstimate:
         """Bytes at the worst moment."""
         return self.weights + self.gradients + self.optimizer + self.activations + self.loss
 
+    @property
+    def times(self) -> StageTimes:
+        """Seconds of a microbatch; a third of the loss is forward, a third the weights' half."""
+        third = self.loss_seconds / 3
+        backward = self.backward_seconds + 2 * third + self.collective_seconds
+        return StageTimes(self.forward_seconds + third, backward, self.forward_seconds + third)
+
 
 def estimate_stages(job: Job, mesh: Mesh, hardware: Hardware) -> list[StageEstimate]:
     """Estimate every stage of a mesh whose columns have sequences of their own.
 
     Raises:
-        ValueError: more stages than layers.
+        ValueError: more stages than layers, or a schedule that cannot run.
     """
-    counts = job.shape.layer_counts(mesh.pipeline)
-    return [_estimate(job, mesh, hardware, stage, count) for stage, count in enumerate(counts)]
+    ranks = stages_of(job.schedule, mesh.pipeline)
+    counts = job.shape.layer_counts(sum(map(len, ranks)))
+    waiting: dict[int, int] = {}
+    for own, order in zip(
+        ranks, orders(job.schedule, mesh.pipeline, job.microbatches), strict=True
+    ):
+        waiting |= most_in_flight(order, {stage: float(counts[stage]) for stage in own})
+    # Where one rank has both ends, a tied weight is one parameter.
+    shares = job.shape.tied and len(counts) - 1 in ranks[0]
+    return [
+        _estimate(job, mesh, hardware, stage, counts, waiting[stage], shares)
+        for stage in range(len(counts))
+    ]
 
 
-def _estimate(job: Job, mesh: Mesh, hardware: Hardware, stage: int, layers: int) -> StageEstimate:
-    shape, tokens = job.shape, job.tokens
-    is_last = stage == mesh.pipeline - 1
+def _estimate(
+    job: Job,
+    mesh: Mesh,
+    hardware: Hardware,
+    stage: int,
+    counts: list[int],
+    waiting: int,
+    shares: bool,
+) -> StageEstimate:
+    shape, tokens, layers = job.shape, job.tokens, counts[stage]
+    is_last = stage == len(counts) - 1
     rows = -(-shape.vocabulary // mesh.vocab)
     parameters = layers * shape.layer_parameters
     if stage == 0:  # a tied embedding is sharded, another one is whole
         parameters += (rows if shape.tied else shape.vocabulary) * shape.hidden
     if is_last:
-        shares = shape.tied and mesh.pipeline == 1
         parameters += shape.hidden + (0 if shares else rows * shape.hidden)
-    waiting = job.microbatches
-    if job.schedule == "1f1b":
-        waiting = min(mesh.pipeline - stage, job.microbatches)
     whole = tokens * shape.activation_bytes(job.itemsize)  # of a layer and microbatch
     activations = waiting * layers * whole
     if job.recompute_layers:
         activations = waiting * layers * tokens * shape.hidden * job.itemsize + whole
     flops = layers * shape.layer_flops(tokens, job.sequence)
-    forward = flops / (hardware.product_flops * LAYER_EFFICIENCY)
+    forward = flops / hardware.layer_flops
     loss = _Loss.none() if not is_last else _loss(job, mesh, hardware, rows, waiting)
     return StageEstimate(
         layers=layers,
+        in_flight=waiting,
         rows=rows if is_last else 0,
         classifier=rows * shape.hidden * (2 * job.itemsize + job.state_bytes) if is_last else 0.0,
         parameters=parameters,
@@ -125,6 +146,26 @@ def _estimate(job: Job, mesh: Mesh, hardware: Hardware, stage: int, layers: int)
         collective_bytes=loss.collective_bytes,
         collective_seconds=loss.collective_bytes / hardware.link_bytes,
     )
+
+
+def loss_seconds(
+    plan: BackwardPlan, tokens: int, rows: int, hidden: int, itemsize: int, hardware: Hardware
+) -> float:
+    """Estimate forward and backward of the loss on one rank's rows.
+
+    The products at the hardware's rate; the passes over the logits, and those over float32 sums
+    that tiles are added to, at its copy's; and what was measured above that.
+    """
+    again = plan.backward == "recompute"
+    products = (8 if again else 6) * tokens * hidden * rows
+    moved = (4 if again else 3) * tokens * rows * itemsize
+    row_tiles, token_tiles = -(-rows // plan.tile.rows), -(-tokens // plan.tile.tokens)
+    if row_tiles > 1:
+        moved += row_tiles * tokens * hidden * 8  # float32, read and written
+    if token_tiles > 1:
+        moved += token_tiles * rows * hidden * 8
+    ideal = products / hardware.product_flops + moved / hardware.copy_bytes
+    return ideal * hardware.loss_overhead[plan.backward]
 
 
 @dataclass(frozen=True)
@@ -152,12 +193,10 @@ def _loss(job: Job, mesh: Mesh, hardware: Hardware, rows: int, waiting: int) -> 
         microbatches_in_flight=waiting,
         degree=mesh.vocab,
     )
-    products = (8 if plan.backward == "recompute" else 6) * tokens * shape.hidden * rows
-    moved = (4 if plan.backward == "recompute" else 3) * tokens * rows * job.itemsize
-    seconds = products / hardware.product_flops + moved / hardware.copy_bytes
+    seconds = loss_seconds(plan, tokens, rows, shape.hidden, job.itemsize, hardware)
     gathered, memory = 0.0, float(plan.peak_bytes)
     if mesh.vocab > 1:
         # Hidden states gathered, statistics, and the float32 gradient scattered.
         gathered = tokens * (shape.hidden * (job.itemsize + 4) + 8) * (1 - 1 / mesh.vocab)
         memory += tokens * shape.hidden * job.itemsize
-    return _Loss(memory, seconds * LOSS_OVERHEAD[plan.backward], plan.backward, gathered)
+    return _Loss(memory, seconds, plan.backward, gathered)

@@ -1,7 +1,7 @@
 """What a GPU does in a second, and where that number is from."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Self
@@ -11,15 +11,19 @@ from typing import Self
 class Hardware:
     """Attributes: name; bytes of memory; rates; "measured" or "data sheet" for each.
 
-    product_flops: of large bfloat16 matrix products. copy_bytes: of a copy in device memory, bytes
-    read and written. link_bytes: that one GPU sends to its neighbours.
+    product_flops: of large bfloat16 matrix products. layer_flops: of a decoder layer, forward and
+    backward, everything between its products included. copy_bytes: of a copy in device memory,
+    bytes read and written. link_bytes: that one GPU sends to its neighbours. loss_overhead: of each
+    way of backward, its time over that of its products and passes at these rates.
     """
 
     name: str
     memory: float
     product_flops: float
+    layer_flops: float
     copy_bytes: float
     link_bytes: float
+    loss_overhead: dict[str, float]
     sources: dict[str, str]
 
     @classmethod
@@ -44,3 +48,7 @@ class Hardware:
             return cls(**json.loads(text))
         except (TypeError, ValueError) as error:
             raise ValueError(f"hardware {name!r} cannot be read: {error}") from error
+
+    def save(self, path: Path) -> None:
+        """Write a file that `load` reads."""
+        path.write_text(json.dumps(asdict(self), indent=1) + "\n")

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from launch.planning.estimate import Job, Mesh, StageEstimate, estimate_stages
 from launch.planning.hardware import Hardware
+from launch.planning.orders import stages_of
 from launch.planning.timeline import Span, simulate
 
 # What the runtime, the allocator's gaps and the communicators take.
@@ -17,7 +18,8 @@ class Plan:
 
     Attributes:
         recompute_layers: whether layers run again in backward, since nothing else fits.
-        stages: a rank of each.
+        stages: one rank's part of each.
+        ranks: the stages that each rank of a column runs.
         step_seconds: of one optimizer step.
         bubble: the share of the stages' time in which they wait.
         tokens_per_second: of the whole mesh.
@@ -28,6 +30,7 @@ class Plan:
     mesh: Mesh
     recompute_layers: bool
     stages: list[StageEstimate]
+    ranks: list[list[int]]
     step_seconds: float
     bubble: float
     tokens_per_second: float
@@ -40,6 +43,11 @@ class Plan:
         return self.missing <= 0.0
 
     @property
+    def rank_memory(self) -> list[float]:
+        """Bytes of each rank of a column."""
+        return [sum(self.stages[stage].memory for stage in own) for own in self.ranks]
+
+    @property
     def imbalance(self) -> float:
         """The last stage's time of a microbatch over the slowest other one's; 1 if alone."""
         times = [_seconds(stage) for stage in self.stages]
@@ -50,7 +58,8 @@ def plan_meshes(job: Job, gpus: int, hardware: Hardware, gpu_memory: float) -> l
     """Plan every mesh; those that fit first, by tokens a second, then by what is missing.
 
     Raises:
-        ValueError: no GPUs, or less memory than one layer's weights and state need.
+        ValueError: no GPUs, less memory than one layer's weights and state need, or a schedule
+            that runs on no mesh.
     """
     if gpus < 1:
         raise ValueError(f"--gpus must be at least 1, got {gpus}")
@@ -61,55 +70,58 @@ def plan_meshes(job: Job, gpus: int, hardware: Hardware, gpu_memory: float) -> l
             f"weights, gradients and optimizer state are {least / 1e9:.2f} GB"
         )
     plans = []
-    for mesh in _meshes(gpus, job.shape.layers, job.shape.vocabulary):
-        plan = _plan(job, mesh, hardware, gpu_memory)
+    refused = ""
+    for mesh in _meshes(gpus, job):
+        try:
+            plan = _plan(job, mesh, hardware, gpu_memory)
+        except ValueError as error:  # of the schedule, for this pipeline degree
+            refused = str(error)
+            continue
         if not plan.fits:
             plan = _plan(replace(job, recompute_layers=True), mesh, hardware, gpu_memory)
         plans.append(plan)
+    if not plans:
+        raise ValueError(f"--schedule {job.schedule} runs on no mesh of {gpus} GPUs: {refused}")
     return sorted(plans, key=lambda plan: (max(plan.missing, 0.0), -plan.tokens_per_second))
 
 
-def _meshes(gpus: int, layers: int, vocabulary: int) -> Iterator[Mesh]:
+def _meshes(gpus: int, job: Job) -> Iterator[Mesh]:
     divisors = [n for n in range(1, gpus + 1) if gpus % n == 0]
     for pipeline in divisors:
-        if pipeline > layers:
+        if sum(map(len, stages_of(job.schedule, pipeline))) > job.shape.layers:
             break
         for vocab in divisors:
-            if (gpus // pipeline) % vocab == 0 and vocab <= min(vocabulary, 64):
+            if (gpus // pipeline) % vocab == 0 and vocab <= min(job.shape.vocabulary, 64):
                 yield Mesh(gpus // pipeline // vocab, pipeline, vocab)
 
 
 def _plan(job: Job, mesh: Mesh, hardware: Hardware, gpu_memory: float) -> Plan:
     stages = estimate_stages(job, mesh, hardware)
+    ranks = stages_of(job.schedule, mesh.pipeline)
     transfer = job.tokens * job.shape.hidden * job.itemsize / hardware.link_bytes
-    spans = simulate(
-        job.schedule,
-        job.microbatches,
-        [stage.forward_seconds + stage.loss_seconds / 3 for stage in stages],
-        [
-            stage.backward_seconds + stage.loss_seconds * 2 / 3 + stage.collective_seconds
-            for stage in stages
-        ],
-        transfer,
-    )
+    times = [stage.times for stage in stages]
+    spans = simulate(job.schedule, mesh.pipeline, job.microbatches, times, transfer)
     computed = max(span.stop for span in spans)
     # Replicas of the body sum their gradients after the step: a ring moves nearly twice the bytes.
     replicas = mesh.data * mesh.vocab
-    summed = max(stage.gradients for stage in stages) * 2 * (1 - 1 / replicas)
+    fullest = max(sum(stages[stage].gradients for stage in own) for own in ranks)
+    summed = fullest * 2 * (1 - 1 / replicas)
     step = computed + summed / hardware.link_bytes
     busy = sum(span.stop - span.start for span in spans)
     tokens = job.tokens * job.microbatches * replicas
     room = gpu_memory * (1 - RESERVED)
-    return Plan(
+    plan = Plan(
         mesh=mesh,
         recompute_layers=job.recompute_layers,
         stages=stages,
+        ranks=ranks,
         step_seconds=step,
-        bubble=1 - busy / (computed * len(stages)),
+        bubble=1 - busy / (computed * len(ranks)),
         tokens_per_second=tokens / step,
-        missing=max(stage.memory for stage in stages) - room,
+        missing=0.0,
         spans=spans,
     )
+    return replace(plan, missing=max(plan.rank_memory) - room)
 
 
 def _seconds(stage: StageEstimate) -> float:

@@ -4,6 +4,18 @@ from pathlib import Path
 
 from launch.planning.meshes import Plan
 
+_COLORS = {
+    "forward": "tab:blue",
+    "backward": "tab:green",
+    "inputs": "tab:green",
+    "weights": "tab:olive",
+}
+_WITH_LOSS = {
+    "forward": "tab:orange",
+    "backward": "tab:red",
+    "inputs": "tab:red",
+    "weights": "tab:purple",
+}
 _PARTS = ("weights", "gradients", "optimizer", "activations", "loss")
 
 
@@ -14,39 +26,50 @@ def plot_plan(plan: Plan, path: Path) -> None:
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    count = len(plan.stages)
+    count = len(plan.ranks)
     figure, (bars, line) = pyplot.subplots(
         2, 1, figsize=(10, 4 + 0.25 * count), layout="constrained"
     )
     below = [0.0] * count
     for part in _PARTS:
-        values = [getattr(stage, part) / 1e9 for stage in plan.stages]
+        values = [
+            sum(getattr(plan.stages[stage], part) for stage in own) / 1e9 for own in plan.ranks
+        ]
         bars.bar(range(count), values, bottom=below, label=part)
         below = [low + value for low, value in zip(below, values, strict=True)]
     mesh = plan.mesh
     bars.set(
-        xlabel="stage",
+        xlabel="pipeline rank",
         ylabel="GB a rank",
         title=f"data {mesh.data} x pipeline {mesh.pipeline} x vocab {mesh.vocab}",
     )
     bars.legend(fontsize=8)
-    colors = {"forward": "tab:blue", "backward": "tab:green"}
     for span in plan.spans:
-        color = colors[span.kind]
-        if span.stage == count - 1:  # the loss is in it
-            color = {"forward": "tab:orange", "backward": "tab:red"}[span.kind]
+        has_loss = span.stage == len(plan.stages) - 1
         line.barh(
-            span.stage,
+            span.rank,
             1e3 * (span.stop - span.start),
             left=1e3 * span.start,
-            color=color,
+            color=(_WITH_LOSS if has_loss else _COLORS)[span.kind],
             edgecolor="white",
             linewidth=0.4,
         )
+    shown: list[tuple[str, str]] = [
+        (kind, _COLORS[kind]) for kind in _COLORS if kind in {s.kind for s in plan.spans}
+    ]
+    shown += [("forward, with the loss", _WITH_LOSS["forward"])]
+    shown += [("backward, with the loss", _WITH_LOSS["backward"])]
+    line.legend(
+        handles=[pyplot.Rectangle((0, 0), 1, 1, color=color, label=name) for name, color in shown],
+        fontsize=7,
+        ncols=len(shown),
+        loc="lower center",
+        bbox_to_anchor=(0.5, 1.0),
+    )
     line.invert_yaxis()
     line.set(
-        xlabel=f"ms of a step; {plan.bubble:.0%} of the stages' time is waiting",
-        ylabel="stage (last: with the loss)",
+        xlabel=f"ms of a step; {plan.bubble:.0%} of the ranks' time is waiting",
+        ylabel="pipeline rank",
     )
     figure.savefig(path, dpi=130)
     pyplot.close(figure)

@@ -1,17 +1,16 @@
-"""A simulated step: who computes and who waits, under GPipe and 1F1B."""
+"""A simulated step: who computes and who waits, under each schedule."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
-SCHEDULES = ("1f1b", "gpipe")
-Kind = Literal["forward", "backward"]
+from launch.planning.orders import Entry, Kind, orders
 
 
 @dataclass(frozen=True)
 class Span:
     """One microbatch's work on one stage, in seconds from the step's start."""
 
+    rank: int
     stage: int
     kind: Kind
     microbatch: int
@@ -19,76 +18,63 @@ class Span:
     stop: float
 
 
-def orders(schedule: str, stages: int, microbatches: int) -> list[list[tuple[Kind, int]]]:
-    """Return what each stage does, in order.
+@dataclass(frozen=True)
+class StageTimes:
+    """Seconds of a microbatch on one stage, the loss included on the last."""
 
-    Raises:
-        ValueError: an unknown schedule.
-    """
-    if schedule not in SCHEDULES:
-        raise ValueError(f"unknown schedule {schedule!r}: the planner knows {list(SCHEDULES)}")
-    found: list[list[tuple[Kind, int]]] = []
-    for stage in range(stages):
-        warm = microbatches if schedule == "gpipe" else min(stages - stage, microbatches)
-        order: list[tuple[Kind, int]] = [("forward", index) for index in range(warm)]
-        for done in range(microbatches):
-            order.append(("backward", done))
-            if warm + done < microbatches:
-                order.append(("forward", warm + done))
-        found.append(order)
-    return found
+    forward: float
+    backward: float
+    weights: float  # of the backward, the weights' half
+
+    def of(self, kind: Kind) -> float:
+        """Return the seconds of one kind of work."""
+        halves = {"inputs": self.backward - self.weights, "weights": self.weights}
+        return halves.get(kind, self.forward if kind == "forward" else self.backward)
 
 
 def simulate(
     schedule: str,
+    ranks: int,
     microbatches: int,
-    forward: Sequence[float],
-    backward: Sequence[float],
+    times: Sequence[StageTimes],
     transfer: float,
 ) -> list[Span]:
-    """Run the orders, each entry as soon as its input has come and its stage is free.
+    """Run the orders, each entry as soon as its input has come and its rank is free.
 
     Args:
-        schedule: "1f1b" or "gpipe".
-        microbatches: of the step.
-        forward, backward: seconds of a microbatch on each stage, the loss included on the last.
-        transfer: seconds that an activation or its gradient takes to the next stage.
+        schedule, ranks, microbatches: as `orders` has them.
+        times: of each stage, all ranks' stages in the pipeline's order.
+        transfer: seconds that an activation or its gradient takes to another rank.
+
+    Raises:
+        ValueError: see `orders`.
     """
-    stages = len(forward)
-    waiting = [list(reversed(order)) for order in orders(schedule, stages, microbatches)]
-    free = [0.0] * stages
-    done: dict[tuple[int, Kind, int], float] = {}
+    waiting = [list(reversed(order)) for order in orders(schedule, ranks, microbatches)]
+    rank_of = {entry.stage: rank for rank, order in enumerate(waiting) for entry in order}
+    free = [0.0] * ranks
+    done: dict[tuple[int, bool, int], float] = {}  # stage, whether forward, microbatch
     spans: list[Span] = []
-    while any(waiting):
-        for stage in range(stages):
-            while waiting[stage]:
-                kind, index = waiting[stage][-1]
-                ready = _ready(done, stage, kind, index, stages, transfer)
-                if ready is None:
-                    break
-                waiting[stage].pop()
-                start = max(free[stage], ready)
-                stop = start + (forward if kind == "forward" else backward)[stage]
-                free[stage] = done[stage, kind, index] = stop
-                spans.append(Span(stage, kind, index, start, stop))
-    return spans
 
-
-def _ready(
-    done: dict[tuple[int, Kind, int], float],
-    stage: int,
-    kind: Kind,
-    index: int,
-    stages: int,
-    transfer: float,
-) -> float | None:
-    """Return when an entry's input is there; None where it is not known yet."""
-    if kind == "forward":
-        if stage == 0:
+    def ready(rank: int, entry: Entry) -> float | None:
+        """Return when an entry's input is there; None where it is not known yet."""
+        forward = entry.kind == "forward"
+        before = entry.stage + (-1 if forward else 1)
+        if entry.kind == "weights" or before == -1:
             return 0.0
-        before = done.get((stage - 1, "forward", index))
-    elif stage == stages - 1:
-        return done.get((stage, "forward", index))
-    else:
-        before = done.get((stage + 1, "backward", index))
-    return None if before is None else before + transfer
+        if before == len(times):
+            return done.get((entry.stage, True, entry.microbatch))
+        came = done.get((before, forward, entry.microbatch))
+        return None if came is None else came + (transfer if rank_of[before] != rank else 0.0)
+
+    while any(waiting):
+        before = len(spans)
+        for rank, entries in enumerate(waiting):
+            while entries and (start := ready(rank, entries[-1])) is not None:
+                entry = entries.pop()
+                start = max(free[rank], start)
+                stop = free[rank] = start + times[entry.stage].of(entry.kind)
+                spans.append(Span(rank, entry.stage, entry.kind, entry.microbatch, start, stop))
+                if entry.kind != "weights":
+                    done[entry.stage, entry.kind == "forward", entry.microbatch] = stop
+        assert len(spans) > before, f"{schedule} waits for itself"
+    return spans
