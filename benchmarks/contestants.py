@@ -19,6 +19,13 @@ from vocab_parallel import linear_cross_entropy
 Gradients = tuple[Tensor, Tensor]
 Contestant = Callable[[], Gradients]
 FLOOR_CHUNKS = (2048, 4096, 8192)
+PEERS_OF_A_GROUP = (
+    "cut-cross-entropy cce",
+    "cut-cross-entropy cce_exact",
+    "liger, tensor-parallel",
+    "fla, process group",
+)
+PEERS_OF_ONE_GPU = ("cut-cross-entropy, one GPU", "liger, one GPU", "quack, one GPU")
 
 
 @dataclass(frozen=True)
@@ -126,21 +133,36 @@ def materialised(problem: Problem, compiled: bool) -> Contestant:
     return lambda: problem.gradients(chosen(problem.hidden, problem.rows, problem.targets))
 
 
+def loss_parallel_logits(problem: Problem) -> Contestant:
+    """Return torch's loss over DTensor logits whose rows are sharded, as torchtitan's TP has it.
+
+    The mesh has one rank, whose rows are a shard: what the other ranks' three all-reduces of [N]
+    would add is not in it.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+    from torch.distributed.tensor.parallel import loss_parallel
+
+    mesh = init_device_mesh(problem.hidden.device.type, (1,))
+    targets = DTensor.from_local(problem.targets, mesh, [Replicate()])
+
+    def run() -> Gradients:
+        with loss_parallel():
+            logits = F.linear(problem.hidden, problem.rows).float()
+            sharded = DTensor.from_local(logits, mesh, [Shard(-1)])
+            loss = F.cross_entropy(sharded, targets)
+            return problem.gradients(loss)
+
+    return run
+
+
 def peers(problem: Problem) -> tuple[dict[str, Contestant], dict[str, str]]:
     """Return the peers that are installed and, for the others, why they are not here."""
-    group = dist.group.WORLD
     found: dict[str, Contestant] = {}
     missing: dict[str, str] = {}
-    for name, make in (
-        ("cut-cross-entropy cce", lambda: _cut_cross_entropy(problem, "cce", group)),
-        ("cut-cross-entropy cce_exact", lambda: _cut_cross_entropy(problem, "cce_exact", group)),
-        ("liger, tensor-parallel", lambda: _liger_parallel(problem, group)),
-        ("liger, one GPU", lambda: _liger(problem)),
-        ("fla, process group", lambda: _fla(problem, group)),
-        ("quack, one GPU", lambda: _quack(problem)),
-    ):
+    for name in (*PEERS_OF_A_GROUP, *PEERS_OF_ONE_GPU):
         try:
-            contestant = make()
+            contestant = peer(problem, name)
             contestant()  # some fail only when they run
             found[name] = contestant
         except Exception as error:
@@ -148,17 +170,31 @@ def peers(problem: Problem) -> tuple[dict[str, Contestant], dict[str, str]]:
     return found, missing
 
 
+def peer(problem: Problem, name: str) -> Contestant:
+    """Return one peer's loss; ImportError where it is not installed."""
+    group = dist.group.WORLD
+    makers: dict[str, Callable[[], Contestant]] = {
+        "cut-cross-entropy cce": lambda: _cut_cross_entropy(problem, "cce", group),
+        "cut-cross-entropy cce_exact": lambda: _cut_cross_entropy(problem, "cce_exact", group),
+        "liger, tensor-parallel": lambda: _liger_parallel(problem, group),
+        "fla, process group": lambda: _fla(problem, group),
+        "cut-cross-entropy, one GPU": lambda: _cut_cross_entropy(problem, "cce", None),
+        "liger, one GPU": lambda: _liger(problem),
+        "quack, one GPU": lambda: _quack(problem),
+    }
+    return makers[name]()
+
+
 def _cut_cross_entropy(problem: Problem, impl: str, group: Any) -> Contestant:
     import cut_cross_entropy as package
 
-    options = package.VocabParallelOptions(0, problem.rows.shape[0], group)
+    options = {}
+    if group is not None:
+        shard = package.VocabParallelOptions(0, problem.rows.shape[0], group)
+        options = {"vocab_parallel_options": shard}
     return lambda: problem.gradients(
         package.linear_cross_entropy(
-            problem.hidden,
-            problem.rows,
-            problem.targets,
-            impl=impl,
-            vocab_parallel_options=options,
+            problem.hidden, problem.rows, problem.targets, impl=impl, **options
         )
     )
 

@@ -45,12 +45,12 @@ def interleaved(
     shuffle = random.Random(0).shuffle
     order = list(contestants)
     times: dict[str, list[float]] = {name: [] for name in contestants}
-    peaks = {name: _peak(call, device) for name, call in contestants.items()}
-    busy = _busy_work(device)
+    peaks = {name: peak_of(call, device) for name, call in contestants.items()}
+    busy = busy_work(device)
     for turn in tqdm(range(warmup + rounds), desc="rounds", leave=False):
         shuffle(order)
         for name in order:
-            milliseconds = _time(contestants[name], device, busy)
+            milliseconds = time_of(contestants[name], device, busy)
             if turn >= warmup:
                 times[name].append(milliseconds)
     found = {}
@@ -76,8 +76,8 @@ def _peak_of_host(call: Callable[[], object]) -> int:
     return max(itertools.accumulate((change for _, change in changes), initial=0))
 
 
-def _busy_work(device: torch.device) -> Callable[[], object]:
-    """Return about 12 ms of products."""
+def busy_work(device: torch.device) -> Callable[[], object]:
+    """Return about 12 ms of products on a GPU, nothing on a CPU."""
     if device.type != "cuda":
         return lambda: None
     operand = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
@@ -91,7 +91,8 @@ def _busy_work(device: torch.device) -> Callable[[], object]:
     return products
 
 
-def _time(call: Callable[[], object], device: torch.device, busy: Callable[[], object]) -> float:
+def time_of(call: Callable[[], object], device: torch.device, busy: Callable[[], object]) -> float:
+    """Return the milliseconds of a call that is queued behind what keeps the device busy."""
     if device.type != "cuda":
         began = time.perf_counter()
         call()
@@ -102,18 +103,18 @@ def _time(call: Callable[[], object], device: torch.device, busy: Callable[[], o
     call()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end)
+    return start.elapsedtime_of(end)
 
 
-def _peak(call: Callable[[], object], device: torch.device) -> int:
-    """Return the most bytes that one call held above the level before it."""
+def peak_of(call: Callable[[], object], device: torch.device, *, above: bool = True) -> int:
+    """Return the most bytes that one call held, above the level before it or in all."""
     call()  # what is loaded and compiled once is no memory of the call
     if device.type != "cuda":
         return _peak_of_host(call)
     gc.collect()
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
+    before = torch.cuda.memory_allocated(device) if above else 0
     result = call()
     torch.cuda.synchronize(device)
     peak = torch.cuda.max_memory_allocated(device) - before

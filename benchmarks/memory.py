@@ -74,12 +74,21 @@ def main() -> None:
     print(json.dumps(document))
 
 
-def run_ranks(shards: int) -> dict[str, dict[str, dict[str, int]]]:
+def run_ranks(
+    shards: int, heads: tuple[str, ...] = tuple(PUBLISHED), impls: tuple[str, ...] = ()
+) -> dict[str, dict[str, dict[str, int]]]:
     """Start the ranks of one vocab group on this card and read what rank 0 printed."""
     rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
     start = ["-m", "torch.distributed.run", *rendezvous, f"--nproc-per-node={shards}"]
     done = subprocess.run(
-        [sys.executable, *start, "-m", "benchmarks.memory_rank"],
+        [
+            sys.executable,
+            *start,
+            "-m",
+            "benchmarks.memory_rank",
+            json.dumps(heads),
+            json.dumps(impls),
+        ],
         stdout=subprocess.PIPE,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         text=True,

@@ -1,6 +1,7 @@
 """One rank of `benchmarks.memory`: what the loss holds above its inputs, for every contestant.
 
-Started by torchrun, all ranks on one card. Rank 0 prints one JSON document: for every
+Started by torchrun, all ranks on one card, with a JSON list of classifiers and one of impls, none
+for all. Rank 0 prints one JSON document: for every
 contestant the most bytes that any rank held.
 """
 
@@ -35,6 +36,11 @@ HEADS = {
     "gemma-2-2b": Head(tokens=8192, hidden=2304, vocabulary=256_000, alive=1),
     # Sequence 4096, 8 microbatches of which 3 are alive.
     "qwen3-1.7b": Head(tokens=4096, hidden=2048, vocabulary=151_936, alive=3),
+    # Those of `benchmarks.scaling`.
+    "qwen3-8b": Head(tokens=8192, hidden=4096, vocabulary=151_936, alive=1),
+    "qwen3-32b": Head(tokens=8192, hidden=5120, vocabulary=151_936, alive=1),
+    "llama-3.1-70b": Head(tokens=8192, hidden=8192, vocabulary=128_256, alive=1),
+    "248,320 rows": Head(tokens=8192, hidden=5120, vocabulary=248_320, alive=1),
 }
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -46,7 +52,8 @@ def main() -> None:
     dist.init_process_group(
         "nccl", timeout=timedelta(seconds=120), device_id=torch.device("cuda", 0)
     )
-    found = {name: measure(head) for name, head in HEADS.items()}
+    heads, impls = (json.loads(argument) for argument in sys.argv[1:3])
+    found = {name: measure(HEADS[name], impls) for name in heads}
     if dist.get_rank() == 0:
         print(json.dumps(found))
     gc.collect()
@@ -54,13 +61,13 @@ def main() -> None:
     dist.destroy_process_group()
 
 
-def contestants(options: VocabParallelOptions) -> dict[str, Loss]:
+def contestants(options: VocabParallelOptions, impls: list[str]) -> dict[str, Loss]:
     """The losses of this rank's rows; "eager" is the plain one, of one rank alone."""
     found: dict[str, Loss] = {}
-    if dist.get_world_size() == 1:
+    if dist.get_world_size() == 1 and not impls:
         found["eager"] = lambda e, c, targets: F.cross_entropy(F.linear(e, c).float(), targets)
     for impl, state in available_impls().items():
-        if state == "ready":
+        if state == "ready" and (not impls or impl in impls):
             found[impl] = ours(impl, options)
     return found
 
@@ -74,7 +81,7 @@ def ours(impl: str, options: VocabParallelOptions) -> Loss:
     return loss
 
 
-def measure(head: Head) -> dict[str, dict[str, int]]:
+def measure(head: Head, impls: list[str]) -> dict[str, dict[str, int]]:
     """Return bytes above the inputs: after the forwards at their peak, and over the whole."""
     options = VocabParallelOptions.from_vocab(head.vocabulary)
     generator = torch.Generator("cuda").manual_seed(dist.get_rank())
@@ -87,7 +94,7 @@ def measure(head: Head) -> dict[str, dict[str, int]]:
     es = [normal(head.tokens, head.hidden).requires_grad_() for _ in range(head.alive)]
     targets = torch.randint(head.vocabulary, (head.tokens,), device="cuda")
     found = {}
-    for name, loss in contestants(options).items():
+    for name, loss in contestants(options, impls).items():
         try:
             for _ in range(2):  # the first one compiles
                 peaks = peaks_of(loss, es, c, targets)

@@ -1,4 +1,4 @@
-"""The figure of `benchmarks.loss`: time over memory, one panel a shard."""
+"""The figures: time over memory of one shard, the last stage against the others, scaling."""
 
 from pathlib import Path
 from typing import Any
@@ -58,3 +58,68 @@ def _draw_shard(axis: Any, rows: dict[str, Any]) -> None:
                 linestyle="",
                 label=name,
             )
+
+
+def plot_last_stages(document: dict[str, Any], path: Path) -> None:
+    """Draw a step's time and the peaks of the last and the first stage, a line a contestant."""
+    cases = document["cases"]
+    figure, axes = plt.subplots(
+        len(cases), 2, figsize=(12, 0.6 + 3.0 * len(cases)), squeeze=False, layout="constrained"
+    )
+    for (case, found), (time_axis, memory_axis) in zip(cases.items(), axes, strict=True):
+        rows = dict(reversed(found["rows"].items()))
+        places = range(len(rows))
+        colors = ["tab:blue" if "ours" in name else "tab:gray" for name in rows]
+        model, mesh = case.split(":")
+        again = ", layers run again" if found["layers run again"] else ""
+        time_axis.barh(places, [row["step_seconds"] for row in rows.values()], color=colors)
+        time_axis.set_yticks(places, list(rows), fontsize=8)
+        time_axis.set_title(f"{model} on {mesh} GPUs{again}: seconds of a step", fontsize=9)
+        for offset, stage, color in ((0.2, "last", "tab:orange"), (-0.2, "first", "tab:green")):
+            peaks = [row[f"{stage}_peak"] / 1e9 for row in rows.values()]
+            memory_axis.barh(
+                [place + offset for place in places],
+                peaks,
+                0.4,
+                color=color,
+                label=f"{stage} stage",
+            )
+        memory_axis.set_yticks(places, [])
+        memory_axis.set_title("peak of a rank, GB", fontsize=9)
+        for axis in (time_axis, memory_axis):
+            axis.grid(axis="x", alpha=0.3)
+    axes[0][1].legend(fontsize=8)
+    figure.suptitle(f"Equal GPUs, equal global batch; {document['machine']}, {document['date']}")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def plot_scaling(document: dict[str, Any], path: Path) -> None:
+    """Draw efficiency and time over the degree, measured as points and predicted as lines."""
+    figure, (efficiency, time) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    for number, (model, rows) in enumerate(document["models"].items()):
+        for way, marker in (("recompute", "o"), ("probs", "^")):
+            own = [row for row in rows if row["way"] == way]
+            degrees = [row["degree"] for row in own]
+            color = f"C{number}"
+            label = f"{model}, {way}"
+            efficiency.plot(
+                degrees, [row["efficiency"] for row in own], marker, color=color, label=label
+            )
+            efficiency.plot(degrees, [row["efficiency"] for row in own], color=color, alpha=0.3)
+            time.plot(degrees, [row["milliseconds"] for row in own], marker, color=color)
+            time.plot(degrees, [row["predicted_milliseconds"] for row in own], color=color)
+    for axis in (efficiency, time):
+        axis.set_xscale("log", base=2)
+        axis.set_xlabel("shards V")
+        axis.grid(alpha=0.3)
+    efficiency.set_ylabel("time of V = 1 / (V x time)")
+    efficiency.set_ylim(0, 1.1)
+    efficiency.legend(fontsize=7)
+    time.set_yscale("log")
+    time.set_ylabel("ms of a shard (lines: predicted)")
+    figure.suptitle(
+        f"{document['tokens']} tokens, {document['machine']}, torch {document['torch']}"
+    )
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

@@ -1,0 +1,282 @@
+"""The last stage against the others: equal GPUs, an equal global batch, every way to cut the loss.
+
+    python -m benchmarks.last_stage --out benchmarks/results
+
+A model on pipeline x V GPUs, 1F1B, sequences of 4096 tokens, V columns of M microbatches:
+
+    (a) V data-parallel columns, each last stage with the whole classifier, and each peer's loss
+    (b) tensor-parallel groups of V ranks with loss-parallel logits, V x M microbatches
+    (c) ours, sharded layout: columns with sequences of their own, the classifier cut over them
+    (d) ours, replicated layout: columns with the same sequences, V x M microbatches
+
+Layers are spread over the stages for each contestant by what its loss was measured to take. Then
+the last stage (its layers forward, the loss, its layers backward) and the first stage (its layers,
+with its microbatches in flight) are run on this one card, and timed. From that a step of 1F1B is
+simulated; what goes over links is arithmetic: the hardware file's rate, nothing hidden.
+
+The last line of the output is one JSON document.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import tyro
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from benchmarks import contestants
+from benchmarks.contestants import Problem
+from benchmarks.measure import interleaved
+from benchmarks.plot import plot_last_stages
+from benchmarks.stages import Stage, measure_layers, measure_with_loss, release
+from benchmarks.ways import Way, ways_of
+from launch.planning.balance import layer_counts
+from launch.planning.hardware import Hardware
+from launch.planning.timeline import StageTimes, simulate
+from launch.published import PUBLISHED
+
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Which models and meshes."""
+
+    cases: tuple[str, ...] = ("qwen3-1.7b:2x2", "qwen3-8b:4x2", "llama-3.1-8b:4x2", "qwen3-32b:8x4")
+    """model:pipeline x vocab."""
+    sequence: int = 4096
+    """N, tokens of a microbatch of a column."""
+    microbatches: int = 16
+    """M, of a column, where columns have sequences of their own."""
+    recompute_from: float = 2e10
+    """Models of at least so many parameters keep a layer's input alone and run it again."""
+    hardware: str = "h200"
+    """Whose links are taken."""
+    rounds: int = 5
+    """Timed rounds."""
+    peers: bool = True
+    """Whether other packages' losses are timed."""
+    out: Path = Path("runs/last_stage")
+    """Folder for the numbers (JSON) and the figure (PNG)."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model on one mesh."""
+
+    name: str
+    config: dict[str, Any]
+    pipeline: int
+    vocab: int
+    again: bool
+
+    @classmethod
+    def parse(cls, text: str, recompute_from: float) -> "Case":
+        name, _, mesh = text.partition(":")
+        pipeline, _, vocab = mesh.partition("x")
+        if name not in PUBLISHED or not (pipeline.isdigit() and vocab.isdigit()):
+            raise ValueError(f"{text!r} is no model:PxV with one of {sorted(PUBLISHED)}")
+        config = dict(PUBLISHED[name])
+        size = config["num_hidden_layers"] * 12 * config["hidden_size"] ** 2
+        return cls(name, config, int(pipeline), int(vocab), size >= recompute_from)
+
+
+@dataclass
+class Row:
+    """What was found of one contestant; milliseconds are of a microbatch."""
+
+    layers: list[int]
+    loss_milliseconds: float
+    last_milliseconds: float
+    first_milliseconds: float
+    link_milliseconds: float  # arithmetic, in the last stage's
+    last_peak: int
+    first_peak: int
+    step_seconds: float  # simulated
+
+
+def main() -> None:
+    arguments = tyro.cli(Arguments, description=__doc__)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    hardware = Hardware.load(arguments.hardware)
+    machine = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    document: dict[str, Any] = {
+        "date": date.today().isoformat(),
+        "machine": machine,
+        "torch": torch.__version__,
+        "arguments": {name: str(value) for name, value in asdict(arguments).items()},
+        "cases": {},
+    }
+    for text in tqdm(arguments.cases, desc="cases"):
+        case = Case.parse(text, arguments.recompute_from)
+        found, missing = study(case, arguments, hardware, device)
+        _print(case, found, missing)
+        document["cases"][text] = {
+            "rows": {name: asdict(row) for name, row in found.items()},
+            "layers run again": case.again,
+            "missing": missing,
+        }
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    stem = f"{document['date']}-last-stage-{machine.split()[-1].lower()}"
+    (arguments.out / f"{stem}.json").write_text(json.dumps(document, indent=1) + "\n")
+    plot_last_stages(document, arguments.out / f"{stem}.png")
+    print(json.dumps(document))
+    dist.destroy_process_group()
+
+
+def study(
+    case: Case, arguments: Arguments, hardware: Hardware, device: torch.device
+) -> tuple[dict[str, Row], dict[str, str]]:
+    """Measure one model's contestants; returns those that ran, and why others did not."""
+    ways, missing = ways_of(case.vocab, arguments.peers), {}
+    losses: dict[str, float] = {}
+    for name, way in ways.items():
+        try:
+            problem = _problem(case, way, arguments, device)
+            one = interleaved({name: way.make(problem)}, device=device, rounds=arguments.rounds)
+            losses[name] = one[name].milliseconds
+        except Exception as error:
+            missing[name] = f"{type(error).__name__}: {str(error).strip()[:160]}"
+        problem = None
+        release(device)
+    layer = {
+        degree: _layer_milliseconds(case, degree, arguments, device)
+        for degree in {way.degree for way in ways.values()}
+    }
+    found = {
+        name: _measure(
+            case, ways[name], loss, layer[ways[name].degree], arguments, hardware, device
+        )
+        for name, loss in tqdm(losses.items(), desc=case.name, leave=False)
+    }
+    return found, missing
+
+
+def _problem(case: Case, way: Way, arguments: Arguments, device: torch.device) -> Problem:
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    rows = -(-case.config["vocab_size"] // way.shards)
+    tokens = way.columns * arguments.sequence
+    return contestants.draw(tokens, case.config["hidden_size"], rows, dtype, device)
+
+
+def _layer_milliseconds(
+    case: Case, degree: int, arguments: Arguments, device: torch.device
+) -> float:
+    """Return the milliseconds of a layer, among as many as a stage has on average."""
+    count = max(1, case.config["num_hidden_layers"] // case.pipeline)
+    stage = Stage(case.config, count, arguments.sequence, device, degree=degree, again=case.again)
+    found = measure_layers(stage, 1, device, arguments.rounds)
+    del stage
+    release(device)
+    return found.milliseconds / count
+
+
+def _measure(
+    case: Case,
+    way: Way,
+    loss: float,
+    layer: float,
+    arguments: Arguments,
+    hardware: Hardware,
+    device: torch.device,
+) -> Row:
+    counts = layer_counts(case.config["num_hidden_layers"], case.pipeline, loss / layer)
+    options: dict[str, Any] = {"degree": way.degree, "again": case.again}
+    problem = _problem(case, way, arguments, device)
+    stage = Stage(case.config, counts[-1], arguments.sequence, device, **options)
+    last = measure_with_loss(stage, problem, way.make(problem), device, arguments.rounds)
+    del stage, problem
+    release(device)
+    microbatches = arguments.microbatches * (case.vocab if way.same else 1)
+    rows = case.config["vocab_size"]
+    if way.degree > 1 or (case.config["tie_word_embeddings"] and way.shards > 1):
+        rows = -(-rows // case.vocab)  # the embedding is cut as the classifier is
+    stage = Stage(
+        case.config, counts[0], arguments.sequence, device, embedding_rows=rows, **options
+    )
+    first = measure_layers(stage, min(case.pipeline, microbatches), device, arguments.rounds)
+    del stage
+    release(device)
+    links = [_link_milliseconds(case, way, count, arguments, hardware) for count in counts]
+    links[-1] += _loss_link_milliseconds(case, way, arguments, hardware)
+    per_layer = first.milliseconds / counts[0]
+    stage_times = [count * per_layer for count in counts[:-1]] + [last.milliseconds]
+    seconds = [(own + link) / 1e3 for own, link in zip(stage_times, links, strict=True)]
+    spans = simulate(
+        "1f1b",
+        case.pipeline,
+        microbatches,
+        [StageTimes(one / 3, 2 * one / 3, one / 3) for one in seconds],
+        arguments.sequence * case.config["hidden_size"] * 2 / hardware.link_bytes,
+    )
+    return Row(
+        layers=counts,
+        loss_milliseconds=loss,
+        last_milliseconds=1e3 * seconds[-1],
+        first_milliseconds=1e3 * seconds[0],
+        link_milliseconds=links[-1],
+        last_peak=last.peak,
+        first_peak=first.peak,
+        step_seconds=max(span.stop for span in spans),
+    )
+
+
+def _link_milliseconds(
+    case: Case, way: Way, layers: int, arguments: Arguments, hardware: Hardware
+) -> float:
+    """Four all-reduces of [N, D] a tensor-parallel layer, two more where it runs again."""
+    if way.degree == 1:
+        return 0.0
+    calls = layers * (6 if case.again else 4)
+    size = arguments.sequence * case.config["hidden_size"] * 2
+    return 1e3 * calls * 2 * (1 - 1 / way.degree) * size / hardware.link_bytes
+
+
+def _loss_link_milliseconds(
+    case: Case, way: Way, arguments: Arguments, hardware: Hardware
+) -> float:
+    """Hidden states gathered and their float32 gradient scattered, or that gradient summed."""
+    if way.shards == 1:
+        return 0.0
+    share = (1 - 1 / way.shards) * arguments.sequence * case.config["hidden_size"]
+    moved = share * way.columns * (2 + 4) if way.columns > 1 else share * 2 * 4
+    if way.degree > 1:  # torch sums a bfloat16 gradient
+        moved = share * 2 * 2
+    return 1e3 * moved / hardware.link_bytes
+
+
+def _print(case: Case, found: dict[str, Row], missing: dict[str, str]) -> None:
+    again = ", layers run again" if case.again else ""
+    title = f"{case.name}, {case.pipeline} x {case.vocab} GPUs{again}"
+    table = Table(title=title)
+    for column in (
+        "", "layers of last", "loss ms", "last ms", "first ms", "last GB", "first GB", "step s",
+    ):  # fmt: skip
+        table.add_column(column, justify="right")
+    for name, row in found.items():
+        table.add_row(
+            name,
+            f"{row.layers[-1]} ({row.layers[0]} first)",
+            f"{row.loss_milliseconds:.1f}",
+            f"{row.last_milliseconds:.1f}",
+            f"{row.first_milliseconds:.1f}",
+            f"{row.last_peak / GB:.1f}",
+            f"{row.first_peak / GB:.1f}",
+            f"{row.step_seconds:.3f}",
+        )
+    console = Console(width=120)
+    console.print(table)
+    for name, reason in missing.items():
+        console.print(f"not here: {name}: {reason}", markup=False)
+
+
+if __name__ == "__main__":
+    main()

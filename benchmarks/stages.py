@@ -1,0 +1,144 @@
+"""One rank's part of a pipeline stage, as it runs in training: layers, and the loss after them."""
+
+import copy
+import gc
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel
+
+from benchmarks.contestants import Contestant, Problem
+from benchmarks.measure import busy_work, peak_of, time_of
+
+
+@dataclass(frozen=True)
+class StageMeasurement:
+    """Milliseconds of one microbatch, forward and backward, and the most bytes that were held.
+
+    The bytes are all of a rank's: weights, gradients, optimizer state, activations and the loss.
+    """
+
+    milliseconds: float
+    peak: int
+
+
+class Stage:
+    """Decoder layers with gradients and the state of AdamW, and where asked for an embedding.
+
+    Args:
+        config: of the model, as transformers has it.
+        layers: how many.
+        sequence: N, tokens of a microbatch, one sequence.
+        degree: over how many tensor-parallel ranks heads and the gated product are cut; this is
+            one of them, without their all-reduces.
+        embedding_rows: of the embedding that this rank holds; 0 off the first stage.
+        again: whether a layer keeps its input alone and runs again in backward.
+    """
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        layers: int,
+        sequence: int,
+        device: torch.device,
+        *,
+        degree: int = 1,
+        embedding_rows: int = 0,
+        again: bool = False,
+    ) -> None:
+        raw = {**copy.deepcopy(dict(config)), "num_hidden_layers": layers, "vocab_size": 8}
+        raw["head_dim"] = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
+        for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+            raw[name] = max(1, raw[name] // degree)
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        with device:
+            self.model: nn.Module = AutoModel.from_config(AutoConfig.for_model(**raw), dtype=dtype)
+        if again:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.model.train()
+        hidden = raw["hidden_size"]
+        self.inputs = torch.randn(1, sequence, hidden, device=device).to(dtype).requires_grad_()
+        self.state = [_state_of(parameter) for parameter in self.model.parameters()]
+        if embedding_rows:
+            rows = torch.zeros(embedding_rows, hidden, device=device, dtype=dtype)
+            self.state.append([rows, *_state_of(rows)])
+
+    def forward(self) -> Tensor:
+        """Run the layers; returns hidden states [N, D]."""
+        hidden: Tensor = self.model(inputs_embeds=self.inputs, use_cache=False).last_hidden_state
+        return hidden[0]
+
+
+def _state_of(parameter: Tensor) -> list[Tensor]:
+    """Allocate a parameter's gradient and both moments."""
+    if parameter.requires_grad:
+        parameter.grad = torch.zeros_like(parameter)
+        return [torch.zeros_like(parameter) for _ in range(2)]
+    return [torch.zeros_like(parameter) for _ in range(3)]
+
+
+def measure_layers(
+    stage: Stage, in_flight: int, device: torch.device, rounds: int
+) -> StageMeasurement:
+    """Measure a stage without the loss, and its peak with so many microbatches in flight."""
+
+    def microbatch() -> None:
+        hidden = stage.forward()
+        hidden.backward(hidden.detach())
+
+    def all_in_flight() -> None:
+        waiting = [stage.forward() for _ in range(in_flight)]
+        while waiting:
+            hidden = waiting.pop(0)
+            hidden.backward(hidden.detach())
+
+    return _measure(microbatch, all_in_flight, device, rounds)
+
+
+def measure_with_loss(
+    stage: Stage, problem: Problem, loss: Contestant, device: torch.device, rounds: int
+) -> StageMeasurement:
+    """Measure the last stage under 1F1B: one microbatch at a time, the rows' gradient added up.
+
+    The problem's hidden states are those of all columns in a gathering layout; this stage's are
+    the first of them.
+    """
+    state = _state_of(problem.rows)
+    rows_grad = problem.rows.grad
+    assert rows_grad is not None
+
+    def microbatch() -> None:
+        hidden = stage.forward()
+        own = hidden.shape[0]
+        with torch.no_grad():
+            problem.hidden[:own].copy_(hidden)
+        hidden_grad, added = loss()
+        rows_grad.add_(added)
+        del added
+        hidden.backward(hidden_grad[:own])
+
+    found = _measure(microbatch, microbatch, device, rounds)
+    problem.rows.grad = None
+    del state
+    return found
+
+
+def _measure(
+    timed: Callable[[], None], held: Callable[[], None], device: torch.device, rounds: int
+) -> StageMeasurement:
+    peak = peak_of(held, device, above=False)
+    busy = busy_work(device)
+    times = [time_of(timed, device, busy) for _ in range(1 + rounds)][1:]
+    return StageMeasurement(statistics.median(times), peak)
+
+
+def release(device: torch.device) -> None:
+    """Give back what dead stages held, so that the next one's peak is its own."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
