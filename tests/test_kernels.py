@@ -60,7 +60,9 @@ def statistics_of(shard: Shard, names: StatisticNames, raw: torch.Tensor) -> tor
     for rows in spans(num_rows):
         logits, tokens = raw.clone()[:, rows], slice(0, num_tokens)
         block = blocked(shard, rows)
-        passes.add_statistics(found, names, logits, block, tokens, rows.start, keep=False)
+        passes.add_statistics(
+            found, names, logits, block, tokens, rows.start, first=rows.start == 0, keep=False
+        )
     return found
 
 

@@ -11,8 +11,16 @@ from tests.oracle import oracle, relative_error
 from tests.ranks import run_ranks
 from tests.recording import CollectiveRecorder
 from vocab_parallel import VocabParallelOptions, linear_cross_entropy, pieces, plan_backward
+from vocab_parallel.impls import chunked, tile_logits
 
 WAYS = ("recompute", "probs", "gradients")
+# A budget that keeps the logits of 8 of `problem`'s 17 rows.
+PARTLY: dict[str, Any] = {
+    "backward": "auto",
+    "memory_budget": 1600,
+    "chunk_rows": 4,
+    "chunk_tokens": 12,
+}
 MIB = 2**20
 
 
@@ -30,19 +38,19 @@ def exact(scale: float = 1.0, **options: Any) -> tuple[Tensor, ...]:
     return torch.autograd.grad(scale * loss, (e, c))
 
 
-@pytest.mark.parametrize("backward", WAYS)
-def test_halves_in_any_order_and_again(backward: str) -> None:
+@pytest.mark.parametrize("options", [*({"backward": way} for way in WAYS), PARTLY])
+def test_halves_in_any_order_and_again(options: dict[str, Any]) -> None:
     """Inputs' half, weights' half, either first, the whole after both: every time the same."""
     expected = exact(scale=-2.0, z_loss=0.1)
     for order in ((0, 1), (1, 0), (0, 0, 1, 1), (2, 0, 1), (0, 2), (1, 2, 2)):
         e, c, targets = problem()
-        loss = -2.0 * linear_cross_entropy(e, c, targets, z_loss=0.1, backward=backward)
+        loss = -2.0 * linear_cross_entropy(e, c, targets, z_loss=0.1, **options)
         for half in order:
             wanted = [(e,), (c,), (e, c)][half]
             found = torch.autograd.grad(loss, wanted, retain_graph=True)
             kept = expected if half == 2 else (expected[half],)
             for got, want in zip(found, kept, strict=True):
-                assert relative_error(got, want) < 1e-12, (backward, order, half)
+                assert relative_error(got, want) < 1e-12, (options, order, half)
 
 
 @pytest.mark.parametrize("backward", WAYS)
@@ -156,6 +164,42 @@ def test_auto_takes_the_fastest_that_fits() -> None:
     assert tight.tile.tokens == 8192, "one product writes a block of rows"
     assert tight.logits_bytes <= 64 * MIB
     assert tight.float32_bytes == 8192 * 2048 * 4
+
+
+def test_what_fits_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the rows' logits are kept: forward makes 5 tiles, backward the 3 that are gone."""
+    plan = plan_backward(12, 17, 5, torch.float64, device_type="cpu", **PARTLY)
+    assert (plan.backward, plan.kept_rows, plan.tile.rows) == ("recompute", 8, 4)
+    assert plan.kept_bytes == 12 * 8 * 8
+    made: list[int] = []
+
+    def counting(block: Any, tokens: slice, out: Tensor) -> Tensor:
+        made.append(out.shape[1])
+        return tile_logits.raw_logits(block, tokens, out)
+
+    monkeypatch.setattr(chunked, "raw_logits", counting)
+    e, c, targets = problem()
+    loss = linear_cross_entropy(e, c, targets, **PARTLY)
+    assert made == [4, 4, 1, 4, 4], "what is kept comes last"
+    found = torch.autograd.grad(loss, (e, c))
+    assert made[5:] == [4, 4, 1]
+    for got, want in zip(found, exact(), strict=True):
+        assert relative_error(got, want) < 1e-12
+
+
+def test_kept_bytes_fit() -> None:
+    """On a GPU, whatever the budget and the microbatches in flight, and more is faster."""
+    before = -1
+    for budget in (16 * MIB, 64 * MIB, 128 * MIB, 256 * MIB, 512 * MIB):
+        plan = plan_backward(8192, 37_984, 5120, memory_budget=budget)
+        assert plan.backward == "recompute"
+        assert plan.kept_bytes + plan.logits_bytes <= budget
+        assert plan.kept_rows > before
+        before = plan.kept_rows
+        several = plan_backward(8192, 37_984, 5120, memory_budget=budget, microbatches_in_flight=3)
+        assert 3 * several.kept_bytes + several.logits_bytes <= budget
+    named = plan_backward(8192, 37_984, 5120, memory_budget=256 * MIB, backward="recompute")
+    assert (named.kept_rows, named.kept_bytes) == (0, 0), "who names it keeps nothing"
 
 
 def check_overlap() -> None:

@@ -12,7 +12,7 @@ from vocab_parallel.agreement import Claim, agree
 from vocab_parallel.arguments import LossSettings
 from vocab_parallel.function import VocabStatistics
 from vocab_parallel.fused_function import LossOfTokens, VocabLoss
-from vocab_parallel.impls import Demand, LocalImpl, Way, create_impl
+from vocab_parallel.impls import Choice, Demand, LocalImpl, create_impl
 from vocab_parallel.layout import TokenLayout, mark_labels
 from vocab_parallel.problem import LossProblem
 from vocab_parallel.shard import VocabShard
@@ -127,7 +127,7 @@ def prepare(
     local_impl: LocalImpl | None = None
     demand: Demand | None = None
     weight_grad: WeightGrad | None = None
-    chosen: tuple[Way, int] | None = None
+    chosen: Choice | None = None
     problem: ValueError | None = None
     try:
         settings.check()
@@ -173,7 +173,6 @@ def prepare(
     assert demand is not None
     layout = TokenLayout(settings.hidden_layout, shard.group, shard.rank, shard.degree)
     assert chosen is not None
-    way, chunk_tokens = chosen
     return Call(
         operands,
         LossProblem(
@@ -182,8 +181,7 @@ def prepare(
             layout,
             local_impl,
             demand,
-            way,
-            chunk_tokens,
+            chosen,
             weight_grad,
             torch.is_grad_enabled(),
         ),

@@ -53,7 +53,7 @@ class VocabStatistics(torch.autograd.Function):
         else:
             task = ForwardTask(
                 problem.names,
-                keep=needs_grad and problem.way == "probs",
+                keep_rows=problem.rows_to_keep(local) if needs_grad else 0,
                 progress=exchange if overlap else None,
             )
             own, saved, ctx.kept = problem.impl.forward(local, task)

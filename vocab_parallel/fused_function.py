@@ -184,7 +184,8 @@ class _Work:
                 hidden=self._local.hidden[tokens],
                 targets=self._local.targets[tokens],
             )
-            task = ForwardTask(problem.names, keep=any(self._wanted))
+            keep = shard.classifier.shape[0] if any(self._wanted) else 0
+            task = ForwardTask(problem.names, keep_rows=keep)
             own, _, kept = problem.impl.forward(shard, task)
         gathered = collectives.start_gather_shards(own, group, problem.shard.degree)
         return _Chunk(tokens, shard, kept, gathered)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vocab_parallel.arguments import LossSettings
-from vocab_parallel.impls import ClassifierGrad, Demand, LocalImpl, Shard, Way
+from vocab_parallel.impls import Choice, ClassifierGrad, Demand, LocalImpl, Shard, Way
 from vocab_parallel.layout import TokenLayout
 from vocab_parallel.pieces import HiddenGradSum
 from vocab_parallel.shard import VocabShard
@@ -18,7 +18,7 @@ from vocab_parallel.weight_grad import WeightGrad
 class LossProblem:
     """Attributes: what the two Functions need.
 
-    ``way`` and ``chunk_tokens`` are those that the implementation chose; ``weight_grad`` is where
+    ``choice`` is what the implementation chose; ``weight_grad`` is where
     the classifier's gradient is added in place of being returned, or None; ``grad_enabled``
     whether autograd was recording (inside of a Function it never is).
     """
@@ -28,8 +28,7 @@ class LossProblem:
     layout: TokenLayout
     impl: LocalImpl
     demand: Demand
-    way: Way
-    chunk_tokens: int
+    choice: Choice
     weight_grad: WeightGrad | None
     grad_enabled: bool
 
@@ -37,6 +36,20 @@ class LossProblem:
     def names(self) -> StatisticNames:
         """The statistics that the loss reads."""
         return self.demand.names
+
+    @property
+    def way(self) -> Way:
+        """How backward finds the logits."""
+        return self.choice.way
+
+    @property
+    def chunk_tokens(self) -> int:
+        """How many tokens forward takes at a time where it computes the gradients."""
+        return self.choice.chunk_tokens
+
+    def rows_to_keep(self, local: Shard) -> int:
+        """Return of how many of this rank's first rows forward keeps the logits, at most."""
+        return local.classifier.shape[0] if self.way == "probs" else self.choice.kept_rows
 
     def local(
         self,

@@ -41,8 +41,10 @@ def test_errors(rows: int, confident: bool) -> None:
     wide = [t.detach().double().requires_grad_() for t in (e, c)]
     exact = torch.autograd.grad(oracle(wide[0], wide[1], targets)[0], wide)
     peers = torch.autograd.grad(F.cross_entropy(F.linear(e, c).float(), targets), (e, c))
-    for backward in WAYS:
+    for backward in (*WAYS, "auto"):
         for cut in ({}, {"chunk_tokens": 512}, {"chunk_rows": 1024}, {"chunk_rows": 999}):
+            if backward == "auto":  # half of the logits are kept
+                cut = {**cut, "memory_budget": 1500 * rows}
             loss = linear_cross_entropy(e, c, targets, backward=backward, **cut)
             found = torch.autograd.grad(loss, (e, c))
             for name, ours, peer, want in zip(("dE", "dC"), found, peers, exact, strict=True):
@@ -117,14 +119,15 @@ def test_cuda_graph(backward: str) -> None:
         assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("backward", WAYS)
+@pytest.mark.parametrize("backward", [*WAYS, "auto"])
 def test_predicted_memory(backward: str) -> None:
     """`plan_backward` predicts what the allocator holds, beside inputs and both gradients."""
     tokens, rows, hidden = 4096, 32_000, 1024
     e, c, targets = problem(tokens, rows, hidden)
     budget = 64 * MIB if backward != "gradients" else 300 * MIB
     plan = plan_backward(tokens, rows, hidden, backward=backward, memory_budget=budget)
-    assert plan.backward == backward
+    assert plan.backward == (backward if backward != "auto" else "recompute")
+    assert (plan.kept_rows > 0) == (backward in ("auto", "probs"))
 
     def step() -> tuple[Tensor, ...]:
         loss = linear_cross_entropy(e, c, targets, backward=backward, memory_budget=budget)

@@ -2,6 +2,7 @@
 
 from vocab_parallel.impls.base import (
     BackwardTask,
+    Choice,
     ClassifierGrad,
     Demand,
     Forward,
@@ -19,6 +20,7 @@ from vocab_parallel.impls.registry import available_impls, create_impl
 __all__ = [
     "BackwardPlan",
     "BackwardTask",
+    "Choice",
     "ClassifierGrad",
     "Demand",
     "Forward",

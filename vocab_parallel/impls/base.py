@@ -28,6 +28,20 @@ from vocab_parallel.statistics import StatisticName, StatisticNames
 Way = Literal["recompute", "probs", "gradients"]
 
 
+class Choice(NamedTuple):
+    """How an implementation will work, equal on all ranks.
+
+    Attributes:
+        way: how backward finds the logits.
+        chunk_tokens: how many tokens forward takes at a time where that is "gradients".
+        kept_rows: of how many of the first rows "recompute" keeps the logits all the same.
+    """
+
+    way: Way
+    chunk_tokens: int
+    kept_rows: int = 0
+
+
 @dataclass(frozen=True)
 class Demand:
     """What a call asks of its implementation, known before any work.
@@ -156,14 +170,18 @@ class Progress(Protocol):
 
 
 class KeptLogits:
-    """The raw logits [N, R] of a forward, for backward to turn into their gradient in place, once.
+    """Raw logits [N, r] of a forward, for backward to turn into their gradient in place, once.
 
     Under a split backward the inputs' half leaves them as they are, and the weights' half takes
     them. Who comes later (a backward that is run again) makes them anew.
+
+    Attributes:
+        num_rows: r, those of the shard's first rows; the buffer may be wider.
     """
 
-    def __init__(self, logits: Tensor) -> None:
+    def __init__(self, logits: Tensor, num_rows: int) -> None:
         self._logits: Tensor | None = logits
+        self.num_rows = num_rows
 
     def look(self) -> Tensor | None:
         """Return the logits, not to be changed; None where they are gone."""
@@ -181,13 +199,13 @@ class ForwardTask:
 
     Attributes:
         names: the statistics.
-        keep: whether to keep the logits for backward; only where `LocalImpl.way` said "probs" or
-            "gradients".
+        keep_rows: of how many of the first rows, at most, to keep the logits for backward: all
+            where `LocalImpl.way` said "probs" or "gradients", and never more than it said.
         progress: whom to tell of statistics that are complete; None where nobody waits.
     """
 
     names: StatisticNames
-    keep: bool = False
+    keep_rows: int = 0
     progress: Progress | None = None
 
 
@@ -261,11 +279,8 @@ class LocalImpl(Protocol):
         """Raise ValueError where this implementation cannot do what a call asks."""
         ...
 
-    def way(self, demand: Demand) -> tuple[Way, int]:
+    def way(self, demand: Demand) -> Choice:
         """Choose how backward finds the logits, equally on all ranks.
-
-        Returns:
-            The way, and how many tokens forward takes at a time where it is "gradients".
 
         Raises:
             ValueError: the way that the caller names cannot be gone, or nothing fits.

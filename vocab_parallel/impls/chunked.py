@@ -22,6 +22,7 @@ from torch import Tensor
 from vocab_parallel.impls import passes
 from vocab_parallel.impls.base import (
     BackwardTask,
+    Choice,
     Demand,
     Forward,
     ForwardTask,
@@ -29,7 +30,6 @@ from vocab_parallel.impls.base import (
     KeptLogits,
     Progress,
     Shard,
-    Way,
 )
 from vocab_parallel.impls.plan import padded, plan_backward, plan_of
 from vocab_parallel.impls.products import put_product, well_scaled, widened
@@ -72,7 +72,7 @@ class ChunkedImpl:
     def check(self, demand: Demand) -> None:
         """Accept every call; `way` refuses what cannot be planned."""
 
-    def way(self, demand: Demand) -> tuple[Way, int]:
+    def way(self, demand: Demand) -> Choice:
         """See `LocalImpl.way`; `plan_backward` raises ValueError where nothing can be planned."""
         plan = plan_of(
             demand,
@@ -81,7 +81,7 @@ class ChunkedImpl:
             self.chunk_tokens,
             self.chunk_rows,
         )
-        return plan.backward, plan.tile.tokens
+        return Choice(plan.backward, plan.tile.tokens, plan.kept_rows)
 
     def forward(self, shard: Shard, task: ForwardTask) -> Forward:
         """See `LocalImpl.forward`."""
@@ -89,13 +89,17 @@ class ChunkedImpl:
         statistics = shard.hidden.new_empty(
             (len(task.names), num_tokens), dtype=shard.statistics_dtype
         )
-        tile = self._tile(shard, task.names, task.keep)
-        buffer = _buffer(shard, TileShape(num_tokens, num_rows) if task.keep else tile)
-        for rows in self._row_blocks(shard, tile):
+        tile = self._tile(shard, task.names, task.keep_rows >= num_rows)
+        row_slices = self._row_blocks(shard, tile)
+        kept = max((rows.stop for rows in row_slices if rows.stop <= task.keep_rows), default=0)
+        buffer = _buffer(shard, TileShape(num_tokens, kept) if kept else tile)
+        # Rows that are not kept come first: what is kept may have the buffer after them.
+        row_slices.sort(key=lambda rows: rows.stop <= kept)
+        for index, rows in enumerate(row_slices):
             block = rows_of(shard, rows)
-            is_last = rows.stop == num_rows
+            stays = rows.stop <= kept
             for tokens in _token_blocks(num_tokens, tile.tokens, task.progress):
-                logits = buffer[tokens, rows] if task.keep else _corner(buffer, tokens, rows)
+                logits = buffer[tokens, rows] if stays else _corner(buffer, tokens, rows)
                 passes.add_statistics(
                     statistics[:, tokens],
                     task.names,
@@ -103,11 +107,12 @@ class ChunkedImpl:
                     block,
                     tokens,
                     rows.start,
-                    keep=task.keep,
+                    first=index == 0,
+                    keep=stays,
                 )
-                if is_last and task.progress is not None:
+                if index == len(row_slices) - 1 and task.progress is not None:
                     task.progress.complete(statistics, tokens.stop)
-        return Forward(statistics, kept=KeptLogits(buffer) if task.keep else None)
+        return Forward(statistics, kept=KeptLogits(buffer, kept) if kept else None)
 
     def backward(self, shard: Shard, task: BackwardTask) -> Gradients:
         """See `LocalImpl.backward`."""
@@ -169,7 +174,8 @@ class _GradientTiles:
 
     The forward's logits are turned into it in place, where they were kept. The inputs' half of a
     split backward must leave them to the weights' half, and works in parts of the tokens, beside
-    them. Where there are none, the product makes them again.
+    them. Where there are none, the product makes them again; where there are those of the first
+    rows alone, in the place of those, once they are done.
     """
 
     def __init__(
@@ -179,35 +185,42 @@ class _GradientTiles:
         choose_tile: Callable[[Shard, StatisticNames, bool], TileShape],
     ) -> None:
         self._task = task
+        num_tokens, num_rows = shard.hidden.shape[0], shard.classifier.shape[0]
         self._kept: Tensor | None = None
-        takes = task.wanted.classifier or task.wanted.bias
+        self._kept_rows = 0 if task.kept is None else task.kept.num_rows
+        whole = self._kept_rows == num_rows
+        # A part of the logits saves one half of a split backward its product: the first to come.
+        takes = task.wanted.classifier or task.wanted.bias or not whole
         if task.kept is not None:
             self._kept = task.kept.take() if takes else task.kept.look()
-        self.tile_shape = choose_tile(shard, task.names, self._kept is not None)
+        self.tile_shape = choose_tile(shard, task.names, whole and self._kept is not None)
+        self._takes = takes
         self._scratch: Tensor | None = None
         if self._kept is None or not takes:
             if self._kept is not None:
-                part = -(-shard.hidden.shape[0] // _PARTS)
-                self.tile_shape = TileShape(part, self.tile_shape.rows)
+                self.tile_shape = TileShape(-(-num_tokens // _PARTS), self.tile_shape.rows)
             self._scratch = _buffer(shard, self.tile_shape)
+        elif not whole:
+            self._scratch = self._kept
         self._grads, self.unit = well_scaled(
             task.grads.contiguous(), shard.classifier, peak=2.0**10
         )
 
     def tile(self, block: Shard, tokens: slice, rows: slice) -> tuple[Tensor, Tensor | None]:
         """Return a tile's gradient [n, r], until the next call, and its sum over tokens [r]."""
-        if self._scratch is None:
-            assert self._kept is not None
-            logits = out = self._kept[tokens, rows]
+        if self._kept is not None and rows.stop <= self._kept_rows:
+            logits = self._kept[tokens, rows]
+            out = logits if self._takes else self._corner(tokens, rows)
         else:
-            out = _corner(self._scratch, tokens, rows)
-            if self._kept is None:
-                logits = raw_logits(block, tokens, out)
-            else:
-                logits = self._kept[tokens, rows]
+            out = self._corner(tokens, rows)
+            logits = raw_logits(block, tokens, out)
         sums = passes.put_gradient(logits, out, block, tokens, rows.start, self._task, self._grads)
         # Where no kernel works the logits may be wider than the operands.
         return out.to(block.classifier.dtype), sums
+
+    def _corner(self, tokens: slice, rows: slice) -> Tensor:
+        assert self._scratch is not None
+        return _corner(self._scratch, tokens, rows)
 
 
 def _add_hidden_grad(

@@ -41,13 +41,14 @@ def add_statistics(
     tokens: slice,
     row_start: int,
     *,
+    first: bool,
     keep: bool,
 ) -> None:
-    """Join the statistics of a tile with those of the rows before it, if there are any.
+    """Join the statistics of a tile with those of the tiles before it, if there are any.
 
     Args:
-        row_start: the tile's first row in the shard; at 0 nothing that ``statistics`` holds
-            counts.
+        row_start: the tile's first row in the shard.
+        first: whether nothing that ``statistics`` holds counts.
         keep: whether the logits must stay as they are.
     """
     targets = block.targets[tokens]
@@ -63,10 +64,10 @@ def add_statistics(
             names,
             softcap=block.softcap,
             temperature=block.temperature,
-            first=row_start == 0,
+            first=first,
         )
         return
-    if row_start == 0:
+    if first:
         statistics.zero_()
         statistics[names.index("lse")] = -torch.inf
     _join_statistics(

@@ -5,7 +5,9 @@
     probs        6 N D R        the logits [N, R] in the operands' dtype (float32 on a CPU)
     gradients    6 N D R        both gradients, [N, D] and [R, D]; for a scalar loss alone
 
-"probs" turns its logits into probabilities and those into the gradient in one pass, in place.
+"probs" turns its logits into probabilities and those into the gradient in one pass, in place. Where
+"auto" has to recompute, it keeps the logits of as many rows as the budget has room for: those
+take the place of the tile that the others are worked on in.
 """
 
 from dataclasses import dataclass
@@ -30,6 +32,7 @@ class BackwardPlan:
     Attributes:
         backward: the way.
         tile: tokens and rows whose logits are worked on at a time.
+        kept_rows: of how many rows the logits are kept; all with "probs", none with "gradients".
         kept_bytes: held from forward to backward, for each microbatch in flight.
         logits_bytes: of logits, while a microbatch is worked on, beside what is kept.
         float32_bytes: of float32 sums of the gradients' sizes, not counted by the budget.
@@ -38,6 +41,7 @@ class BackwardPlan:
 
     backward: Way
     tile: TileShape
+    kept_rows: int
     kept_bytes: int
     logits_bytes: int
     float32_bytes: int
@@ -103,19 +107,31 @@ def plan_backward(
         tile = TileShape(
             min(chunk_tokens or tile.tokens, tokens), min(chunk_rows or tile.rows, rows)
         )
-        return sizes.plan("recompute", tile, 0, tile.tokens * sizes.pitch(tile.rows) * scratch)
+        return sizes.plan("recompute", tile, 0, 0, tile.tokens * sizes.pitch(tile.rows) * scratch)
+
+    def keeping() -> BackwardPlan:
+        """Recompute, but for the rows whose logits fit."""
+        plan = recompute()
+        tile = plan.tile
+        beside = tile.tokens * tile.rows * (scratch - size)  # what plain torch needs of a tile
+        room = (budget - beside) // microbatches_in_flight
+        blocks = room // (tokens * sizes.pitch(tile.rows) * size)
+        kept = min(blocks * tile.rows, rows)
+        if kept < tile.rows or kept == rows:
+            return plan
+        return sizes.plan("recompute", tile, kept, tokens * sizes.pitch(kept) * size, beside)
 
     def probs() -> BackwardPlan:
         kept = tokens * sizes.pitch(rows) * size
         if kernels:
-            return sizes.plan("probs", TileShape(tokens, rows), kept, 0)
+            return sizes.plan("probs", TileShape(tokens, rows), rows, kept, 0)
         tile = recompute().tile
-        return sizes.plan("probs", tile, kept, tile.tokens * tile.rows * (scratch - size))
+        return sizes.plan("probs", tile, rows, kept, tile.tokens * tile.rows * (scratch - size))
 
     def gradients(chunk: int) -> BackwardPlan:
         buffers = 1 if degree == 1 or chunk >= tokens else 2
         logits = buffers * chunk * sizes.pitch(rows) * size
-        return sizes.plan("gradients", TileShape(chunk, rows), sizes.gradients, logits)
+        return sizes.plan("gradients", TileShape(chunk, rows), 0, sizes.gradients, logits)
 
     def held(plan: BackwardPlan) -> int:
         return microbatches_in_flight * plan.kept_bytes + plan.logits_bytes
@@ -135,7 +151,7 @@ def plan_backward(
         for plan in plans:
             if held(plan) + plan.float32_bytes <= budget:
                 return plan
-    return recompute()
+    return keeping()
 
 
 @dataclass(frozen=True)
@@ -158,7 +174,9 @@ class _Sizes:
         """Both gradients, in the parameters' dtype."""
         return (self.tokens + self.rows) * self.hidden_size * self.dtype.itemsize
 
-    def plan(self, way: Way, tile: TileShape, kept: int, logits: int) -> BackwardPlan:
+    def plan(
+        self, way: Way, tile: TileShape, kept_rows: int, kept: int, logits: int
+    ) -> BackwardPlan:
         """Add up a way's float32 sums and its worst moment.
 
         That is the end of the work on the logits, when the hidden states' sums are complete, or
@@ -184,7 +202,9 @@ class _Sizes:
             copying = rows * narrow + hidden_sum + (hidden * narrow if adds else 0)
             sums += block
         others = (self.microbatches_in_flight - 1) * kept
-        return BackwardPlan(way, tile, kept, logits, sums, others + max(working, copying))
+        return BackwardPlan(
+            way, tile, kept_rows, kept, logits, sums, others + max(working, copying)
+        )
 
 
 def padded(rows: int) -> int:

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from vocab_parallel.impls.base import ClassifierGrad, Demand, Way
+from vocab_parallel.impls.base import Choice, ClassifierGrad, Demand
 
 
 def placed(gradient: Tensor | None, target: ClassifierGrad) -> Tensor | None:
@@ -20,9 +20,9 @@ class RecomputeOnly:
         """See `LocalImpl`: nothing is reported while it works."""
         return False
 
-    def way(self, demand: Demand) -> tuple[Way, int]:
+    def way(self, demand: Demand) -> Choice:
         """See `LocalImpl.way`."""
-        return "recompute", demand.tokens
+        return Choice("recompute", demand.tokens)
 
     def refuse_other_ways(self, demand: Demand) -> None:
         """Raise ValueError where the caller names another way."""
