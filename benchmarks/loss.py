@@ -148,9 +148,12 @@ def _entries(
     )
     if arguments.curve:
         for budget in (16, 32, 128):
-            rows = {"chunk_rows": 8192} if budget == 128 and device.type == "cuda" else {}
             entered[f"ours, recompute {budget} MiB"] = contestants.ours(
-                problem, backward="recompute", memory_budget=budget * MIB, **rows
+                problem, backward="recompute", memory_budget=budget * MIB
+            )
+        for budget in (64, 128, 256, 512):
+            entered[f"ours, auto {budget} MiB"] = contestants.ours(
+                problem, memory_budget=budget * MIB
             )
         for chunk in (num_tokens // 8, num_tokens // 4, num_tokens // 2):
             entered[f"ours, gradients {chunk} tokens"] = contestants.ours(

@@ -103,7 +103,7 @@ def time_of(call: Callable[[], object], device: torch.device, busy: Callable[[],
     call()
     end.record()
     end.synchronize()
-    return start.elapsedtime_of(end)
+    return start.elapsed_time(end)
 
 
 def peak_of(call: Callable[[], object], device: torch.device, *, above: bool = True) -> int:

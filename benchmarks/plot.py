@@ -9,7 +9,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 MIB = 2**20
-WAYS = ("recompute", "gradients", "probs")
+WAYS = ("recompute", "gradients", "probs", "auto")
 
 
 def plot_time_over_memory(document: dict[str, Any], path: Path) -> None:
@@ -48,7 +48,8 @@ def _draw_shard(axis: Any, rows: dict[str, Any]) -> None:
             and "main_grad" not in name
             and row["memory"] is not None
         )
-        axis.plot(*zip(*points, strict=True), marker="o", label=f"ours, {way}")
+        if points:
+            axis.plot(*zip(*points, strict=True), marker="o", label=f"ours, {way}")
     for name, row in rows.items():
         if not name.startswith(("ours", "products")) and row["memory"] is not None:
             axis.plot(

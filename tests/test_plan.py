@@ -11,12 +11,13 @@ import pytest
 
 from launch.plan import PlanArguments, parse_bytes, plan
 from launch.planning.balance import layer_counts
-from launch.planning.estimate import Job, Mesh, estimate_stages
+from launch.planning.estimate import Job, Mesh, estimate_stages, loss_seconds
 from launch.planning.hardware import Hardware
 from launch.planning.orders import SCHEDULES, SINGLE, most_in_flight, orders, stages_of
 from launch.planning.shape import ModelShape
 from launch.planning.timeline import StageTimes, simulate
 from tests.ranks import ROOT
+from vocab_parallel import plan_backward
 
 MIB = 2**20
 MEASURED = ROOT / "benchmarks" / "results" / "2026-11-24-loss-h200.json"
@@ -44,6 +45,22 @@ def test_time_of_the_measured_loss(way: str, budget: float) -> None:
         assert stage.loss_way == way
         measured = rows_found["rows"][f"ours, {way}"]["milliseconds"]
         assert 1e3 * stage.loss_seconds == pytest.approx(measured, rel=0.1), shape
+
+
+def test_scaling_study() -> None:
+    """Against benchmarks.scaling: time within 10% and memory within 5%, every row of it."""
+    found = json.loads((MEASURED.parent / "2026-11-24-scaling-h200.json").read_text())
+    hidden = {"qwen3-8b": 4096, "qwen3-32b": 5120, "llama-3.1-70b": 8192, "248,320 rows": 5120}
+    hardware, tokens = Hardware.load("h200"), found["tokens"]
+    for model, size in hidden.items():
+        for row in found["models"][model]:
+            shape = (tokens, row["rows"], size)
+            one = plan_backward(*shape, backward=row["way"])
+            predicted = 1e3 * loss_seconds(one, *shape, 2, hardware)
+            assert predicted == pytest.approx(row["milliseconds"], rel=0.1), (model, row)
+    assert len(found["memory"]) == 8
+    for row in found["memory"]:
+        assert row["predicted_bytes"] == pytest.approx(row["bytes"], rel=0.05)
 
 
 def planned(**given: Any) -> Any:
@@ -188,7 +205,7 @@ def test_command(tmp_path: Path) -> None:
     )  # fmt: skip
     assert shown.returncode == 0, shown.stderr
     assert "data x pipeline x vocab" in shown.stdout
-    assert "assumed" in shown.stdout
+    assert "data sheet" in shown.stdout, "what was not measured is told"
     assert picture.stat().st_size > 1000
     document = json.loads(command("--model", "qwen3-1.7b", "--gpus", "8", "--json").stdout)
     assert document[0]["fits"]

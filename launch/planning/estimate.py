@@ -10,6 +10,11 @@ from launch.planning.shape import ModelShape
 from launch.planning.timeline import StageTimes
 from vocab_parallel import BackwardPlan, plan_backward
 
+# Seconds of a microbatch's kernel launches, and what the products of less than 128 rows cost, in
+# bytes for each number of the hidden states; as benchmarks.loss and benchmarks.scaling found them.
+LAUNCHES = 1e-4
+TAIL_BYTES = 64
+
 
 @dataclass(frozen=True)
 class Job:
@@ -154,7 +159,8 @@ def loss_seconds(
     """Estimate forward and backward of the loss on one rank's rows.
 
     The products at the hardware's rate; the passes over the logits, and those over float32 sums
-    that tiles are added to, at its copy's; and what was measured above that.
+    that tiles are added to, at its copy's; what was measured above that; the launches of kernels;
+    and where rows are no multiple of 8 the last few, whose products go by themselves.
     """
     again = plan.backward == "recompute"
     products = (8 if again else 6) * tokens * hidden * rows
@@ -165,7 +171,9 @@ def loss_seconds(
     if token_tiles > 1:
         moved += token_tiles * rows * hidden * 8
     ideal = products / hardware.product_flops + moved / hardware.copy_bytes
-    return ideal * hardware.loss_overhead[plan.backward]
+    if rows % 8:
+        ideal += TAIL_BYTES * tokens * hidden / hardware.copy_bytes
+    return LAUNCHES + ideal * hardware.loss_overhead[plan.backward]
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ def check_features(degree: int) -> None:
 
 @pytest.mark.parametrize("degree", [1, 2, 4])
 def test_every_feature_alone(degree: int) -> None:
-    run_ranks(check_features, degree, backend="nccl", timeout=110, degree=degree)
+    run_ranks(check_features, degree, backend="nccl", timeout=240, degree=degree)
 
 
 @pytest.mark.parametrize("degree", [1, 2])
