@@ -30,6 +30,8 @@ $(VENV)/.train: $(VENV)/.torch pyproject.toml
 
 $(VENV)/.test: $(VENV)/.train
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,test,bench]'
+	# Of torchtitan its losses alone are tested: what its trainer needs besides is left out.
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt torchtitan spmd-types
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.test

@@ -3,12 +3,14 @@
 Nothing of those trainers is imported: what is taken is what they hand over.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Shard
 
+from vocab_parallel.classifier import VocabParallelClassifier
 from vocab_parallel.layout import HiddenLayout
 from vocab_parallel.loss import linear_cross_entropy
 from vocab_parallel.output_weight import OutputWeight
@@ -140,3 +142,76 @@ class HiddenStatesLoss:
         )
         assert isinstance(loss, Tensor)
         return loss, {}
+
+
+def shard_output_embeddings(
+    splitter: Callable[..., Any],
+    *,
+    pipeline_rank: int,
+    pipeline_group: ProcessGroup,
+    vocab_group: ProcessGroup,
+) -> Callable[..., Any]:
+    """Make a splitter of pipeline stages one of a pipeline x vocab mesh: Forgather's contract.
+
+    A splitter takes ``(model, example_args, example_kwargs, stage_indices, train, device, rank,
+    pp_group)`` and returns ``(every stage's module, this rank's modules, this rank's stages,
+    anything)``. The one that is returned is called alike on every rank of the mesh. It hands the
+    splitter the place of the rank in its own column, and then swaps the last stage's output
+    embeddings for this rank's rows of them, on the meta device if they are there: whoever fills
+    the modules with weights gives each rank its rows, [start, stop) of the
+    `VocabParallelClassifier`. Communicates nothing.
+
+        groups = build_stage_groups(pipeline, vocab)
+        splitter = shard_output_embeddings(
+            create_manual_causal_lm_splitter(),
+            pipeline_rank=groups.pipeline_rank,
+            pipeline_group=groups.pipeline_group,
+            vocab_group=groups.vocab_group,
+        )
+
+    Args:
+        splitter: of a column; its last module has get_output_embeddings and
+            set_output_embeddings, and gives hidden states where those return them unchanged.
+        pipeline_rank, pipeline_group, vocab_group: of this rank, see `StageGroups`.
+
+    Raises:
+        ValueError: when called, on every rank: the last module has no linear output embeddings,
+            or their weight is tied to the input's.
+    """
+
+    def split(
+        model: nn.Module,
+        example_args: tuple[Any, ...],
+        example_kwargs: dict[str, Any],
+        stage_indices: list[tuple[int, ...]],
+        train: bool,
+        device: Any,
+        rank: int | None = None,
+        pp_group: ProcessGroup | None = None,
+    ) -> Any:
+        if getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+            raise ValueError(
+                "the classifier is tied to the embedding of another stage: shard both ends and "
+                "add up their gradients with VocabParallelEmbedding and TiedRows"
+            )
+        found = splitter(
+            model,
+            example_args,
+            example_kwargs,
+            stage_indices,
+            train,
+            device=device,
+            rank=pipeline_rank,
+            pp_group=pipeline_group,
+        )
+        last: Any = found[0][-1]
+        head = last.get_output_embeddings() if hasattr(last, "get_output_embeddings") else None
+        if not isinstance(head, nn.Linear):
+            raise ValueError(
+                f"expected a last stage with an nn.Linear as get_output_embeddings(), got "
+                f"{type(head).__name__} of {type(last).__name__}"
+            )
+        last.set_output_embeddings(VocabParallelClassifier.from_linear(head, vocab_group))
+        return found
+
+    return split
