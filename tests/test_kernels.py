@@ -9,7 +9,7 @@ import torch
 
 from tests.oracle import oracle, relative_error
 from tests.ranks import run_ranks
-from vocab_parallel import linear_cross_entropy
+from vocab_parallel import linear_cross_entropy, plan_backward
 from vocab_parallel.impls import passes
 from vocab_parallel.impls.base import BackwardTask, ClassifierGrad, Shard, Wanted
 from vocab_parallel.layout import IGNORED, OUT_OF_RANGE, mark_labels
@@ -131,7 +131,11 @@ def check_whole_loss() -> None:
     leaves = [t.double().requires_grad_() for t in (e, c, bias)]
     exact_loss, _ = oracle(leaves[0], leaves[1], targets, leaves[2], **options)
     exact = torch.autograd.grad(exact_loss, leaves)
+    partly = {"memory_budget": 26_000, "chunk_rows": 32}
+    plan = plan_backward(40, 150, 8, torch.float32, device_type="cpu", temporaries=4, **partly)
+    assert (plan.backward, plan.kept_rows) == ("recompute", 96), "three blocks of five"
     for backward, extra in (
+        ("auto", partly),
         ("recompute", {}),
         ("recompute", {"chunk_rows": 64, "chunk_tokens": 16}),
         ("probs", {}),

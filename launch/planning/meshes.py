@@ -45,7 +45,7 @@ class Plan:
     @property
     def rank_memory(self) -> list[float]:
         """Bytes of each rank of a column."""
-        return [sum(self.stages[stage].memory for stage in own) for own in self.ranks]
+        return _of_ranks(self.stages, self.ranks, "memory")
 
     @property
     def imbalance(self) -> float:
@@ -73,13 +73,9 @@ def plan_meshes(job: Job, gpus: int, hardware: Hardware, gpu_memory: float) -> l
     refused = ""
     for mesh in _meshes(gpus, job):
         try:
-            plan = _plan(job, mesh, hardware, gpu_memory)
+            plans.append(_plan(job, mesh, hardware, gpu_memory * (1 - RESERVED)))
         except ValueError as error:  # of the schedule, for this pipeline degree
             refused = str(error)
-            continue
-        if not plan.fits:
-            plan = _plan(replace(job, recompute_layers=True), mesh, hardware, gpu_memory)
-        plans.append(plan)
     if not plans:
         raise ValueError(f"--schedule {job.schedule} runs on no mesh of {gpus} GPUs: {refused}")
     return sorted(plans, key=lambda plan: (max(plan.missing, 0.0), -plan.tokens_per_second))
@@ -95,22 +91,24 @@ def _meshes(gpus: int, job: Job) -> Iterator[Mesh]:
                 yield Mesh(gpus // pipeline // vocab, pipeline, vocab)
 
 
-def _plan(job: Job, mesh: Mesh, hardware: Hardware, gpu_memory: float) -> Plan:
-    stages = estimate_stages(job, mesh, hardware)
+def _plan(job: Job, mesh: Mesh, hardware: Hardware, room: float) -> Plan:
+    """Plan one mesh; layers run again where the ranks have no room for what they keep."""
     ranks = stages_of(job.schedule, mesh.pipeline)
+    stages = estimate_stages(job, mesh, hardware)
+    if max(_of_ranks(stages, ranks, "memory")) > room:
+        job = replace(job, recompute_layers=True)
+        stages = estimate_stages(job, mesh, hardware)
     transfer = job.tokens * job.shape.hidden * job.itemsize / hardware.link_bytes
     times = [stage.times for stage in stages]
     spans = simulate(job.schedule, mesh.pipeline, job.microbatches, times, transfer)
     computed = max(span.stop for span in spans)
     # Replicas of the body sum their gradients after the step: a ring moves nearly twice the bytes.
     replicas = mesh.data * mesh.vocab
-    fullest = max(sum(stages[stage].gradients for stage in own) for own in ranks)
-    summed = fullest * 2 * (1 - 1 / replicas)
+    summed = max(_of_ranks(stages, ranks, "gradients")) * 2 * (1 - 1 / replicas)
     step = computed + summed / hardware.link_bytes
     busy = sum(span.stop - span.start for span in spans)
     tokens = job.tokens * job.microbatches * replicas
-    room = gpu_memory * (1 - RESERVED)
-    plan = Plan(
+    return Plan(
         mesh=mesh,
         recompute_layers=job.recompute_layers,
         stages=stages,
@@ -118,10 +116,14 @@ def _plan(job: Job, mesh: Mesh, hardware: Hardware, gpu_memory: float) -> Plan:
         step_seconds=step,
         bubble=1 - busy / (computed * len(ranks)),
         tokens_per_second=tokens / step,
-        missing=0.0,
+        missing=max(_of_ranks(stages, ranks, "memory")) - room,
         spans=spans,
     )
-    return replace(plan, missing=max(plan.rank_memory) - room)
+
+
+def _of_ranks(stages: list[StageEstimate], ranks: list[list[int]], part: str) -> list[float]:
+    """Add up one part of each rank's stages, in bytes."""
+    return [sum(getattr(stages[stage], part) for stage in own) for own in ranks]
 
 
 def _seconds(stage: StageEstimate) -> float:

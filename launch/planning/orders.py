@@ -2,9 +2,8 @@
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
@@ -16,8 +15,7 @@ V_SHAPED = ("zbvzerobubble", "dualpipev")
 SCHEDULES = (*SINGLE, "interleaved1f1b", "loopedbfs", "interleavedzerobubble", *V_SHAPED)
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """One microbatch's work on one stage."""
 
     stage: int
@@ -77,15 +75,16 @@ def most_in_flight(order: list[Entry], weights: dict[int, float]) -> dict[int, i
         weights: what a microbatch of a stage holds; the worst moment is that of the largest sum.
     """
     waiting = dict.fromkeys(weights, 0)
-    worst, most = dict(waiting), 0.0
+    worst, held, most = dict(waiting), 0.0, 0.0
     for entry in order:
         if entry.kind == "forward":
             waiting[entry.stage] += 1
-        held = sum(weights[stage] * count for stage, count in waiting.items())
-        if held > most:
-            worst, most = dict(waiting), held
-        if entry.kind in ("backward", "weights"):
+            held += weights[entry.stage]
+            if held > most:
+                worst, most = dict(waiting), held
+        elif entry.kind != "inputs":
             waiting[entry.stage] -= 1
+            held -= weights[entry.stage]
     return worst
 
 

@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from launch.planning.orders import Entry, Kind, orders
 
 
-@dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):
     """One microbatch's work on one stage, in seconds from the step's start."""
 
     rank: int
@@ -26,10 +26,15 @@ class StageTimes:
     backward: float
     weights: float  # of the backward, the weights' half
 
-    def of(self, kind: Kind) -> float:
-        """Return the seconds of one kind of work."""
-        halves = {"inputs": self.backward - self.weights, "weights": self.weights}
-        return halves.get(kind, self.forward if kind == "forward" else self.backward)
+    @property
+    def of(self) -> dict[Kind, float]:
+        """The seconds of each kind of work."""
+        return {
+            "forward": self.forward,
+            "backward": self.backward,
+            "inputs": self.backward - self.weights,
+            "weights": self.weights,
+        }
 
 
 def simulate(
@@ -51,6 +56,7 @@ def simulate(
     """
     waiting = [list(reversed(order)) for order in orders(schedule, ranks, microbatches)]
     rank_of = {entry.stage: rank for rank, order in enumerate(waiting) for entry in order}
+    durations = [one.of for one in times]
     free = [0.0] * ranks
     done: dict[tuple[int, bool, int], float] = {}  # stage, whether forward, microbatch
     spans: list[Span] = []
@@ -72,7 +78,7 @@ def simulate(
             while entries and (start := ready(rank, entries[-1])) is not None:
                 entry = entries.pop()
                 start = max(free[rank], start)
-                stop = free[rank] = start + times[entry.stage].of(entry.kind)
+                stop = free[rank] = start + durations[entry.stage][entry.kind]
                 spans.append(Span(rank, entry.stage, entry.kind, entry.microbatch, start, stop))
                 if entry.kind != "weights":
                     done[entry.stage, entry.kind == "forward", entry.microbatch] = stop
