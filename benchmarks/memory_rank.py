@@ -61,20 +61,23 @@ def main() -> None:
     dist.destroy_process_group()
 
 
-def contestants(options: VocabParallelOptions, impls: list[str]) -> dict[str, Loss]:
+def contestants(options: VocabParallelOptions, impls: list[str], alive: int) -> dict[str, Loss]:
     """The losses of this rank's rows; "eager" is the plain one, of one rank alone."""
     found: dict[str, Loss] = {}
     if dist.get_world_size() == 1 and not impls:
         found["eager"] = lambda e, c, targets: F.cross_entropy(F.linear(e, c).float(), targets)
     for impl, state in available_impls().items():
         if state == "ready" and (not impls or impl in impls):
-            found[impl] = ours(impl, options)
+            told = {"microbatches_in_flight": alive} if impl == "chunked" else {}
+            found[impl] = ours(impl, options, told)
     return found
 
 
-def ours(impl: str, options: VocabParallelOptions) -> Loss:
+def ours(impl: str, options: VocabParallelOptions, told: dict[str, int]) -> Loss:
     def loss(e: Tensor, c: Tensor, targets: Tensor) -> Tensor:
-        result = linear_cross_entropy(e, c, targets, impl=impl, vocab_parallel_options=options)
+        result = linear_cross_entropy(
+            e, c, targets, impl=impl, vocab_parallel_options=options, **told
+        )
         assert isinstance(result, Tensor)
         return result
 
@@ -94,7 +97,7 @@ def measure(head: Head, impls: list[str]) -> dict[str, dict[str, int]]:
     es = [normal(head.tokens, head.hidden).requires_grad_() for _ in range(head.alive)]
     targets = torch.randint(head.vocabulary, (head.tokens,), device="cuda")
     found = {}
-    for name, loss in contestants(options, impls).items():
+    for name, loss in contestants(options, impls, head.alive).items():
         try:
             for _ in range(2):  # the first one compiles
                 peaks = peaks_of(loss, es, c, targets)

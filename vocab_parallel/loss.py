@@ -95,6 +95,8 @@ def linear_cross_entropy(
             "auto"       takes the fastest that fits; `plan_backward` tells which, and its bytes.
         memory_budget: bytes that the loss may hold beside its inputs, its two gradients and
             float32 sums of their size; None means 64 MiB. Give it N x rows x itemsize for speed.
+            Losses that wait for their backward share it: one is assumed, unless
+            ``microbatches_in_flight`` or `validate_pipeline_loss` tells of more.
         validate: agree over the group that all arguments are right before the work, in one small
             exchange that waits for the result. None: yes for CPU tensors, no for GPU tensors,
             where it would cost a synchronisation; then an error on one rank is local.
