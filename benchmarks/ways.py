@@ -28,16 +28,15 @@ class Way:
 
 def ways_of(vocab: int, peers: bool) -> dict[str, Way]:
     """Return every contestant on V ranks a stage."""
-    whole = 1
     ways = {
-        "(a) ours, whole": Way(whole, 1, 1, False, contestants.ours),
-        "(a) eager": Way(whole, 1, 1, False, lambda p: contestants.materialised(p, False)),
-        "(a) torch.compile": Way(whole, 1, 1, False, lambda p: contestants.materialised(p, True)),
+        "(a) ours, whole": Way(1, 1, 1, False, contestants.ours),
+        "(a) eager": Way(1, 1, 1, False, lambda p: contestants.materialised(p, False)),
+        "(a) torch.compile": Way(1, 1, 1, False, lambda p: contestants.materialised(p, True)),
     }
     if peers:
         for name in contestants.PEERS_OF_ONE_GPU:
             ways[f"(a) {name}"] = Way(
-                whole, 1, 1, False, lambda p, name=name: contestants.peer(p, name)
+                1, 1, 1, False, lambda p, name=name: contestants.peer(p, name)
             )
     ways["(b) loss-parallel logits"] = Way(vocab, 1, vocab, True, contestants.loss_parallel_logits)
     ways["(c) ours, sharded"] = Way(vocab, vocab, 1, False, contestants.ours)

@@ -3,6 +3,22 @@
 from collections.abc import Mapping
 from typing import Any
 
+_LLAMA_3_1: Mapping[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 128_256,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131_072,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {
+        "rope_type": "llama3",
+        "rope_theta": 500_000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+    "tie_word_embeddings": False,
+}
 # Published configurations, by the names that ``--model`` takes.
 PUBLISHED: Mapping[str, Mapping[str, Any]] = {
     "qwen3-1.7b": {
@@ -45,44 +61,18 @@ PUBLISHED: Mapping[str, Mapping[str, Any]] = {
         "tie_word_embeddings": False,
     },
     "llama-3.1-8b": {
-        "model_type": "llama",
-        "vocab_size": 128_256,
+        **_LLAMA_3_1,
         "hidden_size": 4096,
         "intermediate_size": 14_336,
         "num_hidden_layers": 32,
         "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 131_072,
-        "rms_norm_eps": 1e-5,
-        "rope_parameters": {
-            "rope_type": "llama3",
-            "rope_theta": 500_000.0,
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        },
-        "tie_word_embeddings": False,
     },
     "llama-3.1-70b": {
-        "model_type": "llama",
-        "vocab_size": 128_256,
+        **_LLAMA_3_1,
         "hidden_size": 8192,
         "intermediate_size": 28_672,
         "num_hidden_layers": 80,
         "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 131_072,
-        "rms_norm_eps": 1e-5,
-        "rope_parameters": {
-            "rope_type": "llama3",
-            "rope_theta": 500_000.0,
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        },
-        "tie_word_embeddings": False,
     },
     "gemma-2-2b": {
         "model_type": "gemma2",

@@ -45,7 +45,7 @@ class Plan:
     @property
     def rank_memory(self) -> list[float]:
         """Bytes of each rank of a column."""
-        return _of_ranks(self.stages, self.ranks, "memory")
+        return of_ranks(self.stages, self.ranks, "memory")
 
     @property
     def imbalance(self) -> float:
@@ -95,7 +95,7 @@ def _plan(job: Job, mesh: Mesh, hardware: Hardware, room: float) -> Plan:
     """Plan one mesh; layers run again where the ranks have no room for what they keep."""
     ranks = stages_of(job.schedule, mesh.pipeline)
     stages = estimate_stages(job, mesh, hardware)
-    if max(_of_ranks(stages, ranks, "memory")) > room:
+    if max(of_ranks(stages, ranks, "memory")) > room:
         job = replace(job, recompute_layers=True)
         stages = estimate_stages(job, mesh, hardware)
     transfer = job.tokens * job.shape.hidden * job.itemsize / hardware.link_bytes
@@ -104,7 +104,7 @@ def _plan(job: Job, mesh: Mesh, hardware: Hardware, room: float) -> Plan:
     computed = max(span.stop for span in spans)
     # Replicas of the body sum their gradients after the step: a ring moves nearly twice the bytes.
     replicas = mesh.data * mesh.vocab
-    summed = max(_of_ranks(stages, ranks, "gradients")) * 2 * (1 - 1 / replicas)
+    summed = max(of_ranks(stages, ranks, "gradients")) * 2 * (1 - 1 / replicas)
     step = computed + summed / hardware.link_bytes
     busy = sum(span.stop - span.start for span in spans)
     tokens = job.tokens * job.microbatches * replicas
@@ -116,12 +116,12 @@ def _plan(job: Job, mesh: Mesh, hardware: Hardware, room: float) -> Plan:
         step_seconds=step,
         bubble=1 - busy / (computed * len(ranks)),
         tokens_per_second=tokens / step,
-        missing=max(_of_ranks(stages, ranks, "memory")) - room,
+        missing=max(of_ranks(stages, ranks, "memory")) - room,
         spans=spans,
     )
 
 
-def _of_ranks(stages: list[StageEstimate], ranks: list[list[int]], part: str) -> list[float]:
+def of_ranks(stages: list[StageEstimate], ranks: list[list[int]], part: str) -> list[float]:
     """Add up one part of each rank's stages, in bytes."""
     return [sum(getattr(stages[stage], part) for stage in own) for own in ranks]
 

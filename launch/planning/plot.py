@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from launch.planning.meshes import Plan
+from launch.planning.meshes import Plan, of_ranks
 
 _COLORS = {
     "forward": "tab:blue",
@@ -32,9 +32,7 @@ def plot_plan(plan: Plan, path: Path) -> None:
     )
     below = [0.0] * count
     for part in _PARTS:
-        values = [
-            sum(getattr(plan.stages[stage], part) for stage in own) / 1e9 for own in plan.ranks
-        ]
+        values = [size / 1e9 for size in of_ranks(plan.stages, plan.ranks, part)]
         bars.bar(range(count), values, bottom=below, label=part)
         below = [low + value for low, value in zip(below, values, strict=True)]
     mesh = plan.mesh
