@@ -10,6 +10,9 @@ _CPU_TOKENS, _CPU_ROWS = 512, 2048
 _GPU_LOGITS = 2**26
 # Products of whole multiples of it lose nothing at their edges.
 _GPU_GRAIN = 128
+# Tiles of even length would leave multiprocessors idle at the end of each product: 3840 rows of
+# 8192 tokens take as long as 4096. So all tiles but the last are as long as they may be.
+_GPU_TILE_GRAIN = 256
 
 
 class TileShape(NamedTuple):
@@ -78,16 +81,14 @@ def _gpu_tile(num_tokens: int, num_rows: int, logits: int) -> TileShape:
             (tile.tokens < num_tokens) / tile.tokens + (tile.rows < num_rows) / tile.rows
         ),
     )
-    return TileShape(_evened(num_tokens, tile.tokens), _evened(num_rows, tile.rows))
+    return TileShape(_whole(num_tokens, tile.tokens), _whole(num_rows, tile.rows))
 
 
-def _evened(length: int, size: int) -> int:
-    """Shrink a tile's side so that the last tile is about as long as the others."""
+def _whole(length: int, size: int) -> int:
+    """Shrink a tile's side to whole tiles of the products, unless it is all or less than one."""
     if size >= length:
         return length
-    size = size // _GPU_GRAIN * _GPU_GRAIN or size
-    even = -(-length // -(-length // size))
-    return min(size, -(-even // _GPU_GRAIN) * _GPU_GRAIN)
+    return size // _GPU_TILE_GRAIN * _GPU_TILE_GRAIN or size
 
 
 def blocks(length: int, size: int) -> Iterator[slice]:

@@ -13,7 +13,8 @@ from torch import Tensor
 from vocab_parallel.kernels.logit import capped_tanh, expm1, readable_width
 
 BLOCK = 1024  # logits that a program works on at a time
-TOKENS_A_SUM = 32  # that a program adds up for the bias's gradient
+# For the bias's gradient a program adds up many tokens' logits, fewer of each.
+TOKENS_A_SUM, BLOCK_A_SUM = 64, 512
 
 
 def logits_gradient(
@@ -35,13 +36,13 @@ def logits_gradient(
     assert logits.stride(1) == out.stride(1) == 1
     assert statistics.stride(1) == grads.stride(1) == 1
     assert names[:2] == ("lse", "target")
-    steps = TOKENS_A_SUM if sum_tokens else 1
+    steps, block = (TOKENS_A_SUM, BLOCK_A_SUM) if sum_tokens else (1, BLOCK)
     groups = triton.cdiv(num_tokens, steps)
     sums = None
     if sum_tokens:
         sums = torch.empty((groups, num_rows), dtype=torch.float32, device=logits.device)
     with torch.cuda.device_of(logits):
-        _logits_gradient[(triton.cdiv(num_rows, BLOCK), groups)](
+        _logits_gradient[(triton.cdiv(num_rows, block), groups)](
             logits,
             logits.stride(0),
             out,
@@ -66,7 +67,7 @@ def logits_gradient(
             EXPECTED=names.index("expected") if "expected" in names else 0,
             HAS_SUMS=sum_tokens,
             STEPS=steps,
-            BLOCK=BLOCK,
+            BLOCK=block,
             num_warps=2,
         )
     return None if sums is None else sums.sum(0)

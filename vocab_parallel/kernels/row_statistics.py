@@ -11,7 +11,7 @@ from torch import Tensor
 from vocab_parallel.kernels.logit import readable_width, to_logit
 
 # Logits that a program works on at a time: one warp, so that no reduction waits for another.
-BLOCK = 1024
+BLOCK = 512
 
 
 def row_statistics(
