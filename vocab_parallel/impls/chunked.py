@@ -11,15 +11,16 @@ full size. A GPU's tile has all tokens unless the budget is tiny.
                               dE[tokens] += g c                2 N D R
                               dC_block   += g^T e              2 N D R
 
-`plan.py` chooses between making z again and keeping it.
+`plan.py` chooses between making z again and keeping it. Where `fused.py` works, one kernel makes z
+and does the pass; forward then has no tiles.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 from torch import Tensor
 
-from vocab_parallel.impls import passes
+from vocab_parallel.impls import fused, passes
 from vocab_parallel.impls.base import (
     BackwardTask,
     Choice,
@@ -31,15 +32,14 @@ from vocab_parallel.impls.base import (
     Progress,
     Shard,
 )
-from vocab_parallel.impls.plan import padded, plan_backward, plan_of
-from vocab_parallel.impls.products import put_product, well_scaled, widened
+from vocab_parallel.impls.gradient_tiles import GradientTiles
+from vocab_parallel.impls.plan import DEFAULT_MEMORY_BUDGET, plan_backward, plan_of
+from vocab_parallel.impls.products import put_product, widened
 from vocab_parallel.impls.row_gradients import RowGradients
+from vocab_parallel.impls.tile_buffer import corner, tile_buffer
 from vocab_parallel.impls.tile_logits import raw_logits, rows_of
 from vocab_parallel.impls.tiles import TileShape, blocks, row_blocks
 from vocab_parallel.statistics import StatisticNames
-
-# In how many parts the tokens go where a pass cannot work in place.
-_PARTS = 4
 
 
 @dataclass(frozen=True)
@@ -86,38 +86,34 @@ class ChunkedImpl:
     def forward(self, shard: Shard, task: ForwardTask) -> Forward:
         """See `LocalImpl.forward`."""
         num_tokens, num_rows = shard.hidden.shape[0], shard.classifier.shape[0]
-        statistics = shard.hidden.new_empty(
-            (len(task.names), num_tokens), dtype=shard.statistics_dtype
-        )
         tile = self._tile(shard, task.names, task.keep_rows >= num_rows)
         row_slices = self._row_blocks(shard, tile)
-        kept = max((rows.stop for rows in row_slices if rows.stop <= task.keep_rows), default=0)
-        buffer = _buffer(shard, TileShape(num_tokens, kept) if kept else tile)
-        # Rows that are not kept come first: what is kept may have the buffer after them.
-        row_slices.sort(key=lambda rows: rows.stop <= kept)
-        for index, rows in enumerate(row_slices):
-            block = rows_of(shard, rows)
-            stays = rows.stop <= kept
-            for tokens in _token_blocks(num_tokens, tile.tokens, task.progress):
-                logits = buffer[tokens, rows] if stays else _corner(buffer, tokens, rows)
-                passes.add_statistics(
-                    statistics[:, tokens],
-                    task.names,
-                    raw_logits(block, tokens, logits),
-                    block,
-                    tokens,
-                    rows.start,
-                    first=index == 0,
-                    keep=stays,
-                )
-                if index == len(row_slices) - 1 and task.progress is not None:
-                    task.progress.complete(statistics, tokens.stop)
-        return Forward(statistics, kept=KeptLogits(buffer, kept) if kept else None)
+        num_kept = max((rows.stop for rows in row_slices if rows.stop <= task.keep_rows), default=0)
+        kept = tile_buffer(shard, TileShape(num_tokens, num_kept)) if num_kept else None
+        if fused.works(shard):
+            own = None if kept is None else kept[:, :num_kept]
+            statistics = self._statistics_fused(shard, task, own)
+        else:
+            # Rows that are not kept come first: what is kept may have the buffer after them.
+            row_slices.sort(key=lambda rows: rows.stop <= num_kept)
+            buffer = tile_buffer(shard, tile) if kept is None else kept
+            statistics = _statistics_by_tiles(shard, task, buffer, num_kept, tile, row_slices)
+        return Forward(statistics, kept=None if kept is None else KeptLogits(kept, num_kept))
+
+    def _statistics_fused(self, shard: Shard, task: ForwardTask, kept: Tensor | None) -> Tensor:
+        statistics = _new_statistics(shard, task)
+        memory = DEFAULT_MEMORY_BUDGET if self.memory_budget is None else self.memory_budget
+        num_tokens = shard.hidden.shape[0]
+        for tokens in _token_blocks(num_tokens, num_tokens, task.progress):
+            fused.put_statistics(statistics, task.names, shard, tokens, kept, memory)
+            if task.progress is not None:
+                task.progress.complete(statistics, tokens.stop)
+        return statistics
 
     def backward(self, shard: Shard, task: BackwardTask) -> Gradients:
         """See `LocalImpl.backward`."""
         num_tokens, num_rows = shard.hidden.shape[0], shard.classifier.shape[0]
-        source = _GradientTiles(shard, task, self._tile)
+        source = GradientTiles(shard, task, self._tile)
         tile = source.tile_shape
         row_slices = self._row_blocks(shard, tile)
         at_once = len(row_slices) == 1 and source.unit is None
@@ -169,58 +165,39 @@ class ChunkedImpl:
         ).tile
 
 
-class _GradientTiles:
-    """Makes the gradient of one tile of raw logits after the other.
+def _new_statistics(shard: Shard, task: ForwardTask) -> Tensor:
+    shape = (len(task.names), shard.hidden.shape[0])
+    return shard.hidden.new_empty(shape, dtype=shard.statistics_dtype)
 
-    The forward's logits are turned into it in place, where they were kept. The inputs' half of a
-    split backward must leave them to the weights' half, and works in parts of the tokens, beside
-    them. Where there are none, the product makes them again; where there are those of the first
-    rows alone, in the place of those, once they are done.
-    """
 
-    def __init__(
-        self,
-        shard: Shard,
-        task: BackwardTask,
-        choose_tile: Callable[[Shard, StatisticNames, bool], TileShape],
-    ) -> None:
-        self._task = task
-        num_tokens, num_rows = shard.hidden.shape[0], shard.classifier.shape[0]
-        self._kept: Tensor | None = None
-        self._kept_rows = 0 if task.kept is None else task.kept.num_rows
-        whole = self._kept_rows == num_rows
-        # A part of the logits saves one half of a split backward its product: the first to come.
-        takes = task.wanted.classifier or task.wanted.bias or not whole
-        if task.kept is not None:
-            self._kept = task.kept.take() if takes else task.kept.look()
-        self.tile_shape = choose_tile(shard, task.names, whole and self._kept is not None)
-        self._takes = takes
-        self._scratch: Tensor | None = None
-        if self._kept is None or not takes:
-            if self._kept is not None:
-                self.tile_shape = TileShape(-(-num_tokens // _PARTS), self.tile_shape.rows)
-            self._scratch = _buffer(shard, self.tile_shape)
-        elif not whole:
-            self._scratch = self._kept
-        self._grads, self.unit = well_scaled(
-            task.grads.contiguous(), shard.classifier, peak=2.0**10
-        )
-
-    def tile(self, block: Shard, tokens: slice, rows: slice) -> tuple[Tensor, Tensor | None]:
-        """Return a tile's gradient [n, r], until the next call, and its sum over tokens [r]."""
-        if self._kept is not None and rows.stop <= self._kept_rows:
-            logits = self._kept[tokens, rows]
-            out = logits if self._takes else self._corner(tokens, rows)
-        else:
-            out = self._corner(tokens, rows)
-            logits = raw_logits(block, tokens, out)
-        sums = passes.put_gradient(logits, out, block, tokens, rows.start, self._task, self._grads)
-        # Where no kernel works the logits may be wider than the operands.
-        return out.to(block.classifier.dtype), sums
-
-    def _corner(self, tokens: slice, rows: slice) -> Tensor:
-        assert self._scratch is not None
-        return _corner(self._scratch, tokens, rows)
+def _statistics_by_tiles(
+    shard: Shard,
+    task: ForwardTask,
+    buffer: Tensor,
+    num_kept: int,
+    tile: TileShape,
+    row_slices: list[slice],
+) -> Tensor:
+    """Go through the tiles, those of the first ``num_kept`` rows in a place of their own."""
+    statistics = _new_statistics(shard, task)
+    for index, rows in enumerate(row_slices):
+        block = rows_of(shard, rows)
+        stays = rows.stop <= num_kept
+        for tokens in _token_blocks(shard.hidden.shape[0], tile.tokens, task.progress):
+            logits = buffer[tokens, rows] if stays else corner(buffer, tokens, rows)
+            passes.add_statistics(
+                statistics[:, tokens],
+                task.names,
+                raw_logits(block, tokens, logits),
+                block,
+                tokens,
+                rows.start,
+                first=index == 0,
+                keep=stays,
+            )
+            if index == len(row_slices) - 1 and task.progress is not None:
+                task.progress.complete(statistics, tokens.stop)
+    return statistics
 
 
 def _add_hidden_grad(
@@ -243,17 +220,6 @@ def _add_hidden_grad(
         if progress is not None:
             progress.complete(hidden_grad, stop)
         start = stop
-
-
-def _buffer(shard: Shard, tile: TileShape) -> Tensor:
-    """Allocate a tile's logits [tokens, at least rows], tokens a whole number of lines apart."""
-    rows = padded(tile.rows) if passes.kernels_work(shard.hidden) else tile.rows
-    return shard.hidden.new_empty((tile.tokens, rows), dtype=passes.logits_dtype(shard.hidden))
-
-
-def _corner(buffer: Tensor, tokens: slice, rows: slice) -> Tensor:
-    """Return the part of a tile's buffer that some tokens and rows need."""
-    return buffer[: tokens.stop - tokens.start, : rows.stop - rows.start]
 
 
 def _token_blocks(num_tokens: int, size: int, progress: Progress | None) -> Iterator[slice]:

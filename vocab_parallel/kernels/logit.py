@@ -39,3 +39,43 @@ def expm1(x):  # type: ignore[no-untyped-def]
         1.0 + x * (0.5 + x * (1.0 / 6 + x * (1.0 / 24 + x * (1.0 / 120 + x * (1.0 / 720)))))
     )
     return tl.where(tl.abs(x) < 0.25, series, tl.exp(x) - 1.0)
+
+
+@triton.jit
+def to_logit_and_slope(  # type: ignore[no-untyped-def]
+    x, softcap, temperature, HAS_SOFTCAP: tl.constexpr, HAS_TEMPERATURE: tl.constexpr
+):
+    """A logit and its derivative by the raw entry."""
+    slope = 1.0
+    if HAS_SOFTCAP:  # d tanh = 1 - tanh^2
+        tanh = capped_tanh(x, softcap)
+        x = softcap * tanh
+        slope = 1.0 - tanh * tanh
+    if HAS_TEMPERATURE:
+        x = x / temperature
+        slope = slope / temperature
+    return x, slope
+
+
+@triton.jit
+def gradient_of(  # type: ignore[no-untyped-def]
+    z, slope, is_target, lse, at_target, lse_grad, target_grad, sum_grad, expected, expected_grad,
+    SUM: tl.constexpr, EXPECTED: tl.constexpr, HAS_SLOPE: tl.constexpr,
+):  # fmt: skip
+    """The gradient of raw entries from their logits z; `impls/base.py` has the formula.
+
+    The statistics and what they receive are those of the logits' tokens, and broadcast with z.
+    """
+    p = tl.exp(z - lse)
+    gradient = p * lse_grad
+    own = lse_grad * expm1(at_target - lse) + (lse_grad + target_grad)
+    if EXPECTED > 0:
+        finite = tl.where(p > 0.0, z, 0.0)
+        gradient += p * expected_grad * (1.0 + finite - expected)
+        own += expected_grad * tl.exp(at_target - lse) * (1.0 + at_target - expected)
+    gradient = tl.where(is_target, own, gradient)
+    if SUM > 0:
+        gradient += sum_grad
+    if HAS_SLOPE:
+        gradient *= slope
+    return gradient

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vocab_parallel.kernels.logit import capped_tanh, expm1, readable_width
+from vocab_parallel.kernels.logit import gradient_of, readable_width, to_logit_and_slope
 
 BLOCK = 1024  # logits that a program works on at a time
 # For the bias's gradient a program adds up many tokens' logits, fewer of each.
@@ -120,28 +120,18 @@ def _logits_gradient(  # type: ignore[no-untyped-def]
         z = z.to(tl.float32)
         if HAS_BIAS:
             z += added
-        if HAS_SOFTCAP:
-            tanh = capped_tanh(z, softcap)
-            z = softcap * tanh
-        if HAS_TEMPERATURE:
-            z = z / temperature
-
-        p = tl.exp(z - lse)
-        gradient = p * lse_grad
-        at_target = lse_grad * expm1(at - lse) + (lse_grad + target_grad)
+        z, slope = to_logit_and_slope(z, softcap, temperature, HAS_SOFTCAP, HAS_TEMPERATURE)
+        expected, expected_grad, sum_grad = 0.0, 0.0, 0.0
         if EXPECTED > 0:
             expected = tl.load(statistics + EXPECTED * statistics_stride + token)
             expected_grad = tl.load(grads + EXPECTED * grads_stride + token)
-            finite = tl.where(p > 0.0, z, 0.0)
-            gradient += p * expected_grad * (1.0 + finite - expected)
-            at_target += expected_grad * tl.exp(at - lse) * (1.0 + at - expected)
-        gradient = tl.where(columns == target, at_target, gradient)
         if SUM > 0:
-            gradient += tl.load(grads + SUM * grads_stride + token)
-        if HAS_SOFTCAP:  # d tanh = 1 - tanh^2
-            gradient *= 1.0 - tanh * tanh
-        if HAS_TEMPERATURE:
-            gradient /= temperature
+            sum_grad = tl.load(grads + SUM * grads_stride + token)
+        gradient = gradient_of(
+            z, slope, columns == target, lse, at, lse_grad, target_grad, sum_grad,
+            expected, expected_grad,
+            SUM, EXPECTED, HAS_SOFTCAP or HAS_TEMPERATURE,
+        )  # fmt: skip
         if HAS_SUMS:
             summed += gradient
         tl.store(

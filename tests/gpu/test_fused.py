@@ -1,0 +1,105 @@
+"""Products and passes in one kernel, against products and passes one after the other."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.oracle import oracle, relative_error
+from vocab_parallel import linear_cross_entropy
+from vocab_parallel.impls import fused
+from vocab_parallel.impls.base import Shard
+
+hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9,
+    reason="the kernels are made for Hopper",
+)
+
+OPTIONS: tuple[dict[str, Any], ...] = (
+    {},
+    {"softcap": 4.0, "temperature": 0.7},
+    {"label_smoothing": 0.1, "z_loss": 1e-3},
+)
+
+
+@hopper
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(700, 3001, 136), (1, 5, 8), (129, 4096, 512)])
+def test_no_worse_than_two_kernels(
+    dtype: torch.dtype, shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ragged tiles, a bias, every option, each way; tokens of which most are confident."""
+    tokens, rows, hidden = shape
+    torch.manual_seed(0)
+    c = torch.randn(rows, hidden, device="cuda") / hidden**0.5
+    targets = torch.randint(rows, (tokens,), device="cuda")
+    e = torch.randn(tokens, hidden, device="cuda")
+    e[::2] = 12.0 * c[targets][::2] + 0.3 * e[::2]
+    bias = torch.randn(rows, device="cuda")
+    leaves = [t.to(dtype).requires_grad_() for t in (e, c, bias)]
+    if tokens > 1:
+        targets[::9] = -100
+    assert fused.works(_shard(leaves[0], leaves[1]))
+    for given in OPTIONS:
+        wide = [t.detach().double().requires_grad_() for t in leaves]
+        loss, _ = oracle(wide[0], wide[1], targets, wide[2], **given)
+        exact = torch.autograd.grad(loss, wide)
+
+        def errors(extra: dict[str, Any], given: dict[str, Any] = given, want: Any = exact) -> Any:
+            got = linear_cross_entropy(leaves[0], leaves[1], targets, leaves[2], **given, **extra)
+            found = torch.autograd.grad(got, leaves)
+            return [relative_error(a, b) for a, b in zip(found, want, strict=True)]
+
+        for extra in (
+            {"backward": "recompute", "chunk_rows": 1024},
+            {"backward": "recompute", "chunk_rows": 999, "chunk_tokens": 200},
+            {"backward": "probs"},
+            {"memory_budget": tokens * rows},
+        ):
+            found = errors(extra)
+            with monkeypatch.context() as patch:
+                patch.setattr(fused, "works", lambda shard: False)
+                apart = errors(extra)
+            print(dtype, shape, given, extra, found, apart)
+            for ours, theirs in zip(found, apart, strict=True):
+                assert ours <= 1.1 * theirs + 1e-4, (given, extra)
+
+
+@hopper
+def test_confident_tokens() -> None:
+    """Logits that are never rounded: a tenth of the error of eager bfloat16's."""
+    torch.manual_seed(0)
+    c = torch.randn(4096, 512, device="cuda") / 512**0.5
+    targets = torch.randint(4096, (1024,), device="cuda")
+    e = 16.0 * c[targets] + 0.3 * torch.randn(1024, 512, device="cuda")
+    leaves = [t.bfloat16().requires_grad_() for t in (e, c)]
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    exact = torch.autograd.grad(oracle(wide[0], wide[1], targets)[0], wide)
+    logits = torch.nn.functional.linear(*leaves).float()
+    peers = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, targets), leaves)
+    loss = linear_cross_entropy(leaves[0], leaves[1], targets, backward="recompute")
+    for ours, peer, want in zip(torch.autograd.grad(loss, leaves), peers, exact, strict=True):
+        print(relative_error(ours, want), relative_error(peer, want))
+        assert relative_error(ours, want) < 0.25 * relative_error(peer, want)
+
+
+@hopper
+def test_what_tma_cannot_read_goes_by_products_alone() -> None:
+    for hidden, offset in ((60, 0), (64, 1)):
+        torch.manual_seed(0)
+        e = torch.randn(300, hidden, device="cuda").bfloat16().requires_grad_()
+        storage = torch.randn(500 * hidden + offset, device="cuda").div(hidden**0.5).bfloat16()
+        c = storage[offset:].view(500, hidden).requires_grad_()
+        assert not fused.works(_shard(e, c))
+        targets = torch.randint(500, (300,), device="cuda")
+        wide = [t.detach().double().requires_grad_() for t in (e, c)]
+        exact = torch.autograd.grad(oracle(wide[0], wide[1], targets)[0], wide)
+        found = torch.autograd.grad(linear_cross_entropy(e, c, targets), (e, c))
+        for got, want in zip(found, exact, strict=True):
+            assert relative_error(got, want) < 1e-2
+
+
+def _shard(hidden: Tensor, classifier: Tensor) -> Shard:
+    targets = torch.zeros(hidden.shape[0], dtype=torch.int32, device=hidden.device)
+    return Shard(hidden, classifier, None, targets, None, 1.0, True, torch.float32, True)

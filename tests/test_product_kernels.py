@@ -1,0 +1,113 @@
+"""The kernels that multiply and finish in one, against plain torch, in Triton's interpreter."""
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+
+from tests.oracle import oracle, relative_error
+from tests.ranks import run_ranks
+from tests.test_kernels import INTERPRETED, blocked, drawn_shard
+from vocab_parallel import linear_cross_entropy
+from vocab_parallel.impls import chunked, fused, passes, tile_logits
+from vocab_parallel.impls.base import BackwardTask, ClassifierGrad, Wanted
+from vocab_parallel.statistics import StatisticNames
+
+HALF = torch.float16  # the interpreter has no bfloat16
+
+
+def check_product_kernels() -> None:
+    """Every option, several tiles with ragged edges, a hidden size that no step divides."""
+    generator = torch.Generator().manual_seed(0)
+    names_of: list[StatisticNames] = [
+        ("lse", "target"),
+        ("lse", "target", "sum"),
+        ("lse", "target", "sum", "expected"),
+    ]
+    for turn, case in enumerate(
+        itertools.product(names_of, (None, 1.5), (1.0, 0.7), (False, True))
+    ):
+        names, softcap, temperature, has_bias = case
+        num_tokens, num_rows = (1, 130, 70)[turn % 3], (5, 150, 300)[turn % 3]
+        bias = torch.randn(num_rows, generator=generator) if has_bias else None
+        if bias is not None and softcap is None and "sum" not in names:
+            bias[: num_rows // 2] = -torch.inf  # rows that are masked: a tile of them, even
+        shard = drawn_shard(
+            generator,
+            num_tokens,
+            num_rows,
+            hidden=torch.randn(num_tokens, 72, generator=generator).to(HALF),
+            classifier=(torch.randn(num_rows, 72, generator=generator) / 8).to(HALF),
+            softcap=softcap,
+            temperature=temperature,
+            bias=bias,
+        )
+        raw = shard.hidden.float() @ shard.classifier.float().T
+        tokens = slice(0, num_tokens)
+        want = torch.empty(len(names), num_tokens)
+        passes.add_statistics(want, names, raw.clone(), shard, tokens, 0, first=True, keep=False)
+        found, num_kept = torch.full_like(want, torch.nan), min(num_rows, 128)
+        kept = torch.zeros(num_tokens, 320, dtype=HALF)
+        memory = 4 * 64 * len(names)  # some tokens at a time
+        fused.put_statistics(found, names, shard, tokens, kept[:, :num_kept], memory)
+        finite = want.isfinite()
+        assert torch.equal(finite, found.isfinite()), case
+        assert relative_error(found[finite], want[finite]) < 1e-6, case
+        assert relative_error(kept[:, :num_kept], raw[:, :num_kept]) < 1e-3, case
+        assert not kept[:, num_kept:].any(), "others are not touched"
+
+        grads = torch.randn(len(names), num_tokens, generator=generator)
+        task = BackwardTask(
+            names, want, grads, Wanted(True, True, True), ClassifierGrad(torch.float32)
+        )
+        cut = num_rows // 16 * 8  # a block of rows begins at 16 bytes
+        for rows in (slice(0, cut), slice(cut, num_rows)) if cut else (slice(0, num_rows),):
+            block, tile = blocked(shard, rows), raw.clone()[:, rows]
+            sums = passes.put_gradient(tile, tile, block, tokens, rows.start, task, grads)
+            out = torch.zeros(num_tokens, 320, dtype=HALF)
+            own = out[:, : tile.shape[1]]
+            got = fused.put_gradient(own, block, tokens, rows.start, task, grads)
+            known = tile.isfinite()  # a target that is masked has no finite gradient
+            assert relative_error(own[known], tile[known]) < 1e-3, case
+            assert not out[:, tile.shape[1] :].any(), "others are not touched"
+            assert (got is None) == (sums is None)
+            if sums is not None and got is not None:
+                known = sums.isfinite()
+                assert relative_error(got[known], sums[known]) < 1e-5, case
+
+
+def check_whole_loss() -> None:
+    """Every way, in float16, no worse than float16 can be."""
+    passes.kernels_work = lambda tensor: tensor.dtype != torch.float64
+    fused.works = lambda shard: True
+    # A CPU widens operands before its products, these kernels do not.
+    chunked.widened = tile_logits.widened = lambda operand, dtype: operand
+    torch.manual_seed(0)
+    e, c = torch.randn(140, 64).to(HALF), (torch.randn(300, 64) / 8).to(HALF)
+    targets = torch.randint(300, (140,))
+    targets[::7] = -100
+    leaves = [t.double().requires_grad_() for t in (e, c)]
+    exact_loss, _ = oracle(leaves[0], leaves[1], targets, softcap=3.0, z_loss=0.01)
+    exact = torch.autograd.grad(exact_loss, leaves)
+    extra: dict[str, Any]
+    for backward, extra in (
+        ("auto", {"memory_budget": 140 * 200 * 2 * 3, "chunk_rows": 128}),
+        ("recompute", {}),
+        ("recompute", {"chunk_rows": 128, "chunk_tokens": 100}),
+        ("probs", {}),
+    ):
+        own = [t.clone().requires_grad_() for t in (e, c)]
+        loss = linear_cross_entropy(
+            own[0], own[1], targets, backward=backward, softcap=3.0, z_loss=0.01, **extra
+        )
+        assert relative_error(loss, exact_loss) < 1e-5, (backward, extra)
+        (64.0 * loss).backward()
+        for tensor, want in zip(own, exact, strict=True):
+            assert relative_error(tensor.grad, 64.0 * want) < 2e-3, (backward, extra)
+
+
+@pytest.mark.parametrize("check", [check_product_kernels, check_whole_loss])
+def test_product_kernels(check: Any) -> None:
+    pytest.importorskip("triton.tools.tensor_descriptor")
+    run_ranks(check, 1, environment=INTERPRETED)

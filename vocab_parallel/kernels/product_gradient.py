@@ -1,0 +1,154 @@
+"""The product and the gradient of its raw logits in one kernel: the logits never leave the chip.
+
+Reads hidden states and rows, writes the gradient once, one exponential a logit. Where the bias has
+a gradient, a program adds up the columns of its tile's 128 tokens, and another kernel those sums.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vocab_parallel.kernels import product
+from vocab_parallel.kernels.logit import gradient_of, to_logit_and_slope
+from vocab_parallel.kernels.product import corner_of, multiply
+
+
+def product_gradient(
+    hidden: Tensor,  # (n, D)
+    classifier: Tensor,  # (r, D)
+    bias: Tensor | None,  # (r,)
+    targets: Tensor,  # (n,), counted from the row `row_start` before the tile's first
+    row_start: int,
+    statistics: Tensor,  # (k, n) float32, of the whole vocabulary
+    grads: Tensor,  # (k, n) float32, what each statistic receives
+    names: tuple[str, ...],
+    out: Tensor,  # (n, r) in the dtype of the hidden states; written
+    *,
+    softcap: float | None,
+    temperature: float,
+    sum_tokens: bool,
+) -> Tensor | None:  # (r,) float32
+    """Write the gradient of the raw logits to ``out``; return its sum over tokens where asked.
+
+    Args:
+        hidden, classifier, out: float16 or bfloat16, as `product.operands_fit` wants them.
+        targets: int32 or int64.
+    """
+    (num_tokens, depth), num_rows = hidden.shape, classifier.shape[0]
+    assert statistics.stride(1) == grads.stride(1) == 1
+    assert names[:2] == ("lse", "target")
+    groups = triton.cdiv(num_tokens, product.TOKENS)
+    tiles = groups * triton.cdiv(num_rows, product.ROWS)
+    programs = product.num_programs(hidden.device, tiles)
+    sums = None
+    if sum_tokens:
+        sums = torch.empty((groups, num_rows), dtype=torch.float32, device=hidden.device)
+    with torch.cuda.device_of(hidden):
+        _product_gradient[(programs,)](
+            product.describe(hidden, product.TOKENS, product.DEPTH),
+            product.describe(classifier, product.ROWS, product.DEPTH),
+            product.describe(out, product.TOKENS, product.ROWS // 2),
+            bias,
+            targets,
+            statistics,
+            statistics.stride(0),
+            grads,
+            grads.stride(0),
+            sums,
+            num_tokens,
+            num_rows,
+            tiles,
+            row_start,
+            0.0 if softcap is None else softcap,
+            temperature,
+            HAS_BIAS=bias is not None,
+            HAS_SOFTCAP=softcap is not None,
+            HAS_TEMPERATURE=temperature != 1.0,
+            SUM=names.index("sum") if "sum" in names else 0,
+            EXPECTED=names.index("expected") if "expected" in names else 0,
+            HAS_SUMS=sum_tokens,
+            DEPTHS=triton.cdiv(depth, product.DEPTH),
+            PROGRAMS=programs,
+            TOKENS=product.TOKENS,
+            ROWS=product.ROWS,
+            DEPTH=product.DEPTH,
+            GROUP=product.GROUP,
+            **product.OPTIONS,
+        )
+    return None if sums is None else sums.sum(0)
+
+
+@triton.jit
+def _product_gradient(  # type: ignore[no-untyped-def]
+    hidden,
+    classifier,
+    out,
+    bias,
+    targets,
+    statistics,
+    statistics_stride,
+    grads,
+    grads_stride,
+    sums,
+    num_tokens,
+    num_rows,
+    tiles,
+    row_start,
+    softcap,
+    temperature,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_TEMPERATURE: tl.constexpr,
+    SUM: tl.constexpr,  # its row in the statistics, 0 where there is none
+    EXPECTED: tl.constexpr,
+    HAS_SUMS: tl.constexpr,
+    DEPTHS: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    HALF: tl.constexpr = ROWS // 2
+    for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=True):
+        token, row = corner_of(tile, num_tokens, num_rows, TOKENS, ROWS, GROUP)
+        first, second = multiply(hidden, classifier, token, row, DEPTHS, TOKENS, ROWS, DEPTH)
+        tokens = token + tl.arange(0, TOKENS)
+        inside = tokens < num_tokens
+        # Beyond the last token everything is 0.
+        lse = tl.load(statistics + tokens, mask=inside, other=float("inf"))
+        at = tl.load(statistics + statistics_stride + tokens, mask=inside, other=0.0)
+        lse_grad = tl.load(grads + tokens, mask=inside, other=0.0)
+        target_grad = tl.load(grads + grads_stride + tokens, mask=inside, other=0.0)
+        target = tl.load(targets + tokens, mask=inside, other=-1).to(tl.int32) - row_start
+        expected, expected_grad, sum_grad = lse, lse, lse
+        if EXPECTED > 0:
+            expected = tl.load(
+                statistics + EXPECTED * statistics_stride + tokens, mask=inside, other=0.0
+            )
+            expected_grad = tl.load(
+                grads + EXPECTED * grads_stride + tokens, mask=inside, other=0.0
+            )
+        if SUM > 0:
+            sum_grad = tl.load(grads + SUM * grads_stride + tokens, mask=inside, other=0.0)
+        for half in tl.static_range(2):
+            z = first if half == 0 else second
+            start = row + half * HALF
+            columns = start + tl.arange(0, HALF)
+            if HAS_BIAS:
+                z += tl.load(bias + columns, mask=columns < num_rows, other=0.0).to(tl.float32)
+            z, slope = to_logit_and_slope(z, softcap, temperature, HAS_SOFTCAP, HAS_TEMPERATURE)
+            gradient = gradient_of(
+                z, slope, columns[None, :] == target[:, None], lse[:, None], at[:, None],
+                lse_grad[:, None], target_grad[:, None], sum_grad[:, None],
+                expected[:, None], expected_grad[:, None],
+                SUM, EXPECTED, HAS_SOFTCAP or HAS_TEMPERATURE,
+            )  # fmt: skip
+            if HAS_SUMS:
+                tl.store(
+                    sums + (token // TOKENS).to(tl.int64) * num_rows + columns,
+                    tl.sum(gradient, 0),
+                    mask=columns < num_rows,
+                )
+            out.store([token, start], gradient.to(out.dtype))

@@ -1,0 +1,231 @@
+"""The product and each token's statistics in one kernel: raw logits never leave the chip.
+
+A tile's statistics, k - 1 float32 a token and block of 128 rows, are joined by a second kernel; the
+target's logit is written by the tile that has it. The logits of the first rows are written too,
+where somebody wants to keep them. One exponential a logit.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vocab_parallel.kernels import product
+from vocab_parallel.kernels.logit import to_logit
+from vocab_parallel.kernels.product import corner_of, multiply
+
+# What a program of the second kernel joins at a time: blocks of rows by tokens.
+_JOINED_BLOCKS, _JOINED_TOKENS = 32, 32
+
+
+def product_statistics(
+    hidden: Tensor,  # (n, D)
+    classifier: Tensor,  # (R, D)
+    bias: Tensor | None,  # (R,)
+    targets: Tensor,  # (n,)
+    statistics: Tensor,  # (k, n) float32; written
+    names: tuple[str, ...],
+    kept: Tensor | None,  # (n, r), r a multiple of 128 or R; raw logits, written
+    *,
+    softcap: float | None,
+    temperature: float,
+) -> None:
+    """Write the statistics of the logits of all rows, and keep those of the first rows.
+
+    Args:
+        hidden, classifier: float16 or bfloat16, as `product.operands_fit` wants them.
+        targets: int32 or int64; a token whose target is none of the rows has a target logit of 0.
+        names: "lse", "target", then "sum" and "expected" where wanted; see `statistics.py`.
+    """
+    (num_tokens, depth), num_rows = hidden.shape, classifier.shape[0]
+    assert names[:2] == ("lse", "target")
+    assert statistics.stride(1) == 1
+    blocks = triton.cdiv(num_rows, product.ROWS)
+    parts = statistics.new_empty((len(names) - 1, blocks, num_tokens))
+    tiles = triton.cdiv(num_tokens, product.TOKENS) * blocks
+    programs = product.num_programs(hidden.device, tiles)
+    rows_kept = 0 if kept is None else kept.shape[1]
+    with torch.cuda.device_of(hidden):
+        _product_statistics[(programs,)](
+            product.describe(hidden, product.TOKENS, product.DEPTH),
+            product.describe(classifier, product.ROWS, product.DEPTH),
+            None if kept is None else product.describe(kept, product.TOKENS, product.ROWS // 2),
+            rows_kept,
+            bias,
+            targets,
+            parts,
+            statistics,
+            statistics.stride(0),
+            num_tokens,
+            num_rows,
+            tiles,
+            0.0 if softcap is None else softcap,
+            temperature,
+            HAS_BIAS=bias is not None,
+            HAS_SOFTCAP=softcap is not None,
+            HAS_TEMPERATURE=temperature != 1.0,
+            SUM=names.index("sum") if "sum" in names else 0,
+            EXPECTED=names.index("expected") if "expected" in names else 0,
+            KEEPS=rows_kept > 0,
+            DEPTHS=triton.cdiv(depth, product.DEPTH),
+            PROGRAMS=programs,
+            TOKENS=product.TOKENS,
+            ROWS=product.ROWS,
+            DEPTH=product.DEPTH,
+            GROUP=product.GROUP,
+            **product.OPTIONS,
+        )
+        _join_blocks[(triton.cdiv(num_tokens, _JOINED_TOKENS),)](
+            parts,
+            targets,
+            statistics,
+            statistics.stride(0),
+            blocks,
+            num_tokens,
+            num_rows,
+            SUM=names.index("sum") if "sum" in names else 0,
+            EXPECTED=names.index("expected") if "expected" in names else 0,
+            BLOCKS=_JOINED_BLOCKS,
+            TOKENS=_JOINED_TOKENS,
+            num_warps=4,
+        )
+
+
+@triton.jit
+def _product_statistics(  # type: ignore[no-untyped-def]
+    hidden,
+    classifier,
+    kept,
+    rows_kept,
+    bias,
+    targets,
+    parts,
+    statistics,
+    statistics_stride,
+    num_tokens,
+    num_rows,
+    tiles,
+    softcap,
+    temperature,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_TEMPERATURE: tl.constexpr,
+    SUM: tl.constexpr,  # its row in the statistics, 0 where it is not wanted
+    EXPECTED: tl.constexpr,
+    KEEPS: tl.constexpr,
+    DEPTHS: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    HALF: tl.constexpr = ROWS // 2
+    LOG2E: tl.constexpr = 1.4426950408889634
+    blocks = tl.cdiv(num_rows, ROWS)
+    part = blocks.to(tl.int64) * num_tokens  # numbers of one statistic in `parts`
+    for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=True):
+        token, row = corner_of(tile, num_tokens, num_rows, TOKENS, ROWS, GROUP)
+        first, second = multiply(hidden, classifier, token, row, DEPTHS, TOKENS, ROWS, DEPTH)
+        tokens = token + tl.arange(0, TOKENS)
+        inside = tokens < num_tokens
+        target = tl.load(targets + tokens, mask=inside, other=-1).to(tl.int32)
+        peak = tl.full((TOKENS,), -float("inf"), tl.float32)
+        total = tl.zeros((TOKENS,), tl.float32)
+        plain = tl.zeros((TOKENS,), tl.float32)
+        weighted = tl.zeros((TOKENS,), tl.float32)
+        at_target = tl.zeros((TOKENS,), tl.float32)
+        for half in tl.static_range(2):
+            z = first if half == 0 else second
+            start = row + half * HALF
+            if KEEPS:  # noqa: SIM102 (one is known to the compiler)
+                if start < rows_kept:
+                    kept.store([token, start], z.to(hidden.dtype))
+            columns = start + tl.arange(0, HALF)
+            if HAS_BIAS:
+                z += tl.load(bias + columns, mask=columns < num_rows, other=0.0).to(tl.float32)
+            z = to_logit(z, softcap, temperature, HAS_SOFTCAP, HAS_TEMPERATURE)
+            at_target += tl.sum(tl.where(columns[None, :] == target[:, None], z, 0.0), 1)
+            if start + HALF > num_rows:
+                z = tl.where(columns[None, :] < num_rows, z, -float("inf"))
+            larger = tl.maximum(peak, tl.max(z, 1))
+            # A row of -inf alone (a bias may mask rows so) must not give -inf - -inf.
+            shift = tl.where(larger == -float("inf"), 0.0, larger) * LOG2E
+            exponential = tl.exp2(z * LOG2E - shift[:, None])
+            rescale = tl.exp2(peak * LOG2E - shift)
+            total = total * rescale + tl.sum(exponential, 1)
+            if SUM > 0:
+                plain += tl.sum(tl.where(columns[None, :] < num_rows, z, 0.0), 1)
+            if EXPECTED > 0:
+                finite = tl.where(exponential > 0.0, z, 0.0)
+                weighted = weighted * rescale + tl.sum(finite * exponential, 1)
+            peak = larger
+        out = parts + (row // ROWS).to(tl.int64) * num_tokens + tokens
+        divisor = tl.where(total > 0.0, total, 1.0)
+        lse = tl.where(total > 0.0, peak + tl.log(divisor), peak)
+        tl.store(out, lse, mask=inside)
+        owned = (target >= row) & (target < row + ROWS)
+        tl.store(statistics + statistics_stride + tokens, at_target, mask=inside & owned)
+        if SUM > 0:
+            tl.store(out + (SUM - 1) * part, plain, mask=inside)
+        if EXPECTED > 0:
+            expected = weighted / divisor
+            tl.store(out + (EXPECTED - 1) * part, expected, mask=inside)
+
+
+@triton.jit
+def _join_blocks(  # type: ignore[no-untyped-def]
+    parts,
+    targets,
+    statistics,
+    statistics_stride,
+    blocks,
+    num_tokens,
+    num_rows,
+    SUM: tl.constexpr,
+    EXPECTED: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    LOG2E: tl.constexpr = 1.4426950408889634
+    tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    inside = tokens < num_tokens
+    part = blocks.to(tl.int64) * num_tokens
+    block = tl.arange(0, BLOCKS)
+    own = parts + block[:, None].to(tl.int64) * num_tokens + tokens[None, :]
+    # Lane by lane until the end: lane i has the blocks i, i + BLOCKS and so on.
+    peak = tl.full((BLOCKS, TOKENS), -float("inf"), tl.float32)
+    total = tl.zeros((BLOCKS, TOKENS), tl.float32)
+    plain = tl.zeros((BLOCKS, TOKENS), tl.float32)
+    weighted = tl.zeros((BLOCKS, TOKENS), tl.float32)
+    for start in range(0, blocks, BLOCKS):
+        here = (start + block < blocks)[:, None] & inside[None, :]
+        at = own + tl.cast(start, tl.int64) * num_tokens
+        lse = tl.load(at, mask=here, other=-float("inf"))
+        larger = tl.maximum(peak, lse)
+        shift = tl.where(larger == -float("inf"), 0.0, larger)
+        rescale = tl.exp2((peak - shift) * LOG2E)
+        share = tl.exp2((lse - shift) * LOG2E)
+        total = total * rescale + share
+        if SUM > 0:
+            plain += tl.load(at + (SUM - 1) * part, mask=here, other=0.0)
+        if EXPECTED > 0:
+            expected = tl.load(at + (EXPECTED - 1) * part, mask=here, other=0.0)
+            weighted = weighted * rescale + share * expected
+        peak = larger
+    top = tl.max(peak, 0)
+    shift = tl.where(top == -float("inf"), 0.0, top)
+    rescale = tl.exp2((peak - shift[None, :]) * LOG2E)
+    sums = tl.sum(total * rescale, 0)
+    divisor = tl.where(sums > 0.0, sums, 1.0)
+    lse = tl.where(sums > 0.0, top + tl.log(divisor), top)
+    out = statistics + tokens
+    tl.store(out, lse, mask=inside)
+    target = tl.load(targets + tokens, mask=inside, other=-1).to(tl.int32)
+    nowhere = (target < 0) | (target >= num_rows)
+    tl.store(out + statistics_stride, 0.0, mask=inside & nowhere)
+    if SUM > 0:
+        tl.store(out + SUM * statistics_stride, tl.sum(plain, 0), mask=inside)
+    if EXPECTED > 0:
+        expected = tl.sum(weighted * rescale, 0) / divisor
+        tl.store(out + EXPECTED * statistics_stride, expected, mask=inside)
