@@ -29,6 +29,7 @@ _CONTRIBUTED = {  # the operator of torch.ops.c10d, and which argument is contri
     "allreduce_": ("all_reduce", 0),
     "_allgather_base_": ("all_gather", 1),
     "_reduce_scatter_base_": ("reduce_scatter", 1),
+    "reduce_": ("reduce", 0),
     "allgather_": ("all_gather_list", 1),
     "broadcast_": ("broadcast", 0),
 }

@@ -4,14 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from tests.oracle import oracle, relative_error
-from tests.ranks import run_ranks
-from tests.recording import CollectiveRecorder
-from vocab_parallel import VocabParallelOptions, linear_cross_entropy, pieces, plan_backward
-from vocab_parallel.impls import chunked, tile_logits
+from vocab_parallel import VocabParallelOptions, linear_cross_entropy, plan_backward
+from vocab_parallel.impls import chunked, gradient_tiles, tile_logits
 
 WAYS = ("recompute", "probs", "gradients")
 # A budget that keeps the logits of 8 of `problem`'s 17 rows.
@@ -177,7 +174,8 @@ def test_what_fits_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
         made.append(out.shape[1])
         return tile_logits.raw_logits(block, tokens, out)
 
-    monkeypatch.setattr(chunked, "raw_logits", counting)
+    for module in (chunked, gradient_tiles):
+        monkeypatch.setattr(module, "raw_logits", counting)
     e, c, targets = problem()
     loss = linear_cross_entropy(e, c, targets, **PARTLY)
     assert made == [4, 4, 1, 4, 4], "what is kept comes last"
@@ -200,52 +198,6 @@ def test_kept_bytes_fit() -> None:
         assert 3 * several.kept_bytes + several.logits_bytes <= budget
     named = plan_backward(8192, 37_984, 5120, memory_budget=256 * MIB, backward="recompute")
     assert (named.kept_rows, named.kept_bytes) == (0, 0), "who names it keeps nothing"
-
-
-def check_overlap() -> None:
-    """Pieces communicate as many bytes as the whole, and give the same bits."""
-    tokens, hidden, vocabulary = 12, 8, 23
-    options = VocabParallelOptions.from_vocab(vocabulary)
-    generator = torch.Generator().manual_seed(0)
-    whole = torch.randn(vocabulary, hidden, generator=generator)
-    given = torch.randn(tokens, hidden, generator=generator)
-    targets = torch.randint(vocabulary, (tokens,), generator=generator)
-    found: dict[Any, tuple[Tensor, ...]] = {}
-    for fewest in (2048, 3):
-        pieces._FEWEST_TOKENS = fewest
-        for backward in WAYS:
-            for overlap in (True, False):
-                e = given.clone().requires_grad_()
-                c = whole[options.start : options.stop].clone().requires_grad_()
-                with CollectiveRecorder() as before:
-                    loss = linear_cross_entropy(
-                        e, c, targets, vocab_parallel_options=options, backward=backward,
-                        overlap=overlap, validate=False, chunk_tokens=tokens,
-                    )  # fmt: skip
-                with CollectiveRecorder() as after:
-                    loss.backward()  # type: ignore[union-attr]
-                calls = [(call.name, call.size) for call in before.calls + after.calls]
-                count = {"all_gather": 2 if fewest == 3 and backward == "probs" else 1}
-                cut = fewest == 3 and backward != "gradients"  # it goes by its own chunks
-                count["all_reduce"] = 4 if cut else 1
-                for name, size in (
-                    ("all_gather", 2 * 4 * tokens),
-                    ("all_reduce", 4 * tokens * hidden),
-                ):
-                    sizes = [size for called, size in calls if called == name]
-                    assert (len(sizes), sum(sizes)) == (count[name], size), (calls, backward)
-                assert len(after.calls) == (0 if backward == "gradients" else count["all_reduce"])
-                found[fewest, backward, overlap] = (loss.detach(), e.grad, c.grad)  # type: ignore
-    for key, result in found.items():
-        other = found[key[0], key[1], not key[2]]
-        assert all(torch.equal(a, b) for a, b in zip(result, other, strict=True)), key
-        first = found[2048, "recompute", True]
-        assert all(relative_error(a, b) < 1e-6 for a, b in zip(result, first, strict=True)), key
-    dist.barrier()
-
-
-def test_overlap() -> None:
-    run_ranks(check_overlap, 2)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")

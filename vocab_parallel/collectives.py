@@ -10,6 +10,8 @@ degree. A call moves nothing when the degree is 1. Bytes are those that one rank
               gather_shards     [k, N] fp32           4 k N        always
     backward  sum_over_group    [N, D] fp32           4 N D        layout "replicated"
               scatter_sum       [N, D] fp32           4 N D        layouts "sharded", "sequence"
+              sum_at            [T, D] fp32           4 T D        in its place, V calls, from 2048
+                                                                   tokens a rank on
               gather_tokens     [T] fp32              4 T          per-token results, gathering
     predict   gather_shards     [N, m] fp32, int64    12 m N       m candidates of each token
               gather_shards     [N] fp32              4 N          and its lse
@@ -138,6 +140,23 @@ def start_scatter_sum(
 def scatter_sum(partial: Tensor, group: ProcessGroup | None, degree: int) -> Tensor:
     """`start_scatter_sum`, waited for."""
     return start_scatter_sum(partial, group, degree).wait()
+
+
+def start_sum_at(
+    partial: Tensor,  # (n, D)
+    owner: int,
+    group: ProcessGroup | None,
+    degree: int,
+) -> Pending:  # of (n, D), that sum on the owner, nothing in particular elsewhere
+    """Sum partial gradients of one rank's tokens on that rank, in place; all must call."""
+    what = "the reduction of a gradient"
+    if degree == 1:
+        return Pending(partial, None, what, group)
+    partial = partial.contiguous()
+    where = dist.get_process_group_ranks(group)[owner]
+    with _named(what, group):
+        work = dist.reduce(partial, where, group=group, async_op=True)
+    return Pending(partial, work, what, group)
 
 
 def rank_in(group: ProcessGroup) -> int:

@@ -5,6 +5,7 @@ pieces are the calls that it makes, and all must make the same.
 """
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -88,8 +89,8 @@ class StatisticsExchange(Pieces):
 class HiddenGradSum(Pieces):
     """Sums the shards' partial gradients [N, D] of the hidden states.
 
-    All-reduced in pieces, in place; reduce-scattered whole, since a piece would take some tokens
-    of every rank.
+    Where every rank wants all tokens the pieces are all-reduced, in place. Where each wants its
+    own, a piece has tokens of one rank and is summed there; one of all tokens is reduce-scattered.
     """
 
     def __init__(
@@ -102,16 +103,23 @@ class HiddenGradSum(Pieces):
         overlap: bool,
         pieces: Sequence[slice] | None = None,
     ) -> None:
+        self._own_tokens = num_tokens // shard.degree if scatters else num_tokens
+        self._scatters, self._rank = scatters, shard.rank
+        if pieces is None:
+            pieces = even_pieces(num_tokens, shard.degree if scatters else _GRADIENT_PIECES)
+        if scatters:
+            few = self._own_tokens < _FEWEST_TOKENS
+            pieces = [slice(0, num_tokens)] if few else _cut_at(pieces, self._own_tokens)
+        in_one = len(pieces) == 1
+
         def start(partial: Tensor, piece: slice) -> Pending:
             own = partial[piece].to(dtype)
-            if scatters:
+            if not scatters:
+                return collectives.start_sum_over_group(own, shard.group, shard.degree)
+            if in_one:
                 return collectives.start_scatter_sum(own, shard.group, shard.degree)
-            return collectives.start_sum_over_group(own, shard.group, shard.degree)
+            return collectives.start_sum_at(own, self._owner(piece), shard.group, shard.degree)
 
-        if scatters:
-            pieces = [slice(0, num_tokens)]
-        elif pieces is None:
-            pieces = even_pieces(num_tokens, _GRADIENT_PIECES)
         super().__init__(pieces, start, overlap=overlap)
 
     def total(self, partial: Tensor, out_dtype: torch.dtype) -> Tensor:
@@ -119,7 +127,19 @@ class HiddenGradSum(Pieces):
         sums = self.finish(partial)
         if len(sums) == 1:
             return sums[0].to(out_dtype)
-        total = partial.new_empty(partial.shape, dtype=out_dtype)
+        total = partial.new_empty((self._own_tokens, *partial.shape[1:]), dtype=out_dtype)
+        first = self._rank * self._own_tokens if self._scatters else 0
         for piece, part in zip(self.pieces, sums, strict=True):
-            total[piece] = part
+            if not self._scatters or self._owner(piece) == self._rank:
+                total[piece.start - first : piece.stop - first] = part
         return total
+
+    def _owner(self, piece: slice) -> int:
+        return int(piece.start) // self._own_tokens
+
+
+def _cut_at(pieces: Sequence[slice], length: int) -> list[slice]:
+    """Cut pieces where they cross a multiple of ``length``."""
+    ends = {piece.stop for piece in pieces} | {*range(length, pieces[-1].stop, length)}
+    starts = [0, *sorted(ends)]
+    return [slice(start, stop) for start, stop in pairwise(starts)]

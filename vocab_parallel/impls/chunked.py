@@ -86,14 +86,16 @@ class ChunkedImpl:
     def forward(self, shard: Shard, task: ForwardTask) -> Forward:
         """See `LocalImpl.forward`."""
         num_tokens, num_rows = shard.hidden.shape[0], shard.classifier.shape[0]
-        tile = self._tile(shard, task.names, task.keep_rows >= num_rows)
-        row_slices = self._row_blocks(shard, tile)
-        num_kept = max((rows.stop for rows in row_slices if rows.stop <= task.keep_rows), default=0)
+        keeps_all = task.keep_rows >= num_rows
+        num_kept = num_rows if keeps_all else task.keep_rows
+        tile = self._tile(shard, task.names, keeps_all)
         kept = tile_buffer(shard, TileShape(num_tokens, num_kept)) if num_kept else None
-        if fused.works(shard):
+        # Who writes all logits gains nothing by not reading them.
+        if not keeps_all and fused.works(shard):
             own = None if kept is None else kept[:, :num_kept]
             statistics = self._statistics_fused(shard, task, own)
         else:
+            row_slices = self._row_blocks(shard, tile, num_kept)
             # Rows that are not kept come first: what is kept may have the buffer after them.
             row_slices.sort(key=lambda rows: rows.stop <= num_kept)
             buffer = tile_buffer(shard, tile) if kept is None else kept
@@ -115,7 +117,8 @@ class ChunkedImpl:
         num_tokens, num_rows = shard.hidden.shape[0], shard.classifier.shape[0]
         source = GradientTiles(shard, task, self._tile)
         tile = source.tile_shape
-        row_slices = self._row_blocks(shard, tile)
+        num_kept = 0 if task.kept is None else task.kept.num_rows
+        row_slices = self._row_blocks(shard, tile, num_kept)
         at_once = len(row_slices) == 1 and source.unit is None
         hidden_grad = _allocate_hidden_grad(shard, task, at_once)
         row_grads = RowGradients(shard, task, source.unit, one_tile=tile.tokens >= num_tokens)
@@ -142,9 +145,11 @@ class ChunkedImpl:
             hidden_grad.mul_(source.unit)
         return Gradients(hidden_grad, *row_grads.found)
 
-    def _row_blocks(self, shard: Shard, tile: TileShape) -> list[slice]:
+    def _row_blocks(self, shard: Shard, tile: TileShape, num_kept: int) -> list[slice]:
+        """Cut the rows into tiles, those that are kept and the others apart."""
         aligned = passes.kernels_work(shard.hidden)
-        return list(row_blocks(shard.classifier.shape[0], tile.rows, aligned=aligned))
+        num_rows = shard.classifier.shape[0]
+        return list(row_blocks(num_rows, tile.rows, aligned=aligned, cut=num_kept))
 
     def _tile(self, shard: Shard, names: StatisticNames, keeps: bool) -> TileShape:
         """Choose the tile of this rank's own work; kernels take kept logits whole."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from vocab_parallel.impls.base import Demand, Way
-from vocab_parallel.impls.tiles import TileShape, check_budget, tile_shape
+from vocab_parallel.impls.tiles import TileShape, check_budget, tile_shape, whole_tiles
 
 # What the loss may hold beside its inputs, its two gradients and float32 sums of their size, in
 # bytes. That is a tile of logits: a whole shard of them exists where it is no larger, or where the
@@ -114,10 +114,10 @@ def plan_backward(
         plan = recompute()
         tile = plan.tile
         beside = tile.tokens * tile.rows * (scratch - size)  # what plain torch needs of a tile
-        room = (budget - beside) // microbatches_in_flight
-        blocks = room // (tokens * sizes.pitch(tile.rows) * size)
-        kept = min(blocks * tile.rows, rows)
-        if kept < tile.rows or kept == rows:
+        room = (budget - beside) // microbatches_in_flight // (tokens * size)
+        # The buffer of the rows that are kept becomes that of a tile: it holds one, at least.
+        kept = whole_tiles(room) if kernels else room // tile.rows * tile.rows
+        if kept < tile.rows or kept >= rows:
             return plan
         return sizes.plan("recompute", tile, kept, tokens * sizes.pitch(kept) * size, beside)
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 # On a CPU a tile should stay in the cache between its product and the passes over it.
@@ -88,7 +89,7 @@ def _whole(length: int, size: int) -> int:
     """Shrink a tile's side to whole tiles of the products, unless it is all or less than one."""
     if size >= length:
         return length
-    return size // _GPU_TILE_GRAIN * _GPU_TILE_GRAIN or size
+    return whole_tiles(size) or size
 
 
 def blocks(length: int, size: int) -> Iterator[slice]:
@@ -97,8 +98,8 @@ def blocks(length: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, length))
 
 
-def row_blocks(num_rows: int, size: int, *, aligned: bool) -> Iterator[slice]:
-    """Cut the rows into slices of at most ``size``.
+def row_blocks(num_rows: int, size: int, *, aligned: bool, cut: int = 0) -> Iterator[slice]:
+    """Cut the rows into slices of at most ``size``, none of them across ``cut``.
 
     cuBLAS is 2 to 3 times slower where a side of a product is no multiple of 8: where ``aligned``
     is asked for, the rows that are too many go by themselves, at the end.
@@ -106,6 +107,12 @@ def row_blocks(num_rows: int, size: int, *, aligned: bool) -> Iterator[slice]:
     main = num_rows
     if aligned and num_rows % 8:
         main = num_rows // _GPU_GRAIN * _GPU_GRAIN
-    yield from blocks(main, size)
-    if main < num_rows:
-        yield slice(main, num_rows)
+    edges = sorted({0, min(cut, num_rows), main, num_rows})
+    for start, stop in pairwise(edges):
+        for part in blocks(stop - start, size):
+            yield slice(start + part.start, start + part.stop)
+
+
+def whole_tiles(num_rows: int) -> int:
+    """Return the largest number of rows, at most so many, that a GPU's products take whole."""
+    return num_rows // _GPU_TILE_GRAIN * _GPU_TILE_GRAIN

@@ -73,7 +73,7 @@ def logits_gradient(
     return None if sums is None else sums.sum(0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_start"])  # one binary for all tiles
 def _logits_gradient(  # type: ignore[no-untyped-def]
     logits,
     row_stride,

@@ -79,7 +79,7 @@ def product_gradient(
     return None if sums is None else sums.sum(0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_start", "tiles"])  # one binary for all tiles
 def _product_gradient(  # type: ignore[no-untyped-def]
     hidden,
     classifier,

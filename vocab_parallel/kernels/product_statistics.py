@@ -91,7 +91,7 @@ def product_statistics(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows_kept", "tiles"])  # one binary for all tiles
 def _product_statistics(  # type: ignore[no-untyped-def]
     hidden,
     classifier,

@@ -62,7 +62,7 @@ def row_statistics(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_start"])  # one binary for all tiles
 def _row_statistics(  # type: ignore[no-untyped-def]
     logits,
     row_stride,

@@ -1,0 +1,106 @@
+"""Communication in pieces, behind the products: calls, bytes, and the same bits in either order."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tests.oracle import relative_error
+from tests.ranks import run_ranks
+from tests.recording import CollectiveRecorder
+from vocab_parallel import VocabParallelOptions, linear_cross_entropy, pieces
+
+WAYS = ("recompute", "probs", "gradients")
+
+
+def check_overlap() -> None:
+    """Pieces communicate as many bytes as the whole, and give the same bits."""
+    tokens, hidden, vocabulary = 12, 8, 23
+    options = VocabParallelOptions.from_vocab(vocabulary)
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.randn(vocabulary, hidden, generator=generator)
+    given = torch.randn(tokens, hidden, generator=generator)
+    targets = torch.randint(vocabulary, (tokens,), generator=generator)
+    found: dict[Any, tuple[Tensor, ...]] = {}
+    for fewest in (2048, 3):
+        pieces._FEWEST_TOKENS = fewest
+        for backward in WAYS:
+            for overlap in (True, False):
+                e = given.clone().requires_grad_()
+                c = whole[options.start : options.stop].clone().requires_grad_()
+                with CollectiveRecorder() as before:
+                    loss = linear_cross_entropy(
+                        e, c, targets, vocab_parallel_options=options, backward=backward,
+                        overlap=overlap, validate=False, chunk_tokens=tokens,
+                    )  # fmt: skip
+                with CollectiveRecorder() as after:
+                    loss.backward()  # type: ignore[union-attr]
+                calls = [(call.name, call.size) for call in before.calls + after.calls]
+                count = {"all_gather": 2 if fewest == 3 and backward == "probs" else 1}
+                cut = fewest == 3 and backward != "gradients"  # it goes by its own chunks
+                count["all_reduce"] = 4 if cut else 1
+                for name, size in (
+                    ("all_gather", 2 * 4 * tokens),
+                    ("all_reduce", 4 * tokens * hidden),
+                ):
+                    sizes = [size for called, size in calls if called == name]
+                    assert (len(sizes), sum(sizes)) == (count[name], size), (calls, backward)
+                assert len(after.calls) == (0 if backward == "gradients" else count["all_reduce"])
+                found[fewest, backward, overlap] = (loss.detach(), e.grad, c.grad)  # type: ignore
+    for key, result in found.items():
+        other = found[key[0], key[1], not key[2]]
+        assert all(torch.equal(a, b) for a, b in zip(result, other, strict=True)), key
+        first = found[2048, "recompute", True]
+        assert all(relative_error(a, b) < 1e-6 for a, b in zip(result, first, strict=True)), key
+    dist.barrier()
+
+
+def check_scattered_pieces() -> None:
+    """Each rank's tokens are summed there as they are complete: the bytes of a reduce-scatter."""
+    tokens, hidden, vocabulary = 6, 8, 23
+    options = VocabParallelOptions.from_vocab(vocabulary)
+    rank, degree = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(rank)
+    given, targets = torch.randn(tokens, hidden), torch.randint(vocabulary, (tokens,))
+    torch.manual_seed(10)
+    whole = torch.randn(vocabulary, hidden)
+    found: dict[Any, tuple[Tensor, ...]] = {}
+    # 4 tokens a chunk end within a rank's own.
+    for fewest, backward, chunk, calls in (
+        (2048, "recompute", None, {"reduce_scatter": 1}),
+        (3, "recompute", None, {"reduce": degree}),
+        (3, "probs", None, {"reduce": degree}),
+        (3, "gradients", 18, {"reduce": degree}),
+        (3, "gradients", 4, {"reduce": 6}),
+        (2048, "gradients", 4, {"reduce_scatter": 1}),
+    ):
+        pieces._FEWEST_TOKENS = fewest
+        for overlap in (True, False):
+            e = given.clone().requires_grad_()
+            c = whole[options.start : options.stop].clone().requires_grad_()
+            with CollectiveRecorder() as recorded:
+                loss = linear_cross_entropy(
+                    e, c, targets, vocab_parallel_options=options, hidden_layout="sharded",
+                    backward=backward, overlap=overlap, validate=False, chunk_tokens=chunk,
+                )  # fmt: skip
+                loss.backward()  # type: ignore[union-attr]
+            sums = [call for call in recorded.calls if call.name.startswith("reduce")]
+            assert {name: len(sums) for name in {call.name for call in sums}} == calls, backward
+            assert sum(call.size for call in sums) == 4 * degree * tokens * hidden
+            result = (loss.detach(), e.grad, c.grad)
+            found[fewest, backward, chunk, overlap] = result  # type: ignore[assignment]
+    first = found[2048, "recompute", None, False]
+    for key, result in found.items():
+        assert all(relative_error(a, b) < 1e-6 for a, b in zip(result, first, strict=True)), key
+        other = found[*key[:3], not key[3]]
+        assert all(torch.equal(a, b) for a, b in zip(result, other, strict=True)), key
+    dist.barrier()
+
+
+def test_overlap() -> None:
+    run_ranks(check_overlap, 2)
+
+
+def test_scattered_pieces() -> None:
+    run_ranks(check_scattered_pieces, 3)
