@@ -198,6 +198,8 @@ def test_kept_bytes_fit() -> None:
         assert 3 * several.kept_bytes + several.logits_bytes <= budget
     named = plan_backward(8192, 37_984, 5120, memory_budget=256 * MIB, backward="recompute")
     assert (named.kept_rows, named.kept_bytes) == (0, 0), "who names it keeps nothing"
+    odd = plan_backward(8192, 37_984, 5120, chunk_rows=999)
+    assert (odd.tile.rows, odd.kept_rows) == (992, 4096), "kernels write whole sectors of a tile"
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")

@@ -134,7 +134,7 @@ def check_errors(hidden: int, confident: bool) -> None:
 )
 def test_errors_of_every_impl(degree: int, hidden: int, confident: bool) -> None:
     run_ranks(
-        check_errors, degree, backend="nccl", timeout=170, show=True, hidden=hidden,
+        check_errors, degree, backend="nccl", timeout=300, show=True, hidden=hidden,
         confident=confident,
     )  # fmt: skip
 

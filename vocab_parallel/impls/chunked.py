@@ -48,7 +48,8 @@ class ChunkedImpl:
 
     Attributes:
         memory_budget: bytes; see `plan_backward`.
-        chunk_tokens, chunk_rows: the tile's sides, in place of those that the budget gives.
+        chunk_tokens, chunk_rows: the tile's sides, in place of those that the budget gives; on a
+            GPU rows go by 16.
         microbatches_in_flight: how many forwards may wait for their backward, for the choice.
         overlap: whether communication may run beside the products; False is a plain order, for
             debugging.

@@ -21,6 +21,8 @@ from vocab_parallel.impls.tiles import TileShape, check_budget, tile_shape, whol
 # bytes. That is a tile of logits: a whole shard of them exists where it is no larger, or where the
 # caller gives room for it.
 DEFAULT_MEMORY_BUDGET = 64 * 2**20
+# Logits of 2 bytes in 32, which kernels read and write whole.
+_SECTOR = 16
 # Fewer tokens at a time than this make the products of "gradients" slower than "recompute".
 _FEWEST_TOKENS = 1024
 
@@ -78,7 +80,8 @@ def plan_backward(
         degree: V; with more than one rank "gradients" works on two chunks at a time.
         scalar_loss: "gradients" needs one number to differentiate.
         device_type: "cpu" or "cuda".
-        chunk_tokens, chunk_rows: the tile's sides, in place of those that the budget gives.
+        chunk_tokens, chunk_rows: the tile's sides, in place of those that the budget gives; on a
+            GPU rows go by 16.
         temporaries: buffers of a tile's shape beside the logits, where plain torch works.
 
     Raises:
@@ -107,6 +110,8 @@ def plan_backward(
         tile = TileShape(
             min(chunk_tokens or tile.tokens, tokens), min(chunk_rows or tile.rows, rows)
         )
+        if kernels and tile.rows < rows:  # they write whole sectors, of no other tile
+            tile = tile._replace(rows=min(max(tile.rows // _SECTOR, 1) * _SECTOR, rows))
         return sizes.plan("recompute", tile, 0, 0, tile.tokens * sizes.pitch(tile.rows) * scratch)
 
     def keeping() -> BackwardPlan:

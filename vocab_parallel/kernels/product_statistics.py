@@ -91,7 +91,7 @@ def product_statistics(
         )
 
 
-@triton.jit(do_not_specialize=["rows_kept", "tiles"])  # one binary for all tiles
+@triton.jit(do_not_specialize=["num_rows", "rows_kept", "tiles"])  # one binary for all tiles
 def _product_statistics(  # type: ignore[no-untyped-def]
     hidden,
     classifier,
@@ -173,7 +173,7 @@ def _product_statistics(  # type: ignore[no-untyped-def]
             tl.store(out + (EXPECTED - 1) * part, expected, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks", "num_rows"])  # neither is to be a constant 1
 def _join_blocks(  # type: ignore[no-untyped-def]
     parts,
     targets,
