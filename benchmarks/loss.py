@@ -95,6 +95,8 @@ def main() -> None:
             "rows": {name: asdict(row) for name, row in found.items()},
             "missing": missing,
         }
+        if arguments.out is not None:  # a run that is cut leaves what it has found
+            arguments.out.write_text(json.dumps(document) + "\n")
         del problem
         if on_gpu:
             torch.cuda.empty_cache()
@@ -102,11 +104,8 @@ def main() -> None:
         from benchmarks.plot import plot_time_over_memory
 
         plot_time_over_memory(document, arguments.plot)
-    text = json.dumps(document)
-    if arguments.out is not None:
-        arguments.out.write_text(text + "\n")
     dist.destroy_process_group()
-    print(text)
+    print(json.dumps(document))
 
 
 def _measure(
