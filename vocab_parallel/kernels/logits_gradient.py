@@ -12,9 +12,9 @@ from torch import Tensor
 
 from vocab_parallel.kernels.logit import gradient_of, readable_width, to_logit_and_slope
 
-BLOCK = 1024  # logits that a program works on at a time
-# For the bias's gradient a program adds up many tokens' logits, fewer of each.
-TOKENS_A_SUM, BLOCK_A_SUM = 64, 512
+BLOCK = 1024  # logits of a token that a program works on
+# For the bias's gradient a program adds up many tokens, some at a time, fewer logits of each.
+TOKENS_A_SUM, TOKENS_A_STEP, BLOCK_A_SUM = 64, 4, 512
 
 
 def logits_gradient(
@@ -36,8 +36,10 @@ def logits_gradient(
     assert logits.stride(1) == out.stride(1) == 1
     assert statistics.stride(1) == grads.stride(1) == 1
     assert names[:2] == ("lse", "target")
-    steps, block = (TOKENS_A_SUM, BLOCK_A_SUM) if sum_tokens else (1, BLOCK)
-    groups = triton.cdiv(num_tokens, steps)
+    of_group, at_a_time, block = 1, 1, BLOCK
+    if sum_tokens:
+        of_group, at_a_time, block = TOKENS_A_SUM, TOKENS_A_STEP, BLOCK_A_SUM
+    groups = triton.cdiv(num_tokens, of_group)
     sums = None
     if sum_tokens:
         sums = torch.empty((groups, num_rows), dtype=torch.float32, device=logits.device)
@@ -66,7 +68,8 @@ def logits_gradient(
             SUM=names.index("sum") if "sum" in names else 0,
             EXPECTED=names.index("expected") if "expected" in names else 0,
             HAS_SUMS=sum_tokens,
-            STEPS=steps,
+            STEPS=of_group // at_a_time,
+            TOKENS=at_a_time,
             BLOCK=block,
             num_warps=2,
         )
@@ -98,7 +101,8 @@ def _logits_gradient(  # type: ignore[no-untyped-def]
     SUM: tl.constexpr,  # its row in the statistics, 0 where there is none
     EXPECTED: tl.constexpr,
     HAS_SUMS: tl.constexpr,
-    STEPS: tl.constexpr,  # tokens of a program
+    STEPS: tl.constexpr,  # of a program, each of some tokens
+    TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -107,37 +111,44 @@ def _logits_gradient(  # type: ignore[no-untyped-def]
     touched = columns < width
     summed = tl.zeros((BLOCK,), tl.float32)
     if HAS_BIAS:
-        added = tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
-    first = group.to(tl.int64) * STEPS
-    for token in range(first, tl.minimum(first + STEPS, num_tokens)):
-        lse = tl.load(statistics + token)
-        at = tl.load(statistics + statistics_stride + token)
-        lse_grad = tl.load(grads + token)
-        target_grad = tl.load(grads + grads_stride + token)
-        target = tl.load(targets + token).to(tl.int64) - row_start
+        added = tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
+    for step in range(STEPS):
+        tokens = (group * STEPS + step) * TOKENS + tl.arange(0, TOKENS)
+        here = tokens < num_tokens
+        # Beyond the last token everything is 0.
+        lse = tl.load(statistics + tokens, mask=here, other=float("inf"))
+        at = tl.load(statistics + statistics_stride + tokens, mask=here, other=0.0)
+        lse_grad = tl.load(grads + tokens, mask=here, other=0.0)
+        target_grad = tl.load(grads + grads_stride + tokens, mask=here, other=0.0)
+        target = tl.load(targets + tokens, mask=here, other=-1).to(tl.int32) - row_start
+        expected, expected_grad, sum_grad = lse, lse, lse
+        if EXPECTED > 0:
+            expected = tl.load(
+                statistics + EXPECTED * statistics_stride + tokens, mask=here, other=0.0
+            )
+            expected_grad = tl.load(grads + EXPECTED * grads_stride + tokens, mask=here, other=0.0)
+        if SUM > 0:
+            sum_grad = tl.load(grads + SUM * grads_stride + tokens, mask=here, other=0.0)
 
-        z = tl.load(logits + token * row_stride + columns, mask=touched, other=0.0)
+        mask = here[:, None] & touched[None, :]
+        at_token = tokens.to(tl.int64)[:, None]
+        z = tl.load(logits + at_token * row_stride + columns[None, :], mask=mask, other=0.0)
         z = z.to(tl.float32)
         if HAS_BIAS:
             z += added
         z, slope = to_logit_and_slope(z, softcap, temperature, HAS_SOFTCAP, HAS_TEMPERATURE)
-        expected, expected_grad, sum_grad = 0.0, 0.0, 0.0
-        if EXPECTED > 0:
-            expected = tl.load(statistics + EXPECTED * statistics_stride + token)
-            expected_grad = tl.load(grads + EXPECTED * grads_stride + token)
-        if SUM > 0:
-            sum_grad = tl.load(grads + SUM * grads_stride + token)
         gradient = gradient_of(
-            z, slope, columns == target, lse, at, lse_grad, target_grad, sum_grad,
-            expected, expected_grad,
+            z, slope, columns[None, :] == target[:, None], lse[:, None], at[:, None],
+            lse_grad[:, None], target_grad[:, None], sum_grad[:, None],
+            expected[:, None], expected_grad[:, None],
             SUM, EXPECTED, HAS_SOFTCAP or HAS_TEMPERATURE,
         )  # fmt: skip
         if HAS_SUMS:
-            summed += gradient
+            summed += tl.sum(gradient, 0)
         tl.store(
-            out + token * out_stride + columns,
+            out + at_token * out_stride + columns[None, :],
             gradient.to(out.dtype.element_ty),
-            mask=touched,
+            mask=mask,
         )
     if HAS_SUMS:
         tl.store(sums + group.to(tl.int64) * num_rows + columns, summed, mask=inside)
