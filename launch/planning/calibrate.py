@@ -168,11 +168,12 @@ def _link_bytes(sizes: _Sizes, device: torch.device, today: str) -> tuple[float,
 def _seconds(call: Callable[[], object], sizes: _Sizes, device: torch.device) -> float:
     """Return the median seconds of a call, which waits behind products as it does in training.
 
-    A card that runs at its power limit is faster after a pause than it is in training.
+    A card that runs at its power limit is faster after a pause, or after products of equal numbers,
+    than it is in training.
     """
     times = []
     operand = (
-        torch.ones(8192, 8192, device=device, dtype=torch.bfloat16)
+        torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
         if device.type == "cuda"
         else None
     )

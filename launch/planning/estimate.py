@@ -13,7 +13,7 @@ from vocab_parallel import BackwardPlan, plan_backward
 # Seconds of a microbatch's kernel launches, and what the products of less than 128 rows cost, in
 # bytes for each number of the hidden states; as benchmarks.loss and benchmarks.scaling found them.
 LAUNCHES = 1e-4
-TAIL_BYTES = 64
+TAIL_BYTES = 56
 
 
 @dataclass(frozen=True)
@@ -158,13 +158,14 @@ def loss_seconds(
 ) -> float:
     """Estimate forward and backward of the loss on one rank's rows.
 
-    The products at the hardware's rate; the passes over the logits, and those over float32 sums
-    that tiles are added to, at its copy's; what was measured above that; the launches of kernels;
-    and where rows are no multiple of 8 the last few, whose products go by themselves.
+    The products at the hardware's rate; the passes over logits that are kept, and those over
+    float32 sums that tiles are added to, at its copy's; what was measured above that; the launches
+    of kernels; and where rows are no multiple of 8 the last few, whose products go by themselves.
     """
-    again = plan.backward == "recompute"
-    products = (8 if again else 6) * tokens * hidden * rows
-    moved = (4 if again else 3) * tokens * rows * itemsize
+    kept = plan.kept_rows if plan.backward == "recompute" else rows
+    products = tokens * hidden * (6 * rows + 2 * (rows - kept))
+    # Read once in forward and in backward, and written there; those of a part in backward alone.
+    moved = (2 if kept < rows else 3) * tokens * kept * itemsize
     row_tiles, token_tiles = -(-rows // plan.tile.rows), -(-tokens // plan.tile.tokens)
     if row_tiles > 1:
         moved += row_tiles * tokens * hidden * 8  # float32, read and written
