@@ -37,9 +37,8 @@ def check_overlap() -> None:
                 with CollectiveRecorder() as after:
                     loss.backward()  # type: ignore[union-attr]
                 calls = [(call.name, call.size) for call in before.calls + after.calls]
-                count = {"all_gather": 2 if fewest == 3 and backward == "probs" else 1}
                 cut = fewest == 3 and backward != "gradients"  # it goes by its own chunks
-                count["all_reduce"] = 4 if cut else 1
+                count = {"all_gather": 2 if cut else 1, "all_reduce": 4 if cut else 1}
                 for name, size in (
                     ("all_gather", 2 * 4 * tokens),
                     ("all_reduce", 4 * tokens * hidden),

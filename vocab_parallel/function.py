@@ -39,13 +39,7 @@ class VocabStatistics(torch.autograd.Function):
         needs_grad = problem.grad_enabled and any(ctx.needs_input_grad[:3])
         local = problem.local(hidden, classifier, bias, targets, needs_grad)
         overlap = problem.impl.overlap
-        exchange = StatisticsExchange(
-            hidden.shape[0],
-            problem.names,
-            shard,
-            in_pieces=problem.way == "probs",
-            overlap=overlap,
-        )
+        exchange = StatisticsExchange(hidden.shape[0], problem.names, shard, overlap=overlap)
         saved: tuple[Tensor, ...] = ()
         ctx.kept = None
         if local is None:

@@ -69,14 +69,13 @@ class StatisticsExchange(Pieces):
         names: StatisticNames,
         shard: VocabShard,
         *,
-        in_pieces: bool,
         overlap: bool,
     ) -> None:
         def start(statistics: Tensor, piece: slice) -> Pending:
             own = statistics[:, piece]
             return collectives.start_gather_shards(own, shard.group, shard.degree)
 
-        most = _STATISTICS_PIECES if in_pieces and shard.degree > 1 else 1
+        most = _STATISTICS_PIECES if shard.degree > 1 else 1
         super().__init__(even_pieces(num_tokens, most), start, overlap=overlap)
         self._names = names
 

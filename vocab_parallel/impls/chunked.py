@@ -186,10 +186,12 @@ def _statistics_by_tiles(
 ) -> Tensor:
     """Go through the tiles, those of the first ``num_kept`` rows in a place of their own."""
     statistics = _new_statistics(shard, task)
+    # Tokens are complete with the last rows: to cut small tiles would slow them and hide little.
+    progress = task.progress if len(row_slices) == 1 else None
     for index, rows in enumerate(row_slices):
         block = rows_of(shard, rows)
         stays = rows.stop <= num_kept
-        for tokens in _token_blocks(shard.hidden.shape[0], tile.tokens, task.progress):
+        for tokens in _token_blocks(shard.hidden.shape[0], tile.tokens, progress):
             logits = buffer[tokens, rows] if stays else corner(buffer, tokens, rows)
             passes.add_statistics(
                 statistics[:, tokens],
