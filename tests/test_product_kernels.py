@@ -111,7 +111,23 @@ def check_whole_loss() -> None:
             assert relative_error(tensor.grad, 64.0 * want) < 2e-3, (backward, extra)
 
 
+def check_benchmark() -> None:
+    """What benchmarks.products times beside each other gives the same."""
+    from benchmarks.products import contestants
+
+    entered = contestants(70, 24, 200, 130, HALF, torch.device("cpu"))
+    for two, one in (
+        ("and their statistics", "statistics in one kernel"),
+        ("and its gradient", "gradient in one kernel"),
+    ):
+        expected = entered[two].call()
+        assert isinstance(expected, torch.Tensor)
+        expected = expected.clone()  # the two write to one buffer
+        assert relative_error(entered[one].call(), expected) < 1e-3
+
+
 def check_kernels() -> None:
+    check_benchmark()
     check_product_kernels()
     check_whole_loss()
 
