@@ -94,7 +94,10 @@ def check_against_float64(degree: int) -> None:
             ]
 
 
-@pytest.mark.parametrize("degree", [1, 2, pytest.param(3, marks=pytest.mark.slow), 4])
+SLOW = [pytest.param(degree, marks=pytest.mark.slow) for degree in (3, 4)]
+
+
+@pytest.mark.parametrize("degree", [1, 2, *SLOW])
 def test_against_float64(degree: int) -> None:
     run_ranks(check_against_float64, degree, environment=INTERPRETED, timeout=110, degree=degree)
 

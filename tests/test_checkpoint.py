@@ -134,11 +134,12 @@ def test_resume_on_another_mesh(
 
 REFUSED = [
     (["--steps", "5", "--hidden", "64"], "its hidden_size is 32, but this one's is 64"),
-    pytest.param(["--steps", "2"], "has done all of --steps 2", marks=pytest.mark.slow),
-    pytest.param(["--steps", "5", "--sequence", "8"], "sequence is 16", marks=pytest.mark.slow),
+    (["--steps", "2"], "has done all of --steps 2"),
+    (["--steps", "5", "--sequence", "8"], "sequence is 16"),
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arguments", "message"), REFUSED)
 def test_resume_of_another_run(arguments: list[str], message: str, tmp_path: Path) -> None:
     folder = str(tmp_path / "checkpoints")

@@ -90,7 +90,7 @@ def check_passes() -> None:
         itertools.product(names_of, (None, 1.5), (1.0, 0.7), (False, True))
     ):
         names, softcap, temperature, has_bias = case
-        num_tokens, num_rows = (1, 5, 40)[turn % 3], (1, 37, 2100)[turn % 3]
+        num_tokens, num_rows = (1, 5, 70)[turn % 3], (1, 37, 600)[turn % 3]
         bias = torch.randn(num_rows, generator=generator) if has_bias else None
         if bias is not None and softcap is None and "sum" not in names:
             bias[: num_rows // 2] = -torch.inf  # rows that are masked: a block of them, even
@@ -111,7 +111,9 @@ def check_passes() -> None:
         for want, got in zip(*both(gradient_of, shard, task, raw), strict=True):
             known = want.isfinite()  # a target that is masked has no finite gradient
             assert torch.equal(known, got.isfinite()), case
-            assert relative_error(got[known], want[known]) < 2e-6, case
+            # 1 - tanh^2 of a saturated softcap cancels, here as there.
+            tolerance = 2e-6 if softcap is None else 5e-5
+            assert relative_error(got[known], want[known]) < tolerance, case
 
 
 def check_whole_loss() -> None:

@@ -57,8 +57,16 @@ def test_equals_one_process(pipeline: int, vocab: int, schedule: str, tmp_path: 
     [
         (["--pipeline", "2", "--vocab", "2"], "1 x 2 x 2 = 4, but the world has 2 ranks"),
         (["--pipeline", "1", "--text", "no/such/file"], "no/such/file does not exist"),
-        (["--pipeline", "1", "--text", "LICENSE", "--sequence", "4096"], "fewer than one batch"),
-        (["--pipeline", "1", "--batch", "5"], "--batch must be a multiple of vocab x microbatches"),
+        pytest.param(
+            ["--pipeline", "1", "--text", "LICENSE", "--sequence", "4096"],
+            "fewer than one batch",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ["--pipeline", "1", "--batch", "5"],
+            "--batch must be a multiple of vocab x microbatches",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_bad_input(arguments: list[str], message: str, tmp_path: Path) -> None:
