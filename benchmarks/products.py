@@ -95,11 +95,11 @@ def contestants(
     few = c[:tile_rows]
     names = ("lse", "target")
     statistics = torch.zeros(2, tokens, device=device)
-    product_statistics(e, c, None, targets, statistics, names, None, softcap=None, temperature=1.0)
+    plain: dict[str, Any] = {"softcap": None, "temperature": 1.0}
+    product_statistics(e, c, None, targets, statistics, names, None, **plain)
     grads = torch.tensor([[1.0], [-1.0]], device=device).expand(2, tokens).contiguous()
     hidden_sum = torch.zeros(tokens, hidden, device=device)
     hidden_grad, rows_grad = torch.empty_like(e), torch.empty_like(few)
-    plain: dict[str, Any] = {"softcap": None, "temperature": 1.0}
 
     def all_statistics(*, in_one: bool) -> object:
         out = torch.empty_like(statistics)

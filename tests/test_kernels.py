@@ -79,21 +79,31 @@ def gradient_of(shard: Shard, task: BackwardTask, raw: torch.Tensor) -> list[tor
     return [torch.cat(parts, 1), *found]
 
 
+NAMES: list[StatisticNames] = [
+    ("lse", "target"),
+    ("lse", "target", "sum"),
+    ("lse", "target", "sum", "expected"),
+]
+# Statistics, softcap, temperature, whether there is a bias.
+CASES = list(itertools.product(NAMES, (None, 1.5), (1.0, 0.7), (False, True)))
+
+
+def drawn_bias(generator: torch.Generator, num_rows: int, case: Any) -> torch.Tensor | None:
+    names, softcap, _, has_bias = case
+    if not has_bias:
+        return None
+    bias = torch.randn(num_rows, generator=generator)
+    if softcap is None and "sum" not in names:
+        bias[: num_rows // 2] = -torch.inf  # rows that are masked: a block of them, even
+    return bias
+
+
 def check_passes() -> None:
     generator = torch.Generator().manual_seed(0)
-    names_of: list[StatisticNames] = [
-        ("lse", "target"),
-        ("lse", "target", "sum"),
-        ("lse", "target", "sum", "expected"),
-    ]
-    for turn, case in enumerate(
-        itertools.product(names_of, (None, 1.5), (1.0, 0.7), (False, True))
-    ):
-        names, softcap, temperature, has_bias = case
+    for turn, case in enumerate(CASES):
+        names, softcap, temperature, _ = case
         num_tokens, num_rows = (1, 5, 70)[turn % 3], (1, 37, 600)[turn % 3]
-        bias = torch.randn(num_rows, generator=generator) if has_bias else None
-        if bias is not None and softcap is None and "sum" not in names:
-            bias[: num_rows // 2] = -torch.inf  # rows that are masked: a block of them, even
+        bias = drawn_bias(generator, num_rows, case)
         shard = drawn_shard(
             generator, num_tokens, num_rows, softcap=softcap, temperature=temperature, bias=bias
         )

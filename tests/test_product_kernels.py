@@ -1,6 +1,5 @@
 """The kernels that multiply and finish in one, against plain torch, in Triton's interpreter."""
 
-import itertools
 from typing import Any
 
 import pytest
@@ -8,11 +7,10 @@ import torch
 
 from tests.oracle import oracle, relative_error
 from tests.ranks import run_ranks
-from tests.test_kernels import INTERPRETED, blocked, drawn_shard
+from tests.test_kernels import CASES, INTERPRETED, blocked, drawn_bias, drawn_shard
 from vocab_parallel import linear_cross_entropy
 from vocab_parallel.impls import chunked, fused, passes, tile_logits
 from vocab_parallel.impls.base import BackwardTask, ClassifierGrad, Wanted
-from vocab_parallel.statistics import StatisticNames
 
 HALF = torch.float16  # the interpreter has no bfloat16
 
@@ -23,19 +21,10 @@ def check_product_kernels() -> None:
 
     product.num_programs = lambda device, num_tiles: min(num_tiles, 2)
     generator = torch.Generator().manual_seed(0)
-    names_of: list[StatisticNames] = [
-        ("lse", "target"),
-        ("lse", "target", "sum"),
-        ("lse", "target", "sum", "expected"),
-    ]
-    for turn, case in enumerate(
-        itertools.product(names_of, (None, 1.5), (1.0, 0.7), (False, True))
-    ):
-        names, softcap, temperature, has_bias = case
+    for turn, case in enumerate(CASES):
+        names, softcap, temperature, _ = case
         num_tokens, num_rows = (1, 130, 70)[turn % 3], (5, 150, 300)[turn % 3]
-        bias = torch.randn(num_rows, generator=generator) if has_bias else None
-        if bias is not None and softcap is None and "sum" not in names:
-            bias[: num_rows // 2] = -torch.inf  # rows that are masked: a tile of them, even
+        bias = drawn_bias(generator, num_rows, case)
         shard = drawn_shard(
             generator,
             num_tokens,

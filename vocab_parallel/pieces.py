@@ -103,7 +103,7 @@ class HiddenGradSum(Pieces):
         pieces: Sequence[slice] | None = None,
     ) -> None:
         self._own_tokens = num_tokens // shard.degree if scatters else num_tokens
-        self._scatters, self._rank = scatters, shard.rank
+        self._owner_here = shard.rank if scatters else 0
         if pieces is None:
             pieces = even_pieces(num_tokens, shard.degree if scatters else _GRADIENT_PIECES)
         if scatters:
@@ -127,9 +127,9 @@ class HiddenGradSum(Pieces):
         if len(sums) == 1:
             return sums[0].to(out_dtype)
         total = partial.new_empty((self._own_tokens, *partial.shape[1:]), dtype=out_dtype)
-        first = self._rank * self._own_tokens if self._scatters else 0
+        first = self._owner_here * self._own_tokens
         for piece, part in zip(self.pieces, sums, strict=True):
-            if not self._scatters or self._owner(piece) == self._rank:
+            if self._owner(piece) == self._owner_here:
                 total[piece.start - first : piece.stop - first] = part
         return total
 

@@ -92,26 +92,28 @@ class ChunkedImpl:
         tile = self._tile(shard, task.names, keeps_all)
         kept = tile_buffer(shard, TileShape(num_tokens, num_kept)) if num_kept else None
         # Who writes all logits gains nothing by not reading them.
+        shape = (len(task.names), num_tokens)
+        statistics = shard.hidden.new_empty(shape, dtype=shard.statistics_dtype)
         if not keeps_all and fused.works(shard):
             own = None if kept is None else kept[:, :num_kept]
-            statistics = self._statistics_fused(shard, task, own)
+            self._put_fused(statistics, shard, task, own)
         else:
             row_slices = self._row_blocks(shard, tile, num_kept)
             # Rows that are not kept come first: what is kept may have the buffer after them.
             row_slices.sort(key=lambda rows: rows.stop <= num_kept)
             buffer = tile_buffer(shard, tile) if kept is None else kept
-            statistics = _statistics_by_tiles(shard, task, buffer, num_kept, tile, row_slices)
+            _put_by_tiles(statistics, shard, task, buffer, num_kept, tile, row_slices)
         return Forward(statistics, kept=None if kept is None else KeptLogits(kept, num_kept))
 
-    def _statistics_fused(self, shard: Shard, task: ForwardTask, kept: Tensor | None) -> Tensor:
-        statistics = _new_statistics(shard, task)
+    def _put_fused(
+        self, statistics: Tensor, shard: Shard, task: ForwardTask, kept: Tensor | None
+    ) -> None:
         memory = DEFAULT_MEMORY_BUDGET if self.memory_budget is None else self.memory_budget
         num_tokens = shard.hidden.shape[0]
         for tokens in _token_blocks(num_tokens, num_tokens, task.progress):
             fused.put_statistics(statistics, task.names, shard, tokens, kept, memory)
             if task.progress is not None:
                 task.progress.complete(statistics, tokens.stop)
-        return statistics
 
     def backward(self, shard: Shard, task: BackwardTask) -> Gradients:
         """See `LocalImpl.backward`."""
@@ -171,21 +173,16 @@ class ChunkedImpl:
         ).tile
 
 
-def _new_statistics(shard: Shard, task: ForwardTask) -> Tensor:
-    shape = (len(task.names), shard.hidden.shape[0])
-    return shard.hidden.new_empty(shape, dtype=shard.statistics_dtype)
-
-
-def _statistics_by_tiles(
+def _put_by_tiles(
+    statistics: Tensor,  # (k, N)
     shard: Shard,
     task: ForwardTask,
     buffer: Tensor,
     num_kept: int,
     tile: TileShape,
     row_slices: list[slice],
-) -> Tensor:
+) -> None:
     """Go through the tiles, those of the first ``num_kept`` rows in a place of their own."""
-    statistics = _new_statistics(shard, task)
     # Tokens are complete with the last rows: to cut small tiles would slow them and hide little.
     progress = task.progress if len(row_slices) == 1 else None
     for index, rows in enumerate(row_slices):
@@ -205,7 +202,6 @@ def _statistics_by_tiles(
             )
             if index == len(row_slices) - 1 and task.progress is not None:
                 task.progress.complete(statistics, tokens.stop)
-    return statistics
 
 
 def _add_hidden_grad(

@@ -11,19 +11,18 @@ import importlib.util
 import torch
 from torch import Tensor
 
+from vocab_parallel.impls import passes
 from vocab_parallel.impls.base import BackwardTask, Shard
 from vocab_parallel.impls.tiles import blocks
 from vocab_parallel.statistics import StatisticNames
 
 _HOPPER = 9
-# A kernel's own, of whose statistics float32 parts are held until they are joined.
-_ROWS_A_PART = 128
 
 
 def works(shard: Shard) -> bool:
     """Tell whether the kernels take a shard: device, dtype, and addresses that TMA can read."""
     hidden, classifier = shard.hidden, shard.classifier
-    if not hidden.is_cuda or hidden.dtype not in (torch.float16, torch.bfloat16):
+    if not passes.kernels_work(hidden) or hidden.dtype not in (torch.float16, torch.bfloat16):
         return False
     if classifier.dtype != hidden.dtype or not _device_can(hidden.device):
         return False
@@ -35,8 +34,6 @@ def works(shard: Shard) -> bool:
 @functools.cache
 def _device_can(device: torch.device) -> bool:
     if torch.cuda.get_device_capability(device)[0] != _HOPPER:
-        return False
-    if importlib.util.find_spec("triton") is None:
         return False
     return importlib.util.find_spec("triton.tools.tensor_descriptor") is not None
 
@@ -50,10 +47,11 @@ def put_statistics(
     memory: int,
 ) -> None:
     """Write some tokens' statistics of all rows, within some bytes of memory."""
-    from vocab_parallel.kernels.product_statistics import product_statistics
+    from vocab_parallel.kernels.product import TOKENS
+    from vocab_parallel.kernels.product_statistics import bytes_a_token, product_statistics
 
-    a_token = (len(names) - 1) * -(-shard.classifier.shape[0] // _ROWS_A_PART) * 4
-    for part in _evenly(tokens, memory // a_token):
+    most = memory // bytes_a_token(shard.classifier.shape[0], names)
+    for part in _evenly(tokens, most, TOKENS):
         product_statistics(
             shard.hidden[part],
             shard.classifier,
@@ -94,11 +92,11 @@ def put_gradient(
     )
 
 
-def _evenly(tokens: slice, most: int) -> list[slice]:
-    """Cut tokens into as few parts of about one length as have at most so many, or 128."""
+def _evenly(tokens: slice, most: int, grain: int) -> list[slice]:
+    """Cut tokens into as few parts as have at most so many, of about one length by the grain."""
     length = tokens.stop - tokens.start
-    count = -(-length // max(most, 128))
-    size = -(-length // (128 * count)) * 128
+    count = -(-length // max(most, grain))
+    size = -(-length // (grain * count)) * grain
     return [
         slice(tokens.start + part.start, tokens.start + part.stop) for part in blocks(length, size)
     ]

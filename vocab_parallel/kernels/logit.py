@@ -1,5 +1,7 @@
 """From a product's raw entry to a logit, and other arithmetic that the kernels share."""
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -14,6 +16,29 @@ def readable_width(tile: Tensor) -> int:
     rounded = -(-tile.shape[1] // 16) * 16
     begins_row = tile.stride(0) > 0 and tile.storage_offset() % tile.stride(0) == 0
     return rounded if begins_row and rounded <= tile.stride(0) else tile.shape[1]
+
+
+def statistic_rows(names: tuple[str, ...]) -> dict[str, int]:
+    """Return where the statistics lie that not every loss reads, 0 where they are not wanted."""
+    assert names[:2] == ("lse", "target")
+    return {
+        "SUM": names.index("sum") if "sum" in names else 0,
+        "EXPECTED": names.index("expected") if "expected" in names else 0,
+    }
+
+
+def logit_options(
+    bias: Tensor | None, softcap: float | None, temperature: float, names: tuple[str, ...]
+) -> dict[str, Any]:
+    """Return the arguments that every kernel takes that makes logits of raw entries."""
+    return {
+        "softcap": 0.0 if softcap is None else softcap,
+        "temperature": temperature,
+        "HAS_BIAS": bias is not None,
+        "HAS_SOFTCAP": softcap is not None,
+        "HAS_TEMPERATURE": temperature != 1.0,
+        **statistic_rows(names),
+    }
 
 
 @triton.jit
@@ -55,6 +80,30 @@ def to_logit_and_slope(  # type: ignore[no-untyped-def]
         x = x / temperature
         slope = slope / temperature
     return x, slope
+
+
+@triton.jit
+def load_tokens(  # type: ignore[no-untyped-def]
+    tokens, num_tokens, targets, row_start, statistics, statistics_stride, grads, grads_stride,
+    SUM: tl.constexpr, EXPECTED: tl.constexpr,
+):  # fmt: skip
+    """Tokens' targets, statistics and what these receive, as columns; 0 beyond the last token."""
+    here = tokens < num_tokens
+    lse = tl.load(statistics + tokens, mask=here, other=float("inf"))
+    at_target = tl.load(statistics + statistics_stride + tokens, mask=here, other=0.0)
+    lse_grad = tl.load(grads + tokens, mask=here, other=0.0)
+    target_grad = tl.load(grads + grads_stride + tokens, mask=here, other=0.0)
+    target = tl.load(targets + tokens, mask=here, other=-1).to(tl.int32) - row_start
+    expected, expected_grad, sum_grad = lse, lse, lse
+    if EXPECTED > 0:
+        expected = tl.load(statistics + EXPECTED * statistics_stride + tokens, mask=here, other=0.0)
+        expected_grad = tl.load(grads + EXPECTED * grads_stride + tokens, mask=here, other=0.0)
+    if SUM > 0:
+        sum_grad = tl.load(grads + SUM * grads_stride + tokens, mask=here, other=0.0)
+    return (
+        target[:, None], lse[:, None], at_target[:, None], lse_grad[:, None],
+        target_grad[:, None], sum_grad[:, None], expected[:, None], expected_grad[:, None],
+    )  # fmt: skip
 
 
 @triton.jit

@@ -10,7 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vocab_parallel.kernels.logit import gradient_of, readable_width, to_logit_and_slope
+from vocab_parallel.kernels.logit import (
+    gradient_of,
+    load_tokens,
+    logit_options,
+    readable_width,
+    to_logit_and_slope,
+)
 
 BLOCK = 1024  # logits of a token that a program works on
 # For the bias's gradient a program adds up many tokens, some at a time, fewer logits of each.
@@ -35,7 +41,6 @@ def logits_gradient(
     num_tokens, num_rows = logits.shape
     assert logits.stride(1) == out.stride(1) == 1
     assert statistics.stride(1) == grads.stride(1) == 1
-    assert names[:2] == ("lse", "target")
     of_group, at_a_time, block = 1, 1, BLOCK
     if sum_tokens:
         of_group, at_a_time, block = TOKENS_A_SUM, TOKENS_A_STEP, BLOCK_A_SUM
@@ -60,13 +65,7 @@ def logits_gradient(
             num_rows,
             min(readable_width(logits), readable_width(out)),
             row_start,
-            0.0 if softcap is None else softcap,
-            temperature,
-            HAS_BIAS=bias is not None,
-            HAS_SOFTCAP=softcap is not None,
-            HAS_TEMPERATURE=temperature != 1.0,
-            SUM=names.index("sum") if "sum" in names else 0,
-            EXPECTED=names.index("expected") if "expected" in names else 0,
+            **logit_options(bias, softcap, temperature, names),
             HAS_SUMS=sum_tokens,
             STEPS=of_group // at_a_time,
             TOKENS=at_a_time,
@@ -114,22 +113,11 @@ def _logits_gradient(  # type: ignore[no-untyped-def]
         added = tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
     for step in range(STEPS):
         tokens = (group * STEPS + step) * TOKENS + tl.arange(0, TOKENS)
+        target, lse, at, lse_grad, target_grad, sum_grad, expected, expected_grad = load_tokens(
+            tokens, num_tokens, targets, row_start, statistics, statistics_stride, grads,
+            grads_stride, SUM, EXPECTED,
+        )  # fmt: skip
         here = tokens < num_tokens
-        # Beyond the last token everything is 0.
-        lse = tl.load(statistics + tokens, mask=here, other=float("inf"))
-        at = tl.load(statistics + statistics_stride + tokens, mask=here, other=0.0)
-        lse_grad = tl.load(grads + tokens, mask=here, other=0.0)
-        target_grad = tl.load(grads + grads_stride + tokens, mask=here, other=0.0)
-        target = tl.load(targets + tokens, mask=here, other=-1).to(tl.int32) - row_start
-        expected, expected_grad, sum_grad = lse, lse, lse
-        if EXPECTED > 0:
-            expected = tl.load(
-                statistics + EXPECTED * statistics_stride + tokens, mask=here, other=0.0
-            )
-            expected_grad = tl.load(grads + EXPECTED * grads_stride + tokens, mask=here, other=0.0)
-        if SUM > 0:
-            sum_grad = tl.load(grads + SUM * grads_stride + tokens, mask=here, other=0.0)
-
         mask = here[:, None] & touched[None, :]
         at_token = tokens.to(tl.int64)[:, None]
         z = tl.load(logits + at_token * row_stride + columns[None, :], mask=mask, other=0.0)
@@ -138,9 +126,8 @@ def _logits_gradient(  # type: ignore[no-untyped-def]
             z += added
         z, slope = to_logit_and_slope(z, softcap, temperature, HAS_SOFTCAP, HAS_TEMPERATURE)
         gradient = gradient_of(
-            z, slope, columns[None, :] == target[:, None], lse[:, None], at[:, None],
-            lse_grad[:, None], target_grad[:, None], sum_grad[:, None],
-            expected[:, None], expected_grad[:, None],
+            z, slope, columns[None, :] == target, lse, at, lse_grad, target_grad,
+            sum_grad, expected, expected_grad,
             SUM, EXPECTED, HAS_SOFTCAP or HAS_TEMPERATURE,
         )  # fmt: skip
         if HAS_SUMS:

@@ -16,7 +16,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 TOKENS, ROWS, DEPTH = 128, 128, 64
 # Tiles that are worked on one after the other share so many blocks of rows.
 GROUP = 8
-OPTIONS = {"num_warps": 4, "num_stages": 3}
 _PROGRAMS_A_MULTIPROCESSOR = 2
 
 
@@ -42,6 +41,20 @@ def num_programs(device: torch.device, num_tiles: int) -> int:
         return min(num_tiles, 4)
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     return min(num_tiles, _PROGRAMS_A_MULTIPROCESSOR * int(processors))
+
+
+def options(depth: int, programs: int) -> dict[str, int]:
+    """Return the arguments that every kernel takes that makes tiles of a product."""
+    return {
+        "DEPTHS": triton.cdiv(depth, DEPTH),
+        "PROGRAMS": programs,
+        "TOKENS": TOKENS,
+        "ROWS": ROWS,
+        "DEPTH": DEPTH,
+        "GROUP": GROUP,
+        "num_warps": 4,
+        "num_stages": 3,
+    }
 
 
 @triton.jit

@@ -10,7 +10,12 @@ import triton.language as tl
 from torch import Tensor
 
 from vocab_parallel.kernels import product
-from vocab_parallel.kernels.logit import gradient_of, to_logit_and_slope
+from vocab_parallel.kernels.logit import (
+    gradient_of,
+    load_tokens,
+    logit_options,
+    to_logit_and_slope,
+)
 from vocab_parallel.kernels.product import corner_of, multiply
 
 
@@ -37,7 +42,6 @@ def product_gradient(
     """
     (num_tokens, depth), num_rows = hidden.shape, classifier.shape[0]
     assert statistics.stride(1) == grads.stride(1) == 1
-    assert names[:2] == ("lse", "target")
     groups = triton.cdiv(num_tokens, product.TOKENS)
     tiles = groups * triton.cdiv(num_rows, product.ROWS)
     programs = product.num_programs(hidden.device, tiles)
@@ -60,21 +64,9 @@ def product_gradient(
             num_rows,
             tiles,
             row_start,
-            0.0 if softcap is None else softcap,
-            temperature,
-            HAS_BIAS=bias is not None,
-            HAS_SOFTCAP=softcap is not None,
-            HAS_TEMPERATURE=temperature != 1.0,
-            SUM=names.index("sum") if "sum" in names else 0,
-            EXPECTED=names.index("expected") if "expected" in names else 0,
+            **logit_options(bias, softcap, temperature, names),
             HAS_SUMS=sum_tokens,
-            DEPTHS=triton.cdiv(depth, product.DEPTH),
-            PROGRAMS=programs,
-            TOKENS=product.TOKENS,
-            ROWS=product.ROWS,
-            DEPTH=product.DEPTH,
-            GROUP=product.GROUP,
-            **product.OPTIONS,
+            **product.options(depth, programs),
         )
     return None if sums is None else sums.sum(0)
 
@@ -115,23 +107,10 @@ def _product_gradient(  # type: ignore[no-untyped-def]
         token, row = corner_of(tile, num_tokens, num_rows, TOKENS, ROWS, GROUP)
         first, second = multiply(hidden, classifier, token, row, DEPTHS, TOKENS, ROWS, DEPTH)
         tokens = token + tl.arange(0, TOKENS)
-        inside = tokens < num_tokens
-        # Beyond the last token everything is 0.
-        lse = tl.load(statistics + tokens, mask=inside, other=float("inf"))
-        at = tl.load(statistics + statistics_stride + tokens, mask=inside, other=0.0)
-        lse_grad = tl.load(grads + tokens, mask=inside, other=0.0)
-        target_grad = tl.load(grads + grads_stride + tokens, mask=inside, other=0.0)
-        target = tl.load(targets + tokens, mask=inside, other=-1).to(tl.int32) - row_start
-        expected, expected_grad, sum_grad = lse, lse, lse
-        if EXPECTED > 0:
-            expected = tl.load(
-                statistics + EXPECTED * statistics_stride + tokens, mask=inside, other=0.0
-            )
-            expected_grad = tl.load(
-                grads + EXPECTED * grads_stride + tokens, mask=inside, other=0.0
-            )
-        if SUM > 0:
-            sum_grad = tl.load(grads + SUM * grads_stride + tokens, mask=inside, other=0.0)
+        target, lse, at, lse_grad, target_grad, sum_grad, expected, expected_grad = load_tokens(
+            tokens, num_tokens, targets, row_start, statistics, statistics_stride, grads,
+            grads_stride, SUM, EXPECTED,
+        )  # fmt: skip
         for half in tl.static_range(2):
             z = first if half == 0 else second
             start = row + half * HALF
@@ -140,9 +119,8 @@ def _product_gradient(  # type: ignore[no-untyped-def]
                 z += tl.load(bias + columns, mask=columns < num_rows, other=0.0).to(tl.float32)
             z, slope = to_logit_and_slope(z, softcap, temperature, HAS_SOFTCAP, HAS_TEMPERATURE)
             gradient = gradient_of(
-                z, slope, columns[None, :] == target[:, None], lse[:, None], at[:, None],
-                lse_grad[:, None], target_grad[:, None], sum_grad[:, None],
-                expected[:, None], expected_grad[:, None],
+                z, slope, columns[None, :] == target, lse, at, lse_grad, target_grad,
+                sum_grad, expected, expected_grad,
                 SUM, EXPECTED, HAS_SOFTCAP or HAS_TEMPERATURE,
             )  # fmt: skip
             if HAS_SUMS:

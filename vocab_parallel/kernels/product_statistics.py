@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vocab_parallel.kernels import product
-from vocab_parallel.kernels.logit import to_logit
+from vocab_parallel.kernels.logit import logit_options, statistic_rows, to_logit
 from vocab_parallel.kernels.product import corner_of, multiply
 
 # Tiles of each program in one launch, at most. Programs that share blocks of rows drift apart: a
@@ -19,6 +19,11 @@ from vocab_parallel.kernels.product import corner_of, multiply
 _TILES_A_PROGRAM = 40
 # What a program of the second kernel joins at a time: blocks of rows by tokens.
 _JOINED_BLOCKS, _JOINED_TOKENS = 32, 32
+
+
+def bytes_a_token(num_rows: int, names: tuple[str, ...]) -> int:
+    """Return what is held of a token until its blocks' statistics are joined."""
+    return (len(names) - 1) * triton.cdiv(num_rows, product.ROWS) * 4
 
 
 def product_statistics(
@@ -41,7 +46,6 @@ def product_statistics(
         names: "lse", "target", then "sum" and "expected" where wanted; see `statistics.py`.
     """
     (num_tokens, depth), num_rows = hidden.shape, classifier.shape[0]
-    assert names[:2] == ("lse", "target")
     assert statistics.stride(1) == 1
     blocks = triton.cdiv(num_rows, product.ROWS)
     parts = statistics.new_empty((len(names) - 1, blocks, num_tokens))
@@ -69,21 +73,9 @@ def product_statistics(
                 num_rows,
                 first,
                 min(first + launched, tiles),
-                0.0 if softcap is None else softcap,
-                temperature,
-                HAS_BIAS=bias is not None,
-                HAS_SOFTCAP=softcap is not None,
-                HAS_TEMPERATURE=temperature != 1.0,
-                SUM=names.index("sum") if "sum" in names else 0,
-                EXPECTED=names.index("expected") if "expected" in names else 0,
+                **logit_options(bias, softcap, temperature, names),
                 KEEPS=rows_kept > 0,
-                DEPTHS=triton.cdiv(depth, product.DEPTH),
-                PROGRAMS=programs,
-                TOKENS=product.TOKENS,
-                ROWS=product.ROWS,
-                DEPTH=product.DEPTH,
-                GROUP=product.GROUP,
-                **product.OPTIONS,
+                **product.options(depth, programs),
             )
         _join_blocks[(triton.cdiv(num_tokens, _JOINED_TOKENS),)](
             parts,
@@ -93,8 +85,7 @@ def product_statistics(
             blocks,
             num_tokens,
             num_rows,
-            SUM=names.index("sum") if "sum" in names else 0,
-            EXPECTED=names.index("expected") if "expected" in names else 0,
+            **statistic_rows(names),
             BLOCKS=_JOINED_BLOCKS,
             TOKENS=_JOINED_TOKENS,
             num_warps=4,

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vocab_parallel.kernels.logit import readable_width, to_logit
+from vocab_parallel.kernels.logit import logit_options, readable_width, to_logit
 
 # Logits that a program works on at a time: one warp, so that no reduction waits for another.
 BLOCK = 512
@@ -37,7 +37,6 @@ def row_statistics(
     num_tokens, num_rows = logits.shape
     assert logits.stride(1) == 1
     assert statistics.stride(1) == 1
-    assert names[:2] == ("lse", "target")
     with torch.cuda.device_of(logits):
         _row_statistics[(num_tokens,)](
             logits,
@@ -49,13 +48,7 @@ def row_statistics(
             num_rows,
             readable_width(logits),
             row_start,
-            0.0 if softcap is None else softcap,
-            temperature,
-            HAS_BIAS=bias is not None,
-            HAS_SOFTCAP=softcap is not None,
-            HAS_TEMPERATURE=temperature != 1.0,
-            SUM=names.index("sum") if "sum" in names else 0,
-            EXPECTED=names.index("expected") if "expected" in names else 0,
+            **logit_options(bias, softcap, temperature, names),
             FIRST=first,
             BLOCK=BLOCK,
             num_warps=1,
