@@ -89,15 +89,13 @@ class ChunkedImpl:
         num_tokens, num_rows = shard.hidden.shape[0], shard.classifier.shape[0]
         keeps_all = task.keep_rows >= num_rows
         num_kept = num_rows if keeps_all else task.keep_rows
-        tile = self._tile(shard, task.names, keeps_all)
         kept = tile_buffer(shard, TileShape(num_tokens, num_kept)) if num_kept else None
-        # Who writes all logits gains nothing by not reading them.
         shape = (len(task.names), num_tokens)
         statistics = shard.hidden.new_empty(shape, dtype=shard.statistics_dtype)
-        if not keeps_all and fused.works(shard):
-            own = None if kept is None else kept[:, :num_kept]
-            self._put_fused(statistics, shard, task, own)
+        if fused.works(shard):
+            self._put_fused(statistics, shard, task, None if kept is None else kept[:, :num_kept])
         else:
+            tile = self._tile(shard, task.names, keeps_all)
             row_slices = self._row_blocks(shard, tile, num_kept)
             # Rows that are not kept come first: what is kept may have the buffer after them.
             row_slices.sort(key=lambda rows: rows.stop <= num_kept)
