@@ -75,8 +75,9 @@ def test_no_worse_than_two_kernels(
 
 
 @hopper
-def test_confident_tokens() -> None:
-    """Logits that are never rounded: well below the error of eager bfloat16's."""
+@pytest.mark.parametrize("backward", ["recompute", "probs", "gradients"])
+def test_confident_tokens(backward: str) -> None:
+    """No way rounds a logit before its statistics: well below the error of eager bfloat16's."""
     torch.manual_seed(0)
     c = torch.randn(4096, 512, device="cuda") / 512**0.5
     targets = torch.randint(4096, (1024,), device="cuda")
@@ -86,7 +87,7 @@ def test_confident_tokens() -> None:
     exact = torch.autograd.grad(oracle(wide[0], wide[1], targets)[0], wide)
     logits = torch.nn.functional.linear(*leaves).float()
     peers = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, targets), leaves)
-    loss = linear_cross_entropy(leaves[0], leaves[1], targets, backward="recompute")
+    loss = linear_cross_entropy(leaves[0], leaves[1], targets, backward=backward)
     for ours, peer, want in zip(torch.autograd.grad(loss, leaves), peers, exact, strict=True):
         print(relative_error(ours, want), relative_error(peer, want))
         assert relative_error(ours, want) < 0.5 * relative_error(peer, want)

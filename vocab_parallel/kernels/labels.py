@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vocab_parallel.kernels.grid import cdiv
+
 BLOCK = 1024
 
 
@@ -21,7 +23,7 @@ def mark_and_shift(
     labels = labels.contiguous()
     out = torch.empty(labels.shape, dtype=torch.int32, device=labels.device)
     with torch.cuda.device_of(labels):
-        _mark_and_shift[(triton.cdiv(labels.numel(), BLOCK),)](
+        _mark_and_shift[(cdiv(labels.numel(), BLOCK),)](
             labels,
             out,
             labels.numel(),

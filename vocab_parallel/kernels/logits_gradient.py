@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vocab_parallel.kernels.grid import cdiv
 from vocab_parallel.kernels.logit import (
     gradient_of,
     load_tokens,
@@ -44,12 +45,12 @@ def logits_gradient(
     of_group, at_a_time, block = 1, 1, BLOCK
     if sum_tokens:
         of_group, at_a_time, block = TOKENS_A_SUM, TOKENS_A_STEP, BLOCK_A_SUM
-    groups = triton.cdiv(num_tokens, of_group)
+    groups = cdiv(num_tokens, of_group)
     sums = None
     if sum_tokens:
         sums = torch.empty((groups, num_rows), dtype=torch.float32, device=logits.device)
     with torch.cuda.device_of(logits):
-        _logits_gradient[(triton.cdiv(num_rows, block), groups)](
+        _logits_gradient[(cdiv(num_rows, block), groups)](
             logits,
             logits.stride(0),
             out,

@@ -12,6 +12,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from vocab_parallel.kernels.grid import cdiv, multiprocessors
+
 # Of a program's tile: tokens, rows, and how much of the hidden size at a time.
 TOKENS, ROWS, DEPTH = 128, 128, 64
 # Tiles that are worked on one after the other share so many blocks of rows.
@@ -39,14 +41,13 @@ def num_programs(device: torch.device, num_tiles: int) -> int:
     """Return how many programs share so many tiles."""
     if device.type != "cuda":  # the interpreter
         return min(num_tiles, 4)
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return min(num_tiles, _PROGRAMS_A_MULTIPROCESSOR * int(processors))
+    return min(num_tiles, _PROGRAMS_A_MULTIPROCESSOR * multiprocessors(device))
 
 
 def options(depth: int, programs: int) -> dict[str, int]:
     """Return the arguments that every kernel takes that makes tiles of a product."""
     return {
-        "DEPTHS": triton.cdiv(depth, DEPTH),
+        "DEPTHS": cdiv(depth, DEPTH),
         "PROGRAMS": programs,
         "TOKENS": TOKENS,
         "ROWS": ROWS,

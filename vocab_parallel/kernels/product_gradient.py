@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vocab_parallel.kernels import product
+from vocab_parallel.kernels.grid import cdiv
 from vocab_parallel.kernels.logit import (
     gradient_of,
     load_tokens,
@@ -42,8 +43,8 @@ def product_gradient(
     """
     (num_tokens, depth), num_rows = hidden.shape, classifier.shape[0]
     assert statistics.stride(1) == grads.stride(1) == 1
-    groups = triton.cdiv(num_tokens, product.TOKENS)
-    tiles = groups * triton.cdiv(num_rows, product.ROWS)
+    groups = cdiv(num_tokens, product.TOKENS)
+    tiles = groups * cdiv(num_rows, product.ROWS)
     programs = product.num_programs(hidden.device, tiles)
     sums = None
     if sum_tokens:

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vocab_parallel.kernels import product
+from vocab_parallel.kernels.grid import cdiv
 from vocab_parallel.kernels.logit import logit_options, statistic_rows, to_logit
 from vocab_parallel.kernels.product import corner_of, multiply
 
@@ -23,7 +24,7 @@ _JOINED_BLOCKS, _JOINED_TOKENS = 32, 32
 
 def bytes_a_token(num_rows: int, names: tuple[str, ...]) -> int:
     """Return what is held of a token until its blocks' statistics are joined."""
-    return (len(names) - 1) * triton.cdiv(num_rows, product.ROWS) * 4
+    return (len(names) - 1) * cdiv(num_rows, product.ROWS) * 4
 
 
 def product_statistics(
@@ -47,13 +48,13 @@ def product_statistics(
     """
     (num_tokens, depth), num_rows = hidden.shape, classifier.shape[0]
     assert statistics.stride(1) == 1
-    blocks = triton.cdiv(num_rows, product.ROWS)
+    blocks = cdiv(num_rows, product.ROWS)
     parts = statistics.new_empty((len(names) - 1, blocks, num_tokens))
-    tiles = triton.cdiv(num_tokens, product.TOKENS) * blocks
+    tiles = cdiv(num_tokens, product.TOKENS) * blocks
     programs = product.num_programs(hidden.device, tiles)
     rows_kept = 0 if kept is None else kept.shape[1]
-    turns = triton.cdiv(tiles, programs)
-    launched = programs * triton.cdiv(turns, triton.cdiv(turns, _TILES_A_PROGRAM))
+    turns = cdiv(tiles, programs)
+    launched = programs * cdiv(turns, cdiv(turns, _TILES_A_PROGRAM))
     of_hidden = product.describe(hidden, product.TOKENS, product.DEPTH)
     of_classifier = product.describe(classifier, product.ROWS, product.DEPTH)
     of_kept = None if kept is None else product.describe(kept, product.TOKENS, product.ROWS // 2)
@@ -77,7 +78,7 @@ def product_statistics(
                 KEEPS=rows_kept > 0,
                 **product.options(depth, programs),
             )
-        _join_blocks[(triton.cdiv(num_tokens, _JOINED_TOKENS),)](
+        _join_blocks[(cdiv(num_tokens, _JOINED_TOKENS),)](
             parts,
             targets,
             statistics,

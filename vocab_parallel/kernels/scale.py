@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vocab_parallel.kernels.grid import cdiv
+
 BLOCK = 4096
 
 
@@ -16,7 +18,7 @@ def scale_(tensor: Tensor, factor: Tensor) -> Tensor:
     """
     assert tensor.is_contiguous()
     with torch.cuda.device_of(tensor):
-        _scale[(triton.cdiv(tensor.numel(), BLOCK),)](
+        _scale[(cdiv(tensor.numel(), BLOCK),)](
             tensor, factor, tensor.numel(), BLOCK=BLOCK, num_warps=8
         )
     return tensor

@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vocab_parallel.kernels.grid import cdiv
+
 BLOCK = 512
 
 
@@ -22,7 +24,7 @@ def token_loss(
     """Return each token's loss; `vocab_parallel/token_loss.py` has the formula."""
     out = torch.empty_like(statistics[0])
     with torch.cuda.device_of(out):
-        _token_loss[(triton.cdiv(out.numel(), BLOCK),)](
+        _token_loss[(cdiv(out.numel(), BLOCK),)](
             statistics,
             statistics.stride(0),
             labels,
@@ -59,7 +61,7 @@ def token_loss_grad(
     if len(out) > 2 + (smoothing != 0.0):
         out.zero_()  # statistics that this loss does not read
     with torch.cuda.device_of(out):
-        _token_loss_grad[(triton.cdiv(out.shape[1], BLOCK),)](
+        _token_loss_grad[(cdiv(out.shape[1], BLOCK),)](
             statistics,
             labels,
             weight,
