@@ -6,15 +6,15 @@ import json
 import random
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
+
+from launch.planning.timing import busy_work, time_of
 
 
 @dataclass(frozen=True)
@@ -74,36 +74,6 @@ def _peak_of_host(call: Callable[[], object]) -> int:
         (event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]"
     )
     return max(itertools.accumulate((change for _, change in changes), initial=0))
-
-
-def busy_work(device: torch.device) -> Callable[[], object]:
-    """Return about 12 ms of products on a GPU, nothing on a CPU."""
-    if device.type != "cuda":
-        return lambda: None
-    operand = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
-    out = torch.empty_like(operand)
-
-    def products() -> Tensor:
-        for _ in range(8):
-            torch.mm(operand, operand, out=out)
-        return out
-
-    return products
-
-
-def time_of(call: Callable[[], object], device: torch.device, busy: Callable[[], object]) -> float:
-    """Return the milliseconds of a call that is queued behind what keeps the device busy."""
-    if device.type != "cuda":
-        began = time.perf_counter()
-        call()
-        return 1e3 * (time.perf_counter() - began)
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    busy()
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end)
 
 
 def peak_of(call: Callable[[], object], device: torch.device, *, above: bool = True) -> int:

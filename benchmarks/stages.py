@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
 from benchmarks.contestants import Contestant, Problem
-from benchmarks.measure import busy_work, peak_of, time_of
+from benchmarks.measure import peak_of
+from launch.planning.timing import busy_work, time_of
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ def check_product_kernels() -> None:
         found, num_kept = torch.full_like(want, torch.nan), min(num_rows, 128)
         kept = torch.zeros(num_tokens, 320, dtype=HALF)
         memory = 4 * 64 * len(names)  # some tokens at a time
-        # several launches, of which some keep
+        # several launches, and groups of several widths
         product_statistics._TILES_A_PROGRAM, product.GROUP = 1 + turn % 2, 1 + turn % 3
         fused.put_statistics(found, names, shard, tokens, kept[:, :num_kept], memory)
         finite = want.isfinite()

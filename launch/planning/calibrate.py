@@ -3,7 +3,6 @@
 import copy
 import os
 import statistics
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import date
@@ -17,6 +16,7 @@ from tqdm import tqdm
 from launch.planning.estimate import loss_seconds
 from launch.planning.hardware import Hardware
 from launch.planning.shape import ModelShape
+from launch.planning.timing import busy_work, time_of
 from launch.published import PUBLISHED
 from vocab_parallel import linear_cross_entropy, plan_backward
 
@@ -166,35 +166,10 @@ def _link_bytes(sizes: _Sizes, device: torch.device, today: str) -> tuple[float,
 
 
 def _seconds(call: Callable[[], object], sizes: _Sizes, device: torch.device) -> float:
-    """Return the median seconds of a call, which waits behind products as it does in training.
-
-    A card that runs at its power limit is faster after a pause, or after products of equal numbers,
-    than it is in training.
-    """
-    times = []
-    operand = (
-        torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
-        if device.type == "cuda"
-        else None
-    )
-    for turn in range(3 + sizes.rounds):
-        if device.type != "cuda":
-            began = time.perf_counter()
-            call()
-            elapsed = time.perf_counter() - began
-        else:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            assert operand is not None
-            for _ in range(8):  # about 12 ms
-                torch.mm(operand, operand)
-            start.record()
-            call()
-            end.record()
-            end.synchronize()
-            elapsed = start.elapsed_time(end) / 1e3
-        if turn >= 3:
-            times.append(elapsed)
-    return statistics.median(times)
+    """Return the median seconds of a call, which waits behind products as it does in training."""
+    busy = busy_work(device)
+    milliseconds = [time_of(call, device, busy) for _ in range(3 + sizes.rounds)][3:]
+    return statistics.median(milliseconds) / 1e3
 
 
 def _name(device: torch.device) -> str:

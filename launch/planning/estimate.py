@@ -165,6 +165,7 @@ def loss_seconds(
     kept = plan.kept_rows if plan.backward == "recompute" else rows
     products = tokens * hidden * (6 * rows + 2 * (rows - kept))
     # Read once in forward and in backward, and written there; those of a part in backward alone.
+    # (On Hopper forward reads none; its time was found the same.)
     moved = (2 if kept < rows else 3) * tokens * kept * itemsize
     row_tiles, token_tiles = -(-rows // plan.tile.rows), -(-tokens // plan.tile.tokens)
     if row_tiles > 1:

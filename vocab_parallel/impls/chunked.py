@@ -87,15 +87,14 @@ class ChunkedImpl:
     def forward(self, shard: Shard, task: ForwardTask) -> Forward:
         """See `LocalImpl.forward`."""
         num_tokens, num_rows = shard.hidden.shape[0], shard.classifier.shape[0]
-        keeps_all = task.keep_rows >= num_rows
-        num_kept = num_rows if keeps_all else task.keep_rows
+        num_kept = min(task.keep_rows, num_rows)
         kept = tile_buffer(shard, TileShape(num_tokens, num_kept)) if num_kept else None
         shape = (len(task.names), num_tokens)
         statistics = shard.hidden.new_empty(shape, dtype=shard.statistics_dtype)
         if fused.works(shard):
             self._put_fused(statistics, shard, task, None if kept is None else kept[:, :num_kept])
         else:
-            tile = self._tile(shard, task.names, keeps_all)
+            tile = self._tile(shard, task.names, num_kept == num_rows)
             row_slices = self._row_blocks(shard, tile, num_kept)
             # Rows that are not kept come first: what is kept may have the buffer after them.
             row_slices.sort(key=lambda rows: rows.stop <= num_kept)

@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vocab_parallel.kernels.grid import cdiv
+
 
 def readable_width(tile: Tensor) -> int:
     """Return how many columns of a tile [n, r] a kernel may touch: whole 32-byte sectors if it can.
@@ -13,7 +15,7 @@ def readable_width(tile: Tensor) -> int:
     What follows a tile's columns in its own row of the buffer is nobody's, if the tile begins the
     row; a mask that ends at a multiple of 16 lets loads and stores stay wide.
     """
-    rounded = -(-tile.shape[1] // 16) * 16
+    rounded = cdiv(tile.shape[1], 16) * 16
     begins_row = tile.stride(0) > 0 and tile.storage_offset() % tile.stride(0) == 0
     return rounded if begins_row and rounded <= tile.stride(0) else tile.shape[1]
 

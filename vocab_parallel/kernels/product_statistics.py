@@ -15,8 +15,8 @@ from vocab_parallel.kernels.grid import cdiv
 from vocab_parallel.kernels.logit import logit_options, statistic_rows, to_logit
 from vocab_parallel.kernels.product import corner_of, multiply
 
-# Tiles of each program in one launch, at most. Programs that share blocks of rows drift apart: a
-# launch of 72 tiles each ran 6% slower than one of 36, whose rows were still in the cache.
+# Tiles of each program in one launch, at most. Programs that share blocks of rows drift apart, and
+# the rows leave the cache: one launch over 151,936 rows took 17% longer than launches of 40.
 _TILES_A_PROGRAM = 40
 # What a program of the second kernel joins at a time: blocks of rows by tokens.
 _JOINED_BLOCKS, _JOINED_TOKENS = 32, 32
@@ -58,6 +58,10 @@ def product_statistics(
     of_hidden = product.describe(hidden, product.TOKENS, product.DEPTH)
     of_classifier = product.describe(classifier, product.ROWS, product.DEPTH)
     of_kept = None if kept is None else product.describe(kept, product.TOKENS, product.ROWS // 2)
+    options = {
+        **logit_options(bias, softcap, temperature, names),
+        **product.options(depth, programs),
+    }
     with torch.cuda.device_of(hidden):
         for first in range(0, tiles, launched):
             _product_statistics[(programs,)](
@@ -74,9 +78,8 @@ def product_statistics(
                 num_rows,
                 first,
                 min(first + launched, tiles),
-                **logit_options(bias, softcap, temperature, names),
                 KEEPS=rows_kept > 0,
-                **product.options(depth, programs),
+                **options,
             )
         _join_blocks[(cdiv(num_tokens, _JOINED_TOKENS),)](
             parts,
