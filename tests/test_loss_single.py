@@ -1,12 +1,22 @@
 """One process that holds the whole vocabulary, with no process group at all."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
+from tests.oracle import relative_error
 from tests.recording import ProductRecorder
-from vocab_parallel import VocabParallelOptions, available_impls, linear_cross_entropy
+from vocab_parallel import (
+    VocabParallelOptions,
+    available_impls,
+    linear_cross_entropy,
+    predict,
+    token_logprobs,
+)
 
 IMPLS = ("chunked", "reference")
 
@@ -120,14 +130,82 @@ def test_all_ignored(impl: str) -> None:
         assert not gradient.any()
 
 
-def test_masked_rows_by_bias() -> None:
-    """A bias of -inf removes a row, as it does from a softmax."""
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("masked", [slice(5, 7), slice(0, 2)])
+def test_masked_rows_by_bias(impl: str, masked: slice) -> None:
+    """A bias of -inf removes a row, as it does from a softmax: whole tiles of them, too."""
     e, c, targets = problem()
-    targets = targets.clamp(max=4)
+    targets = targets % 3 + 2
     bias = torch.zeros(7, dtype=torch.float64)
-    bias[5:] = -torch.inf
-    loss = linear_cross_entropy(e, c, targets, bias, chunk_rows=2)
-    assert torch.allclose(loss, linear_cross_entropy(e, c[:5], targets))  # type: ignore[arg-type]
+    bias[masked] = -torch.inf
+    bias.requires_grad_()
+    cut = {"chunk_rows": 2} if impl == "chunked" else {}
+    loss = linear_cross_entropy(e, c, targets, bias, impl=impl, **cut)
+    logprobs, entropy = token_logprobs(e, c, targets, bias, return_entropy=True, impl=impl, **cut)
+    kept = [row for row in range(7) if bias[row] == 0.0]
+    log_p = torch.log_softmax(e @ c[kept].T, -1)
+    chosen = log_p.gather(-1, (targets - kept[0])[..., None]).squeeze(-1)
+    exact = (-chosen.mean(), chosen, -(log_p.exp() * log_p).sum(-1))
+    for ours, want in zip((loss, logprobs, entropy), exact, strict=True):
+        assert torch.allclose(ours, want)  # type: ignore[arg-type]
+        found = torch.autograd.grad(ours.sum(), (e, c, bias), retain_graph=True)  # type: ignore[union-attr]
+        wanted = torch.autograd.grad(want.sum(), (e, c), retain_graph=True)
+        assert torch.allclose(found[0], wanted[0])
+        assert torch.allclose(found[1], wanted[1])
+        assert not found[2][masked].any()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("backward", ["auto", "recompute", "probs", "gradients"])
+@pytest.mark.parametrize("where", ["e", "c"])
+def test_a_nan_is_never_hidden(impl: str, backward: str, where: str) -> None:
+    """A NaN in the hidden states or in a row that is nobody's target is in loss and gradients."""
+    if impl == "reference" and backward not in ("auto", "recompute"):
+        pytest.skip("the reference recomputes")
+    e, c, targets = problem()
+    with torch.no_grad():
+        if where == "e":
+            e[0, 3, 1] = torch.nan
+        else:
+            c[6, 2] = torch.nan
+    loss = linear_cross_entropy(e, c, targets % 6, impl=impl, backward=backward)
+    assert torch.isnan(loss)  # type: ignore[arg-type]
+    e_grad, c_grad = torch.autograd.grad(loss, (e, c))  # type: ignore[arg-type]
+    assert torch.isnan(e_grad[0, 3]).all()
+    assert torch.isnan(c_grad).all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_an_ignored_target_counts_for_nothing(impl: str) -> None:
+    """Whatever its weight is: a NaN times 0 is not 0."""
+    e, c, targets = problem()
+    targets[0, 1] = -100
+    weight = torch.rand(2, 5, dtype=torch.float64)
+    expected = linear_cross_entropy(e, c, targets, token_weight=weight, impl=impl)
+    spoiled = weight.clone()
+    spoiled[0, 1] = torch.nan
+    found = linear_cross_entropy(e, c, targets, token_weight=spoiled, impl=impl)
+    assert torch.equal(found, expected)  # type: ignore[arg-type]
+    pairs = (torch.autograd.grad(loss, (e, c)) for loss in (found, expected))  # type: ignore[arg-type]
+    for ours, want in zip(*pairs, strict=True):
+        assert torch.equal(ours, want)
+
+
+def test_a_divisor_of_one_element() -> None:
+    """A tensor of shape [1] makes no loss of that shape."""
+    e, c, targets = problem()
+    loss = linear_cross_entropy(e, c, targets, num_valid_tokens=torch.tensor([20]))
+    assert isinstance(loss, Tensor)
+    assert loss.shape == ()
+    assert torch.allclose(2 * loss, linear_cross_entropy(e, c, targets))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="at least 0, got -5"):
+        linear_cross_entropy(e, c, targets, num_valid_tokens=torch.tensor(-5))
+    with pytest.raises(ValueError, match="at least 0 or a tensor, got True"):
+        linear_cross_entropy(e, c, targets, num_valid_tokens=True)
+    # On one rank arguments are always checked, but on a GPU no value is read.
+    from vocab_parallel.loss import _at_least_one
+
+    assert _at_least_one(torch.tensor([-5])).isnan()  # type: ignore[union-attr]
 
 
 def test_autocast() -> None:
@@ -146,9 +224,59 @@ def test_autocast() -> None:
 def test_a_target_that_nobody_checked_is_nan() -> None:
     """Without validation an id beyond the vocabulary is loud, not another token's loss."""
     from vocab_parallel.layout import mark_labels
+    from vocab_parallel.token_loss import TokenLossTerms, token_loss
 
     marked = mark_labels(torch.tensor([0, 6, 7, -1, -100, 2**40]), -100, 7)
     assert marked.tolist() == [0, 6, -2, -2, -1, -2]
+    losses = token_loss(torch.randn(2, 6), marked, None, TokenLossTerms(0.0, 7, 0.0))
+    assert losses.isnan().tolist() == [False, False, True, True, False, True]
+    e, c, targets = problem()
+    with pytest.raises(ValueError, match=r"targets must lie in \[0, 7\)"):
+        linear_cross_entropy(e, c, targets + 2)
+
+
+def test_transforms() -> None:
+    """What autograd has beside a backward: each is right, or refused in words."""
+    e, c, targets = problem()
+    loss = linear_cross_entropy(e, c, targets)
+    expected = torch.autograd.grad(loss, (e, c))  # type: ignore[arg-type]
+    with torch.inference_mode():
+        assert torch.equal(linear_cross_entropy(e, c, targets), loss)  # type: ignore[arg-type]
+        assert predict(e, c).ids.shape == (2, 5, 1)
+        again = linear_cross_entropy(e.clone(), c, targets)  # an inference tensor
+        assert torch.equal(again, loss)  # type: ignore[arg-type]
+    for reentrant in (False, True):
+        for backward in ("recompute", "probs", "gradients"):
+            run = functools.partial(linear_cross_entropy, targets=targets, backward=backward)
+            outer = checkpoint(run, e, c, use_reentrant=reentrant)
+            for found in (outer, 3.0 * outer):
+                if reentrant and found is not outer:
+                    continue  # torch's reentrant checkpoint runs backward() alone, once
+                e.grad = c.grad = None
+                found.backward(retain_graph=not reentrant)
+                scale = 1.0 if found is outer else 3.0
+                assert torch.allclose(e.grad, scale * expected[0])
+                assert torch.allclose(c.grad, scale * expected[1])
+    for backward in ("recompute", "gradients"):
+        loss = linear_cross_entropy(e, c, targets, backward=backward)
+        first = torch.autograd.grad(loss, e, create_graph=True)[0]  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="has no second derivative"):
+            (first.square().sum() + loss).backward()
+    with pytest.raises(ValueError, match=r"inside of a transform of torch\.func"):
+        torch.func.grad(lambda e: linear_cross_entropy(e, c, targets))(e)
+
+
+def test_float16_with_a_grad_scaler() -> None:
+    """A scaled loss in float16 gives the gradients of the unscaled one, scaled."""
+    e, c, targets = problem()
+    half = [t.detach().half().requires_grad_() for t in (e, c)]
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    for backward in ("recompute", "probs", "auto"):
+        loss = linear_cross_entropy(half[0], half[1], targets, backward=backward)
+        found = torch.autograd.grad(scaler.scale(loss), half)
+        exact = torch.autograd.grad(linear_cross_entropy(e, c, targets), (e, c))  # type: ignore[arg-type]
+        for ours, want in zip(found, exact, strict=True):
+            assert relative_error(ours.double() / scaler.get_scale(), want) < 3e-3
 
 
 def test_available_impls() -> None:

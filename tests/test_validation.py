@@ -1,6 +1,8 @@
 """Bad input: a ValueError on every rank of the group, and the group works on afterwards."""
 
+import inspect
 from collections.abc import Callable
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -9,7 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tests.ranks import run_ranks
-from vocab_parallel import VocabParallelOptions, linear_cross_entropy
+from vocab_parallel import VocabParallelOptions, linear_cross_entropy, token_logprobs
+from vocab_parallel.arguments import LossSettings
+from vocab_parallel.call import Operands
 
 TOKENS, HIDDEN, VOCABULARY = 6, 4, 11
 Change = Callable[[dict[str, Any], int], None]
@@ -21,8 +25,8 @@ def arguments() -> dict[str, Any]:
     options = VocabParallelOptions.from_vocab(VOCABULARY)
     return {
         "e": torch.randn(TOKENS, HIDDEN, requires_grad=True),
-        "c": torch.randn(options.stop - options.start, HIDDEN, requires_grad=True),
         "targets": torch.randint(VOCABULARY, (TOKENS,)),
+        "c": torch.randn(options.stop - options.start, HIDDEN, requires_grad=True),
         "vocab_parallel_options": options,
     }
 
@@ -75,6 +79,20 @@ def cast(name: str, dtype: torch.dtype) -> Change:
     return change
 
 
+def divided_by_rank(given: dict[str, Any], rank: int) -> None:
+    given["num_valid_tokens"] = torch.tensor(7 + rank)
+
+
+def without_reduction(given: dict[str, Any], rank: int) -> None:
+    options = given["vocab_parallel_options"]
+    given["vocab_parallel_options"] = replace(options, reduce_e_grad=False)
+
+
+def on_meta(given: dict[str, Any], rank: int) -> None:
+    for name in ("e", "c", "targets"):
+        given[name] = given[name].detach().to("meta")
+
+
 MISTAKES: list[tuple[Change, str]] = [
     (reshaped("c", 6, 3), "hidden size of e is 4 but that of c is 3"),
     (reshaped("c", 9, HIDDEN), r"c has 9 rows but the options say \[0, 6\)"),
@@ -108,6 +126,16 @@ MISTAKES: list[tuple[Change, str]] = [
     (on_rank(1, rows((0, 0), (6, 11), vocab_size=11)), "different vocabularies|leave a gap"),
     (on_rank(1, setting(label_smoothing=0.1)), r"must agree.*label_smoothing: \[0.0, 0.1\]"),
     (on_rank(1, setting(reduction="sum")), r"reduction: \['mean', 'sum'\]"),
+    (on_rank(1, setting(accumulate_into="grad")), r"accumulate_into: \[None, 'grad'\]"),
+    (on_rank(1, setting(num_valid_tokens=7)), r"num_valid_tokens: \[None, 7\]"),
+    (divided_by_rank, r"num_valid_tokens: \[7, 8\]"),
+    (setting(num_valid_tokens=torch.tensor(-5)), "must count tokens, at least 0, got -5"),
+    (on_rank(1, without_reduction), r"reduce_e_grad: \[True, False\]"),
+    (on_rank(1, setting(memory_budget=2**20)), r"memory_budget: \[None, 1048576\]"),
+    (on_rank(1, setting(chunk_rows=2)), r"impl_options: \[\[\], \[\('chunk_rows', 2\)\]\]"),
+    (on_rank(1, target(3)), "have different targets"),
+    (on_rank(1, setting(e=torch.zeros(TOKENS, HIDDEN))), r"e requires grad: \[True, False\]"),
+    (on_meta, "e is on the meta device and has no values"),
 ]  # fmt: skip
 
 
@@ -144,6 +172,16 @@ def check_mistakes() -> None:
 
 def test_mistakes() -> None:
     run_ranks(check_mistakes, 2)
+
+
+@pytest.mark.parametrize("function", [linear_cross_entropy, token_logprobs])
+def test_every_setting_is_agreed_on(function: Callable[..., Any]) -> None:
+    """A new argument is agreed on, unless it is a tensor or is named here as a rank's own."""
+    own = {"vocab_parallel_options", "validate"}  # rows, and whether to agree at all
+    tensors = {"e", "c", *(each.name for each in fields(Operands))}
+    settings = {each.name for each in fields(LossSettings)}
+    assert set(inspect.signature(function).parameters) <= own | tensors | settings
+    assert set(LossSettings().agreed()) == settings
 
 
 def check_outsider() -> None:

@@ -54,6 +54,8 @@ class Setting:
 class DTensorHead(nn.Module):
     """Owns the classifier as a DTensor over the vocab axis, and passes hidden states through."""
 
+    logits_are_linear = True
+
     def __init__(self, whole: nn.Linear, mesh: DeviceMesh) -> None:
         super().__init__()
         self.weight = nn.Parameter(distribute_tensor(whole.weight.detach(), mesh, [Shard(0)]))

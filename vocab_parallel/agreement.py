@@ -23,6 +23,7 @@ class Claim:
         start, stop: the rows that it holds.
         vocab_size: how many of all rows are tokens; -1 means every row.
         lowest_target, highest_target: of its targets; (0, -1) where it has none.
+        targets: a number that is equal where targets are; 0 where each rank has its own.
     """
 
     start: int = 0
@@ -30,6 +31,7 @@ class Claim:
     vocab_size: int = -1
     lowest_target: int = 0
     highest_target: int = -1
+    targets: int = 0
 
 
 def agree(
@@ -41,7 +43,7 @@ def agree(
 ) -> None:
     """Raise the same ValueError on every rank of the group, or on none; all must call.
 
-    Communicates 7 integers a rank, and where something is wrong a few hundred bytes more to say
+    Communicates 8 integers a rank, and where something is wrong a few hundred bytes more to say
     what; it waits for the result.
 
     Args:
@@ -52,7 +54,8 @@ def agree(
 
     Raises:
         ValueError: a rank has a problem; settings differ; the ranges overlap, leave a gap or
-            differ in vocabulary; a target is outside of the vocabulary.
+            differ in vocabulary; a target is outside of the vocabulary; targets differ that must
+            be the same.
     """
     if degree == 1:
         if problem is not None:
@@ -107,6 +110,12 @@ def _check_claims(claims: list[Claim]) -> None:
                     f"rank {rank} of the vocab group: they are ids of the whole vocabulary, not "
                     f"of one rank's rows"
                 )
+    if len({claim.targets for claim in claims}) > 1:
+        raise ValueError(
+            f"the ranks of the vocab group have different targets (their checksums are "
+            f"{[claim.targets for claim in claims]}), which only hidden_layout=\"sharded\" has: "
+            f"give every rank the same targets"
+        )
 
 
 def _check_partition(claims: list[Claim]) -> int:

@@ -1,7 +1,8 @@
 """What a caller of the loss may pass: every rule that one rank can check alone."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any, get_args
 
 import torch
@@ -19,9 +20,10 @@ BACKWARDS = ("auto", "recompute", "probs", "gradients")
 
 @dataclass(frozen=True)
 class LossSettings:
-    """The scalar arguments of `linear_cross_entropy` and its relatives, and what follows.
+    """All that `linear_cross_entropy` and its relatives take beside tensors and rows.
 
-    Every rank of a group passes the same.
+    Every rank of a group passes the same: many of them decide what the ranks communicate, and the
+    others what each of them returns. So all are agreed on (`agreed`), a new one too.
     """
 
     ignore_index: int = -100
@@ -37,6 +39,19 @@ class LossSettings:
     hidden_grad_scale: float = 1.0
     e_grad_reduce_dtype: torch.dtype = torch.float32
     backward: str = "auto"
+    memory_budget: int | None = None
+    accumulate_into: str | None = None
+    num_valid_tokens: int | Tensor | None = None
+    impl: str = "auto"
+    impl_options: Mapping[str, Any] = field(default_factory=dict)
+
+    def agreed(self) -> dict[str, Any]:
+        """Return every setting by name, for a comparison over the group; reads a tensor's value."""
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        values["impl_options"] = sorted(self.impl_options.items())
+        if isinstance(self.num_valid_tokens, Tensor):
+            values["num_valid_tokens"] = self.num_valid_tokens.tolist()
+        return values
 
     @property
     def statistics(self) -> StatisticNames:
@@ -165,8 +180,21 @@ def target_range(targets: Tensor, ignore_index: int) -> tuple[int, int]:
     return (int(kept.min()), int(kept.max())) if kept.numel() else (0, -1)
 
 
-def check_token_divisor(num_valid_tokens: Any, e: Tensor, reduction: str) -> None:
-    """Raise ValueError where ``num_valid_tokens`` is no divisor for the reduction."""
+def target_digest(targets: Tensor) -> int:
+    """Return a number that unlike targets seldom share. Waits for a GPU: for validation alone."""
+    flat = targets.reshape(-1).to(torch.int64)
+    places = torch.arange(1, 2 * len(flat) + 1, 2, device=flat.device)
+    return int((flat * (places * 0x9E3779B97F4A7C15 % 2**63)).sum())
+
+
+def check_token_divisor(
+    num_valid_tokens: Any, e: Tensor, reduction: str, *, reads_values: bool
+) -> None:
+    """Raise ValueError where ``num_valid_tokens`` is no divisor for the reduction.
+
+    Args:
+        reads_values: whether a tensor's value may be read, which waits for a GPU.
+    """
     if num_valid_tokens is None:
         return
     if reduction != "mean":
@@ -179,7 +207,11 @@ def check_token_divisor(num_valid_tokens: Any, e: Tensor, reduction: str) -> Non
                 f"a num_valid_tokens tensor must hold one number on {e.device}, got "
                 f"{list(num_valid_tokens.shape)} on {num_valid_tokens.device}"
             )
-    elif not (isinstance(num_valid_tokens, int) and num_valid_tokens >= 0):
+        if reads_values and not num_valid_tokens >= 0:
+            raise ValueError(
+                f"num_valid_tokens must count tokens, at least 0, got {num_valid_tokens.item()!r}"
+            )
+    elif not _count(num_valid_tokens):
         raise ValueError(
             f"num_valid_tokens must be an int of at least 0 or a tensor, got {num_valid_tokens!r}"
         )
@@ -192,6 +224,16 @@ def _check_plain_tensor(name: str, tensor: Tensor | None, e: Tensor) -> None:
         raise ValueError(
             f"{name} is a DTensor: pass {name}.to_local(), or give the DTensor weight to "
             f"CCEPipelineLoss, which reads its rows off its placement"
+        )
+    if tensor.is_meta:
+        raise ValueError(
+            f"{name} is on the meta device and has no values: give it memory, to_empty(device=...) "
+            f"of its module for instance, before the loss is called"
+        )
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        raise ValueError(
+            f"{name} is inside of a transform of torch.func, which the loss's autograd.Functions "
+            f"do not take: use torch.autograd.grad or backward()"
         )
     if tensor.device != e.device:
         raise ValueError(f"{name} is on {tensor.device} but e is on {e.device}: move one")
@@ -225,6 +267,10 @@ def _check_token_shapes(
 def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
     if value not in known:
         raise ValueError(f"unknown {name} {value!r}: known are {list(known)}")
+
+
+def _count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _number(value: Any) -> bool:

@@ -1,7 +1,6 @@
 """One call of the loss or of a relative: arguments in, checked and agreed on, statistics out."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any, cast
 
 import torch
@@ -48,7 +47,7 @@ class Operands:
     ) -> "Operands":
         """Cast hidden states and classifier as autocast casts the operands of a linear layer."""
         tensors = isinstance(e, Tensor) and isinstance(c, Tensor)
-        if tensors and torch.is_autocast_enabled(e.device.type):
+        if tensors and not e.is_meta and torch.is_autocast_enabled(e.device.type):
             dtype = torch.get_autocast_dtype(e.device.type)
             e, c = (t if t.dtype == torch.float64 else t.to(dtype) for t in (e, c))
         return cls(e, c, targets, bias, token_weight)
@@ -103,14 +102,9 @@ def prepare(
     operands: Operands,
     settings: LossSettings,
     options: Any,
-    impl: str,
-    impl_options: Mapping[str, Any],
     *,
-    memory_budget: int | None,
     validate: bool | None,
-    num_valid_tokens: int | Tensor | None = None,
     needs_targets: bool = True,
-    accumulate_into: str | None = None,
 ) -> Call:
     """Check the arguments, agree on them over the group where asked, and return the call.
 
@@ -129,11 +123,15 @@ def prepare(
     weight_grad: WeightGrad | None = None
     chosen: Choice | None = None
     problem: ValueError | None = None
+    on_gpu = isinstance(hidden, Tensor) and hidden.is_cuda
+    reads_values = bool(validate or not on_gpu)
     try:
         settings.check()
         if needs_targets and operands.targets is None:
             raise ValueError("targets must be a tensor of class ids, got None")
-        local_impl = create_impl(impl, memory_budget, impl_options)
+        local_impl = create_impl(
+            settings.impl, settings.memory_budget, settings.impl_options
+        )
         arguments.check_tensors(
             hidden,
             classifier,
@@ -143,27 +141,22 @@ def prepare(
             settings,
             shard.degree,
         )
-        arguments.check_token_divisor(num_valid_tokens, hidden, settings.reduction)
+        arguments.check_token_divisor(
+            settings.num_valid_tokens, hidden, settings.reduction, reads_values=reads_values
+        )
         arguments.check_shard(classifier, shard, settings)
-        weight_grad = weight_grad_of(classifier, accumulate_into)
+        weight_grad = weight_grad_of(classifier, settings.accumulate_into)
         demand = _demand(settings, operands, shard, accumulates=weight_grad is not None)
         local_impl.check(demand)
         chosen = local_impl.way(demand)
     except ValueError as error:
         problem = error
-    on_gpu = isinstance(hidden, Tensor) and hidden.is_cuda
     if validate or shard.degree == 1 or (validate is None and not on_gpu):
-        checks_targets = problem is None and (validate or not on_gpu)
+        checks_targets = problem is None and reads_values
         agree(
             problem,
             _claim(shard, operands.targets if checks_targets else None, settings),
-            {
-                **_agreed(settings, operands, impl),
-                "memory_budget": memory_budget,
-                "options of the impl": sorted(impl_options.items()),
-            }
-            if problem is None and shard.degree > 1
-            else {},
+            _agreed(settings, operands, shard) if problem is None and shard.degree > 1 else {},
             shard.group,
             shard.degree,
         )
@@ -217,23 +210,33 @@ def _demand(
 
 
 def _claim(shard: VocabShard, targets: Tensor | None, settings: LossSettings) -> Claim:
-    lowest, highest = (0, -1)
+    lowest, highest, digest = 0, -1, 0
     if targets is not None:
         lowest, highest = arguments.target_range(targets, settings.ignore_index)
+        if settings.hidden_layout != "sharded" and shard.degree > 1:
+            digest = arguments.target_digest(targets)
     vocab_size = -1 if shard.vocab_size is None else shard.vocab_size
-    return Claim(shard.start, shard.stop, vocab_size, lowest, highest)
+    return Claim(shard.start, shard.stop, vocab_size, lowest, highest, digest)
 
 
-def _agreed(settings: LossSettings, operands: Operands, impl: str) -> dict[str, Any]:
-    """Name what must be equal over the group, for the ranks to communicate alike."""
+def _agreed(settings: LossSettings, operands: Operands, shard: VocabShard) -> dict[str, Any]:
+    """Name what must be equal over the group, for the ranks to communicate and return alike.
+
+    That is everything but what is known to be a rank's own, so that nothing is forgotten: its
+    rows, and of its tensors the values.
+    """
     hidden = operands.hidden
+    tensors = [(each.name, getattr(operands, each.name)) for each in fields(operands)]
+    recorded = torch.is_grad_enabled()
     return {
-        **asdict(settings),
-        "impl": impl,
+        **settings.agreed(),
+        "reduce_e_grad": shard.reduce_e_grad,
         "tokens of e": hidden.shape[:-1].numel(),
         "hidden size": hidden.shape[-1],
         "dtype of e": hidden.dtype,
-        "e requires grad": hidden.requires_grad and torch.is_grad_enabled(),
-        "bias given": operands.bias is not None,
-        "token_weight given": operands.token_weight is not None,
+        "e requires grad": hidden.requires_grad and recorded,
+        # Per-token gradients are gathered in backward, where there is one.
+        "a gradient is required": recorded
+        and any(tensor is not None and tensor.requires_grad for _, tensor in tensors),
+        **{f"{name} given": tensor is not None for name, tensor in tensors},
     }

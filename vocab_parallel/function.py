@@ -4,12 +4,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from vocab_parallel import collectives
 from vocab_parallel.impls import BackwardTask, ForwardTask, KeptLogits, Wanted
 from vocab_parallel.pieces import HiddenGradSum, StatisticsExchange
 from vocab_parallel.problem import LossProblem
+from vocab_parallel.second_derivative import first_derivative_only
 from vocab_parallel.split_backward import wanted_inputs
 from vocab_parallel.statistics import empty_shard
 
@@ -57,7 +57,7 @@ class VocabStatistics(torch.autograd.Function):
         return statistics
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, grads: Tensor) -> tuple[Tensor | None, ...]:
         """Turn the gradients [k, N] of the statistics into the wanted ones; reduces dE."""
         hidden, classifier, bias, targets, statistics, *saved = ctx.saved_tensors

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from vocab_parallel import collectives
 from vocab_parallel.collectives import Pending
@@ -37,6 +36,7 @@ from vocab_parallel.impls.passes import scale_
 from vocab_parallel.impls.tiles import blocks
 from vocab_parallel.pieces import HiddenGradSum
 from vocab_parallel.problem import LossProblem
+from vocab_parallel.second_derivative import first_derivative_only
 from vocab_parallel.split_backward import wanted_inputs
 from vocab_parallel.statistics import join_shards
 
@@ -80,7 +80,7 @@ class VocabLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Hand out the gradients, times the one that the loss receives; each once."""
         hidden, classifier, bias, targets, statistics = ctx.saved_tensors

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from vocab_parallel import collectives
+from vocab_parallel.impls import passes
 
 HiddenLayout = Literal["replicated", "sharded", "sequence"]
 
@@ -81,7 +82,7 @@ def mark_labels(
     labels: Tensor, ignore_index: int, vocab_size: int | None, shift: int = 0
 ) -> Tensor:
     """Return shifted labels as int32, with `IGNORED` and `OUT_OF_RANGE` for what is no token."""
-    if labels.is_cuda:
+    if passes.kernels_work(labels):
         from vocab_parallel.kernels.labels import mark_and_shift
 
         return mark_and_shift(

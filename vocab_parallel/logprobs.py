@@ -63,16 +63,12 @@ def token_logprobs(
         hidden_grad_scale=hidden_grad_scale,
         e_grad_reduce_dtype=e_grad_reduce_dtype,
         backward=backward,
-    )
-    call = prepare(
-        Operands.of(e, c, targets, bias),
-        settings,
-        vocab_parallel_options,
-        impl,
-        impl_options,
         memory_budget=memory_budget,
-        validate=validate,
+        impl=impl,
+        impl_options=impl_options,
     )
+    operands = Operands.of(e, c, targets, bias)
+    call = prepare(operands, settings, vocab_parallel_options, validate=validate)
     labels = call.labels()
     statistics = call.statistics(labels)
     ignored = labels == IGNORED

@@ -75,10 +75,11 @@ def linear_cross_entropy(
         label_smoothing: as in F.cross_entropy, over the true vocabulary.
         z_loss: weight of lse^2, added to each token's loss.
         temperature: divides the logits, after the softcap.
-        token_weight: [..., T], aligned with targets; multiplies each token's loss. It gets no
-            gradient.
+        token_weight: [..., T], aligned with targets; multiplies each token's loss, and counts for
+            nothing where the target is ignored. It gets no gradient.
         num_valid_tokens: divides "mean" in place of the count of valid tokens, so that a batch
-            may be cut into microbatches at will; an int or a one-element tensor.
+            may be cut into microbatches at will; an int or a one-element tensor, at least 0 and
+            the same on every rank. A negative tensor that nobody checked makes the loss NaN.
         hidden_layout: what the vocab axis does for the hidden states:
             "replicated"  every rank has the same e and targets;
             "sharded"     each rank has its own sequences, equally many;
@@ -128,18 +129,14 @@ def linear_cross_entropy(
         hidden_grad_scale=hidden_grad_scale,
         e_grad_reduce_dtype=e_grad_reduce_dtype,
         backward=backward,
-    )
-    call = prepare(
-        Operands.of(e, c, targets, bias, token_weight),
-        settings,
-        vocab_parallel_options,
-        impl,
-        impl_options,
         memory_budget=memory_budget,
-        validate=validate,
-        num_valid_tokens=num_valid_tokens,
         accumulate_into=accumulate_into,
+        num_valid_tokens=num_valid_tokens,
+        impl=impl,
+        impl_options=impl_options,
     )
+    operands = Operands.of(e, c, targets, bias, token_weight)
+    call = prepare(operands, settings, vocab_parallel_options, validate=validate)
     labels = call.labels()
     weight: Tensor | None = None
     if token_weight is not None:
@@ -148,7 +145,7 @@ def linear_cross_entropy(
     divisor: Tensor | int | None = None
     if reduction == "mean":
         divisor = (labels != IGNORED).sum() if num_valid_tokens is None else num_valid_tokens
-        divisor = divisor.clamp(min=1) if isinstance(divisor, Tensor) else max(divisor, 1)
+        divisor = _at_least_one(divisor)
 
     terms = TokenLossTerms(label_smoothing, call.problem.shard.vocab_size or 0, z_loss)
 
@@ -167,3 +164,11 @@ def linear_cross_entropy(
     if not return_lse:
         return loss
     return loss, call.own(statistics[0].masked_fill(labels == IGNORED, 0.0))
+
+
+def _at_least_one(divisor: int | Tensor) -> int | Tensor:
+    """Return the divisor of a mean; no tokens at all have the mean 0, fewer are nobody's."""
+    if isinstance(divisor, int):
+        return max(divisor, 1)
+    divisor = divisor.reshape(())
+    return torch.where(divisor < 0, torch.nan, divisor.clamp(min=1))

@@ -1,8 +1,15 @@
-"""Where a pipeline loss finds the classifier: read at each call, never kept."""
+"""Where a loss finds the classifier: read at each call, never kept, and no more than it is.
+
+A module stands for its weight only where its logits are ``linear(hidden, weight, bias)``. One that
+does more (an adapter, a hook, a forward of its own) would be trained without it, silently: it is
+known here, or refused.
+"""
 
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
@@ -10,52 +17,220 @@ from vocab_parallel.options import VocabParallelOptions, ceiling_rows
 
 
 @dataclass(frozen=True)
+class LowRank:
+    """One adapter of the rows: scale B A beside W, of which nothing as large as W is made.
+
+    Attributes:
+        a: [r, D], equal on every rank of the vocab group.
+        b: [rows, r], this rank's.
+        scale: of the product.
+        dropout: applied to the hidden states that ``a`` multiplies, or None.
+    """
+
+    a: Tensor
+    b: Tensor
+    scale: float
+    dropout: nn.Module | None = None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """This rank's rows as they are now.
+
+    Attributes:
+        weight: [rows, D].
+        bias: [rows], or None.
+        options: which rows they are, or None for the whole vocabulary.
+        adapters: what is added to the rows.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    options: Any
+    adapters: tuple[LowRank, ...] = ()
+
+    def operands(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Return hidden states [..., D + r] and rows [rows, D + r] whose product is the logits.
+
+        With adapters, e W^T + s (e A^T) B^T is one product of longer operands: exact where the
+        merged rows W + s B A would round a small adapter away, and its gradients are autograd's.
+        That of ``a`` is a body parameter's: complete where hidden states are replicated, and in
+        the gathering layouts a summand of the sum over the vocab group.
+        """
+        if not self.adapters:
+            return hidden, self.weight
+        tails = []
+        for adapter in self.adapters:
+            dropped = hidden if adapter.dropout is None else adapter.dropout(hidden)
+            tails.append(F.linear(dropped, adapter.a.to(hidden.dtype)) * adapter.scale)
+        own = [adapter.b.to(self.weight.dtype) for adapter in self.adapters]
+        return torch.cat([hidden, *tails], -1), torch.cat([self.weight, *own], 1)
+
+
+@dataclass(frozen=True)
 class OutputWeight:
     """A classifier that somebody else owns.
 
     Attributes:
-        owner: the module that owns it, a Parameter, or a DTensor sharded over its rows.
+        owner: the module that owns it, a Parameter, or a DTensor sharded over its rows. Known
+            modules are nn.Linear and what inherits its forward, `VocabParallelClassifier`, PEFT's
+            LoRA layers and its modules to save, and any module that says by an attribute
+            ``logits_are_linear = True`` that its logits are linear(hidden, weight, bias).
         bias: its bias; None takes the module's own, if it has one.
         options: which rows these are; None takes the module's ``.options``, or the DTensor's
             placement; a plain tensor is the whole vocabulary.
+
+    Raises:
+        ValueError: a module whose logits may be more than that.
     """
 
     owner: nn.Module | Tensor
-    bias: Tensor | None
-    options: Any
+    bias: Tensor | None = None
+    options: Any = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.owner, Tensor) and not isinstance(
-            getattr(self.owner, "weight", None), Tensor
-        ):
-            raise ValueError(
-                f"output_weight must be a tensor or a module with a weight, got "
-                f"{type(self.owner).__name__}"
-            )
+        if not isinstance(self.owner, Tensor):
+            _check_module(_unwrapped(self.owner))
 
     @property
     def tensors(self) -> list[Tensor]:
-        """The weight and, if there is one, the bias, as they are now."""
-        owner = self.owner
-        weight = owner if isinstance(owner, Tensor) else owner.weight
-        bias = self.bias
-        if bias is None and not isinstance(owner, Tensor):
-            bias = getattr(owner, "bias", None)
-        return [tensor for tensor in (weight, bias) if isinstance(tensor, Tensor)]
+        """The parameters that make the rows, as they are now."""
+        weight, bias, adapters = self._parts()
+        factors = [factor for adapter in adapters for factor in (adapter.a, adapter.b)]
+        return [weight, *([] if bias is None else [bias]), *factors]
 
-    def read(self) -> tuple[Tensor, Tensor | None, Any]:
-        """Return this rank's rows, their bias, and their options.
+    def read(self) -> Rows:
+        """Return this rank's rows, their bias, their options and their adapters.
 
         Raises:
-            ValueError: a DTensor that is not sharded over its rows alone.
+            ValueError: a DTensor that is not sharded over its rows alone, or a module that has
+                become more than its weight.
         """
-        weight, *rest = self.tensors
+        weight, bias, adapters = self._parts()
         options = self.options
-        if options is None:
-            options = getattr(self.owner, "options", None)
+        if options is None and not isinstance(self.owner, Tensor):
+            options = getattr(_unwrapped(self.owner), "options", None)
         if options is None and isinstance(weight, DTensor):
             options = _options_of_dtensor(weight)
-        return _local(weight), _local(rest[0]) if rest else None, options
+        return Rows(
+            _local(weight),
+            None if bias is None else _local(bias),
+            options,
+            tuple(
+                LowRank(_local(each.a), _local(each.b), each.scale, each.dropout)
+                for each in adapters
+            ),
+        )
+
+    def _parts(self) -> tuple[Tensor, Tensor | None, tuple[LowRank, ...]]:
+        if isinstance(self.owner, Tensor):
+            return self.owner, self.bias, ()
+        module: Any = _unwrapped(self.owner)
+        _check_module(module)
+        adapters: tuple[LowRank, ...] = ()
+        if _is_lora(module):
+            adapters, module = _lora_adapters(module), module.base_layer
+        elif hasattr(module, "low_rank"):
+            adapters = () if module.low_rank is None else (module.low_rank,)
+        bias = getattr(module, "bias", None) if self.bias is None else self.bias
+        return module.weight, bias if isinstance(bias, Tensor) else None, adapters
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """Return the module that computes: what torch.compile or PEFT's modules_to_save wraps."""
+    inner: Any = getattr(module, "_orig_mod", module)
+    if hasattr(inner, "modules_to_save") and hasattr(inner, "original_module"):
+        active = [name for name in inner.active_adapters if name in inner.modules_to_save]
+        if inner.disable_adapters or not active:
+            return inner.original_module
+        return inner.modules_to_save[active[0]]
+    return inner
+
+
+def _check_module(module: nn.Module) -> None:
+    """Raise ValueError where a module's logits may be more than linear(hidden, weight, bias)."""
+    if not isinstance(module, nn.Module):
+        raise ValueError(
+            f"output_weight must be a tensor or a module with a weight, got {type(module).__name__}"
+        )
+    if _is_lora(module):
+        _check_lora(module)
+        _check_module(module.base_layer)  # type: ignore[arg-type]
+        return
+    if not isinstance(getattr(module, "weight", None), Tensor):
+        raise ValueError(
+            f"output_weight must be a tensor or a module with a weight, got {type(module).__name__}"
+        )
+    if getattr(module, "logits_are_linear", False):
+        return
+    more = None
+    if type(module).forward is not nn.Linear.forward or "forward" in vars(module):
+        more = "has a forward of its own"
+    elif _has_foreign_hooks(module):
+        more = "has forward hooks"
+    if more is not None:
+        raise ValueError(
+            f"output_weight is a {type(module).__name__} that {more}, so that its logits may be "
+            f"more than linear(hidden, weight, bias), which is all that the loss computes: pass "
+            f"its weight (and output_bias) themselves if they are not, or say so by an attribute "
+            f"logits_are_linear = True of the module"
+        )
+
+
+def _has_foreign_hooks(module: nn.Module) -> bool:
+    """Tell whether hooks may change logits; those of torch.distributed move parameters alone."""
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return any(
+        not (getattr(hook, "__module__", None) or "").startswith("torch.distributed.")
+        for hook in hooks
+    )
+
+
+def _is_lora(module: Any) -> bool:
+    return all(hasattr(module, name) for name in ("base_layer", "lora_A", "lora_B", "scaling"))
+
+
+def _active(module: Any) -> list[str]:
+    """Return the adapters of a LoRA layer that its forward adds."""
+    if module.disable_adapters or module.merged:
+        return []
+    return [name for name in module.active_adapters if name in module.lora_A]
+
+
+def _check_lora(module: Any) -> None:
+    """Raise ValueError where an adapter is more than scale B A."""
+    for name in _active(module):
+        if name in getattr(module, "lora_variant", {}):
+            raise ValueError(
+                f"the classifier's adapter {name!r} is a {type(module.lora_variant[name]).__name__}"
+                f", and the loss knows plain LoRA alone, W + scale B A: leave the classifier out "
+                f"of the adapter, or merge it"
+            )
+        if getattr(module.lora_B[name], "bias", None) is not None:
+            raise ValueError(
+                f"the classifier's adapter {name!r} has a bias, and the loss knows LoRA without "
+                f"one alone: configure it with lora_bias=False"
+            )
+    if module.disable_adapters and module.merged:
+        raise ValueError(
+            "the classifier's adapter is merged into its weight and disabled: unmerge it first"
+        )
+
+
+def _lora_adapters(module: Any) -> tuple[LowRank, ...]:
+    found = []
+    for name in _active(module):
+        dropout = module.lora_dropout[name]
+        drops = not isinstance(dropout, nn.Identity)
+        found.append(
+            LowRank(
+                module.lora_A[name].weight,
+                module.lora_B[name].weight,
+                float(module.scaling[name]),
+                dropout if drops else None,
+            )
+        )
+    return tuple(found)
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -1,12 +1,16 @@
 """The loss as a pipeline schedule calls it, and the check that the two fit together."""
 
+import inspect
 import warnings
+from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from torch import Tensor, nn
 
 from vocab_parallel import schedule_check
-from vocab_parallel.arguments import LAYOUTS
+from vocab_parallel.arguments import LossSettings
+from vocab_parallel.impls import create_impl
 from vocab_parallel.layout import HiddenLayout
 from vocab_parallel.loss import linear_cross_entropy
 from vocab_parallel.output_weight import OutputWeight
@@ -29,7 +33,8 @@ class CCEPipelineLoss:
 
     Args:
         output_weight: the classifier [rows, D]: the module that owns it (`VocabParallelClassifier`,
-            nn.Linear), a Parameter, or a DTensor sharded over its rows.
+            nn.Linear, a LoRA layer of PEFT's over one; see `OutputWeight`), a Parameter, or a
+            DTensor sharded over its rows.
         output_bias: its bias; None takes the module's own, if it has one.
         impl: "auto", or a name of `available_impls`.
         vocab_parallel_options: which rows these are. None: the module's ``.options``, or the
@@ -45,8 +50,8 @@ class CCEPipelineLoss:
             knows ``step(loss_kwargs={"num_valid_tokens": ...})`` may pass it so instead.
 
     Raises:
-        ValueError: an unknown option, a reduction that gives no scalar, or an ``output_weight``
-            from which no rows can be read.
+        ValueError: an unknown option or a value that cannot be, a reduction that gives no scalar,
+            or an ``output_weight`` whose logits may be more than its rows'.
     """
 
     def __init__(
@@ -68,10 +73,6 @@ class CCEPipelineLoss:
                 f'a schedule needs a scalar loss: reduction must be "mean" or "sum", got '
                 f"{reduction!r}"
             )
-        if hidden_layout not in LAYOUTS:
-            raise ValueError(f"unknown hidden_layout {hidden_layout!r}: known are {list(LAYOUTS)}")
-        for name in loss_options.keys() & set(_NOT_OPTIONS):
-            raise ValueError(f"{name} is not an option of a pipeline loss")
         self.output_weight = OutputWeight(output_weight, output_bias, vocab_parallel_options)
         self.reduction = reduction
         self.accumulate_into = loss_options.get("accumulate_into")
@@ -87,6 +88,7 @@ class CCEPipelineLoss:
             "hidden_layout": hidden_layout,
             **loss_options,
         }
+        _check_options(self._options)
         self._validated = False
         self._keeps_graph = loses_nodes()
 
@@ -111,13 +113,14 @@ class CCEPipelineLoss:
                 "microbatches again: build it with scale_grads=False"
             )
         self._warn_of_kept_outputs()
-        weight, bias, options = self.output_weight.read()
+        rows = self.output_weight.read()
+        e, c = rows.operands(hidden_states)
         loss = linear_cross_entropy(
-            hidden_states,
-            weight,
+            e,
+            c,
             labels,
-            bias,
-            vocab_parallel_options=options,
+            rows.bias,
+            vocab_parallel_options=rows.options,
             num_valid_tokens=divisor,
             validate=None if self._validated else True,
             **self._options,
@@ -150,13 +153,31 @@ class CCEPipelineLoss:
             )
 
 
+def _check_options(options: Mapping[str, Any]) -> None:
+    """Raise ValueError for an option that the loss does not know, before any microbatch."""
+    parameters = inspect.signature(linear_cross_entropy).parameters
+    known = parameters.keys() - set(_NOT_OPTIONS) - {"impl_options"}
+    settings = {each.name for each in fields(LossSettings)}
+    of_impl = {name: value for name, value in options.items() if name not in parameters}
+    impl, budget = options["impl"], options.get("memory_budget")
+    for name in options.keys() & set(_NOT_OPTIONS):
+        raise ValueError(f"{name} is not an option of a pipeline loss: known are {sorted(known)}")
+    LossSettings(**{name: value for name, value in options.items() if name in settings}).check()
+    try:
+        create_impl(impl, budget, of_impl)
+    except ValueError as error:
+        raise ValueError(f"{error}; options of the loss are {sorted(known)}") from None
+
+
 def validate_pipeline_loss(schedule: Any, loss: Any) -> None:
     """Refuse a schedule and a loss that would train wrongly together, or hang.
 
     Call it on every rank of the world after building the schedule, with whatever was given to the
     schedule as ``loss_fn``: each rank tells the others what is wrong, so that all of them raise.
-    Communicates one small object a rank. It also tells the loss how many microbatches the schedule
-    has in flight on the last stage, for its choice of ``backward``.
+    Communicates one small object a rank. Where ``loss_fn`` is a function of yours that adds
+    something to a `CCEPipelineLoss` (a router's auxiliary loss, several losses over one
+    classifier), give the `CCEPipelineLoss` here, once for each. It also tells the loss how many
+    microbatches the schedule has in flight on the last stage, for its choice of ``backward``.
 
     Raises:
         ValueError: on every rank, where on some rank
@@ -201,7 +222,7 @@ def validate_pipeline_loss(schedule: Any, loss: Any) -> None:
             problem = f"loss must be a CCEPipelineLoss, got {type(loss).__name__}"
         if problem is None:
             problem = schedule_check.problem_of_weight(loss.output_weight.tensors, last.submod)
-            members = schedule_check.vocab_group_ranks(loss.output_weight.read()[2])
+            members = schedule_check.vocab_group_ranks(loss.output_weight.read().options)
     schedule_check.agree_over_world(problem, last is not None, members)
     if last is not None:
         loss._scaled_by_schedule = schedule.scale_grads

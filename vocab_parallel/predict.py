@@ -59,14 +59,17 @@ def predict(
     Raises:
         ValueError: as `linear_cross_entropy`, or a k that is not in [1, vocabulary].
     """
-    settings = LossSettings(softcap=softcap, temperature=temperature, hidden_layout=hidden_layout)
+    settings = LossSettings(
+        softcap=softcap,
+        temperature=temperature,
+        hidden_layout=hidden_layout,
+        memory_budget=memory_budget,
+        impl="chunked",
+    )
     call = prepare(
         Operands.of(e, c, None, bias),
         settings,
         vocab_parallel_options,
-        "chunked",
-        {},
-        memory_budget=memory_budget,
         validate=validate,
         needs_targets=False,
     )

@@ -31,12 +31,20 @@ def join_shards(gathered: Tensor, names: StatisticNames) -> Tensor:
         if name == "lse":
             joined[row] = lse
         elif name == "expected":
-            # Each shard's mean counts by its share of the probability. An empty shard has
-            # lse = -inf and so the share 0.
-            joined[row] = ((shard_lse - lse).exp() * gathered[:, row]).sum(0)
+            # Each shard's mean counts by its share of the probability.
+            joined[row] = (share_of(shard_lse, lse) * gathered[:, row]).sum(0)
         else:
             torch.sum(gathered[:, row], 0, out=joined[row])
     return joined
+
+
+def share_of(part_lse: Tensor, lse: Tensor) -> Tensor:
+    """Return the probability that lies in a part of the vocabulary, from its lse and the whole's.
+
+    A part without rows, or whose logits are all -inf, has none; so has each part of a whole
+    without any, where the difference would be NaN.
+    """
+    return (part_lse - lse.masked_fill(lse == -torch.inf, 0.0)).exp()
 
 
 def empty_shard(num_tokens: int, names: StatisticNames, like: Tensor) -> Tensor:

@@ -5,8 +5,9 @@ With s = label_smoothing, Z = z_loss, w = the token's weight:
     loss      = w (lse - (1 - s) target - s sum / vocabulary + Z lse^2)
     d.lse     = w (1 + 2 Z lse)      d.target = -w (1 - s)      d.sum = -w s / vocabulary
 
-0 where the label is ignored, and NaN where it is no token. On a GPU each way is one kernel: written
-with tensor operations it is thirty, which together take as long as a pass over the logits.
+0 where the label is ignored, whatever its weight, and NaN where it is no token. On a GPU each way
+is one kernel: written with tensor operations it is thirty, which together take as long as a pass
+over the logits.
 """
 
 from dataclasses import dataclass
@@ -14,10 +15,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from vocab_parallel.impls import passes
 from vocab_parallel.layout import IGNORED, OUT_OF_RANGE
+from vocab_parallel.second_derivative import first_derivative_only
 
 
 @dataclass(frozen=True)
@@ -62,11 +63,12 @@ class _TokenLoss(torch.autograd.Function):
             loss -= terms.smoothing_share * statistics[2]
         if terms.z_loss:
             loss += terms.z_loss * lse.square()
-        loss = loss.masked_fill_(ignored, 0.0).masked_fill_(labels == OUT_OF_RANGE, torch.nan)
-        return loss if weight is None else loss * weight
+        if weight is not None:
+            loss = loss * weight
+        return loss.masked_fill_(ignored, 0.0).masked_fill_(labels == OUT_OF_RANGE, torch.nan)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
         statistics, labels, weight = ctx.saved_tensors
         terms: TokenLossTerms = ctx.terms

@@ -81,6 +81,7 @@ class ChunkedImpl:
             self.microbatches_in_flight,
             self.chunk_tokens,
             self.chunk_rows,
+            triton=passes.has_triton(),
         )
         return Choice(plan.backward, plan.tile.tokens, plan.kept_rows)
 
@@ -167,6 +168,7 @@ class ChunkedImpl:
             chunk_tokens=self.chunk_tokens,
             chunk_rows=self.chunk_rows,
             temporaries=2 + (shard.softcap is not None) + ("expected" in names),
+            triton=passes.has_triton(),
         ).tile
 
 

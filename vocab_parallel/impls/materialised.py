@@ -21,7 +21,7 @@ from vocab_parallel.impls.base import (
     Shard,
 )
 from vocab_parallel.impls.recompute_only import RecomputeOnly, placed
-from vocab_parallel.statistics import StatisticNames
+from vocab_parallel.statistics import StatisticNames, share_of
 
 Leaves = Sequence[Tensor | None]  # hidden states, classifier, bias
 StatisticsFunction = Callable[[Shard, Leaves, StatisticNames], Tensor]
@@ -121,15 +121,19 @@ def _statistics_of(
     owned, rows = shard.owned_targets()
     rows = rows.unsqueeze(-1)
     found = []
+    lse = torch.logsumexp(logits, -1)
     for name in names:
         if name == "lse":
-            found.append(torch.logsumexp(logits, -1))
+            found.append(lse)
         elif name == "target":
             found.append(torch.where(owned, logits.gather(-1, rows).squeeze(-1), 0.0))
         elif name == "sum":
             found.append(logits.sum(-1))
         else:
-            found.append((torch.softmax(logits, -1) * logits).sum(-1))
+            # A logit of -inf has no probability, and adds nothing to the mean: not 0 times -inf.
+            finite = logits.masked_fill(logits == -torch.inf, 0.0)
+            probabilities = torch.exp(logits - lse.masked_fill(lse == -torch.inf, 0.0)[:, None])
+            found.append((probabilities * finite).sum(-1))
     return torch.stack(found)
 
 
@@ -142,7 +146,7 @@ def _shard_gradients(
     dexpected / dexpected_r = w and dexpected / dlse_r = w (expected_r - expected).
     """
     lse = names.index("lse")
-    share = (local[lse] - statistics[lse]).exp()
+    share = share_of(local[lse], statistics[lse])
     pulled = grads.clone()
     pulled[lse] *= share
     if "expected" in names:

@@ -12,16 +12,16 @@ from torch import Tensor
 
 from vocab_parallel.impls.base import BackwardTask, Shard
 from vocab_parallel.impls.tile_logits import finish_logits_
-from vocab_parallel.statistics import StatisticNames
+from vocab_parallel.statistics import StatisticNames, share_of
 
 
 def kernels_work(tensor: Tensor) -> bool:
     """Tell whether the Triton kernels take a tensor's device and dtype."""
-    return tensor.is_cuda and tensor.dtype != torch.float64 and _has_triton()
+    return tensor.is_cuda and tensor.dtype != torch.float64 and has_triton()
 
 
 @functools.cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
     """Tell whether triton is installed; it is not for every system that has CUDA."""
     return importlib.util.find_spec("triton") is not None
 
@@ -141,14 +141,15 @@ def _join_statistics(
 
     # A row of -inf alone (a bias may mask rows so) must not give -inf - -inf.
     largest = logits.amax(1).clamp_(min=torch.finfo(logits.dtype).min)
-    values = logits.clone() if "expected" in rows else None
+    # A logit of -inf has no probability, and adds nothing to the mean: not 0 times -inf.
+    values = logits.masked_fill(logits == -torch.inf, 0.0) if "expected" in rows else None
     exponentials = logits.sub_(largest.unsqueeze(1)).exp_()
     total = exponentials.sum(1)
     lse = total.log().add_(largest)
     joined = torch.logaddexp(rows["lse"], lse)
     if values is not None:
-        expected = values.mul_(exponentials).sum(1).div_(total)
-        rows["expected"].mul_((rows["lse"] - joined).exp()).add_((lse - joined).exp() * expected)
+        expected = values.mul_(exponentials).sum(1).div_(total.masked_fill(total == 0.0, 1.0))
+        rows["expected"].mul_(share_of(rows["lse"], joined)).add_(share_of(lse, joined) * expected)
     rows["lse"].copy_(joined)
 
 
@@ -167,13 +168,17 @@ def _gradient_in_place(
 
     scaled = None if block.softcap is None else logits * (block.temperature / block.softcap)
     factor = grad["lse"]
-    at_target = factor * torch.expm1(stat["target"] - stat["lse"]) + (factor + grad["target"])
+    target = stat["target"]
+    at_target = factor * torch.expm1(target - stat["lse"]) + (factor + grad["target"])
     if "expected" in names:
-        factor = (logits - (stat["expected"] - 1.0)).mul_(grad["expected"]).add_(factor)
+        # No probability, no gradient: not 0 times -inf.
+        finite = logits.masked_fill(logits == -torch.inf, 0.0)
+        factor = finite.sub_(stat["expected"] - 1.0).mul_(grad["expected"]).add_(factor)
+        finite_target = target.masked_fill(target == -torch.inf, 0.0)
         at_target += (
             grad["expected"]
-            * (stat["target"] - stat["lse"]).exp()
-            * (1.0 + stat["target"] - stat["expected"])
+            * (target - stat["lse"]).exp()
+            * (1.0 + finite_target - stat["expected"])
         )
     gradient = logits.sub_(stat["lse"]).exp_().mul_(factor)
     inside, index = _in_tile(targets, gradient.shape[1])

@@ -65,6 +65,7 @@ def plan_backward(
     chunk_tokens: int | None = None,
     chunk_rows: int | None = None,
     temporaries: int = 2,
+    triton: bool = True,
 ) -> BackwardPlan:
     """Tell what ``impl="chunked"`` would do for a shard, and what it would hold.
 
@@ -83,12 +84,14 @@ def plan_backward(
         chunk_tokens, chunk_rows: the tile's sides, in place of those that the budget gives; on a
             GPU rows go by 16.
         temporaries: buffers of a tile's shape beside the logits, where plain torch works.
+        triton: whether triton is installed where ``device_type`` is "cuda": without it plain torch
+            works there too.
 
     Raises:
         ValueError: a budget below one logit, or "gradients" for a loss that is no scalar.
     """
     budget = DEFAULT_MEMORY_BUDGET if memory_budget is None else memory_budget
-    kernels = device_type != "cpu" and dtype != torch.float64
+    kernels = triton and device_type != "cpu" and dtype != torch.float64
     size = dtype.itemsize if kernels else torch.promote_types(dtype, torch.float32).itemsize
     scratch = size if kernels else size * (1 + temporaries)  # of a logit that is worked on
     check_budget(budget, scratch)
@@ -223,6 +226,8 @@ def plan_of(
     microbatches_in_flight: int,
     chunk_tokens: int | None,
     chunk_rows: int | None,
+    *,
+    triton: bool,
 ) -> BackwardPlan:
     """Plan a call, equally on every rank of its group.
 
@@ -248,4 +253,5 @@ def plan_of(
         chunk_tokens=tokens,
         chunk_rows=chunk_rows,
         temporaries=2 + demand.softcap + demand.reads("expected"),
+        triton=triton,
     )

@@ -123,7 +123,9 @@ def gradient_of(  # type: ignore[no-untyped-def]
     if EXPECTED > 0:
         finite = tl.where(p > 0.0, z, 0.0)
         gradient += p * expected_grad * (1.0 + finite - expected)
-        own += expected_grad * tl.exp(at_target - lse) * (1.0 + at_target - expected)
+        # As above: a logit of -inf has no probability, and 0 times -inf is not 0.
+        finite_target = tl.where(at_target == -float("inf"), 0.0, at_target)
+        own += expected_grad * tl.exp(at_target - lse) * (1.0 + finite_target - expected)
     gradient = tl.where(is_target, own, gradient)
     if SUM > 0:
         gradient += sum_grad

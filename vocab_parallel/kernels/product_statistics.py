@@ -168,8 +168,9 @@ def _product_statistics(  # type: ignore[no-untyped-def]
                 weighted = weighted * rescale + tl.sum(finite * exponential, 1)
             peak = larger
         out = parts + (row // ROWS).to(tl.int64) * num_tokens + tokens
-        divisor = tl.where(total > 0.0, total, 1.0)
-        lse = tl.where(total > 0.0, peak + tl.log(divisor), peak)
+        # Compared with 0 and not by >: a NaN stays one.
+        divisor = tl.where(total == 0.0, 1.0, total)
+        lse = tl.where(total == 0.0, peak, peak + tl.log(divisor))
         tl.store(out, lse, mask=inside)
         owned = (target >= row) & (target < row + ROWS)
         tl.store(statistics + statistics_stride + tokens, at_target, mask=inside & owned)
@@ -224,8 +225,8 @@ def _join_blocks(  # type: ignore[no-untyped-def]
     shift = tl.where(top == -float("inf"), 0.0, top)
     rescale = tl.exp2((peak - shift[None, :]) * LOG2E)
     sums = tl.sum(total * rescale, 0)
-    divisor = tl.where(sums > 0.0, sums, 1.0)
-    lse = tl.where(sums > 0.0, top + tl.log(divisor), top)
+    divisor = tl.where(sums == 0.0, 1.0, sums)
+    lse = tl.where(sums == 0.0, top, top + tl.log(divisor))
     out = statistics + tokens
     tl.store(out, lse, mask=inside)
     target = tl.load(targets + tokens, mask=inside, other=-1).to(tl.int32)

@@ -113,7 +113,9 @@ def _row_statistics(  # type: ignore[no-untyped-def]
         z = tl.where(inside, z, -float("inf"))
         peak, totals, weighted = _join_block(z, peak, totals, weighted, EXPECTED > 0)
     total = tl.sum(totals, 0)
-    lse = tl.where(total > 0.0, peak + tl.log(tl.where(total > 0.0, total, 1.0)), -float("inf"))
+    # Compared with 0 and not by >: a NaN stays one.
+    divisor = tl.where(total == 0.0, 1.0, total)
+    lse = tl.where(total == 0.0, -float("inf"), peak + tl.log(divisor))
 
     out = statistics + token
     joined = lse
@@ -122,7 +124,7 @@ def _row_statistics(  # type: ignore[no-untyped-def]
         larger = tl.maximum(before, lse)
         shift = tl.where(larger == -float("inf"), 0.0, larger)
         both = tl.exp(before - shift) + tl.exp(lse - shift)
-        joined = tl.where(both > 0.0, shift + tl.log(tl.where(both > 0.0, both, 1.0)), larger)
+        joined = tl.where(both == 0.0, larger, shift + tl.log(tl.where(both == 0.0, 1.0, both)))
         at_target += tl.load(out + statistics_stride)
     tl.store(out + statistics_stride, at_target)
     if SUM > 0:
@@ -131,7 +133,7 @@ def _row_statistics(  # type: ignore[no-untyped-def]
             summed += tl.load(out + SUM * statistics_stride)
         tl.store(out + SUM * statistics_stride, summed)
     if EXPECTED > 0:
-        expected = tl.where(total > 0.0, tl.sum(weighted, 0) / total, 0.0)
+        expected = tl.sum(weighted, 0) / divisor
         if not FIRST:
             safe = tl.where(joined == -float("inf"), 0.0, joined)
             expected = expected * tl.exp(lse - safe) + tl.exp(before - safe) * tl.load(

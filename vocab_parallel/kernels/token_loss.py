@@ -97,10 +97,10 @@ def _token_loss(  # type: ignore[no-untyped-def]
     loss = lse - (1.0 - smoothing) * target + z_loss * lse * lse
     if HAS_SUM:
         loss -= smoothing_share * tl.load(statistics + 2 * stride + index, mask=inside, other=0.0)
-    loss = tl.where(label == ignored, 0.0, loss)
-    loss = tl.where(label == out_of_range, float("nan"), loss)
     if HAS_WEIGHT:
         loss *= tl.load(weight + index, mask=inside, other=0.0)
+    loss = tl.where(label == ignored, 0.0, loss)
+    loss = tl.where(label == out_of_range, float("nan"), loss)
     tl.store(out + index, loss, mask=inside)
 
 
