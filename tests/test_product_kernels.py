@@ -1,5 +1,7 @@
 """The kernels that multiply and finish in one, against plain torch, in Triton's interpreter."""
 
+import warnings
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -50,6 +52,15 @@ def check_product_kernels() -> None:
         assert relative_error(found[finite], want[finite]) < 1e-6, case
         assert relative_error(kept[:, :num_kept], raw[:, :num_kept]) < 1e-3, case
         assert not kept[:, num_kept:].any(), "others are not touched"
+
+        spoiled = shard.hidden.clone()
+        spoiled[0, 3] = torch.nan  # is in the statistics of its token, and not hidden
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the interpreter says so, too
+            fused.put_statistics(
+                found, names, replace(shard, hidden=spoiled), tokens, kept[:, :num_kept], memory
+            )
+        assert found[0].isnan().tolist() == [token == 0 for token in range(num_tokens)], case
 
         grads = torch.randn(len(names), num_tokens, generator=generator)
         task = BackwardTask(

@@ -1,0 +1,180 @@
+"""A head that is more than its weight: known and right, or refused; alone and sharded."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from tests.oracle import relative_error
+from vocab_parallel import CCEPipelineLoss
+
+TOKENS, HIDDEN, VOCABULARY, RANK = 12, 8, 23, 3
+
+
+def linear() -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(HIDDEN, VOCABULARY, bias=True, dtype=torch.float64)
+
+
+def lora(names: tuple[str, ...] = ("default",), **config: Any) -> Any:
+    """A linear layer with adapters of PEFT's that do something."""
+    layers = pytest.importorskip("peft.tuners.lora.layer")
+    from peft import LoraConfig
+
+    layer: Any = None
+    for name in names:
+        given = LoraConfig(r=RANK, lora_alpha=5, init_lora_weights=False, **config)
+        if layer is None:
+            layer = layers.Linear(linear(), name, given, r=RANK, lora_alpha=5)
+        else:
+            layer.update_layer(name, RANK, lora_alpha=5, config=given)
+    layer.set_adapter(list(names))
+    layer.base_layer.requires_grad_(False)
+    return layer.double()
+
+
+def tokens() -> tuple[Tensor, Tensor]:
+    torch.manual_seed(1)
+    hidden = torch.randn(2, TOKENS, HIDDEN, dtype=torch.float64, requires_grad=True)
+    return hidden, torch.randint(VOCABULARY, (2, TOKENS))
+
+
+def check(head: nn.Module) -> None:
+    """The loss and the gradients of the head's own logits."""
+    hidden, labels = tokens()
+    logits = head(hidden)[:, :-1]
+    expected = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
+    leaves = [hidden, *(p for p in head.parameters() if p.requires_grad)]
+    exact = torch.autograd.grad(expected, leaves, allow_unused=True)
+    for backward in ("auto", "recompute", "gradients"):
+        loss = CCEPipelineLoss(head, backward=backward)(hidden, labels)
+        assert relative_error(loss, expected) < 1e-12
+        found = torch.autograd.grad(loss, leaves, allow_unused=True)
+        for ours, want in zip(found, exact, strict=True):
+            assert (ours is None) == (want is None)
+            assert ours is None or relative_error(ours, want) < 1e-10
+
+
+class Scaled(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return 2.0 * super().forward(input)
+
+
+class Symmetric(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + weight.flip(0)
+
+
+def test_known_heads() -> None:
+    check(linear())
+    parametrized = linear()
+    parametrize.register_parametrization(parametrized, "weight", Symmetric())
+    check(parametrized)
+    check(torch.compile(linear(), backend="eager"))
+    said: Any = nn.Module()
+    said.weight, said.logits_are_linear = nn.Parameter(linear().weight.detach()), True
+    hidden, labels = tokens()
+    plain = linear()
+    plain.bias = None
+    expected = CCEPipelineLoss(plain)(hidden, labels)
+    assert torch.equal(CCEPipelineLoss(said)(hidden, labels), expected)
+
+
+def test_adapters_of_peft() -> None:
+    """LoRA on the classifier: one adapter and two, switched off, merged, and under dropout."""
+    check(lora())
+    check(lora(("first", "second")))
+    off = lora()
+    off.enable_adapters(False)
+    off.base_layer.requires_grad_(True)
+    check(off)
+    merged = lora()
+    merged.merge()
+    merged.base_layer.requires_grad_(True)
+    check(merged)
+    dropping = lora(lora_dropout=0.5)
+    dropping.eval()
+    check(dropping)
+    dropping.train()
+    hidden, labels = tokens()
+    losses = []
+    for run in (lambda: CCEPipelineLoss(dropping)(hidden, labels), lambda: dropping(hidden)):
+        torch.manual_seed(2)
+        losses.append(run())
+    expected = F.cross_entropy(losses[1][:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    assert relative_error(losses[0], expected) < 1e-12
+
+
+def test_a_copy_that_peft_trains() -> None:
+    """``modules_to_save``: the copy is trained and read, not the original."""
+    other = pytest.importorskip("peft.utils.other")
+    original = linear()
+    wrapper = other.ModulesToSaveWrapper(original, "default")
+    with torch.no_grad():
+        wrapper.modules_to_save["default"].weight.mul_(1.5)
+    wrapper.set_adapter("default")
+    check(wrapper)
+
+
+def test_an_adapter_is_not_rounded_away() -> None:
+    """Beside rows in bfloat16 an adapter of 1e-3 of them counts; merged it would be gone."""
+    hidden, labels = tokens()
+    layer = lora()
+    with torch.no_grad():
+        layer.lora_B["default"].weight.mul_(1e-3)
+    exact = F.cross_entropy(layer(hidden)[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    exact_grad = torch.autograd.grad(exact, layer.lora_B["default"].weight)[0]
+    half = layer.bfloat16()
+    loss = CCEPipelineLoss(half)(hidden.bfloat16(), labels)
+    found = torch.autograd.grad(loss, half.lora_B["default"].weight)[0]
+    eager = F.cross_entropy(
+        half(hidden.bfloat16())[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
+    )
+    peer = torch.autograd.grad(eager, half.lora_B["default"].weight)[0]
+    assert relative_error(found, exact_grad) <= 1.1 * relative_error(peer, exact_grad)
+
+
+def test_refused_heads() -> None:
+    """Whatever may be more than a weight ends before a step, and says what to do."""
+    hooked, replaced, normed = linear(), linear(), linear()
+    hooked.register_forward_hook(lambda module, inputs, output: 2.0 * output)
+    replaced.forward = lambda hidden: 2.0 * F.linear(hidden, replaced.weight)  # type: ignore[method-assign]
+    with pytest.warns(FutureWarning):
+        nn.utils.weight_norm(normed)
+    for head, message in (
+        (Scaled(HIDDEN, VOCABULARY), "Scaled that has a forward of its own"),
+        (replaced, "Linear that has a forward of its own"),
+        (hooked, "Linear that has forward hooks"),
+        (normed, "Linear that has forward hooks"),
+        (nn.Sequential(linear()), "a tensor or a module with a weight, got Sequential"),
+        (lora(lora_bias=True), "'default' has a bias"),
+        (lora(use_dora=True), "'default' is a DoraLinearVariant"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            CCEPipelineLoss(head)
+    CCEPipelineLoss(hooked.weight, hooked.bias)  # whoever names the weight means the weight
+    late = linear()
+    loss = CCEPipelineLoss(late)
+    late.register_forward_hook(lambda module, inputs, output: 2.0 * output)
+    with pytest.raises(ValueError, match="has forward hooks"):
+        loss(*tokens())
+
+
+def test_options_are_known_before_a_step() -> None:
+    head = linear()
+    for options, message in (
+        ({"lable_smoothing": 0.1}, r"has no option \['lable_smoothing'\].*'label_smoothing'"),
+        ({"return_lse": True}, "return_lse is not an option of a pipeline loss"),
+        ({"impl": "fast"}, "unknown impl 'fast'"),
+        ({"z_loss": -1.0}, "z_loss must be a number of at least 0"),
+        ({"hidden_layout": "split"}, "unknown hidden_layout 'split'"),
+        ({"chunk_rows": 0}, "chunk_rows must be a positive integer"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            CCEPipelineLoss(head, **options)  # type: ignore[arg-type]
+    loss = CCEPipelineLoss(head)
+    assert torch.equal(copy.deepcopy(loss)(*tokens()), loss(*tokens()))
