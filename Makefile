@@ -57,7 +57,8 @@ bench: $(VENV)/.test  ## what can be measured on this machine
 	  $(BIN)/python -m benchmarks.memory; fi
 
 docs: $(VENV)/.test  ## write the pages that are made from what passes
-	WRITE_DOCS=1 $(BIN)/pytest -q tests/test_options_table.py tests/test_schedules.py
+	WRITE_DOCS=1 $(BIN)/pytest -q tests/test_options_table.py tests/test_schedules.py \
+	  tests/test_causal_families.py
 
 fuzz: $(VENV)/.test  ## 5,000 drawn combinations of options, fresh ones each time
 	$(BIN)/python -m tests.fuzz

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from benchmarks.measure import interleaved
 from vocab_parallel import linear_cross_entropy
-from vocab_parallel.output_weight import LowRank, Rows
+from vocab_parallel.modules.heads import LowRank, Rows
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.measure import interleaved
-from vocab_parallel.impls.plan import padded
 from vocab_parallel.kernels.logits_gradient import logits_gradient
 from vocab_parallel.kernels.row_statistics import row_statistics
+from vocab_parallel.local.plan import padded
 
 
 @dataclass(frozen=True)
@@ -89,14 +89,14 @@ def _passes(
     def gradient(given_bias: torch.Tensor | None) -> object:
         return logits_gradient(
             logits, given_bias, targets, 0, statistics, grads, names, logits,
-            softcap=None, temperature=1.0, sum_tokens=given_bias is not None,
+            (None, 1.0), sum_tokens=given_bias is not None,
         )  # fmt: skip
 
     return {
         "statistics": (
             lambda: row_statistics(
                 logits, None, targets, 0, statistics, names,
-                softcap=None, temperature=1.0, first=True,
+                (None, 1.0), first=True,
             ),
             size,
         ),

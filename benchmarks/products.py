@@ -9,7 +9,6 @@ alone, whatever else a contestant does. The last line of the output is one JSON 
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import tyro
@@ -17,12 +16,12 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.measure import interleaved
-from vocab_parallel.impls.plan import padded
-from vocab_parallel.impls.products import put_product
 from vocab_parallel.kernels.logits_gradient import logits_gradient
 from vocab_parallel.kernels.product_gradient import product_gradient
 from vocab_parallel.kernels.product_statistics import product_statistics
 from vocab_parallel.kernels.row_statistics import row_statistics
+from vocab_parallel.local.plan import padded
+from vocab_parallel.local.tile_ops import put_product
 
 
 @dataclass(frozen=True)
@@ -95,8 +94,8 @@ def contestants(
     few = c[:tile_rows]
     names = ("lse", "target")
     statistics = torch.zeros(2, tokens, device=device)
-    plain: dict[str, Any] = {"softcap": None, "temperature": 1.0}
-    product_statistics(e, c, None, targets, statistics, names, None, **plain)
+    plain = (None, 1.0)  # no softcap, no temperature
+    product_statistics(e, c, None, targets, statistics, names, None, plain)
     grads = torch.tensor([[1.0], [-1.0]], device=device).expand(2, tokens).contiguous()
     hidden_sum = torch.zeros(tokens, hidden, device=device)
     hidden_grad, rows_grad = torch.empty_like(e), torch.empty_like(few)
@@ -104,19 +103,19 @@ def contestants(
     def all_statistics(*, in_one: bool) -> object:
         out = torch.empty_like(statistics)
         if in_one:
-            product_statistics(e, c, None, targets, out, names, None, **plain)
+            product_statistics(e, c, None, targets, out, names, None, plain)
         else:
             torch.mm(e, c.T, out=logits)
-            row_statistics(logits, None, targets, 0, out, names, first=True, **plain)
+            row_statistics(logits, None, targets, 0, out, names, plain, first=True)
         return out
 
     def tile_gradient(*, in_one: bool) -> object:
         shared = (None, targets, 0, statistics, grads, names, tile)
         if in_one:
-            product_gradient(e, few, *shared, sum_tokens=False, **plain)
+            product_gradient(e, few, *shared, plain, sum_tokens=False)
         else:
             torch.mm(e, few.T, out=tile)
-            logits_gradient(tile, *shared, sum_tokens=False, **plain)
+            logits_gradient(tile, *shared, plain, sum_tokens=False)
         return tile
 
     whole, part = 2.0 * tokens * hidden * rows, 2.0 * tokens * hidden * tile_rows

@@ -13,6 +13,7 @@ from launch.arguments import TrainArguments
 from launch.gradients import named_gradients
 from launch.model import CLASSIFIER, EMBEDDING, Stage, build_stage
 from launch.pipeline import model_of
+from vocab_parallel.logit_settings import LogitSettings, logit_settings
 
 CHECKED_STEPS = 5
 LOSS_TOLERANCE = 1e-5
@@ -58,12 +59,12 @@ def compare_with_one_process(
     steps = min(CHECKED_STEPS, arguments.steps)
     config, source = model_of(arguments)
     model = build_stage(config, source, 0, 1, None, device=device, dtype=torch.float32)
-    softcap = getattr(config, "final_logit_softcapping", None)
+    settings = logit_settings(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.learning_rate, fused=True)
     expected_losses = []
     gradient_differences: dict[str, float] = {}
     for step in trange(steps, desc="checking in one process", unit="step"):
-        expected_losses.append(_backward(model, batches[step].to(device), softcap))
+        expected_losses.append(_backward(model, batches[step].to(device), settings))
         if step == 0:
             expected = named_gradients(model)
             if expected.keys() != gradients.keys():
@@ -85,13 +86,15 @@ def compare_with_one_process(
     return comparison
 
 
-def _backward(model: Stage, batch: Tensor, softcap: float | None) -> float:
+def _backward(model: Stage, batch: Tensor, settings: LogitSettings) -> float:
     """Accumulate the gradients of one step, a sequence at a time; return the mean loss."""
     total = 0.0
+    softcap = settings["softcap"]
     for tokens in batch.split(1):
         logits = F.linear(model.hidden_states(tokens)[0, :-1], model.lm_head.weight)
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
+        logits = logits / settings["temperature"]
         loss = F.cross_entropy(logits, tokens[0, 1:]) / len(batch)
         loss.backward()
         total += float(loss.detach())

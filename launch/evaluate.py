@@ -19,6 +19,7 @@ from launch.runtime import process_group
 from launch.text import load_batches
 from stage_groups import build_stage_groups
 from vocab_parallel import TokenScores, score_tokens
+from vocab_parallel.logit_settings import logit_settings
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ def evaluate(arguments: EvaluateArguments, device: torch.device) -> TokenScores:
     ranks = dist.get_world_size()
     groups = build_stage_groups(1, ranks, device_type=device.type)
     config, source = model_of(TrainArguments(model=arguments.model))
+    settings = logit_settings(config)
     dtype = getattr(torch, arguments.dtype)
     stage = build_stage(config, source, 0, 1, groups.vocab_group, device=device, dtype=dtype)
     stage.eval()
@@ -88,10 +90,12 @@ def evaluate(arguments: EvaluateArguments, device: torch.device) -> TokenScores:
     for batch in tqdm(batches, desc="scoring", disable=dist.get_rank() != 0):
         tokens = batch.chunk(ranks)[dist.get_rank()].to(device)
         scores = score_tokens(
-            stage.hidden_states(tokens),
+            # logit_settings never gives both, and the classifier has no bias: without a softcap
+            # the scale of the logits is that of the hidden states.
+            stage.hidden_states(tokens) / settings["temperature"],
             head.weight,
             tokens,
-            softcap=getattr(config, "final_logit_softcapping", None),
+            softcap=settings["softcap"],
             shift=1,
             vocab_parallel_options=head.options,
             hidden_layout="sharded",

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from launch.planning.shape import ModelShape
 from launch.weights import WeightSource
 from vocab_parallel import VocabParallelClassifier, VocabParallelEmbedding
+from vocab_parallel.modules.vocab_rows import VocabRows
 
 EMBEDDING = "model.embed_tokens.weight"
 CLASSIFIER = "lm_head.weight"
@@ -152,8 +153,9 @@ def vocabulary_rows(stages: Iterator[nn.Module] | nn.Module) -> dict[int, int]:
     """Return the size of the whole vocabulary for the id of each parameter that holds its rows."""
     modules = [stages] if isinstance(stages, nn.Module) else list(stages)
     return {
-        id(module.weight): int(module.vocab_size)  # type: ignore[arg-type]
+        id(parameter): module.vocab_size
         for stage in modules
         for module in stage.modules()
-        if getattr(module, "owns_vocab_rows", False)
+        if isinstance(module, VocabRows)
+        for parameter in module.row_parameters()
     }

@@ -27,6 +27,7 @@ from vocab_parallel import (
     count_valid_tokens,
     validate_pipeline_loss,
 )
+from vocab_parallel.logit_settings import logit_settings, refuse_other_losses
 
 
 class StageList(nn.ModuleList):
@@ -139,9 +140,11 @@ def build_pipeline(
     """Build this rank's stages and their schedule; all ranks must call.
 
     Raises:
-        ValueError: weights that cannot be read, more stages than layers, or microbatches that the
-            schedule cannot run.
+        ValueError: weights that cannot be read, more stages than layers, microbatches that the
+            schedule cannot run, or a model whose loss is not that of its logits alone.
     """
+    refuse_other_losses(config)
+    settings = logit_settings(config)
     cls = get_schedule_class(arguments.schedule)
     single = issubclass(cls, PipelineScheduleSingle)
     v_shaped = issubclass(cls, ScheduleZBVZeroBubble | ScheduleDualPipeV)
@@ -160,17 +163,15 @@ def build_pipeline(
         )
         for index in indices
     ]
+    for stage, index in zip(stages, indices, strict=True):
+        if index > 0 and hasattr(stage.model, "embedding_multiplier"):
+            stage.model.embedding_multiplier = 1.0  # the first stage has multiplied already
     head = next((stage.lm_head for stage in stages if stage.lm_head is not None), None)
     tied = _tie(stages, head, groups, v_shaped) if config.tie_word_embeddings else None
     loss = (
         _loss_of_another_stage
         if head is None
-        else CCEPipelineLoss(
-            head,
-            impl=arguments.impl,
-            hidden_layout="sharded",
-            softcap=getattr(config, "final_logit_softcapping", None),
-        )
+        else CCEPipelineLoss(head, impl=arguments.impl, hidden_layout="sharded", **settings)
     )
     pipeline_stages = [
         PipelineStage(stage, index, num_stages, device, group=groups.pipeline_group)

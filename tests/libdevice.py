@@ -5,10 +5,10 @@ import triton.language as tl
 
 
 @triton.jit
-def log1p(a):  # type: ignore[no-untyped-def]
+def log1p(a):
     return tl.log(1.0 + a)
 
 
 @triton.jit
-def tanh(a):  # type: ignore[no-untyped-def]
+def tanh(a):
     return 2.0 * tl.sigmoid(2.0 * a) - 1.0

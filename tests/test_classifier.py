@@ -74,6 +74,14 @@ def check_classifier(degree: int) -> None:
         CCEPipelineLoss(classifier)(hidden, labels).backward()
         assert torch.equal(parameter.grad.to_local(), classifier.weight.grad)
 
+    on_meta = VocabParallelClassifier(HIDDEN, 12, group=group, bias=True, device="meta")
+    on_meta.pipeline_mode = False
+    for hidden in (torch.randn(2, 5, HIDDEN), torch.empty(2, 5, HIDDEN, device="meta")):
+        if rank == 0:  # a shape is nothing that ranks communicate about
+            assert on_meta(hidden).shape == (2, 5, 12)
+            assert on_meta(hidden).is_meta
+            assert on_meta(hidden).requires_grad
+
     torch.manual_seed(0)  # the same default seed on every rank, as most programs have it
     first = VocabParallelClassifier(HIDDEN, 4 * degree, group=group)
     drawn = [torch.empty(4, HIDDEN) for _ in range(degree)]
@@ -99,7 +107,7 @@ def test_bad_sizes() -> None:
 def test_loss_arguments() -> None:
     linear = nn.Linear(HIDDEN, 9)
     with pytest.raises(ValueError, match="tensor or a module with a weight, got str"):
-        CCEPipelineLoss("lm_head")  # type: ignore[arg-type]
+        CCEPipelineLoss("lm_head")
     with pytest.raises(ValueError, match="a schedule needs a scalar loss"):
         CCEPipelineLoss(linear, reduction="none")
     with pytest.raises(ValueError, match="return_lse is not an option"):

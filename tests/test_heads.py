@@ -142,7 +142,7 @@ def test_refused_heads() -> None:
     """Whatever may be more than a weight ends before a step, and says what to do."""
     hooked, replaced, normed = linear(), linear(), linear()
     hooked.register_forward_hook(lambda module, inputs, output: 2.0 * output)
-    replaced.forward = lambda hidden: 2.0 * F.linear(hidden, replaced.weight)  # type: ignore[method-assign]
+    replaced.forward = lambda hidden: 2.0 * F.linear(hidden, replaced.weight)
     with pytest.warns(FutureWarning):
         nn.utils.weight_norm(normed)
     for head, message in (
@@ -175,6 +175,6 @@ def test_options_are_known_before_a_step() -> None:
         ({"chunk_rows": 0}, "chunk_rows must be a positive integer"),
     ):
         with pytest.raises(ValueError, match=message):
-            CCEPipelineLoss(head, **options)  # type: ignore[arg-type]
+            CCEPipelineLoss(head, **options)
     loss = CCEPipelineLoss(head)
     assert torch.equal(copy.deepcopy(loss)(*tokens()), loss(*tokens()))

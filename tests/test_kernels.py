@@ -2,7 +2,6 @@
 
 import itertools
 import warnings
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,12 +10,15 @@ import torch
 from tests.oracle import oracle, relative_error
 from tests.ranks import run_ranks
 from vocab_parallel import linear_cross_entropy, plan_backward
-from vocab_parallel.impls import passes
-from vocab_parallel.impls.base import BackwardTask, ClassifierGrad, Shard, Wanted
-from vocab_parallel.layout import IGNORED, OUT_OF_RANGE, mark_labels
-from vocab_parallel.statistics import StatisticNames
+from vocab_parallel.local import tile_ops
+from vocab_parallel.local.interface import Shard, Transform
+from vocab_parallel.local.plan import BackwardPlan, TileShape
+from vocab_parallel.local.statistics import StatisticNames, Statistics
+from vocab_parallel.local.tile_ops import TileOps, TritonOps
+from vocab_parallel.sharded.layout import IGNORED, OUT_OF_RANGE, mark_labels
 
 INTERPRETED = {"TRITON_INTERPRET": "1"}
+WHOLE = BackwardPlan("recompute", TileShape(1, 1), 1, 0, 0, 0, 0, 0)  # the passes read no plan
 
 
 def drawn_shard(generator: torch.Generator, num_tokens: int, num_rows: int, **given: Any) -> Shard:
@@ -25,23 +27,15 @@ def drawn_shard(generator: torch.Generator, num_tokens: int, num_rows: int, **gi
         "classifier": torch.randn(num_rows, 8, generator=generator),
         "bias": None,
         "targets": torch.randint(-1, num_rows + 1, (num_tokens,), generator=generator),
-        "softcap": None,
-        "temperature": 1.0,
+        "transform": Transform(),
+        "names": ("lse", "target"),
         "separate_lse_grad": True,
         "sum_dtype": torch.float32,
         "needs_grad": True,
+        "plan": WHOLE,
+        "ops": TileOps(),
     }
     return Shard(**(values | given))
-
-
-def both(run: Any, *arguments: Any) -> tuple[Any, Any]:
-    """Return what plain torch does and what the kernels do."""
-    plain, expected = passes.kernels_work, run(*arguments)
-    passes.kernels_work = lambda tensor: True
-    try:
-        return expected, run(*arguments)
-    finally:
-        passes.kernels_work = plain
 
 
 def spans(num_rows: int) -> list[slice]:
@@ -50,31 +44,27 @@ def spans(num_rows: int) -> list[slice]:
     return [slice(0, cut), slice(cut, num_rows)] if cut else [slice(0, num_rows)]
 
 
-def blocked(shard: Shard, rows: slice) -> Shard:
-    bias = None if shard.bias is None else shard.bias[rows]
-    return replace(shard, classifier=shard.classifier[rows], bias=bias)
+def statistics_of(ops: TileOps, shard: Shard, raw: torch.Tensor) -> torch.Tensor:
+    values = torch.full((len(shard.names), shard.num_tokens), torch.nan)
+    found = Statistics(values, shard.names)
+    for rows in spans(shard.num_rows):
+        logits, tokens = raw.clone()[:, rows], slice(0, shard.num_tokens)
+        block, first = ops.block(shard, rows), rows.start == 0
+        ops.add_statistics(found, logits, block, tokens, first=first, keep=False)
+    return values
 
 
-def statistics_of(shard: Shard, names: StatisticNames, raw: torch.Tensor) -> torch.Tensor:
-    num_tokens, num_rows = shard.hidden.shape[0], shard.classifier.shape[0]
-    found = torch.full((len(names), num_tokens), torch.nan)
-    for rows in spans(num_rows):
-        logits, tokens = raw.clone()[:, rows], slice(0, num_tokens)
-        block = blocked(shard, rows)
-        passes.add_statistics(
-            found, names, logits, block, tokens, rows.start, first=rows.start == 0, keep=False
-        )
-    return found
-
-
-def gradient_of(shard: Shard, task: BackwardTask, raw: torch.Tensor) -> list[torch.Tensor]:
-    num_tokens, num_rows = shard.hidden.shape[0], shard.classifier.shape[0]
+def gradient_of(
+    ops: TileOps, shard: Shard, statistics: Statistics, grads: Statistics, raw: torch.Tensor
+) -> list[torch.Tensor]:
     parts, found = [], []
-    for rows in spans(num_rows):
+    for rows in spans(shard.num_rows):
         # A kernel may touch what follows a tile in its row of the buffer.
-        tile, tokens = raw.clone()[:, rows], slice(0, num_tokens)
-        block = blocked(shard, rows)
-        sums = passes.put_gradient(tile, tile, block, tokens, rows.start, task, task.grads)
+        tile, tokens = raw.clone()[:, rows], slice(0, shard.num_tokens)
+        sums = ops.put_gradient(
+            tile, ops.block(shard, rows), tokens, statistics, grads,
+            logits=tile, sum_tokens=shard.bias is not None,
+        )  # fmt: skip
         parts.append(tile)
         found += [] if sums is None else [sums]
     return [torch.cat(parts, 1), *found]
@@ -106,21 +96,23 @@ def check_passes() -> None:
         names, softcap, temperature, _ = case
         num_tokens, num_rows = (1, 5, 70)[turn % 3], (1, 37, 600)[turn % 3]
         bias = drawn_bias(generator, num_rows, case)
+        transform = Transform(softcap, temperature)
         shard = drawn_shard(
-            generator, num_tokens, num_rows, softcap=softcap, temperature=temperature, bias=bias
+            generator, num_tokens, num_rows, transform=transform, bias=bias, names=names
         )
         # The logits lie in a wider buffer.
         raw = torch.full((num_tokens, num_rows + 3), torch.nan)
         raw[:, :num_rows] = shard.hidden @ shard.classifier.T
-        expected, found = both(statistics_of, shard, names, raw)
+        both = (TileOps(), TritonOps())
+        expected, found = (statistics_of(ops, shard, raw) for ops in both)
         finite = expected.isfinite()
         assert torch.equal(finite, found.isfinite()), case
         assert relative_error(found[finite], expected[finite]) < 1e-6, case
 
-        grads = torch.randn(len(names), num_tokens, generator=generator)
-        wanted = Wanted(True, True, True)
-        task = BackwardTask(names, expected, grads, wanted, ClassifierGrad(torch.float32))
-        for want, got in zip(*both(gradient_of, shard, task, raw), strict=True):
+        grads = Statistics(torch.randn(len(names), num_tokens, generator=generator), names)
+        whole = Statistics(expected, names)
+        gradients = [gradient_of(ops, shard, whole, grads, raw) for ops in both]
+        for want, got in zip(*gradients, strict=True):
             known = want.isfinite()  # a target that is masked has no finite gradient
             assert torch.equal(known, got.isfinite()), case
             # 1 - tanh^2 of a saturated softcap cancels, here as there; of one logit, all of it.
@@ -130,14 +122,14 @@ def check_passes() -> None:
         raw[0, num_rows - 1] = torch.nan  # is in the statistics of its token, and not hidden
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the interpreter says so, too
-            spoiled = both(statistics_of, shard, names, raw)
+            spoiled = [statistics_of(ops, shard, raw) for ops in both]
         for statistics in spoiled:
             assert statistics[0].isnan().tolist() == [token == 0 for token in range(num_tokens)]
 
 
 def check_whole_loss() -> None:
     """Every way through the kernels, in float32, with all options at once."""
-    passes.kernels_work = lambda tensor: tensor.dtype != torch.float64
+    tile_ops.choose = lambda hidden, classifier: TritonOps()
     torch.manual_seed(0)
     e, c, bias = torch.randn(40, 8), torch.randn(150, 8), torch.randn(150)
     targets = torch.randint(150, (40,))
@@ -174,7 +166,7 @@ def check_whole_loss() -> None:
 
 
 def check_labels() -> None:
-    from vocab_parallel.kernels.labels import mark_and_shift
+    from vocab_parallel.kernels.tokens import mark_and_shift
 
     marks = {"ignored": IGNORED, "out_of_range": OUT_OF_RANGE}
     for dtype, vocab_size, shift in itertools.product(
@@ -196,4 +188,4 @@ def check_kernels() -> None:
 
 def test_kernels() -> None:
     pytest.importorskip("triton")
-    run_ranks(check_kernels, 1, environment=INTERPRETED)
+    run_ranks(check_kernels, 1, environment=INTERPRETED, timeout=110)

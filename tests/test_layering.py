@@ -87,23 +87,44 @@ def imported(paths: list[Path], prefix: str) -> list[tuple[Path, bool]]:
 def test_triton_is_lazy() -> None:
     for package in ("triton", "cut_cross_entropy"):
         for path, top in imported(SHIPPED, package):
-            inside = path.parts[:2] in (("vocab_parallel", "kernels"), ("vocab_parallel", "impls"))
+            inside = path.parts[:2] in (("vocab_parallel", "kernels"), ("vocab_parallel", "local"))
             assert inside, path
             assert not top or path.parts[1] == "kernels", path
+    for path, top in imported(within("vocab_parallel"), "vocab_parallel.kernels"):
+        assert not top or path.parts[1] == "kernels", path
+
+
+def test_local_work_knows_no_group() -> None:
+    for folder in ("vocab_parallel/local", "vocab_parallel/kernels"):
+        assert imported(within(folder), "torch.distributed") == []
 
 
 def test_pipelining_is_imported_where_schedules_are() -> None:
     for path, _ in imported(SHIPPED, "torch.distributed.pipelining"):
-        assert path == Path("vocab_parallel/pipeline.py") or path.parts[0] == "launch", path
+        assert path.parts[:2] == ("vocab_parallel", "pipeline") or path.parts[0] == "launch", path
+
+
+# What each room may not import: data flows from kernels and rows towards the schedule.
+LATER = {
+    "kernels": ("local", "sharded", "modules", "pipeline", "loss", "evaluation", "adapters"),
+    "local": ("sharded", "modules", "pipeline", "loss", "evaluation", "adapters", "collectives"),
+    "sharded": ("modules", "pipeline", "loss", "evaluation", "adapters"),
+    "modules": ("pipeline", "loss", "evaluation", "adapters"),
+    "pipeline": ("adapters",),
+}
 
 
 @pytest.mark.parametrize(
     ("folder", "forbidden"),
     [
-        ("vocab_parallel", ("launch", "benchmarks", "tests", "stage_groups")),
+        ("vocab_parallel", ("launch", "benchmarks", "tests")),
         ("stage_groups", ("vocab_parallel", "launch", "benchmarks", "tests")),
         ("launch", ("benchmarks", "tests")),
         ("benchmarks", ("tests",)),
+        *(
+            (f"vocab_parallel/{room}", tuple(f"vocab_parallel.{other}" for other in later))
+            for room, later in LATER.items()
+        ),
     ],
 )
 def test_data_flows_one_way(folder: str, forbidden: tuple[str, ...]) -> None:
@@ -119,13 +140,34 @@ def test_no_module_level_state() -> None:
         assert globals_written == [], path
 
 
-def test_files_are_short() -> None:
-    long = {
-        str(path.relative_to(ROOT)): count
-        for path in SOURCES
-        if (count := len(path.read_text().splitlines())) > 300
-    }
-    assert long == {}
+def closure(module: str) -> set[Path]:
+    """Every file of the package that a module's imports lead to, lazy ones too."""
+    found: set[Path] = set()
+    seen: set[Path] = set()
+    waiting = [module]
+    while waiting:
+        name = waiting.pop()
+        path = ROOT.joinpath(*name.split("."))
+        path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        if path in seen or not path.exists():
+            continue
+        seen.add(path)
+        tree = ast.parse(path.read_text())
+        if len(tree.body) > 1:  # more than a docstring
+            found.add(path)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(
+                "vocab_parallel"
+            ):
+                waiting.append(node.module)
+                waiting += [f"{node.module}.{alias.name}" for alias in node.names]
+    return found
+
+
+def test_the_loss_reads_few_files() -> None:
+    """A reader of the loss can hold it: what it imports, kernels included, is a small set."""
+    files = closure("vocab_parallel.loss")
+    assert len(files) <= 33, sorted(str(path.relative_to(ROOT)) for path in files)
 
 
 def test_importing_the_loss_is_light() -> None:

@@ -34,8 +34,8 @@ def test_options_may_be_left_out() -> None:
     same = linear_cross_entropy(
         e, c, targets, vocab_parallel_options=VocabParallelOptions.from_vocab(7)
     )
-    assert torch.equal(whole, same)  # type: ignore[arg-type]
-    assert torch.allclose(whole, F.cross_entropy((e @ c.T).flatten(0, 1), targets.flatten()))  # type: ignore[arg-type]
+    assert torch.equal(whole, same)
+    assert torch.allclose(whole, F.cross_entropy((e @ c.T).flatten(0, 1), targets.flatten()))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -44,7 +44,7 @@ def test_gradcheck(impl: str) -> None:
     bias = torch.randn(7, dtype=torch.float64, requires_grad=True)
 
     def loss(*leaves: Tensor) -> tuple[Tensor, Tensor]:
-        return linear_cross_entropy(  # type: ignore[return-value]
+        return linear_cross_entropy(
             leaves[0], leaves[1], targets, leaves[2], softcap=2.0, shift=1, reduction="none",
             return_lse=True, label_smoothing=0.1, z_loss=0.1, temperature=0.8, impl=impl,
         )  # fmt: skip
@@ -58,7 +58,7 @@ def test_a_gradient_that_is_not_needed(impl: str, needs: tuple[bool, bool]) -> N
     e, c, targets = problem()
     full = torch.autograd.grad(linear_cross_entropy(e, c, targets, impl=impl), (e, c))
     e, c = e.detach().requires_grad_(needs[0]), c.detach().requires_grad_(needs[1])
-    linear_cross_entropy(e, c, targets, impl=impl).backward()  # type: ignore[union-attr]
+    linear_cross_entropy(e, c, targets, impl=impl).backward()
     for leaf, needed, expected in zip((e, c), needs, full, strict=True):
         assert torch.equal(leaf.grad, expected) if needed else leaf.grad is None
 
@@ -70,7 +70,7 @@ def product_flops(impl: str, needs: tuple[bool, bool], backward: str) -> tuple[i
     with ProductRecorder() as before:
         loss = linear_cross_entropy(e, c, targets, impl=impl, backward=backward)
     with ProductRecorder() as after:
-        loss.backward()  # type: ignore[union-attr]
+        loss.backward()
     return before.flops, after.flops
 
 
@@ -103,7 +103,7 @@ def test_no_grad() -> None:
     e, c, targets = problem()
     with torch.no_grad():
         loss = linear_cross_entropy(e, c, targets)
-    assert not loss.requires_grad  # type: ignore[union-attr]
+    assert not loss.requires_grad
 
 
 def test_torch_compile() -> None:
@@ -112,7 +112,7 @@ def test_torch_compile() -> None:
     e, c, targets = problem()
     found = [
         torch.autograd.grad(
-            linear_cross_entropy(e, c, targets, softcap=3.0, shift=1, impl=impl),  # type: ignore[arg-type]
+            linear_cross_entropy(e, c, targets, softcap=3.0, shift=1, impl=impl),
             (e, c),
         )
         for impl in ("torch_compile", "reference")
@@ -125,8 +125,8 @@ def test_torch_compile() -> None:
 def test_all_ignored(impl: str) -> None:
     e, c, targets = problem()
     loss = linear_cross_entropy(e, c, torch.full_like(targets, -100), impl=impl)
-    assert loss.detach() == 0.0  # type: ignore[union-attr]
-    for gradient in torch.autograd.grad(loss, (e, c)):  # type: ignore[arg-type]
+    assert loss.detach() == 0.0
+    for gradient in torch.autograd.grad(loss, (e, c)):
         assert not gradient.any()
 
 
@@ -147,8 +147,8 @@ def test_masked_rows_by_bias(impl: str, masked: slice) -> None:
     chosen = log_p.gather(-1, (targets - kept[0])[..., None]).squeeze(-1)
     exact = (-chosen.mean(), chosen, -(log_p.exp() * log_p).sum(-1))
     for ours, want in zip((loss, logprobs, entropy), exact, strict=True):
-        assert torch.allclose(ours, want)  # type: ignore[arg-type]
-        found = torch.autograd.grad(ours.sum(), (e, c, bias), retain_graph=True)  # type: ignore[union-attr]
+        assert torch.allclose(ours, want)
+        found = torch.autograd.grad(ours.sum(), (e, c, bias), retain_graph=True)
         wanted = torch.autograd.grad(want.sum(), (e, c), retain_graph=True)
         assert torch.allclose(found[0], wanted[0])
         assert torch.allclose(found[1], wanted[1])
@@ -169,8 +169,8 @@ def test_a_nan_is_never_hidden(impl: str, backward: str, where: str) -> None:
         else:
             c[6, 2] = torch.nan
     loss = linear_cross_entropy(e, c, targets % 6, impl=impl, backward=backward)
-    assert torch.isnan(loss)  # type: ignore[arg-type]
-    e_grad, c_grad = torch.autograd.grad(loss, (e, c))  # type: ignore[arg-type]
+    assert torch.isnan(loss)
+    e_grad, c_grad = torch.autograd.grad(loss, (e, c))
     assert torch.isnan(e_grad[0, 3]).all()
     assert torch.isnan(c_grad).all()
 
@@ -185,8 +185,8 @@ def test_an_ignored_target_counts_for_nothing(impl: str) -> None:
     spoiled = weight.clone()
     spoiled[0, 1] = torch.nan
     found = linear_cross_entropy(e, c, targets, token_weight=spoiled, impl=impl)
-    assert torch.equal(found, expected)  # type: ignore[arg-type]
-    pairs = (torch.autograd.grad(loss, (e, c)) for loss in (found, expected))  # type: ignore[arg-type]
+    assert torch.equal(found, expected)
+    pairs = (torch.autograd.grad(loss, (e, c)) for loss in (found, expected))
     for ours, want in zip(*pairs, strict=True):
         assert torch.equal(ours, want)
 
@@ -197,7 +197,7 @@ def test_a_divisor_of_one_element() -> None:
     loss = linear_cross_entropy(e, c, targets, num_valid_tokens=torch.tensor([20]))
     assert isinstance(loss, Tensor)
     assert loss.shape == ()
-    assert torch.allclose(2 * loss, linear_cross_entropy(e, c, targets))  # type: ignore[arg-type]
+    assert torch.allclose(2 * loss, linear_cross_entropy(e, c, targets))
     with pytest.raises(ValueError, match="at least 0, got -5"):
         linear_cross_entropy(e, c, targets, num_valid_tokens=torch.tensor(-5))
     with pytest.raises(ValueError, match="at least 0 or a tensor, got True"):
@@ -205,7 +205,7 @@ def test_a_divisor_of_one_element() -> None:
     # On one rank arguments are always checked, but on a GPU no value is read.
     from vocab_parallel.loss import _at_least_one
 
-    assert _at_least_one(torch.tensor([-5])).isnan()  # type: ignore[union-attr]
+    assert _at_least_one(torch.tensor([-5])).isnan()
 
 
 def test_autocast() -> None:
@@ -215,20 +215,20 @@ def test_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         loss = linear_cross_entropy(e, c, targets)
         expected = linear_cross_entropy(e.bfloat16(), c.bfloat16(), targets)
-    assert torch.equal(loss, expected)  # type: ignore[arg-type]
-    loss.backward()  # type: ignore[union-attr]
+    assert torch.equal(loss, expected)
+    loss.backward()
     assert e.grad is not None
     assert e.grad.dtype == torch.float32
 
 
 def test_a_target_that_nobody_checked_is_nan() -> None:
     """Without validation an id beyond the vocabulary is loud, not another token's loss."""
-    from vocab_parallel.layout import mark_labels
-    from vocab_parallel.token_loss import TokenLossTerms, token_loss
+    from vocab_parallel.sharded.layout import mark_labels
+    from vocab_parallel.sharded.token_loss import TokenLoss
 
     marked = mark_labels(torch.tensor([0, 6, 7, -1, -100, 2**40]), -100, 7)
     assert marked.tolist() == [0, 6, -2, -2, -1, -2]
-    losses = token_loss(torch.randn(2, 6), marked, None, TokenLossTerms(0.0, 7, 0.0))
+    losses = TokenLoss(marked, None, 0.0, 7, 0.0, kernels=False)(torch.randn(2, 6))
     assert losses.isnan().tolist() == [False, False, True, True, False, True]
     e, c, targets = problem()
     with pytest.raises(ValueError, match=r"targets must lie in \[0, 7\)"):
@@ -239,12 +239,12 @@ def test_transforms() -> None:
     """What autograd has beside a backward: each is right, or refused in words."""
     e, c, targets = problem()
     loss = linear_cross_entropy(e, c, targets)
-    expected = torch.autograd.grad(loss, (e, c))  # type: ignore[arg-type]
+    expected = torch.autograd.grad(loss, (e, c))
     with torch.inference_mode():
-        assert torch.equal(linear_cross_entropy(e, c, targets), loss)  # type: ignore[arg-type]
+        assert torch.equal(linear_cross_entropy(e, c, targets), loss)
         assert predict(e, c).ids.shape == (2, 5, 1)
         again = linear_cross_entropy(e.clone(), c, targets)  # an inference tensor
-        assert torch.equal(again, loss)  # type: ignore[arg-type]
+        assert torch.equal(again, loss)
     for reentrant in (False, True):
         for backward in ("recompute", "probs", "gradients"):
             run = functools.partial(linear_cross_entropy, targets=targets, backward=backward)
@@ -259,7 +259,7 @@ def test_transforms() -> None:
                 assert torch.allclose(c.grad, scale * expected[1])
     for backward in ("recompute", "gradients"):
         loss = linear_cross_entropy(e, c, targets, backward=backward)
-        first = torch.autograd.grad(loss, e, create_graph=True)[0]  # type: ignore[arg-type]
+        first = torch.autograd.grad(loss, e, create_graph=True)[0]
         with pytest.raises(ValueError, match="has no second derivative"):
             (first.square().sum() + loss).backward()
     with pytest.raises(ValueError, match=r"inside of a transform of torch\.func"):
@@ -274,7 +274,7 @@ def test_float16_with_a_grad_scaler() -> None:
     for backward in ("recompute", "probs", "auto"):
         loss = linear_cross_entropy(half[0], half[1], targets, backward=backward)
         found = torch.autograd.grad(scaler.scale(loss), half)
-        exact = torch.autograd.grad(linear_cross_entropy(e, c, targets), (e, c))  # type: ignore[arg-type]
+        exact = torch.autograd.grad(linear_cross_entropy(e, c, targets), (e, c))
         for ours, want in zip(found, exact, strict=True):
             assert relative_error(ours.double() / scaler.get_scale(), want) < 3e-3
 

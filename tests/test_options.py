@@ -5,10 +5,10 @@ from itertools import pairwise
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from vocab_parallel.shard import VocabShard
 
 from vocab_parallel import VocabParallelOptions
 from vocab_parallel.options import ceiling_rows
-from vocab_parallel.shard import VocabShard
 
 
 @given(st.integers(1, 300_000), st.integers(1, 64))

@@ -95,7 +95,7 @@ def entropy_errors(impl: str) -> dict[str, float]:
     exact = -(log_p.exp() * log_p).sum(-1)
     exact.sum().backward()
     assert isinstance(wide.grad, Tensor)
-    return {"entropy": relative_error(entropy, exact), "e": relative_error(leaf.grad, wide.grad)}  # type: ignore[arg-type]
+    return {"entropy": relative_error(entropy, exact), "e": relative_error(leaf.grad, wide.grad)}
 
 
 def make_page(path: str) -> None:

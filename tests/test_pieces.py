@@ -9,7 +9,8 @@ from torch import Tensor
 from tests.oracle import relative_error
 from tests.ranks import run_ranks
 from tests.recording import CollectiveRecorder
-from vocab_parallel import VocabParallelOptions, linear_cross_entropy, pieces
+from vocab_parallel import VocabParallelOptions, linear_cross_entropy
+from vocab_parallel.sharded import exchange
 
 WAYS = ("recompute", "probs", "gradients")
 
@@ -24,7 +25,7 @@ def check_overlap() -> None:
     targets = torch.randint(vocabulary, (tokens,), generator=generator)
     found: dict[Any, tuple[Tensor, ...]] = {}
     for fewest in (2048, 3):
-        pieces._FEWEST_TOKENS = fewest
+        exchange._FEWEST_TOKENS = fewest
         for backward in WAYS:
             for overlap in (True, False):
                 e = given.clone().requires_grad_()
@@ -35,7 +36,7 @@ def check_overlap() -> None:
                         overlap=overlap, validate=False, chunk_tokens=tokens,
                     )  # fmt: skip
                 with CollectiveRecorder() as after:
-                    loss.backward()  # type: ignore[union-attr]
+                    loss.backward()
                 calls = [(call.name, call.size) for call in before.calls + after.calls]
                 cut = fewest == 3 and backward != "gradients"  # it goes by its own chunks
                 count = {"all_gather": 2 if cut else 1, "all_reduce": 4 if cut else 1}
@@ -46,7 +47,7 @@ def check_overlap() -> None:
                     sizes = [size for called, size in calls if called == name]
                     assert (len(sizes), sum(sizes)) == (count[name], size), (calls, backward)
                 assert len(after.calls) == (0 if backward == "gradients" else count["all_reduce"])
-                found[fewest, backward, overlap] = (loss.detach(), e.grad, c.grad)  # type: ignore
+                found[fewest, backward, overlap] = (loss.detach(), e.grad, c.grad)
     for key, result in found.items():
         other = found[key[0], key[1], not key[2]]
         assert all(torch.equal(a, b) for a, b in zip(result, other, strict=True)), key
@@ -74,7 +75,7 @@ def check_scattered_pieces() -> None:
         (3, "gradients", 4, {"reduce": 6}),
         (2048, "gradients", 4, {"reduce_scatter": 1}),
     ):
-        pieces._FEWEST_TOKENS = fewest
+        exchange._FEWEST_TOKENS = fewest
         for overlap in (True, False):
             e = given.clone().requires_grad_()
             c = whole[options.start : options.stop].clone().requires_grad_()
@@ -83,12 +84,12 @@ def check_scattered_pieces() -> None:
                     e, c, targets, vocab_parallel_options=options, hidden_layout="sharded",
                     backward=backward, overlap=overlap, validate=False, chunk_tokens=chunk,
                 )  # fmt: skip
-                loss.backward()  # type: ignore[union-attr]
+                loss.backward()
             sums = [call for call in recorded.calls if call.name.startswith("reduce")]
             assert {name: len(sums) for name in {call.name for call in sums}} == calls, backward
             assert sum(call.size for call in sums) == 4 * degree * tokens * hidden
             result = (loss.detach(), e.grad, c.grad)
-            found[fewest, backward, chunk, overlap] = result  # type: ignore[assignment]
+            found[fewest, backward, chunk, overlap] = result
     first = found[2048, "recompute", None, False]
     for key, result in found.items():
         assert all(relative_error(a, b) < 1e-6 for a, b in zip(result, first, strict=True)), key

@@ -20,7 +20,7 @@ from vocab_parallel import (
     linear_cross_entropy,
     validate_pipeline_loss,
 )
-from vocab_parallel.split_backward import keep_graph
+from vocab_parallel.sharded.backward import keep_graph
 
 HIDDEN, VOCABULARY, LENGTH, BATCH, MICROBATCHES = 6, 23, 8, 8, 4
 
@@ -226,7 +226,7 @@ def test_graph_outlives_a_detached_loss() -> None:
     node = loss.grad_fn
     keep_graph(loss)
     loss.detach_()
-    assert loss.kept_graph is not node  # type: ignore[attr-defined]
-    edge = torch.autograd.graph.GradientEdge(loss.kept_graph, 0)  # type: ignore[attr-defined]
+    assert loss.kept_graph is not node
+    edge = torch.autograd.graph.GradientEdge(loss.kept_graph, 0)
     found = torch.autograd.grad(edge, weight, torch.ones_like(loss))[0]
     assert torch.equal(found, expected)

@@ -9,12 +9,21 @@ import torch
 
 from tests.oracle import oracle, relative_error
 from tests.ranks import run_ranks
-from tests.test_kernels import CASES, INTERPRETED, blocked, drawn_bias, drawn_shard
+from tests.test_kernels import CASES, INTERPRETED, drawn_bias, drawn_shard
 from vocab_parallel import linear_cross_entropy
-from vocab_parallel.impls import chunked, fused, passes, tile_logits
-from vocab_parallel.impls.base import BackwardTask, ClassifierGrad, Wanted
+from vocab_parallel.local import tile_ops
+from vocab_parallel.local.interface import Transform
+from vocab_parallel.local.statistics import Statistics
+from vocab_parallel.local.tile_ops import HopperOps, TileOps
 
 HALF = torch.float16  # the interpreter has no bfloat16
+
+
+class InterpretedOps(HopperOps):
+    """A CPU widens operands before its products, these kernels do not."""
+
+    def widened(self, operand: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return operand
 
 
 def check_product_kernels() -> None:
@@ -33,23 +42,26 @@ def check_product_kernels() -> None:
             num_rows,
             hidden=torch.randn(num_tokens, 72, generator=generator).to(HALF),
             classifier=(torch.randn(num_rows, 72, generator=generator) / 8).to(HALF),
-            softcap=softcap,
-            temperature=temperature,
+            transform=Transform(softcap, temperature),
+            names=names,
             bias=bias,
         )
+        plain, ours = TileOps(), InterpretedOps()
         raw = shard.hidden.float() @ shard.classifier.float().T
         tokens = slice(0, num_tokens)
-        want = torch.empty(len(names), num_tokens)
-        passes.add_statistics(want, names, raw.clone(), shard, tokens, 0, first=True, keep=False)
-        found, num_kept = torch.full_like(want, torch.nan), min(num_rows, 128)
+        want = Statistics.empty(names, num_tokens, shard.hidden)
+        whole = plain.block(shard, slice(0, num_rows))
+        plain.add_statistics(want, raw, whole, tokens, first=True, keep=True)
+        found = Statistics(torch.full_like(want.values, torch.nan), names)
+        num_kept = min(num_rows, 128)
         kept = torch.zeros(num_tokens, 320, dtype=HALF)
         memory = 4 * 64 * len(names)  # some tokens at a time
         # several launches, and groups of several widths
-        product_statistics._TILES_A_PROGRAM, product.GROUP = 1 + turn % 2, 1 + turn % 3
-        fused.put_statistics(found, names, shard, tokens, kept[:, :num_kept], memory)
-        finite = want.isfinite()
-        assert torch.equal(finite, found.isfinite()), case
-        assert relative_error(found[finite], want[finite]) < 1e-6, case
+        product_statistics._TILES_A_PROGRAM, product.SWIZZLE = 1 + turn % 2, 1 + turn % 3
+        ours.put_statistics(found, shard, tokens, kept[:, :num_kept], memory)
+        finite = want.values.isfinite()
+        assert torch.equal(finite, found.values.isfinite()), case
+        assert relative_error(found.values[finite], want.values[finite]) < 1e-6, case
         assert relative_error(kept[:, :num_kept], raw[:, :num_kept]) < 1e-3, case
         assert not kept[:, num_kept:].any(), "others are not touched"
 
@@ -57,22 +69,24 @@ def check_product_kernels() -> None:
         spoiled[0, 3] = torch.nan  # is in the statistics of its token, and not hidden
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the interpreter says so, too
-            fused.put_statistics(
-                found, names, replace(shard, hidden=spoiled), tokens, kept[:, :num_kept], memory
+            ours.put_statistics(
+                found, replace(shard, hidden=spoiled), tokens, kept[:, :num_kept], memory
             )
-        assert found[0].isnan().tolist() == [token == 0 for token in range(num_tokens)], case
+        assert found.lse.isnan().tolist() == [token == 0 for token in range(num_tokens)], case
 
-        grads = torch.randn(len(names), num_tokens, generator=generator)
-        task = BackwardTask(
-            names, want, grads, Wanted(True, True, True), ClassifierGrad(torch.float32)
-        )
+        grads = Statistics(torch.randn(len(names), num_tokens, generator=generator), names)
         cut = num_rows // 16 * 8  # a block of rows begins at 16 bytes
         for rows in (slice(0, cut), slice(cut, num_rows)) if cut else (slice(0, num_rows),):
-            block, tile = blocked(shard, rows), raw.clone()[:, rows]
-            sums = passes.put_gradient(tile, tile, block, tokens, rows.start, task, grads)
+            tile, summed = raw.clone()[:, rows], bias is not None
             out = torch.zeros(num_tokens, 320, dtype=HALF)
             own = out[:, : tile.shape[1]]
-            got = fused.put_gradient(own, block, tokens, rows.start, task, grads)
+            sums, got = (
+                ops.put_gradient(
+                    to, ops.block(shard, rows), tokens, want, grads,
+                    logits=logits, sum_tokens=summed,
+                )
+                for ops, to, logits in ((plain, tile, tile), (ours, own, None))
+            )  # fmt: skip
             known = tile.isfinite()  # a target that is masked has no finite gradient
             assert relative_error(own[known], tile[known]) < 1e-3, case
             assert not out[:, tile.shape[1] :].any(), "others are not touched"
@@ -84,10 +98,7 @@ def check_product_kernels() -> None:
 
 def check_whole_loss() -> None:
     """Every way, in float16, no worse than float16 can be."""
-    passes.kernels_work = lambda tensor: tensor.dtype != torch.float64
-    fused.works = lambda shard: True
-    # A CPU widens operands before its products, these kernels do not.
-    chunked.widened = tile_logits.widened = lambda operand, dtype: operand
+    tile_ops.choose = lambda hidden, classifier: InterpretedOps()
     torch.manual_seed(0)
     e, c = torch.randn(140, 64).to(HALF), (torch.randn(300, 64) / 8).to(HALF)
     targets = torch.randint(300, (140,))
@@ -135,4 +146,4 @@ def check_kernels() -> None:
 
 def test_product_kernels() -> None:
     pytest.importorskip("triton.tools.tensor_descriptor")
-    run_ranks(check_kernels, 1, environment=INTERPRETED)
+    run_ranks(check_kernels, 1, environment=INTERPRETED, timeout=110)

@@ -28,7 +28,7 @@ from tests.toy_pipeline import (
     draw_batch,
     one_process,
 )
-from vocab_parallel.impls.chunked import ChunkedImpl
+from vocab_parallel.local.chunked import ChunkedImpl
 
 PAGE = ROOT / "docs" / "schedules.md"
 LAYOUTS = ("replicated", "sharded", "sequence")
@@ -37,7 +37,7 @@ CPU = torch.device("cpu")
 EVALUATES = [schedule for schedule in SCHEDULES if schedule not in V_SHAPED]
 
 
-def check_setting(setting: Setting, groups) -> None:  # type: ignore[no-untyped-def]
+def check_setting(setting: Setting, groups) -> None:
     """Two steps with an evaluation between them.
 
     Without scale_grads the gradients of both add up. With it they must not: the schedule would
@@ -119,18 +119,18 @@ class Work:
 def watch(work: Work) -> None:
     forward, backward = ChunkedImpl.forward, ChunkedImpl.backward
 
-    def counted_forward(self, shard, task):  # type: ignore[no-untyped-def]
+    def counted_forward(self, shard, progress):
         work.forwards += 1
         work.waiting += 1
         work.most_waiting = max(work.most_waiting, work.waiting)
-        return forward(self, shard, task)
+        return forward(self, shard, progress)
 
-    def counted_backward(self, shard, task):  # type: ignore[no-untyped-def]
-        work.backwards[task.wanted.hidden, task.wanted.classifier] += 1
-        work.waiting -= task.wanted.classifier
-        return backward(self, shard, task)
+    def counted_backward(self, shard, upstream):
+        work.backwards[upstream.wanted.hidden, upstream.wanted.classifier] += 1
+        work.waiting -= upstream.wanted.classifier
+        return backward(self, shard, upstream)
 
-    ChunkedImpl.forward, ChunkedImpl.backward = counted_forward, counted_backward  # type: ignore[method-assign]
+    ChunkedImpl.forward, ChunkedImpl.backward = counted_forward, counted_backward
 
 
 def check_work(private_query: bool) -> None:

@@ -29,7 +29,7 @@ def check_scores(degree: int) -> None:
             continue
         found = score_tokens(
             e, own, labels, shift=shift, hidden_layout=layout, vocab_parallel_options=options
-        )  # type: ignore[arg-type]
+        )
         if layout == "sequence":
             labels = labels.chunk(degree, 1)[rank]
         wanted = labels[:, shift:]

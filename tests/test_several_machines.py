@@ -51,7 +51,7 @@ def machines() -> Iterator[list[str]]:
             ip("netns", "delete", name)
 
 
-def start(machines: list[str], index: int, arguments: list[str], log: Path) -> subprocess.Popen:  # type: ignore[type-arg]
+def start(machines: list[str], index: int, arguments: list[str], log: Path) -> subprocess.Popen:
     """Start one machine's agent; what it and its ranks say goes to a file."""
     agent = [
         "ip", "netns", "exec", machines[index],
@@ -71,7 +71,7 @@ def start(machines: list[str], index: int, arguments: list[str], log: Path) -> s
         )
 
 
-def finish(agents: list[subprocess.Popen], timeout: float) -> list[int]:  # type: ignore[type-arg]
+def finish(agents: list[subprocess.Popen], timeout: float) -> list[int]:
     """Wait for all agents; end them where they hang."""
     deadline = time.monotonic() + timeout
     try:

@@ -28,7 +28,7 @@ def test_styles() -> None:
     with pytest.raises(ValueError, match="multiple of the pipeline degree 4, got 6"):
         stages_of_rank(0, 4, 6, "loop")
     with pytest.raises(ValueError, match=r'style must be "loop" or "v"'):
-        stages_of_rank(0, 4, 8, "u")  # type: ignore[arg-type]
+        stages_of_rank(0, 4, 8, "u")
 
 
 def members(group: dist.ProcessGroup) -> list[int]:

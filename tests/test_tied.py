@@ -1,11 +1,16 @@
 """One weight at both ends of the pipeline: lookup, gradients, equality, the norm."""
 
+import copy
+import pickle
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import nn
 
-from stage_groups import build_stage_groups
+from stage_groups import StageGroups, build_stage_groups
 from tests.oracle import relative_error
 from tests.ranks import run_ranks
 from vocab_parallel import (
@@ -29,7 +34,7 @@ def check_lookup(degree: int) -> None:
         for vocabulary in (VOCABULARY, degree, 1):  # the last ranks may have no row
             module = VocabParallelEmbedding(
                 HIDDEN, vocabulary, group=None, layout=layout, scale=1.5, dtype=torch.float64
-            )  # type: ignore[arg-type]
+            )
             with torch.no_grad():
                 module.weight.copy_(whole[module.start : module.stop])
             own_ids = ids % vocabulary
@@ -45,7 +50,76 @@ def check_lookup(degree: int) -> None:
             assert module.weight.grad is not None
             assert relative_error(module.weight.grad, exact) < 1e-14, (layout, vocabulary)
     with pytest.raises(ValueError, match='must be "sharded" or "replicated"'):
-        VocabParallelEmbedding(4, 8, group=None, layout="sequence")  # type: ignore[arg-type]
+        VocabParallelEmbedding(4, 8, group=None, layout="sequence")
+    check_shapes()
+    check_mistaken_ids(degree)
+    check_ids_without_validation(degree)
+
+
+def check_shapes() -> None:
+    for layout in ("sharded", "replicated"):
+        module = VocabParallelEmbedding(HIDDEN, VOCABULARY, group=None, layout=layout)
+        for shape in ((), (0,), (3, 0), (1, 2, 3)):
+            for dtype in (torch.int32, torch.int64):
+                found = module(torch.full(shape, VOCABULARY - 1, dtype=dtype))
+                assert found.shape == (*shape, HIDDEN)
+                found.sum().backward()
+        assert module.weight.grad is not None
+        if dist.get_rank() == 0:  # a shape is nothing that ranks communicate about
+            ids = torch.zeros(2, 3, dtype=torch.int64)
+            for found in (module(ids.to("meta")), module.to("meta")(ids)):
+                assert found.is_meta
+                assert found.requires_grad
+                assert found.shape == (2, 3, HIDDEN)
+
+
+def check_mistaken_ids(degree: int) -> None:
+    """A mistake of the last rank alone ends every rank, in the same words."""
+    module = VocabParallelEmbedding(HIDDEN, VOCABULARY, group=None)
+    same = VocabParallelEmbedding(HIDDEN, VOCABULARY, group=None, layout="replicated")
+    right = torch.tensor([[0, 1], [VOCABULARY - 1, 2]])
+    of_one: list[tuple[Any, str]] = [
+        (right + 1, rf"ids of the embedding must lie in \[0, {VOCABULARY}\), got {VOCABULARY}:"),
+        (right.int() - 100, rf"must lie in \[0, {VOCABULARY}\), got -100"),
+        (right.double(), "int32 or int64 tensor, got torch.float64"),
+        ([0, 1], "int32 or int64 tensor, got list"),
+    ]
+    of_several: list[tuple[Any, str]] = [
+        (right[:, :1], r"tokens of ids: \[4, .*2\]"),
+        (right.int(), r"dtype of ids: \[torch.int64, .*torch.int32\]"),
+    ]
+    for owner, mistakes in (
+        (module, of_one),
+        (same, of_one),
+        (module, of_several if degree > 1 else []),
+        (same, [*of_several, (right.flip(0), "ids, which differ in")] if degree > 1 else []),
+    ):
+        for wrong, pattern in mistakes:
+            with pytest.raises(ValueError, match=pattern) as caught:
+                owner(wrong if dist.get_rank() == degree - 1 else right)
+            words: list[str] = [""] * degree
+            dist.all_gather_object(words, str(caught.value))
+            assert len(set(words)) == 1, words
+            assert owner(right).isfinite().all(), "the ranks still meet"
+
+
+def check_ids_without_validation(degree: int) -> None:
+    """Its token is NaN on every rank that sees it, and no other token is."""
+    for layout in ("sharded", "replicated"):
+        for vocabulary in (VOCABULARY, 1):
+            module = VocabParallelEmbedding(
+                HIDDEN, vocabulary, group=None, layout=layout, validate=False, scale=2.0
+            )
+            for wrong in (-1, -100, vocabulary, 2**40):
+                ids = torch.tensor([0, wrong, vocabulary - 1])
+                if layout == "sharded" and dist.get_rank() != degree - 1:
+                    ids[1] = 0
+                found = module(ids)
+                assert found[ids == wrong].isnan().all()
+                assert found[ids != wrong].isfinite().all()
+                found.sum().backward()
+                assert module.weight.grad is not None
+                assert module.weight.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("degree", [1, 3])
@@ -61,12 +135,13 @@ def check_ends() -> None:
     whole = torch.randn(VOCABULARY, HIDDEN)
     is_first = groups.pipeline_rank == 0
     module = (VocabParallelEmbedding if is_first else VocabParallelClassifier)(
-        HIDDEN, VOCABULARY, group=group
+        HIDDEN, VOCABULARY, group=group, device="meta"
     )
+    ends = (module, None) if is_first else (None, module)
+    tied = TiedRows(*ends, groups.pipeline_group, first=0, last=1)
+    module.to_empty(device="cpu")  # another parameter, which both know
     with torch.no_grad():
         module.weight.copy_(whole[module.start : module.stop])
-    ends = (module, None) if is_first else (None, module)
-    tied = TiedRows(*ends, groups.pipeline_group, first=0, last=1)  # type: ignore[arg-type]
     assert tied.parameter is module.weight
     single = whole.clone().requires_grad_()
     optimizers = [torch.optim.AdamW([p], lr=0.01, fused=True) for p in (module.weight, single)]
@@ -88,8 +163,26 @@ def check_ends() -> None:
         if is_first:
             module.weight[0, 0] += 1e-3
     assert tied.differs(), "an end that strays is seen"
+    check_copied_ends(module, tied, groups)
     with pytest.raises(ValueError, match="which alone has its end"):
         TiedRows(None, None, groups.pipeline_group, first=0, last=1)
+
+
+def check_copied_ends(module: Any, tied: TiedRows, groups: StageGroups) -> None:
+    """Ends stay ends through a deep copy and through other parameters in their place."""
+    copied, tied = copy.deepcopy((module, tied))
+    for _ in range(2):
+        assert tied.parameter is copied.weight
+        assert copied.weight is not module.weight
+        copied.weight.grad = torch.ones_like(copied.weight)
+        tied.sum_gradients()
+        assert (copied.weight.grad == 2.0).all()
+        norm = clip_grad_norm_([copied.weight], 1e9, groups)
+        assert relative_error(norm, torch.tensor(4.0 * VOCABULARY * HIDDEN).sqrt()) < 1e-6
+        state = {"weight": module.weight.detach().clone()}
+        copied.load_state_dict(state, assign=True)
+    with pytest.raises(ValueError, match="TiedRows holds a process group, which cannot be pickled"):
+        pickle.dumps(tied)
 
 
 def test_ends() -> None:
@@ -107,6 +200,12 @@ def check_shared() -> None:
     tied = TiedRows(embedding, classifier, groups.pipeline_group, first=0, last=0)
     assert embedding.weight is classifier.weight
     tied.sum_gradients()  # nothing to do
+    copied, _, again = copy.deepcopy((embedding, classifier, tied))
+    again.sum_gradients()  # the copies share one parameter too
+    copied.weight = nn.Parameter(copied.weight.detach().clone())
+    for call in (again.sum_gradients, again.differs):
+        with pytest.raises(ValueError, match="must be one parameter, but to_empty"):
+            call()
     other = VocabParallelClassifier(HIDDEN, VOCABULARY + 1, group=groups.vocab_group)
     with pytest.raises(ValueError, match="give both the same vocabulary"):
         TiedRows(embedding, other, groups.pipeline_group, first=0, last=0)

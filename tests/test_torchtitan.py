@@ -13,11 +13,11 @@ from vocab_parallel.adapters import HiddenStatesLoss
 titan: Any = pytest.importorskip("torchtitan.components.loss", reason="needs torchtitan 0.3")
 
 
-class VocabParallelLoss(HiddenStatesLoss, titan.ChunkedLossWrapper):  # type: ignore[misc]
+class VocabParallelLoss(HiddenStatesLoss, titan.ChunkedLossWrapper):
     """As docs/adapters.md has it."""
 
     @dataclass(kw_only=True, slots=True)
-    class Config(titan.ChunkedLossWrapper.Config):  # type: ignore[misc]
+    class Config(titan.ChunkedLossWrapper.Config):
         pass
 
     def __init__(self, config: Any, *, compile_config: Any = None) -> None:
@@ -60,7 +60,7 @@ def test_in_place_of_the_chunked_loss() -> None:
             loss.backward()
         grads = [parameter.grad for parameter in model.parameters()]
         assert all(grad is not None for grad in grads)
-        found[name] = (loss.detach(), grads)  # type: ignore[assignment]
+        found[name] = (loss.detach(), grads)
         with torch.no_grad():
             validation, _ = loss_fn(model(ids), labels, valid)
         assert relative_error(validation, 2 * loss.detach()) < 1e-6

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from tests.ranks import run_ranks
 from vocab_parallel import VocabParallelOptions, linear_cross_entropy, token_logprobs
-from vocab_parallel.arguments import LossSettings
-from vocab_parallel.call import Operands
+from vocab_parallel.sharded.call import Operands
+from vocab_parallel.sharded.settings import LossSettings
 
 TOKENS, HIDDEN, VOCABULARY = 6, 4, 11
 Change = Callable[[dict[str, Any], int], None]

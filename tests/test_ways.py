@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tests.oracle import oracle, relative_error
 from vocab_parallel import VocabParallelOptions, linear_cross_entropy, plan_backward
-from vocab_parallel.impls import chunked, gradient_tiles, tile_logits
+from vocab_parallel.local.tile_ops import Block, TileOps
 
 WAYS = ("recompute", "probs", "gradients")
 # A budget that keeps the logits of 8 of `problem`'s 17 rows.
@@ -82,14 +82,14 @@ def test_accumulation(attribute: str, backward: str) -> None:
     seen: list[Tensor] = []
     c.register_hook(seen.append)
     if attribute == "main_grad":
-        c.main_grad = torch.ones_like(c)  # type: ignore[attr-defined]
+        c.main_grad = torch.ones_like(c)
     else:
         c.grad = torch.ones_like(c)
     kept = getattr(c, attribute)
     for _ in range(2):
         linear_cross_entropy(
             e, c, targets, backward=backward, accumulate_into=attribute, chunk_tokens=5
-        ).backward()  # type: ignore[union-attr]
+        ).backward()
     assert getattr(c, attribute) is kept
     assert relative_error(kept, 1.0 + 2.0 * exact()[1]) < 1e-6
     assert not any(grad is not None and grad.any() for grad in seen)
@@ -100,7 +100,7 @@ def test_accumulation(attribute: str, backward: str) -> None:
 def test_accumulation_begins_where_there_is_no_grad() -> None:
     e, c, targets = problem(torch.float32)
     for count in (1, 2):
-        linear_cross_entropy(e, c, targets, accumulate_into="grad").backward()  # type: ignore[union-attr]
+        linear_cross_entropy(e, c, targets, accumulate_into="grad").backward()
         assert relative_error(c.grad, count * exact()[1]) < 1e-6
 
 
@@ -114,12 +114,12 @@ def test_accumulation_leaves_padding_rows_alone(attribute: str, backward: str) -
     loss, _ = oracle(wide[0], wide[1], targets, vocab_size=15)
     exact = torch.autograd.grad(loss, wide[1])[0]
     if attribute == "main_grad":
-        c.main_grad = torch.zeros_like(c)  # type: ignore[attr-defined]
+        c.main_grad = torch.zeros_like(c)
     for _ in range(2):  # where there is no grad yet, autograd makes it
         linear_cross_entropy(
             e, c, targets, vocab_parallel_options=options, backward=backward,
             accumulate_into=attribute, chunk_tokens=5,
-        ).backward()  # type: ignore[union-attr]  # fmt: skip
+        ).backward()  # fmt: skip
     found = getattr(c, attribute)
     assert relative_error(found, 2.0 * exact) < 1e-6
     assert not found[15:].any()
@@ -170,12 +170,13 @@ def test_what_fits_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert plan.kept_bytes == 12 * 8 * 8
     made: list[int] = []
 
-    def counting(block: Any, tokens: slice, out: Tensor) -> Tensor:
-        made.append(out.shape[1])
-        return tile_logits.raw_logits(block, tokens, out)
+    plain = TileOps.put_raw_logits
 
-    for module in (chunked, gradient_tiles):
-        monkeypatch.setattr(module, "raw_logits", counting)
+    def counting(self: TileOps, out: Tensor, block: Block, tokens: slice) -> Tensor:
+        made.append(out.shape[1])
+        return plain(self, out, block, tokens)
+
+    monkeypatch.setattr(TileOps, "put_raw_logits", counting)
     e, c, targets = problem()
     loss = linear_cross_entropy(e, c, targets, **PARTLY)
     assert made == [4, 4, 1, 4, 4], "what is kept comes last"

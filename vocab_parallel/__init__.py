@@ -3,19 +3,23 @@
 mesh -> rows -> classifier -> loss -> schedule
 """
 
-from vocab_parallel.checkpoint import rows_as_dtensor
-from vocab_parallel.classifier import VocabParallelClassifier
-from vocab_parallel.counting import count_valid_tokens
-from vocab_parallel.embedding import VocabParallelEmbedding
-from vocab_parallel.gradient_norm import clip_grad_norm_
-from vocab_parallel.impls import BackwardPlan, available_impls, plan_backward
-from vocab_parallel.logprobs import token_logprobs
-from vocab_parallel.loss import linear_cross_entropy
+from vocab_parallel.evaluation import (
+    Prediction,
+    TokenScores,
+    count_valid_tokens,
+    predict,
+    score_tokens,
+)
+from vocab_parallel.local.plan import BackwardPlan, plan_backward
+from vocab_parallel.local.registry import available_impls
+from vocab_parallel.loss import linear_cross_entropy, token_logprobs
+from vocab_parallel.modules.classifier import VocabParallelClassifier
+from vocab_parallel.modules.dtensor_rows import rows_as_dtensor
+from vocab_parallel.modules.embedding import VocabParallelEmbedding
+from vocab_parallel.modules.gradient_norm import clip_grad_norm_
+from vocab_parallel.modules.tied import TiedRows
 from vocab_parallel.options import VocabParallelOptions
 from vocab_parallel.pipeline import CCEPipelineLoss, validate_pipeline_loss
-from vocab_parallel.predict import Prediction, predict
-from vocab_parallel.scores import TokenScores, score_tokens
-from vocab_parallel.tied import TiedRows
 
 __all__ = [
     "BackwardPlan",

@@ -23,32 +23,21 @@ degree. A call moves nothing when the degree is 1. Bytes are those that one rank
 (float64 inputs keep float64 throughout; ``e_grad_reduce_dtype`` sets the dtype of the two sums.)
 
 The statistics and the sum may go in several calls, of the same bytes together, so that each runs
-beside the products that follow it: `pieces.py` cuts them. backward="gradients" makes the sum in
-forward.
+beside the products that follow it: `sharded/exchange.py` cuts them. backward="gradients" makes the
+sum in forward.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-
-def gather_tokens(
-    tokens: Tensor,  # (T, ...)
-    group: ProcessGroup | None,
-    degree: int,
-) -> Tensor:  # (V T, ...), rank-major
-    """Gather equally many tokens from every rank of the group; all must call."""
-    if degree == 1:
-        return tokens
-    gathered = tokens.new_empty((degree * tokens.shape[0], *tokens.shape[1:]))
-    with _named("the all-gather of tokens", group):
-        _all_gather(gathered, tokens.contiguous(), group=group)
-    return gathered
+from vocab_parallel.options import group_rank_and_size
 
 
 class Pending:
@@ -77,86 +66,122 @@ class Pending:
         return self._result
 
 
-def start_gather_shards(
-    local: Tensor,  # (...)
-    group: ProcessGroup | None,
-    degree: int,
-) -> Pending:  # of (V, ...)
-    """Gather what every rank found over its own rows; all must call.
+@dataclass(frozen=True)
+class VocabGroup:
+    """The ranks that share a vocabulary, as one of them sees them; every method is a collective.
 
-    With the statistics [k, N] this is the loss's one collective in forward.
+    All ranks of the group must call the same methods in the same order, with equal shapes. Nothing
+    is communicated where there is one rank alone.
+
+    Attributes:
+        group: the process group; None is the default group.
+        rank: this process's, in the group.
+        degree: V, how many there are.
     """
-    what = "the all-gather of the shards' statistics"
-    if degree == 1:
-        return Pending(local.unsqueeze(0), None, what, group)
-    local = local.contiguous()
-    gathered = local.new_empty((degree * local.shape[0], *local.shape[1:]))
-    with _named(what, group):
-        work = _all_gather(gathered, local, group=group, async_op=True)
-    return Pending(gathered.view(degree, *local.shape), work, what, group).hold(local)
 
+    group: ProcessGroup | None = None
+    rank: int = 0
+    degree: int = 1
 
-def gather_shards(local: Tensor, group: ProcessGroup | None, degree: int) -> Tensor:
-    """`start_gather_shards`, waited for."""
-    return start_gather_shards(local, group, degree).wait()
+    @classmethod
+    def of(cls, group: ProcessGroup | None) -> Self:
+        """Find this rank's place; one rank alone where torch.distributed is not initialized.
 
+        Raises:
+            ValueError: this rank is not a member of the group.
+        """
+        return cls(group, *group_rank_and_size(group))
 
-def start_sum_over_group(partial: Tensor, group: ProcessGroup | None, degree: int) -> Pending:
-    """All-reduce a partial gradient, [N, D] for the hidden states; all must call.
+    def gather_tokens(self, tokens: Tensor) -> Tensor:  # (T, ...) -> (V T, ...), rank-major
+        """Gather equally many tokens from every rank."""
+        if self.degree == 1:
+            return tokens
+        gathered = tokens.new_empty((self.degree * tokens.shape[0], *tokens.shape[1:]))
+        with _named("the all-gather of tokens", self.group):
+            _all_gather(gathered, tokens.contiguous(), group=self.group)
+        return gathered
 
-    In place where it is contiguous; other strides would add up different elements, since a
-    collective sees memory and not indices.
-    """
-    what = "the all-reduce of a gradient"
-    if degree == 1:
-        return Pending(partial, None, what, group)
-    partial = partial.contiguous()
-    with _named(what, group):
-        work = dist.all_reduce(partial, group=group, async_op=True)
-    return Pending(partial, work, what, group)
+    def start_gather_shards(self, local: Tensor) -> Pending:  # (...) -> (V, ...)
+        """Gather what every rank found over its own rows.
 
+        With the statistics [k, N] this is the loss's one collective in forward.
+        """
+        what = "the all-gather of the shards' statistics"
+        if self.degree == 1:
+            return Pending(local.unsqueeze(0), None, what, self.group)
+        local = local.contiguous()
+        gathered = local.new_empty((self.degree * local.shape[0], *local.shape[1:]))
+        with _named(what, self.group):
+            work = _all_gather(gathered, local, group=self.group, async_op=True)
+        return Pending(gathered.view(self.degree, *local.shape), work, what, self.group).hold(local)
 
-def sum_over_group(partial: Tensor, group: ProcessGroup | None, degree: int) -> Tensor:
-    """`start_sum_over_group`, waited for."""
-    return start_sum_over_group(partial, group, degree).wait()
+    def gather_shards(self, local: Tensor) -> Tensor:
+        """`start_gather_shards`, waited for."""
+        return self.start_gather_shards(local).wait()
 
+    def start_sum(self, partial: Tensor) -> Pending:
+        """All-reduce a partial gradient, [N, D] for the hidden states.
 
-def start_scatter_sum(
-    partial: Tensor,  # (V T, D)
-    group: ProcessGroup | None,
-    degree: int,
-) -> Pending:  # of (T, D)
-    """Sum partial gradients over the group and leave each rank its own tokens; all must call."""
-    what = "the reduce-scatter of a gradient"
-    if degree == 1:
-        return Pending(partial, None, what, group)
-    partial = partial.contiguous()
-    own = partial.new_empty((partial.shape[0] // degree, *partial.shape[1:]))
-    with _named(what, group):
-        work = _reduce_scatter(own, partial, group=group, async_op=True)
-    return Pending(own, work, what, group).hold(partial)
+        In place where it is contiguous; other strides would add up different elements, since a
+        collective sees memory and not indices.
+        """
+        what = "the all-reduce of a gradient"
+        if self.degree == 1:
+            return Pending(partial, None, what, self.group)
+        partial = partial.contiguous()
+        with _named(what, self.group):
+            work = dist.all_reduce(partial, group=self.group, async_op=True)
+        return Pending(partial, work, what, self.group)
 
+    def sum(self, partial: Tensor) -> Tensor:
+        """`start_sum`, waited for."""
+        return self.start_sum(partial).wait()
 
-def scatter_sum(partial: Tensor, group: ProcessGroup | None, degree: int) -> Tensor:
-    """`start_scatter_sum`, waited for."""
-    return start_scatter_sum(partial, group, degree).wait()
+    def start_scatter_sum(self, partial: Tensor) -> Pending:  # (V T, D) -> (T, D)
+        """Sum partial gradients and leave each rank its own tokens."""
+        what = "the reduce-scatter of a gradient"
+        if self.degree == 1:
+            return Pending(partial, None, what, self.group)
+        partial = partial.contiguous()
+        own = partial.new_empty((partial.shape[0] // self.degree, *partial.shape[1:]))
+        with _named(what, self.group):
+            work = _reduce_scatter(own, partial, group=self.group, async_op=True)
+        return Pending(own, work, what, self.group).hold(partial)
 
+    def scatter_sum(self, partial: Tensor) -> Tensor:
+        """`start_scatter_sum`, waited for."""
+        return self.start_scatter_sum(partial).wait()
 
-def start_sum_at(
-    partial: Tensor,  # (n, D)
-    owner: int,
-    group: ProcessGroup | None,
-    degree: int,
-) -> Pending:  # of (n, D), that sum on the owner, nothing in particular elsewhere
-    """Sum partial gradients of one rank's tokens on that rank, in place; all must call."""
-    what = "the reduction of a gradient"
-    if degree == 1:
-        return Pending(partial, None, what, group)
-    partial = partial.contiguous()
-    where = dist.get_process_group_ranks(group)[owner]
-    with _named(what, group):
-        work = dist.reduce(partial, where, group=group, async_op=True)
-    return Pending(partial, work, what, group)
+    def start_sum_at(self, partial: Tensor, owner: int) -> Pending:  # (n, D)
+        """Sum partial gradients of one rank's tokens on that rank, in place.
+
+        The result is that sum on the owner, and nothing in particular elsewhere.
+        """
+        what = "the reduction of a gradient"
+        if self.degree == 1:
+            return Pending(partial, None, what, self.group)
+        partial = partial.contiguous()
+        where = dist.get_process_group_ranks(self.group)[owner]
+        with _named(what, self.group):
+            work = dist.reduce(partial, where, group=self.group, async_op=True)
+        return Pending(partial, work, what, self.group)
+
+    def exchange_integers(self, values: list[int]) -> Tensor:
+        """Gather a few integers of every rank, as int64 [V, n] on the CPU.
+
+        Waits for the result, so it is for validation, never for the training path of a GPU.
+        """
+        own = torch.tensor(values, dtype=torch.int64, device=group_device(self.group))
+        return self.gather_tokens(own).view(self.degree, len(values)).cpu()
+
+    def exchange_objects(self, value: Any) -> list[Any]:
+        """Gather a small picklable object of every rank, to word an error."""
+        if self.degree == 1:
+            return [value]
+        gathered: list[Any] = [None] * self.degree
+        with _named("an exchange of messages", self.group):
+            dist.all_gather_object(gathered, value, group=self.group)
+        return gathered
 
 
 def rank_in(group: ProcessGroup) -> int:
@@ -178,23 +203,6 @@ def exchange_with_peer(own: Tensor, peer: int, group: ProcessGroup) -> Tensor:
         ):
             work.wait()
     return other
-
-
-def exchange_integers(values: list[int], group: ProcessGroup | None, degree: int) -> Tensor:
-    """Gather a few integers of every rank, as int64 [V, n] on the CPU; all must call.
-
-    Waits for the result, so it is for validation, never for the training path of a GPU.
-    """
-    own = torch.tensor(values, dtype=torch.int64, device=group_device(group))
-    return gather_tokens(own, group, degree).view(degree, len(values)).cpu()
-
-
-def exchange_objects(value: Any, group: ProcessGroup | None, degree: int) -> list[Any]:
-    """Gather a small picklable object of every rank, to word an error; all must call."""
-    gathered: list[Any] = [None] * degree
-    with _named("an exchange of messages", group):
-        dist.all_gather_object(gathered, value, group=group)
-    return gathered
 
 
 # torch 2.13 renamed the two and deprecates the old names, which older versions alone have.

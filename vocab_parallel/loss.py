@@ -11,16 +11,49 @@ Source: cut cross-entropy, arXiv 2411.09009, section 4; vocabulary parallelism a
 arXiv 1909.08053, section 3.
 """
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from vocab_parallel.arguments import LossSettings
-from vocab_parallel.call import Operands, prepare
-from vocab_parallel.layout import IGNORED, HiddenLayout, shifted
-from vocab_parallel.token_loss import TokenLossTerms, token_loss
-from vocab_parallel.uncompiled import uncompiled
+from vocab_parallel.local.statistics import accumulation_dtype
+from vocab_parallel.sharded.autograd import scalar_loss, vocab_statistics
+from vocab_parallel.sharded.call import Call, Operands, prepare
+from vocab_parallel.sharded.layout import IGNORED, OUT_OF_RANGE, HiddenLayout, shifted
+from vocab_parallel.sharded.settings import LossSettings
+from vocab_parallel.sharded.token_loss import ScalarLoss, TokenLoss
+from vocab_parallel.sharded.uncompiled import uncompiled
+
+
+@overload
+def linear_cross_entropy(
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    reduction: str = "mean",
+    shift: int = 0,
+    return_lse: Literal[False] = False,
+    **options: Any,
+) -> Tensor: ...
+
+
+@overload
+def linear_cross_entropy(
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    reduction: str = "mean",
+    shift: int = 0,
+    *,
+    return_lse: Literal[True],
+    **options: Any,
+) -> tuple[Tensor, Tensor]: ...
 
 
 @uncompiled
@@ -138,32 +171,135 @@ def linear_cross_entropy(
     operands = Operands.of(e, c, targets, bias, token_weight)
     call = prepare(operands, settings, vocab_parallel_options, validate=validate)
     labels = call.labels()
-    weight: Tensor | None = None
-    if token_weight is not None:
-        weight = token_weight.detach().to(torch.promote_types(e.dtype, torch.float32))
-        weight = call.problem.layout.arrange(shifted(weight, settings.shift, 0.0))
-    divisor: Tensor | int | None = None
+    losses = TokenLoss(
+        labels,
+        _arranged_weight(call),
+        label_smoothing,
+        call.rows.vocab_size or 0,
+        z_loss,
+        call.ops.kernels,
+    )
+    divisor = None
     if reduction == "mean":
-        divisor = (labels != IGNORED).sum() if num_valid_tokens is None else num_valid_tokens
-        divisor = _at_least_one(divisor)
-
-    terms = TokenLossTerms(label_smoothing, call.problem.shard.vocab_size or 0, z_loss)
-
-    def loss_of(statistics: Tensor, tokens: slice) -> Tensor:
-        chosen = None if weight is None else weight[tokens]
-        loss = token_loss(statistics, labels[tokens], chosen, terms).sum()
-        return loss if divisor is None else loss / divisor
-
-    if call.problem.way == "gradients":
-        return call.scalar_loss(labels, loss_of)
-    statistics = call.statistics(labels)
-    if reduction == "none":
-        loss = call.own(token_loss(statistics, labels, weight, terms))
-    else:
-        loss = loss_of(statistics, slice(None))
+        valid = (labels != IGNORED).sum() if num_valid_tokens is None else num_valid_tokens
+        divisor = _at_least_one(valid)
+    total = ScalarLoss(losses, divisor)
+    if call.plan.backward == "gradients":
+        return scalar_loss(call, labels, total)
+    statistics = vocab_statistics(call, labels)
+    per_token = reduction == "none"
+    loss = call.own(losses(statistics.values)) if per_token else total(statistics.values)
     if not return_lse:
         return loss
-    return loss, call.own(statistics[0].masked_fill(labels == IGNORED, 0.0))
+    return loss, call.own(statistics.lse.masked_fill(labels == IGNORED, 0.0))
+
+
+@overload
+def token_logprobs(
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    shift: int = 0,
+    *,
+    return_entropy: Literal[False] = False,
+    **options: Any,
+) -> Tensor: ...
+
+
+@overload
+def token_logprobs(
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    shift: int = 0,
+    *,
+    return_entropy: Literal[True],
+    **options: Any,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@uncompiled
+def token_logprobs(
+    e: Tensor,  # (..., T, D)
+    c: Tensor,  # (stop - start, D)
+    targets: Tensor,  # (..., T) global ids
+    bias: Tensor | None = None,  # (stop - start,)
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    shift: int = 0,
+    *,
+    return_entropy: bool = False,
+    vocab_parallel_options: Any = None,
+    temperature: float = 1.0,
+    hidden_layout: HiddenLayout = "replicated",
+    hidden_grad_scale: float = 1.0,
+    e_grad_reduce_dtype: torch.dtype = torch.float32,
+    impl: str = "auto",
+    backward: str = "auto",
+    memory_budget: int | None = None,
+    validate: bool | None = None,
+    **impl_options: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Return the log-probability of each target and, where asked, the entropy of its position.
+
+    Both are differentiable with any gradient, in e, c and bias, and need one backward pass over
+    the logits together. Every rank of the vocab group calls it; it communicates 2 float32 for each
+    token in forward, 3 with the entropy, and the gradient of the hidden states in backward. In
+    the gathering layouts results are this rank's own tokens, and their gradients are gathered in
+    backward: all ranks must use them or none.
+
+    Args:
+        return_entropy: also return -sum p log p, in nats, of each position.
+        Everything else is as in `linear_cross_entropy`.
+
+    Returns:
+        log-probabilities [..., T - shift] in float32 (float64 for float64 inputs), 0 where the
+        target is ignored; with return_entropy (log-probabilities, entropies), both so.
+
+    Raises:
+        ValueError: bad input, as `linear_cross_entropy`; an entropy from an implementation that
+            has none.
+    """
+    settings = LossSettings(
+        ignore_index=ignore_index,
+        softcap=softcap,
+        shift=int(shift) if isinstance(shift, bool) else shift,
+        return_entropy=return_entropy,
+        temperature=temperature,
+        hidden_layout=hidden_layout,
+        hidden_grad_scale=hidden_grad_scale,
+        e_grad_reduce_dtype=e_grad_reduce_dtype,
+        backward=backward,
+        memory_budget=memory_budget,
+        impl=impl,
+        impl_options=impl_options,
+    )
+    operands = Operands.of(e, c, targets, bias)
+    call = prepare(operands, settings, vocab_parallel_options, validate=validate)
+    labels = call.labels()
+    statistics = vocab_statistics(call, labels)
+    ignored = labels == IGNORED
+    logprobs = (statistics.target - statistics.lse).masked_fill(ignored, 0.0)
+    logprobs = call.own(logprobs.masked_fill(labels == OUT_OF_RANGE, torch.nan))
+    if not return_entropy:
+        return logprobs
+    entropy = (statistics.lse - statistics.expected).masked_fill(ignored, 0.0)
+    return logprobs, call.own(entropy)
+
+
+def _arranged_weight(call: Call) -> Tensor | None:
+    """Return the tokens' weights [N] in the loss's order; gathers those of a "sharded" layout."""
+    weight = call.operands.token_weight
+    if weight is None:
+        return None
+    weight = weight.detach().to(accumulation_dtype(call.operands.hidden.dtype))
+    return call.layout.arrange(shifted(weight, call.settings.shift, 0.0))
 
 
 def _at_least_one(divisor: int | Tensor) -> int | Tensor:

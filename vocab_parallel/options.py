@@ -7,13 +7,16 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+from vocab_parallel.shares_group import SharesGroup
+
 
 @dataclass(frozen=True)
-class VocabParallelOptions:
+class VocabParallelOptions(SharesGroup):
     """Rows [start, stop) of the classifier lie on this rank of the vocab group.
 
     The first four fields are those of cut-cross-entropy's class of the same name: an object of
-    this class works there, and any object with those four attributes works here.
+    this class works there, and any object with those four attributes works here. A deep copy is of
+    the same group; an object is pickled where its group is None.
 
     Attributes:
         start, stop: this rank's rows of the whole classifier. The ranges of a group's ranks

@@ -4,12 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from tests.oracle import oracle, relative_error
 from vocab_parallel import linear_cross_entropy
-from vocab_parallel.impls import fused
-from vocab_parallel.impls.base import Shard
+from vocab_parallel.local import tile_ops
+from vocab_parallel.local.tile_ops import HopperOps, TritonOps
 
 hopper = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9,
@@ -51,7 +50,7 @@ def test_no_worse_than_two_kernels(
     leaves = [t.to(dtype).requires_grad_() for t in (e, c, bias)]
     if tokens > 1:
         targets[::9] = -100
-    assert fused.works(_shard(leaves[0], leaves[1]))
+    assert isinstance(tile_ops.choose(leaves[0], leaves[1]), HopperOps)
     wide = [t.detach().double().requires_grad_() for t in leaves]
     exact = torch.autograd.grad(oracle(wide[0], wide[1], targets, wide[2], **given)[0], wide)
 
@@ -67,7 +66,7 @@ def test_no_worse_than_two_kernels(
     ):
         found = errors(extra)
         with monkeypatch.context() as patch:
-            patch.setattr(fused, "works", lambda shard: False)
+            patch.setattr(tile_ops, "choose", lambda hidden, classifier: TritonOps())
             apart = errors(extra)
         print(dtype, shape, given, extra, found, apart)
         for ours, theirs in zip(found, apart, strict=True):
@@ -100,7 +99,7 @@ def test_what_tma_cannot_read_goes_by_products_alone() -> None:
         e = torch.randn(300, hidden, device="cuda").bfloat16().requires_grad_()
         storage = torch.randn(500 * hidden + offset, device="cuda").div(hidden**0.5).bfloat16()
         c = storage[offset:].view(500, hidden).requires_grad_()
-        assert not fused.works(_shard(e, c))
+        assert type(tile_ops.choose(e, c)) is TritonOps
         targets = torch.randint(500, (300,), device="cuda")
         wide = [t.detach().double().requires_grad_() for t in (e, c)]
         exact = torch.autograd.grad(oracle(wide[0], wide[1], targets)[0], wide)
@@ -109,8 +108,3 @@ def test_what_tma_cannot_read_goes_by_products_alone() -> None:
         found = torch.autograd.grad(linear_cross_entropy(e, c, targets), (e, c))
         for got, peer, want in zip(found, peers, exact, strict=True):
             assert relative_error(got, want) <= 1.1 * relative_error(peer, want)
-
-
-def _shard(hidden: Tensor, classifier: Tensor) -> Shard:
-    targets = torch.zeros(hidden.shape[0], dtype=torch.int32, device=hidden.device)
-    return Shard(hidden, classifier, None, targets, None, 1.0, True, torch.float32, True)

@@ -88,8 +88,8 @@ def test_no_synchronisation(backward: str) -> None:
 
     def step() -> Tensor:
         loss = linear_cross_entropy(e, c, targets, backward=backward, chunk_tokens=256, shift=1)
-        loss.backward()  # type: ignore[union-attr]
-        return loss  # type: ignore[return-value]
+        loss.backward()
+        return loss
 
     step()  # compiles
     try:
@@ -108,7 +108,7 @@ def test_cuda_graph(backward: str) -> None:
 
     def step() -> tuple[Tensor, ...]:
         loss = linear_cross_entropy(e, c, targets, backward=backward, chunk_tokens=256)
-        return (loss, *torch.autograd.grad(loss, (e, c)))  # type: ignore[arg-type]
+        return (loss, *torch.autograd.grad(loss, (e, c)))
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -138,7 +138,7 @@ def test_predicted_memory(backward: str) -> None:
 
     def step() -> tuple[Tensor, ...]:
         loss = linear_cross_entropy(e, c, targets, backward=backward, memory_budget=budget)
-        return torch.autograd.grad(loss, (e, c))  # type: ignore[arg-type]
+        return torch.autograd.grad(loss, (e, c))
 
     step()
     gc.collect()  # what compiling left in cycles is no memory of the call
@@ -155,7 +155,7 @@ def test_predicted_memory(backward: str) -> None:
 def test_accumulation_makes_no_gradient() -> None:
     """dC goes into main_grad by its product: a tensor [rows, D] never exists beside it."""
     e, c, targets = problem(2048, 40_000, 1024)
-    c.main_grad = torch.zeros_like(c, dtype=torch.float32)  # type: ignore[attr-defined]
+    c.main_grad = torch.zeros_like(c, dtype=torch.float32)
     wide = [t.detach().double().requires_grad_() for t in (e, c)]
     exact = torch.autograd.grad(oracle(wide[0], wide[1], targets)[0], wide)[1]
     del wide
@@ -166,12 +166,12 @@ def test_accumulation_makes_no_gradient() -> None:
         loss = linear_cross_entropy(
             e, c, targets, backward="recompute", memory_budget=16 * MIB, accumulate_into="main_grad"
         )
-        loss.backward()  # type: ignore[union-attr]
+        loss.backward()
         torch.cuda.synchronize()
         if turn:
             assert torch.cuda.max_memory_allocated() - before < c.nbytes // 2
     assert c.grad is None
-    assert relative_error(c.main_grad / 2, exact) < 3e-3  # type: ignore[attr-defined]
+    assert relative_error(c.main_grad / 2, exact) < 3e-3
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
@@ -181,7 +181,7 @@ def test_compiled_model() -> None:
 
     def step(e: Tensor) -> Tensor:
         loss = linear_cross_entropy(torch.tanh(layer(e)), c, targets)
-        return 2.0 * loss  # type: ignore[operator, return-value]
+        return 2.0 * loss
 
     def eager(e: Tensor, c: Tensor, layer: torch.nn.Linear) -> Tensor:
         logits = F.linear(torch.tanh(layer(e)), c)
@@ -209,8 +209,8 @@ def test_a_nan_is_never_hidden(backward: str, where: str, dtype: torch.dtype) ->
         else:
             c[999, 2] = torch.nan
     loss = linear_cross_entropy(e, c, targets % 999, backward=backward)
-    assert torch.isnan(loss)  # type: ignore[arg-type]
-    e_grad, c_grad = torch.autograd.grad(loss, (e, c))  # type: ignore[arg-type]
+    assert torch.isnan(loss)
+    e_grad, c_grad = torch.autograd.grad(loss, (e, c))
     assert torch.isnan(e_grad[5]).all()
     assert torch.isnan(c_grad).all()
 
@@ -253,7 +253,7 @@ def test_more_logits_than_32_bits_count(dtype: torch.dtype, backward: str) -> No
     if backward == "recompute":
         whole = {"chunk_tokens": tokens, "chunk_rows": rows, "memory_budget": 2**34}
     loss = linear_cross_entropy(e, c, targets, bias, backward=backward, **whole)
-    found = torch.autograd.grad(loss, (e, c, bias))  # type: ignore[arg-type]
+    found = torch.autograd.grad(loss, (e, c, bias))
     wide = [t.detach().double().requires_grad_() for t in (e, c, bias)]
     count = int((targets != -100).sum())
     for part in range(0, tokens, 2048):  # their logits in float64 are 1.2 GB
@@ -286,7 +286,7 @@ def check_overlap() -> None:
                     e, own, targets, vocab_parallel_options=options, backward=backward,
                     overlap=turn > 0, **cut,
                 )  # fmt: skip
-                found = (loss.detach(), *torch.autograd.grad(loss, (e, own)))  # type: ignore
+                found = (loss.detach(), *torch.autograd.grad(loss, (e, own)))
                 plain = found if plain is None else plain
                 for got, want in zip(found, plain, strict=True):
                     assert torch.equal(got, want), (backward, cut, turn)

@@ -1,12 +1,25 @@
-"""From a product's raw entry to a logit, and other arithmetic that the kernels share."""
+"""From a product's raw entry to a logit, and what else the kernels share."""
 
+import functools
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from vocab_parallel.kernels.grid import cdiv
+Transform = tuple[float | None, float]  # softcap or None, temperature
+
+
+def cdiv(length: int, size: int) -> int:
+    """Return how many blocks of one size cover a length (triton's own takes microseconds)."""
+    return -(-length // size)
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Return how many multiprocessors a GPU has."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def readable_width(tile: Tensor) -> int:
@@ -30,9 +43,10 @@ def statistic_rows(names: tuple[str, ...]) -> dict[str, int]:
 
 
 def logit_options(
-    bias: Tensor | None, softcap: float | None, temperature: float, names: tuple[str, ...]
+    bias: Tensor | None, transform: Transform, names: tuple[str, ...]
 ) -> dict[str, Any]:
     """Return the arguments that every kernel takes that makes logits of raw entries."""
+    softcap, temperature = transform
     return {
         "softcap": 0.0 if softcap is None else softcap,
         "temperature": temperature,
@@ -113,7 +127,7 @@ def gradient_of(  # type: ignore[no-untyped-def]
     z, slope, is_target, lse, at_target, lse_grad, target_grad, sum_grad, expected, expected_grad,
     SUM: tl.constexpr, EXPECTED: tl.constexpr, HAS_SLOPE: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of raw entries from their logits z; `impls/base.py` has the formula.
+    """The gradient of raw entries from their logits z; `local/interface.py` has the formula.
 
     The statistics and what they receive are those of the logits' tokens, and broadcast with z.
     """

@@ -1,8 +1,8 @@
 """One pass over a tile of raw logits: the gradient of the product in the logits' place.
 
-Reads and writes the tile once: 2 n r itemsize bytes, one exponential a logit. `impls/base.py` has
-the formula. Where the bias has a gradient, a program adds up the columns of several tokens before
-it writes the sums, so that no second pass reads the tile and the result is deterministic.
+Reads and writes the tile once: 2 n r itemsize bytes, one exponential a logit. The formula is in
+`local/interface.py`. Where the bias has a gradient, a program adds up the columns of several tokens
+before it writes the sums, so that no second pass reads the tile and the result is deterministic.
 """
 
 import torch
@@ -10,8 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vocab_parallel.kernels.grid import cdiv
 from vocab_parallel.kernels.logit import (
+    Transform,
+    cdiv,
     gradient_of,
     load_tokens,
     logit_options,
@@ -33,9 +34,8 @@ def logits_gradient(
     grads: Tensor,  # (k, n) float32, what each statistic receives
     names: tuple[str, ...],
     out: Tensor,  # (n, r) in the logits' dtype; may be the logits
+    transform: Transform,
     *,
-    softcap: float | None,
-    temperature: float,
     sum_tokens: bool,
 ) -> Tensor | None:  # (r,) float32
     """Write the gradient of the raw logits to ``out``; return its sum over tokens where asked."""
@@ -66,7 +66,7 @@ def logits_gradient(
             num_rows,
             min(readable_width(logits), readable_width(out)),
             row_start,
-            **logit_options(bias, softcap, temperature, names),
+            **logit_options(bias, transform, names),
             HAS_SUMS=sum_tokens,
             STEPS=of_group // at_a_time,
             TOKENS=at_a_time,
@@ -79,7 +79,7 @@ def logits_gradient(
 @triton.jit(do_not_specialize=["row_start"])  # one binary for all tiles
 def _logits_gradient(  # type: ignore[no-untyped-def]
     logits,
-    row_stride,
+    token_stride,
     out,
     out_stride,
     bias,
@@ -121,7 +121,7 @@ def _logits_gradient(  # type: ignore[no-untyped-def]
         here = tokens < num_tokens
         mask = here[:, None] & touched[None, :]
         at_token = tokens.to(tl.int64)[:, None]
-        z = tl.load(logits + at_token * row_stride + columns[None, :], mask=mask, other=0.0)
+        z = tl.load(logits + at_token * token_stride + columns[None, :], mask=mask, other=0.0)
         z = z.to(tl.float32)
         if HAS_BIAS:
             z += added

@@ -12,12 +12,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from vocab_parallel.kernels.grid import cdiv, multiprocessors
+from vocab_parallel.kernels.logit import cdiv, multiprocessors
 
 # Of a program's tile: tokens, rows, and how much of the hidden size at a time.
 TOKENS, ROWS, DEPTH = 128, 128, 64
 # Tiles that are worked on one after the other share so many blocks of rows.
-GROUP = 8
+SWIZZLE = 8
 _PROGRAMS_A_MULTIPROCESSOR = 2
 
 
@@ -52,23 +52,23 @@ def options(depth: int, programs: int) -> dict[str, int]:
         "TOKENS": TOKENS,
         "ROWS": ROWS,
         "DEPTH": DEPTH,
-        "GROUP": GROUP,
+        "SWIZZLE": SWIZZLE,
         "num_warps": 4,
         "num_stages": 3,
     }
 
 
 @triton.jit
-def corner_of(  # type: ignore[no-untyped-def]
-    tile, num_tokens, num_rows, TOKENS: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr
+def tile_origin(  # type: ignore[no-untyped-def]
+    tile, num_tokens, num_rows, TOKENS: tl.constexpr, ROWS: tl.constexpr, SWIZZLE: tl.constexpr
 ):  # fmt: skip
     """Return a tile's first token and row: groups of blocks of rows, all tokens of each."""
     token_blocks = tl.cdiv(num_tokens, TOKENS)
     row_blocks = tl.cdiv(num_rows, ROWS)
-    in_group = GROUP * token_blocks
-    first = tile // in_group * GROUP
-    width = tl.minimum(row_blocks - first, GROUP)
-    rest = tile % in_group
+    in_swizzle = SWIZZLE * token_blocks
+    first = tile // in_swizzle * SWIZZLE
+    width = tl.minimum(row_blocks - first, SWIZZLE)
+    rest = tile % in_swizzle
     return rest // width * TOKENS, (first + rest % width) * ROWS
 
 

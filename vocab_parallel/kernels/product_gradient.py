@@ -10,14 +10,15 @@ import triton.language as tl
 from torch import Tensor
 
 from vocab_parallel.kernels import product
-from vocab_parallel.kernels.grid import cdiv
 from vocab_parallel.kernels.logit import (
+    Transform,
+    cdiv,
     gradient_of,
     load_tokens,
     logit_options,
     to_logit_and_slope,
 )
-from vocab_parallel.kernels.product import corner_of, multiply
+from vocab_parallel.kernels.product import multiply, tile_origin
 
 
 def product_gradient(
@@ -30,9 +31,8 @@ def product_gradient(
     grads: Tensor,  # (k, n) float32, what each statistic receives
     names: tuple[str, ...],
     out: Tensor,  # (n, r) in the dtype of the hidden states; written
+    transform: Transform,
     *,
-    softcap: float | None,
-    temperature: float,
     sum_tokens: bool,
 ) -> Tensor | None:  # (r,) float32
     """Write the gradient of the raw logits to ``out``; return its sum over tokens where asked.
@@ -65,7 +65,7 @@ def product_gradient(
             num_rows,
             tiles,
             row_start,
-            **logit_options(bias, softcap, temperature, names),
+            **logit_options(bias, transform, names),
             HAS_SUMS=sum_tokens,
             **product.options(depth, programs),
         )
@@ -101,11 +101,11 @@ def _product_gradient(  # type: ignore[no-untyped-def]
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     DEPTH: tl.constexpr,
-    GROUP: tl.constexpr,
+    SWIZZLE: tl.constexpr,
 ):
     HALF: tl.constexpr = ROWS // 2
     for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=True):
-        token, row = corner_of(tile, num_tokens, num_rows, TOKENS, ROWS, GROUP)
+        token, row = tile_origin(tile, num_tokens, num_rows, TOKENS, ROWS, SWIZZLE)
         first, second = multiply(hidden, classifier, token, row, DEPTHS, TOKENS, ROWS, DEPTH)
         tokens = token + tl.arange(0, TOKENS)
         target, lse, at, lse_grad, target_grad, sum_grad, expected, expected_grad = load_tokens(

@@ -11,9 +11,14 @@ import triton.language as tl
 from torch import Tensor
 
 from vocab_parallel.kernels import product
-from vocab_parallel.kernels.grid import cdiv
-from vocab_parallel.kernels.logit import logit_options, statistic_rows, to_logit
-from vocab_parallel.kernels.product import corner_of, multiply
+from vocab_parallel.kernels.logit import (
+    Transform,
+    cdiv,
+    logit_options,
+    statistic_rows,
+    to_logit,
+)
+from vocab_parallel.kernels.product import multiply, tile_origin
 
 # Tiles of each program in one launch, at most. Programs that share blocks of rows drift apart, and
 # the rows leave the cache: one launch over 151,936 rows took 17% longer than launches of 40.
@@ -35,16 +40,14 @@ def product_statistics(
     statistics: Tensor,  # (k, n) float32; written
     names: tuple[str, ...],
     kept: Tensor | None,  # (n, r), r a multiple of 128 or R; raw logits, written
-    *,
-    softcap: float | None,
-    temperature: float,
+    transform: Transform,
 ) -> None:
     """Write the statistics of the logits of all rows, and keep those of the first rows.
 
     Args:
         hidden, classifier: float16 or bfloat16, as `product.operands_fit` wants them.
         targets: int32 or int64; a token whose target is none of the rows has a target logit of 0.
-        names: "lse", "target", then "sum" and "expected" where wanted; see `statistics.py`.
+        names: "lse", "target", then "sum" and "expected" where wanted; see `local/statistics.py`.
     """
     (num_tokens, depth), num_rows = hidden.shape, classifier.shape[0]
     assert statistics.stride(1) == 1
@@ -59,7 +62,7 @@ def product_statistics(
     of_classifier = product.describe(classifier, product.ROWS, product.DEPTH)
     of_kept = None if kept is None else product.describe(kept, product.TOKENS, product.ROWS // 2)
     options = {
-        **logit_options(bias, softcap, temperature, names),
+        **logit_options(bias, transform, names),
         **product.options(depth, programs),
     }
     with torch.cuda.device_of(hidden):
@@ -125,14 +128,14 @@ def _product_statistics(  # type: ignore[no-untyped-def]
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     DEPTH: tl.constexpr,
-    GROUP: tl.constexpr,
+    SWIZZLE: tl.constexpr,
 ):
     HALF: tl.constexpr = ROWS // 2
     LOG2E: tl.constexpr = 1.4426950408889634
     blocks = tl.cdiv(num_rows, ROWS)
     part = blocks.to(tl.int64) * num_tokens  # numbers of one statistic in `parts`
     for tile in tl.range(first_tile + tl.program_id(0), last_tile, PROGRAMS, flatten=True):
-        token, row = corner_of(tile, num_tokens, num_rows, TOKENS, ROWS, GROUP)
+        token, row = tile_origin(tile, num_tokens, num_rows, TOKENS, ROWS, SWIZZLE)
         first, second = multiply(hidden, classifier, token, row, DEPTHS, TOKENS, ROWS, DEPTH)
         tokens = token + tl.arange(0, TOKENS)
         inside = tokens < num_tokens

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vocab_parallel.kernels.logit import logit_options, readable_width, to_logit
+from vocab_parallel.kernels.logit import Transform, logit_options, readable_width, to_logit
 
 # Logits that a program works on at a time: one warp, so that no reduction waits for another.
 BLOCK = 512
@@ -21,9 +21,8 @@ def row_statistics(
     row_start: int,
     statistics: Tensor,  # (k, n) float32; written, or joined with what is there
     names: tuple[str, ...],
+    transform: Transform,
     *,
-    softcap: float | None,
-    temperature: float,
     first: bool,
 ) -> None:
     """Write the statistics of the tile, or join them with those of the rows before it.
@@ -31,7 +30,7 @@ def row_statistics(
     Args:
         logits: float16, bfloat16 or float32; columns are adjacent, rows may be further apart.
         targets: int32 or int64; a token whose target lies outside of the tile adds nothing.
-        names: "lse", "target", then "sum" and "expected" where wanted; see `statistics.py`.
+        names: "lse", "target", then "sum" and "expected" where wanted; see `local/statistics.py`.
         first: whether the tile's are the first rows; else ``statistics`` are joined.
     """
     num_tokens, num_rows = logits.shape
@@ -48,7 +47,7 @@ def row_statistics(
             num_rows,
             readable_width(logits),
             row_start,
-            **logit_options(bias, softcap, temperature, names),
+            **logit_options(bias, transform, names),
             FIRST=first,
             BLOCK=BLOCK,
             num_warps=1,
@@ -58,7 +57,7 @@ def row_statistics(
 @triton.jit(do_not_specialize=["row_start"])  # one binary for all tiles
 def _row_statistics(  # type: ignore[no-untyped-def]
     logits,
-    row_stride,
+    token_stride,
     bias,
     targets,
     statistics,
@@ -77,7 +76,7 @@ def _row_statistics(  # type: ignore[no-untyped-def]
     BLOCK: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
-    own = logits + token * row_stride
+    own = logits + token * token_stride
     target = tl.load(targets + token).to(tl.int64) - row_start
     owned = (target >= 0) & (target < num_rows)
     at_target = tl.load(own + target, mask=owned, other=0.0).to(tl.float32)

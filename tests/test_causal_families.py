@@ -1,0 +1,219 @@
+"""Every causal family of transformers: the loss is the model's own, or a ValueError.
+
+`make docs` writes docs/causal-families.md anew; the test fails where the page says otherwise.
+"""
+
+import os
+import re
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from tests.oracle import relative_error
+from tests.ranks import ROOT
+from vocab_parallel import adapters
+from vocab_parallel.adapters import CausalLMLoss
+from vocab_parallel.logit_settings import APPLY_TEXT_CONFIG, applied_settings
+
+PAGE = ROOT / "docs" / "causal-families.md"
+VOCABULARY, MOST_PARAMETERS = 97, 10_000_000
+# Models of several modalities whose text has settings, and which apply them or do not.
+SEVERAL_MODALITIES = (
+    *("aya_vision", "cohere2_vision", "hyperclovax_vision_v2", "mistral_large4", "paligemma"),
+)
+# What makes a model small, by the names that configurations have for it; others are left out.
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "hidden_size": 32, "d_model": 32, "word_embed_proj_dim": 32, "intermediate_size": 48,
+    "num_hidden_layers": 2, "decoder_layers": 2, "encoder_layers": 1, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "head_dim": 8, "rotary_dim": 4, "max_position_embeddings": 64,
+    "use_cache": False, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "ffn_dim": 32, "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16, "num_experts": 4, "num_local_experts": 4,
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
+    "q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8,
+    "v_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 2,
+    "linear_key_head_dim": 8, "linear_value_head_dim": 8, "mamba_n_heads": 4, "mamba_d_head": 16,
+    "mamba_d_state": 8, "image_size": 16, "patch_size": 8, "vocab_size_per_layer_input": 97,
+    "n_shared_experts": 1, "num_kv_shared_layers": 0, "hidden_size_global": 32,
+    "encoder_hash_byte_group_vocab": 97,
+}  # fmt: skip
+# What a family wants besides, or instead.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "cohere_compass_text": {
+        "rope_parameters": {
+            "full_attention": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "mrope_section": [2, 1, 1],
+            }
+        }
+    },
+    "falcon_h1": {"mamba_d_ssm": 64},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "lfm2_moe": {"layer_types": ["full_attention", "conv"]},
+    "mamba2": {"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1},
+    "mimo_v2_flash": {"num_key_value_heads": 2, "head_dim": 24},
+    "prophetnet": {"num_encoder_layers": 1, "num_decoder_layers": 1},
+    "reformer": {"is_decoder": True, "axial_pos_shape": (8, 8), "axial_pos_embds_dim": (16, 16)},
+    "roc_bert": {"pronunciation_vocab_size": 97, "shape_vocab_size": 97},
+    "xlnet": {"n_layer": 2, "n_head": 4, "d_head": 8, "d_inner": 32},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {
+        "num_hidden_layers": 3,
+        "layers_block_type": ["linear_attention", "hybrid", "hybrid"],
+    },
+    "zamba2": {"layers_block_type": ["linear_attention", "hybrid"]},
+    "zaya": {"num_experts_per_tok": 1},
+}
+# Far from neutral, so that a loss which misses one is another loss.
+SETTINGS = {
+    "final_logit_softcapping": 0.1, "logits_soft_cap": 0.1, "output_logit_soft_cap": 0.1,
+    "logit_scale": 3.0, "lm_head_multiplier": 3.0, "logits_scaling": 3.0,
+    "logits_mup_width_multiplier": 3.0,
+}  # fmt: skip
+NEUTRAL = {"softcap": None, "temperature": 1.0}
+
+
+class NotBuiltError(Exception):
+    """This family has no tiny model here, and why."""
+
+
+def sizes_of(default: Any, settings: bool) -> dict[str, Any]:
+    """Return the sizes, and where asked the settings, that a configuration has names for."""
+    names = vars(default).keys() | getattr(default, "attribute_map", {}).keys()
+    wanted = SIZES | (SETTINGS if settings else {})
+    return {name: value for name, value in wanted.items() if name in names}
+
+
+def tiny_model(family: str, **more: Any) -> Any:
+    """Build a model of random weights, biases among them."""
+    try:
+        default = AutoConfig.for_model(family)
+        given = sizes_of(default, settings=True)
+        for name in getattr(default, "sub_configs", {}):
+            part = getattr(default, name, None)
+            if part is not None:
+                settings = family in (*APPLY_TEXT_CONFIG, *SEVERAL_MODALITIES)
+                given[name] = {"model_type": part.model_type, **sizes_of(part, settings)}
+        config = AutoConfig.for_model(family, **given | FAMILIES.get(family, {}) | more)
+        auto: Any = AutoModelForCausalLM
+        if family in SEVERAL_MODALITIES:
+            auto = AutoModelForImageTextToText
+        with torch.device("meta"):
+            count = auto.from_config(config, dtype=torch.float32).num_parameters()
+        if count > MOST_PARAMETERS:
+            raise NotBuiltError(f"{count:,} parameters")
+        torch.manual_seed(0)
+        model = auto.from_config(config, dtype=torch.float32).eval()
+    except NotBuiltError:
+        raise
+    except Exception as error:
+        raise NotBuiltError(short(str(error.__cause__ or error))) from error
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model
+
+
+def short(words: str) -> str:
+    """Return the first hundred characters as a cell of a table."""
+    return re.sub(r"[\s|`]+", " ", words).strip()[:100]
+
+
+def batch() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, VOCABULARY, (2, 8), generator=generator)
+    labels, mask = ids.clone(), torch.ones_like(ids)
+    labels[0, 5:], labels[1, 2], mask[0, 6:] = -100, -100, 0
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def head_of(model: Any) -> str:
+    head = model.get_output_embeddings()
+    names = [name for name, module in model.named_modules() if module is head]
+    bias = " with a bias" if getattr(head, "bias", None) is not None else ""
+    return f"`{names[0]}`, {type(head).__name__}{bias}" if names else "none"
+
+
+@torch.no_grad()
+def outcome(family: str) -> tuple[str, str, str]:
+    """Return (head, settings, outcome) of a family; fail where its loss is another one."""
+    try:
+        model = tiny_model(family)
+    except NotBuiltError as reason:
+        return "", "", f"not built: {reason}"
+    head = head_of(model)
+    inputs = batch()
+    try:
+        expected = model(**inputs).loss
+        assert expected is not None, "no loss"
+    except Exception as error:
+        return head, "", f"not run: its own forward says {short(str(error))}"
+    try:
+        found = CausalLMLoss()(model, inputs)
+    except ValueError as error:
+        words = str(error).partition(": ")[0].partition(", got ")[2]
+        if not words:
+            raise  # not one of ours
+        return head, "", f"refused: {words}"
+    assert relative_error(found, expected) < 1e-5, f"{family}: {found} for {expected}"
+    settings = applied_settings(model.config)
+    if settings:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(adapters, "logit_settings", lambda config: NEUTRAL)
+            bare = CausalLMLoss()(model, inputs)
+        assert relative_error(bare, expected) > 1e-4, f"{family}: {settings} changes nothing"
+    return head, ", ".join(f"`{name}`" for name in sorted(settings)), "equal"
+
+
+def test_every_family() -> None:
+    """A family that builds is equal to 1e-5 or refused; the page says which."""
+    lines = [
+        "# The loss of every causal family",
+        "",
+        f"`CausalLMLoss` on a tiny random model of each causal family of transformers "
+        f"{transformers.__version__}, and of",
+        "some of several modalities with text alone: made by `make docs` of what passes. *equal*:",
+        "its loss is that of `model(**inputs)` to 1e-5, with settings far from neutral; *refused*:",
+        "what the ValueError says that it got; *not built*, *not run*: what transformers says of",
+        "the tiny model. There is no third outcome: where two losses differ, the test fails.",
+        "",
+        "| family | classifier | settings honoured | outcome |",
+        "|---|---|---|---|",
+    ]
+    families = sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *SEVERAL_MODALITIES})
+    for family in families:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            cells = outcome(family)
+        lines.append(f"| {family} | " + " | ".join(cells) + " |")
+    made = "\n".join(lines) + "\n"
+    if os.environ.get("WRITE_DOCS") == "1":
+        PAGE.write_text(made)
+    assert PAGE.read_text() == made, "docs/causal-families.md is stale: run `make docs`"
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["cohere", "gemma2", "gptj", "granite", "hyperclovax", "llama", "minicpm3", "opt", "xlstm"],
+)
+def test_gradients(family: str) -> None:
+    """Of every parameter, of the two divisors too."""
+    model, inputs = tiny_model(family), batch()
+    parameters = dict(model.named_parameters())
+    for count in (None, 29):
+        extra = {} if count is None else {"num_items_in_batch": count}
+        expected = model(**inputs, **extra).loss
+        found = CausalLMLoss()(model, inputs, count)
+        exact = torch.autograd.grad(expected, list(parameters.values()))
+        ours = torch.autograd.grad(found, list(parameters.values()))
+        assert relative_error(found, expected) < 1e-5
+        for name, got, want in zip(parameters, ours, exact, strict=True):
+            assert relative_error(got, want, 1e-3) < 1e-4, name

@@ -1,0 +1,232 @@
+"""What an evaluation asks: the likeliest tokens, how well targets are predicted, their number.
+
+None of it holds the logits, and none has a gradient.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from vocab_parallel.collectives import VocabGroup
+from vocab_parallel.local.plan import budget_bytes
+from vocab_parallel.local.statistics import accumulation_dtype
+from vocab_parallel.local.top_k import merge_top_k, top_k_of_shard
+from vocab_parallel.loss import token_logprobs
+from vocab_parallel.sharded.call import Call, Operands, prepare
+from vocab_parallel.sharded.halves import Inputs, gathered_hidden, shard_of
+from vocab_parallel.sharded.layout import HiddenLayout
+from vocab_parallel.sharded.rows import RankRows
+from vocab_parallel.sharded.settings import LossSettings
+from vocab_parallel.sharded.uncompiled import uncompiled
+
+
+class Prediction(NamedTuple):
+    """The k most probable tokens of each position, the first one the argmax.
+
+    Attributes:
+        ids: [..., T, k] int64, of the whole vocabulary.
+        scores: [..., T, k], their logits (after softcap and temperature), descending.
+        lse: [..., T]; ``scores - lse[..., None]`` are log-probabilities.
+    """
+
+    ids: Tensor
+    scores: Tensor
+    lse: Tensor
+
+
+@torch.no_grad()
+@uncompiled
+def predict(
+    e: Tensor,  # (..., T, D)
+    c: Tensor,  # (stop - start, D)
+    bias: Tensor | None = None,  # (stop - start,)
+    softcap: float | None = None,
+    *,
+    k: int = 1,
+    vocab_parallel_options: Any = None,
+    temperature: float = 1.0,
+    hidden_layout: HiddenLayout = "replicated",
+    memory_budget: int | None = None,
+    validate: bool | None = None,
+) -> Prediction:
+    """Find the k largest logits of each position over the whole vocabulary.
+
+    For evaluation: accuracy is ``(predict(e, c).ids[..., 0] == targets).mean()``. Every rank of
+    the vocab group calls it with its own rows and gets the result of its own tokens, [..., T] as
+    its hidden states are. Communicates k scores and ids and one lse for each token; the gathering
+    layouts also hidden states. No gradient.
+
+    Args:
+        e, c, bias, softcap, temperature, vocab_parallel_options, hidden_layout, validate: as in
+            `linear_cross_entropy`.
+        k: how many tokens; at most the vocabulary.
+        memory_budget: bytes of logits at a time; None means 64 MiB.
+
+    Raises:
+        ValueError: as `linear_cross_entropy`, or a k that is not in [1, vocabulary].
+    """
+    settings = LossSettings(
+        softcap=softcap,
+        temperature=temperature,
+        hidden_layout=hidden_layout,
+        memory_budget=memory_budget,
+        impl="chunked",
+    )
+    call = prepare(
+        Operands.of(e, c, None, bias),
+        settings,
+        vocab_parallel_options,
+        validate=validate,
+        needs_targets=False,
+    )
+    _check_k(k, call)
+    hidden = gathered_hidden(call, call.operands.flat_hidden)
+    targets = torch.full((hidden.shape[0],), -1, device=hidden.device)
+    inputs = Inputs(hidden, call.operands.classifier, bias, targets)
+    shard = shard_of(call, inputs, needs_grad=False)
+    if shard is None:
+        dtype = accumulation_dtype(hidden.dtype)
+        scores = hidden.new_full((hidden.shape[0], k), -torch.inf, dtype=dtype)
+        rows, lse = torch.zeros_like(scores, dtype=torch.int64), scores[:, 0].clone()
+    else:
+        scores, rows, lse = top_k_of_shard(shard, k, budget_bytes(memory_budget))
+    return _join(call, scores, rows + call.rows.start, lse)
+
+
+def _join(call: Call, scores: Tensor, ids: Tensor, lse: Tensor) -> Prediction:
+    """Merge the shards' candidates and keep this rank's tokens."""
+    k = scores.shape[1]
+    every_score, every_id, every_lse = (
+        call.rows.group.gather_shards(part) for part in (scores, ids, lse)
+    )
+    # Candidates rank by rank: of equal scores the one of the lower rank stands first and wins.
+    scores, ids = merge_top_k(
+        every_score.movedim(0, 1).flatten(1), every_id.movedim(0, 1).flatten(1), k
+    )
+    lse = torch.logsumexp(every_lse, 0)
+    own = [call.own(column) for column in (*ids.unbind(1), *scores.unbind(1), lse)]
+    return Prediction(torch.stack(own[:k], -1), torch.stack(own[k:-1], -1), own[-1])
+
+
+def _check_k(k: Any, call: Call) -> None:
+    vocab_size = call.rows.vocab_size
+    if not isinstance(k, int) or k < 1 or (vocab_size is not None and k > vocab_size):
+        raise ValueError(f"k must be an integer in [1, {vocab_size}], got {k!r}")
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """Sums over this rank's own tokens, float64 tensors without dimensions.
+
+    Add the scores of many batches (and of ranks with other tokens), then take the ratios.
+    """
+
+    nll: Tensor
+    correct: Tensor
+    count: Tensor
+
+    def __add__(self, other: "TokenScores") -> "TokenScores":
+        return TokenScores(
+            self.nll + other.nll, self.correct + other.correct, self.count + other.count
+        )
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean negative log-likelihood; 1 where there is no token. Waits for a GPU."""
+        return float((self.nll / self.count.clamp(min=1)).exp())
+
+    @property
+    def accuracy(self) -> float:
+        """The share of targets that are the likeliest token; 0 where there is none."""
+        return float(self.correct / self.count.clamp(min=1))
+
+
+@torch.no_grad()
+def score_tokens(
+    e: Tensor,  # (..., T, D)
+    c: Tensor,  # (stop - start, D)
+    targets: Tensor,  # (..., T)
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    shift: int = 0,
+    *,
+    vocab_parallel_options: Any = None,
+    hidden_layout: HiddenLayout = "replicated",
+    memory_budget: int | None = None,
+    validate: bool | None = None,
+) -> TokenScores:
+    """Sum negative log-likelihoods and right predictions over the valid tokens.
+
+    Every rank of the vocab group calls it; arguments and layouts are those of
+    `linear_cross_entropy`. Communicates what `token_logprobs` and `predict` with k = 1 do.
+
+    Raises:
+        ValueError: as `linear_cross_entropy`; in the "sequence" layout with a shift, whose targets
+            lie on other ranks than their positions.
+    """
+    if hidden_layout == "sequence" and shift:
+        raise ValueError(
+            'score_tokens has no shift in the "sequence" layout: shift the targets, and fill with '
+            "ignore_index"
+        )
+    given = {
+        "vocab_parallel_options": vocab_parallel_options,
+        "hidden_layout": hidden_layout,
+        "memory_budget": memory_budget,
+        "validate": validate,
+    }
+    logprobs = token_logprobs(e, c, targets, bias, ignore_index, softcap, shift, **given)
+    best = predict(e, c, bias, softcap=softcap, **given).ids[..., 0]
+    length = logprobs.shape[-1]
+    if hidden_layout == "sequence" and vocab_parallel_options is not None:
+        rank = RankRows.from_options(vocab_parallel_options).group.rank
+        targets = targets[..., rank * length : (rank + 1) * length]
+    wanted = targets[..., shift:]
+    valid = wanted != ignore_index
+    right = (best[..., :length] == wanted) & valid
+    return TokenScores(-logprobs.double().sum(), right.double().sum(), valid.double().sum())
+
+
+def count_valid_tokens(
+    labels: Tensor | Iterable[Tensor],  # (..., T), each
+    groups: Iterable[ProcessGroup | None] = (),
+    shift: int = 0,
+    ignore_index: int = -100,
+) -> Tensor:
+    """Count the valid labels of a step over its microbatches and over groups of ranks.
+
+    Divide by it with ``num_valid_tokens``, and the loss and its gradients do not depend on how
+    the batch was cut into microbatches or spread over ranks:
+
+        count = count_valid_tokens(labels, [groups.data_group], shift=1)
+
+    In the "sharded" layout the ranks of the vocab group have other labels too: name its group as
+    well. Waits for nothing: the count stays on the device. Communicates one int64 a group.
+
+    Args:
+        labels: this rank's labels of the step, whole or as microbatches.
+        groups: sum over the ranks of each of these, which must all call; None is skipped.
+        shift: as the loss has it; the first ``shift`` labels of a sequence count for nothing.
+        ignore_index: labels that count for nothing.
+
+    Returns:
+        An int64 tensor without dimensions, on the labels' device, equal on all ranks of the groups.
+
+    Raises:
+        ValueError: no labels, or a negative shift.
+    """
+    parts = [labels] if isinstance(labels, Tensor) else list(labels)
+    if not parts:
+        raise ValueError("count_valid_tokens needs at least one tensor of labels, got none")
+    if not isinstance(shift, int) or shift < 0:
+        raise ValueError(f"shift must be an integer of at least 0, got {shift!r}")
+    count = torch.stack([(part[..., shift:] != ignore_index).sum() for part in parts]).sum()
+    for group in groups:
+        if group is not None:
+            count = VocabGroup.of(group).sum(count)
+    return count

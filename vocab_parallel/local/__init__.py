@@ -1,0 +1,1 @@
+"""One rank's rows: statistics of their logits and gradients, without a process group."""

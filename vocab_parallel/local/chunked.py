@@ -1,0 +1,372 @@
+"""Products over tiles of the logits: exact, deterministic, any device, bounded memory.
+
+The plane [N tokens, R rows] is cut into tiles. Rows are the outer loop and tokens the inner one,
+so that a block of rows is read once and its gradient is written once, and only the [N, D] partial
+gradient of the hidden states, which is summed over the group in float32 anyway, is accumulated at
+full size. A GPU's tile has all tokens unless the budget is tiny.
+
+    forward   for each tile   z = e c^T                        2 N D R flops, one pass over z
+    backward  for each tile   z again, or the forward's        2 N D R, or none
+                              g in place of z                  one pass
+                              dE[tokens] += g c                2 N D R
+                              dC_block   += g^T e              2 N D R
+
+`plan.py` chooses between making z again and keeping it, `tile_ops.py` who works on a tile. Where
+one kernel makes z and its statistics, forward has no tiles.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+
+from torch import Tensor
+
+from vocab_parallel.local.interface import (
+    Forward,
+    Gradients,
+    Progress,
+    Request,
+    Shard,
+    Upstream,
+)
+from vocab_parallel.local.plan import (
+    BackwardPlan,
+    Planner,
+    TileShape,
+    blocks,
+    budget_bytes,
+    row_blocks,
+)
+from vocab_parallel.local.statistics import Statistics
+from vocab_parallel.local.tile_ops import Block, HopperOps, corner, put_product, well_scaled
+
+# In how many parts the tokens go where a pass cannot work in place.
+_PARTS = 4
+
+
+@dataclass(frozen=True)
+class ChunkedImpl:
+    """Exact, in memory that does not grow with the vocabulary unless it may.
+
+    Attributes:
+        memory_budget: bytes; see `plan_backward`.
+        chunk_tokens, chunk_rows: the tile's sides, in place of those that the budget gives; on a
+            GPU rows go by 16.
+        microbatches_in_flight: how many forwards may wait for their backward, for the choice.
+        overlap: whether communication may run beside the products; False is a plain order, for
+            debugging.
+    """
+
+    memory_budget: int | None = None
+    chunk_tokens: int | None = None
+    chunk_rows: int | None = None
+    microbatches_in_flight: int = 1
+    overlap: bool = True
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name == "overlap":
+                if not isinstance(value, bool):
+                    raise ValueError(f"overlap must be True or False, got {value!r}")
+            elif value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{field.name} must be a positive integer, got {value!r}")
+
+    def plan(self, request: Request) -> BackwardPlan:
+        """See `LocalImpl.plan`.
+
+        Where the size of the vocabulary is not known, ranks cannot plan alike, and a call is not
+        cut into pieces.
+        """
+        backward, chunk_tokens = request.backward, self.chunk_tokens
+        if not request.even:
+            backward = "recompute" if backward == "auto" else backward
+            chunk_tokens = request.tokens if backward == "gradients" else chunk_tokens
+        planner = Planner(
+            tokens=max(request.tokens, 1),
+            rows=max(request.rows, 1),
+            hidden_size=request.hidden_size,
+            dtype=request.dtype,
+            device_type=request.device_type,
+            kernels=request.kernels,
+            degree=request.degree,
+            microbatches_in_flight=self.microbatches_in_flight,
+            budget=budget_bytes(self.memory_budget),
+            chunk_tokens=chunk_tokens,
+            chunk_rows=self.chunk_rows,
+            temporaries=2 + (request.transform.softcap is not None) + ("expected" in request.names),
+        )
+        return planner.choose(backward, request.scalar_loss)
+
+    def forward(self, shard: Shard, progress: Progress | None = None) -> Forward:
+        """See `LocalImpl.forward`; keeps `KeptLogits`, or None."""
+        num_kept = _rows_to_keep(shard)
+        kept: Tensor | None = None
+        if num_kept:
+            kept = shard.ops.buffer(shard, TileShape(shard.num_tokens, num_kept))
+        found = Statistics.empty(shard.names, shard.num_tokens, shard.hidden)
+        if isinstance(shard.ops, HopperOps):
+            memory = budget_bytes(self.memory_budget)
+            for tokens in _token_blocks(shard.num_tokens, shard.num_tokens, progress):
+                own = None if kept is None else kept[:, :num_kept]
+                shard.ops.put_statistics(found, shard, tokens, own, memory)
+                if progress is not None:
+                    progress.complete(found.values, tokens.stop)
+        else:
+            _put_by_tiles(found, shard, kept, num_kept, progress)
+        return Forward(found, None if kept is None else KeptLogits(kept, num_kept))
+
+    def backward(self, shard: Shard, upstream: Upstream) -> Gradients:
+        """See `LocalImpl.backward`."""
+        source = _GradientTiles(shard, upstream)
+        tile = source.tile
+        row_slices = _row_slices(shard, tile, source.num_kept)
+        at_once = len(row_slices) == 1 and source.unit is None
+        hidden_grad = _allocate_hidden_grad(shard, upstream, at_once)
+        row_grads = _RowGradients(
+            shard, upstream, source.unit, one_tile=tile.tokens >= shard.num_tokens
+        )
+        for rows in row_slices:
+            block = shard.ops.block(shard, rows)
+            # Tokens are complete with the last rows, and where nothing is to be multiplied after.
+            is_last = rows.stop == shard.num_rows and source.unit is None
+            row_grads.begin(rows)
+            for tokens in blocks(shard.num_tokens, tile.tokens):
+                logits_grad, sums = source.make(block, tokens, rows)
+                if hidden_grad is not None:
+                    _add_hidden_grad(
+                        hidden_grad,
+                        logits_grad,
+                        block,
+                        tokens,
+                        upstream.progress if is_last else None,
+                        add=rows.start > 0,
+                    )
+                hidden = shard.ops.widened(shard.hidden[tokens], shard.dtype)
+                row_grads.add(logits_grad, hidden, sums)
+            row_grads.end()
+        if hidden_grad is not None and source.unit is not None:
+            hidden_grad.mul_(source.unit)
+        return Gradients(hidden_grad, row_grads.classifier, row_grads.bias)
+
+
+class KeptLogits:
+    """Raw logits [N, r] of a forward, for backward to turn into their gradient in place, once.
+
+    Under a split backward the inputs' half leaves them as they are, and the weights' half pops
+    them. Who comes later (a backward that is run again) makes them anew.
+
+    Attributes:
+        num_rows: r, those of the shard's first rows; the buffer may be wider.
+    """
+
+    def __init__(self, logits: Tensor, num_rows: int) -> None:
+        self._logits: Tensor | None = logits
+        self.num_rows = num_rows
+
+    def peek(self) -> Tensor | None:
+        """Return the logits, not to be changed; None where they are gone."""
+        return self._logits
+
+    def pop(self) -> Tensor | None:
+        """Return the logits and forget them; None where they are gone."""
+        logits, self._logits = self._logits, None
+        return logits
+
+
+class _GradientTiles:
+    """Makes the gradient of one tile of raw logits after the other.
+
+    The forward's logits are turned into it in place, where they were kept. The inputs' half of a
+    split backward must leave them to the weights' half, and works in parts of the tokens, beside
+    them. Where there are none, the product makes them again; where there are those of the first
+    rows alone, in the place of those, once they are done.
+    """
+
+    def __init__(self, shard: Shard, upstream: Upstream) -> None:
+        kept: KeptLogits | None = upstream.kept
+        wanted = upstream.wanted
+        self._shard, self._upstream = shard, upstream
+        self.num_kept = 0 if kept is None else kept.num_rows
+        whole = self.num_kept == shard.num_rows
+        # A part of the logits saves one half of a split backward its product: the first to come.
+        self._pops = wanted.classifier or wanted.bias or not whole
+        self._kept: Tensor | None = None
+        if kept is not None:
+            self._kept = kept.pop() if self._pops else kept.peek()
+        self.tile = _tile(shard, whole and self._kept is not None)
+        self._scratch: Tensor | None = None
+        if self._kept is None or not self._pops:
+            if self._kept is not None:
+                self.tile = TileShape(-(-shard.num_tokens // _PARTS), self.tile.rows)
+            self._scratch = shard.ops.buffer(shard, self.tile)
+        elif not whole:
+            self._scratch = self._kept
+        self._grads, self.unit = well_scaled(upstream.grads, shard.classifier, peak=2.0**10)
+        self._sums_tokens = wanted.bias and shard.bias is not None
+
+    def make(self, block: Block, tokens: slice, rows: slice) -> tuple[Tensor, Tensor | None]:
+        """Return a tile's gradient [n, r], until the next call, and its sum over tokens [r]."""
+        logits = None
+        if self._kept is not None and rows.stop <= self.num_kept:
+            logits = self._kept[tokens, rows]
+        if logits is not None and self._pops:
+            out = logits
+        else:
+            assert self._scratch is not None
+            out = corner(self._scratch, tokens, rows)
+        sums = self._shard.ops.put_gradient(
+            out, block, tokens, self._upstream.statistics, self._grads,
+            logits=logits, sum_tokens=self._sums_tokens,
+        )  # fmt: skip
+        # Where no kernel works the logits may be wider than the operands.
+        return out.to(block.classifier.dtype), sums
+
+
+class _RowGradients:
+    """Adds up a block's gradients over tiles of tokens, and puts them where they belong.
+
+    Where one tile has all tokens, the product itself writes or adds to the destination. Else a
+    block [r, D] of float32 sums is held, and rounded once.
+    """
+
+    def __init__(
+        self, shard: Shard, upstream: Upstream, unit: Tensor | None, *, one_tile: bool
+    ) -> None:
+        target = upstream.classifier_grad
+        self._dtype, self._unit = shard.dtype, unit
+        self._adds = target.add_to is not None
+        self._direct = one_tile and unit is None
+        self.classifier: Tensor | None = None  # [R, D]
+        if upstream.wanted.classifier:
+            self.classifier = target.add_to
+            if self.classifier is None:
+                self.classifier = shard.classifier.new_empty(
+                    shard.classifier.shape, dtype=target.dtype
+                )
+        self.bias: Tensor | None = None  # [R]
+        if upstream.wanted.bias and shard.bias is not None:
+            self.bias = shard.bias.new_zeros(shard.bias.shape, dtype=shard.dtype)
+        self._rows = slice(0, 0)
+        self._sums: Tensor | None = None  # of the block, where it is not written at once
+
+    def begin(self, rows: slice) -> None:
+        """Turn to a block of rows."""
+        self._rows, self._sums = rows, None
+
+    def add(self, logits_grad: Tensor, hidden: Tensor, sums: Tensor | None) -> None:
+        """Add what some tokens give: logits' gradient [n, r], hidden states [n, D], its sum [r]."""
+        if self.bias is not None and sums is not None:
+            self.bias[self._rows] += sums
+        if self.classifier is None:
+            return
+        if self._direct:
+            put_product(self.classifier[self._rows], logits_grad.T, hidden, add=self._adds)
+            return
+        fresh = self._sums is None
+        if self._sums is None:
+            shape = (logits_grad.shape[1], hidden.shape[1])
+            self._sums = hidden.new_empty(shape, dtype=self._dtype)
+        put_product(self._sums, logits_grad.T, hidden, add=not fresh)
+
+    def end(self) -> None:
+        """Put a block's sums in their place."""
+        if self.bias is not None and self._unit is not None:
+            self.bias[self._rows] *= self._unit
+        if self._sums is None or self.classifier is None:
+            return
+        if self._unit is not None:
+            self._sums.mul_(self._unit)
+        destination = self.classifier[self._rows]
+        if self._adds:
+            destination.add_(self._sums)
+        else:
+            destination.copy_(self._sums)
+
+
+def _rows_to_keep(shard: Shard) -> int:
+    """Return of how many of the first rows forward keeps the logits, at most as planned."""
+    if not shard.needs_grad:
+        return 0
+    whole = shard.plan.backward in ("probs", "gradients")
+    return shard.num_rows if whole else min(shard.plan.kept_rows, shard.num_rows)
+
+
+def _tile(shard: Shard, keeps: bool) -> TileShape:
+    """Return the tile of this rank's own work; kernels take kept logits whole."""
+    if keeps and shard.ops.kernels:
+        return TileShape(shard.num_tokens, shard.num_rows)
+    tile = shard.plan.tile
+    return TileShape(min(tile.tokens, shard.num_tokens), min(tile.rows, shard.num_rows))
+
+
+def _row_slices(shard: Shard, tile: TileShape, num_kept: int) -> list[slice]:
+    """Cut the rows into tiles, those that are kept and the others apart."""
+    return list(row_blocks(shard.num_rows, tile.rows, aligned=shard.ops.kernels, cut=num_kept))
+
+
+def _put_by_tiles(
+    found: Statistics,  # (k, N)
+    shard: Shard,
+    kept: Tensor | None,
+    num_kept: int,
+    progress: Progress | None,
+) -> None:
+    """Go through the tiles, those of the first ``num_kept`` rows in a place of their own."""
+    ops = shard.ops
+    tile = _tile(shard, num_kept == shard.num_rows)
+    row_slices = _row_slices(shard, tile, num_kept)
+    # Rows that are not kept come first: what is kept may have the buffer after them.
+    row_slices.sort(key=lambda rows: rows.stop <= num_kept)
+    buffer = ops.buffer(shard, tile) if kept is None else kept
+    # Tokens are complete with the last rows: to cut small tiles would slow them and hide little.
+    cuts = progress if len(row_slices) == 1 else None
+    for index, rows in enumerate(row_slices):
+        block = ops.block(shard, rows)
+        stays = rows.stop <= num_kept
+        for tokens in _token_blocks(shard.num_tokens, tile.tokens, cuts):
+            logits = buffer[tokens, rows] if stays else corner(buffer, tokens, rows)
+            ops.put_raw_logits(logits, block, tokens)
+            ops.add_statistics(
+                found.of(tokens), logits, block, tokens, first=index == 0, keep=stays
+            )
+            if index == len(row_slices) - 1 and progress is not None:
+                progress.complete(found.values, tokens.stop)
+
+
+def _add_hidden_grad(
+    hidden_grad: Tensor,  # (N, D)
+    logits_grad: Tensor,  # (n, r)
+    block: Block,
+    tokens: slice,
+    progress: Progress | None,
+    *,
+    add: bool,
+) -> None:
+    """Put or add a tile's share, part by part where somebody waits for the parts."""
+    ends = {tokens.stop}
+    if progress is not None:
+        ends |= {p.stop for p in progress.pieces if tokens.start < p.stop < tokens.stop}
+    start = tokens.start
+    for stop in sorted(ends):
+        part = logits_grad[start - tokens.start : stop - tokens.start]
+        put_product(hidden_grad[start:stop], part, block.classifier, add=add)
+        if progress is not None:
+            progress.complete(hidden_grad, stop)
+        start = stop
+
+
+def _token_blocks(num_tokens: int, size: int, progress: Progress | None) -> Iterator[slice]:
+    """Cut the tokens into tiles, or into the parts that are communicated one by one."""
+    if size >= num_tokens and progress is not None:
+        return iter(progress.pieces)
+    return blocks(num_tokens, size)
+
+
+def _allocate_hidden_grad(shard: Shard, upstream: Upstream, at_once: bool) -> Tensor | None:
+    """Allocate the partial gradient [N, D]: in its own dtype where one product finishes it."""
+    if not upstream.wanted.hidden:
+        return None
+    dtype = shard.dtype
+    if at_once and shard.hidden.is_cuda and shard.sum_dtype == shard.hidden.dtype:
+        dtype = shard.sum_dtype
+    return shard.hidden.new_empty(shard.hidden.shape, dtype=dtype)

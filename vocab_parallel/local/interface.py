@@ -1,0 +1,254 @@
+"""The one face of every implementation: a shard of rows in, statistics and gradients out.
+
+An implementation works on one rank's rows alone. It never communicates, never sees a group, and
+never meets an empty shard, an empty batch or a padding row: those end before it.
+
+The gradient of a logit follows from the statistics s of the whole vocabulary and the gradients d
+that they receive (`statistics.py` names them): with p = exp(z - s.lse),
+
+    dz = d.lse p + d.target [is target] + d.sum + d.expected p (1 + z - s.expected)
+
+A target's own entry takes expm1(s.target - s.lse) for p - 1, so that a confident token, whose
+d.lse p + d.target nearly cancels, keeps its precision.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from vocab_parallel.local.plan import BackwardPlan
+from vocab_parallel.local.statistics import StatisticNames, Statistics, accumulation_dtype
+
+if TYPE_CHECKING:
+    from vocab_parallel.local.tile_ops import TileOps
+
+
+class Transform(NamedTuple):
+    """From a product's raw entry x, the bias added, to a logit: cap tanh(x / cap) / temperature.
+
+    Attributes:
+        softcap: cap, or None for no tanh.
+        temperature: divides the logit.
+    """
+
+    softcap: float | None = None
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a call asks of its implementation, known before any work.
+
+    Attributes:
+        tokens: N, those of the loss.
+        hidden_size: D.
+        rows: R of the largest shard of an even cut, equal on every rank; of this rank's own where
+            the size of the vocabulary is not known.
+        even: whether it is known.
+        degree: V, over how many ranks the rows are spread.
+        dtype, device_type: of the hidden states.
+        kernels: whether Triton's kernels work on tiles.
+        bias: whether there is one.
+        transform: what makes logits of raw entries.
+        names: the statistics that the loss reads.
+        backward: "auto", or the way that the caller names.
+        scalar_loss: whether the loss is one number, which nothing else is returned beside.
+    """
+
+    tokens: int
+    hidden_size: int
+    rows: int
+    even: bool
+    degree: int
+    dtype: torch.dtype
+    device_type: str
+    kernels: bool
+    bias: bool
+    transform: Transform
+    names: StatisticNames
+    backward: str
+    scalar_loss: bool
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One rank's share of the work: logits of its rows, for all tokens of the loss.
+
+    Attributes:
+        hidden: [N, D].
+        classifier: [R, D], the rows of this rank that are tokens; R > 0.
+        bias: [R], or None.
+        targets: [N] int32, the row in [0, R) of each token's target; outside of [0, R) where the
+            target is another rank's row, or there is none.
+        transform: what makes logits of raw entries.
+        names: the statistics that the loss reads.
+        separate_lse_grad: whether the gradient of lse may differ from minus that of the target,
+            as a z-loss or a use of lse makes it.
+        sum_dtype: in which the partial gradients of the hidden states are summed over the group,
+            or their own where they are not. An implementation that can writes that dtype.
+        needs_grad: whether a backward may follow.
+        plan: how backward finds the logits, and in which tiles.
+        ops: what works on a tile.
+    """
+
+    hidden: Tensor
+    classifier: Tensor
+    bias: Tensor | None
+    targets: Tensor
+    transform: Transform
+    names: StatisticNames
+    separate_lse_grad: bool
+    sum_dtype: torch.dtype
+    needs_grad: bool
+    plan: BackwardPlan
+    ops: "TileOps"
+
+    @property
+    def num_tokens(self) -> int:
+        """N."""
+        return self.hidden.shape[0]
+
+    @property
+    def num_rows(self) -> int:
+        """R."""
+        return self.classifier.shape[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of statistics and of accumulation: float32, or float64 for float64."""
+        return accumulation_dtype(self.hidden.dtype)
+
+    def owned_targets(self) -> tuple[Tensor, Tensor]:
+        """Return which targets are rows of this shard [N], and int64 rows [N] that are safe."""
+        return owned_targets(self.targets, self.num_rows)
+
+
+def owned_targets(targets: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """Return which targets lie in [0, num_rows), and int64 rows that are safe for all."""
+    owned = (targets >= 0) & (targets < num_rows)
+    return owned, targets.long().clamp(0, num_rows - 1)
+
+
+class Wanted(NamedTuple):
+    """Which gradients a backward must produce; the products of the others are skipped."""
+
+    hidden: bool
+    classifier: bool
+    bias: bool
+
+
+class Gradients(NamedTuple):
+    """What a backward produced: None where it was not wanted.
+
+    ``hidden`` [N, D] is the partial sum over this rank's rows, in the dtype that the
+    implementation accumulated it in; ``classifier`` [R, D] is complete and in the dtype of
+    `ClassifierGrad`; ``bias`` [R] is complete, in the parameter's dtype or wider.
+    """
+
+    hidden: Tensor | None
+    classifier: Tensor | None
+    bias: Tensor | None
+
+
+class Progress(Protocol):
+    """Takes a result in pieces: a prefix of it is final and may be communicated.
+
+    Attributes:
+        pieces: consecutive slices of the tokens [0, N) that are communicated one by one.
+    """
+
+    pieces: Sequence[slice]
+
+    def complete(self, result: Tensor, stop: int) -> None:
+        """Take the result of the tokens [0, stop), which does not change any more.
+
+        Args:
+            result: statistics [k, N], or the partial gradient [N, D] of the hidden states.
+            stop: counts from 0; never less than in the call before.
+        """
+        ...
+
+
+class Forward(NamedTuple):
+    """What a forward produced.
+
+    ``statistics`` are those of this shard's logits; ``kept`` is what the same implementation's
+    backward is given back, beside the shard.
+    """
+
+    statistics: Statistics
+    kept: Any = None
+
+
+@dataclass(frozen=True)
+class ClassifierGrad:
+    """Where the classifier's gradient [R, D] goes.
+
+    Attributes:
+        dtype: of the gradient.
+        add_to: a tensor [R, D] of that dtype to which it is added, and which is then returned;
+            None for a tensor of its own.
+    """
+
+    dtype: torch.dtype
+    add_to: Tensor | None = None
+
+    def placed(self, gradient: Tensor | None) -> Tensor | None:
+        """Bring a finished gradient where it goes, for who cannot compute it there."""
+        if gradient is None or self.add_to is None:
+            return gradient if gradient is None else gradient.to(self.dtype)
+        return self.add_to.add_(gradient)
+
+
+@dataclass(frozen=True)
+class Upstream:
+    """What a backward is asked for; it writes to none of these but ``classifier_grad.add_to``.
+
+    Attributes:
+        statistics: [k, N], of the whole vocabulary.
+        grads: [k, N], what each statistic receives.
+        wanted: the gradients to produce.
+        classifier_grad: where that of the classifier goes.
+        kept: what this implementation's forward kept.
+        progress: takes tokens whose gradient is complete; None where nobody waits.
+    """
+
+    statistics: Statistics
+    grads: Statistics
+    wanted: Wanted
+    classifier_grad: ClassifierGrad
+    kept: Any = None
+    progress: Progress | None = None
+
+
+class LocalImpl(Protocol):
+    """One way to do the local work.
+
+    Attributes:
+        overlap: whether communication may run beside the work; only an implementation that
+            reports its progress gains from it.
+    """
+
+    @property
+    def overlap(self) -> bool:
+        """See above."""
+        ...
+
+    def plan(self, request: Request) -> BackwardPlan:
+        """Choose how backward finds the logits, equally on all ranks.
+
+        Raises:
+            ValueError: this implementation cannot do what is asked, or nothing fits.
+        """
+        ...
+
+    def forward(self, shard: Shard, progress: Progress | None = None) -> Forward:
+        """Compute the statistics of this shard's logits; reports those that are complete."""
+        ...
+
+    def backward(self, shard: Shard, upstream: Upstream) -> Gradients:
+        """Return the wanted gradients."""
+        ...

@@ -1,0 +1,400 @@
+"""How backward finds the logits, and in which tiles: shapes, microbatches in flight, a budget.
+
+    backward     flops          kept between forward and backward, each microbatch in flight
+    recompute    8 N D R        nothing
+    probs        6 N D R        the logits [N, R] in the operands' dtype (float32 on a CPU)
+    gradients    6 N D R        both gradients, [N, D] and [R, D]; for a scalar loss alone
+
+"probs" turns its logits into probabilities and those into the gradient in one pass, in place. Where
+"auto" has to recompute, it keeps the logits of as many rows as the budget has room for: those
+take the place of the tile that the others are worked on in.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal, NamedTuple
+
+import torch
+
+Backward = Literal["recompute", "probs", "gradients"]
+
+# What the loss may hold beside its inputs, its two gradients and float32 sums of their size, in
+# bytes. That is a tile of logits: a whole shard of them exists where it is no larger, or where the
+# caller gives room for it.
+DEFAULT_MEMORY_BUDGET = 64 * 2**20
+# On a CPU a tile should stay in the cache between its product and the passes over it.
+_CPU_TOKENS, _CPU_ROWS = 512, 2048
+# A GPU's products have lost nothing to tiling at 128 MiB of bfloat16; 64 MiB are 5 to 12% slower.
+_GPU_LOGITS = 2**26
+# Products of whole multiples of it lose nothing at their edges.
+_GPU_GRAIN = 128
+# Tiles of even length would leave multiprocessors idle at the end of each product: 3840 rows of
+# 8192 tokens take as long as 4096. So all tiles but the last are as long as they may be.
+_GPU_TILE_GRAIN = 256
+# Logits of 2 bytes in 32, which kernels read and write whole.
+_SECTOR = 16
+# Fewer tokens at a time than this make the products of "gradients" slower than "recompute".
+_FEWEST_TOKENS = 1024
+
+
+class TileShape(NamedTuple):
+    """A tile is at most this many tokens by this many rows."""
+
+    tokens: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class BackwardPlan:
+    """What a call will do and hold; the bytes are those that `memory_budget` counts.
+
+    Attributes:
+        backward: how backward finds the logits.
+        tile: tokens and rows whose logits are worked on at a time.
+        chunk_tokens: those that forward takes at a time: fewer than all with "gradients" alone.
+        kept_rows: of how many rows the logits are kept; all with "probs", none with "gradients".
+        kept_bytes: held from forward to backward, for each microbatch in flight.
+        logits_bytes: of logits, while a microbatch is worked on, beside what is kept.
+        float32_bytes: of float32 sums of the gradients' sizes, not counted by the budget.
+        peak_bytes: held at the worst moment above inputs, both gradients and all else included.
+    """
+
+    backward: Backward
+    tile: TileShape
+    chunk_tokens: int
+    kept_rows: int
+    kept_bytes: int
+    logits_bytes: int
+    float32_bytes: int
+    peak_bytes: int
+
+
+def plan_backward(
+    tokens: int,
+    rows: int,
+    hidden_size: int,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    backward: str = "auto",
+    memory_budget: int | None = None,
+    microbatches_in_flight: int = 1,
+    degree: int = 1,
+    scalar_loss: bool = True,
+    device_type: str = "cuda",
+    chunk_tokens: int | None = None,
+    chunk_rows: int | None = None,
+    temporaries: int = 2,
+    triton: bool = True,
+) -> BackwardPlan:
+    """Tell what ``impl="chunked"`` would do for a shard, and what it would hold.
+
+    Args:
+        tokens: N, those of the loss (of all ranks in the gathering layouts).
+        rows: R, of the largest shard.
+        hidden_size: D.
+        dtype: of hidden states and classifier.
+        backward: "auto", or one by name.
+        memory_budget: bytes; None means 64 MiB. What is named is taken even where what it keeps
+            does not fit.
+        microbatches_in_flight: whose forward may wait for its backward at a time.
+        degree: V; with more than one rank "gradients" works on two chunks at a time.
+        scalar_loss: "gradients" needs one number to differentiate.
+        device_type: "cpu" or "cuda".
+        chunk_tokens, chunk_rows: the tile's sides, in place of those that the budget gives; on a
+            GPU rows go by 16.
+        temporaries: buffers of a tile's shape beside the logits, where plain torch works.
+        triton: whether triton is installed where ``device_type`` is "cuda": without it plain torch
+            works there too.
+
+    Raises:
+        ValueError: a budget below one logit, or "gradients" for a loss that is no scalar.
+    """
+    planner = Planner(
+        tokens=tokens,
+        rows=rows,
+        hidden_size=hidden_size,
+        dtype=dtype,
+        device_type=device_type,
+        kernels=triton and device_type != "cpu" and dtype != torch.float64,
+        degree=degree,
+        microbatches_in_flight=microbatches_in_flight,
+        budget=budget_bytes(memory_budget),
+        chunk_tokens=chunk_tokens,
+        chunk_rows=chunk_rows,
+        temporaries=temporaries,
+    )
+    return planner.choose(backward, scalar_loss)
+
+
+def budget_bytes(memory_budget: int | None) -> int:
+    """Return the bytes of a budget, the default's where it is None."""
+    return DEFAULT_MEMORY_BUDGET if memory_budget is None else memory_budget
+
+
+@dataclass(frozen=True)
+class Planner:
+    """The sizes of a call and its budget; each method plans one way of backward.
+
+    Attributes are those of `plan_backward`; ``kernels``: whether kernels work on the logits between
+    the products, with no temporaries; ``budget``: bytes.
+    """
+
+    tokens: int
+    rows: int
+    hidden_size: int
+    dtype: torch.dtype
+    device_type: str
+    kernels: bool
+    degree: int
+    microbatches_in_flight: int
+    budget: int
+    chunk_tokens: int | None
+    chunk_rows: int | None
+    temporaries: int
+
+    def choose(self, backward: str, scalar_loss: bool) -> BackwardPlan:
+        """Plan as `plan_backward` says."""
+        check_budget(self.budget, self._scratch)
+        if backward == "gradients" and self.dtype == torch.float16:
+            raise ValueError(
+                'backward="gradients" computes gradients before it knows the scale of the loss, '
+                "where those of float16 underflow: use "
+                '"probs", "recompute", "auto", or bfloat16'
+            )
+        if backward == "gradients" and not scalar_loss:
+            raise ValueError(
+                'backward="gradients" computes gradients before it knows what the loss receives: '
+                'it needs reduction "mean" or "sum" and no return_lse; use "probs", "recompute" or '
+                '"auto"'
+            )
+        if backward == "recompute":
+            return self.recompute()
+        if backward == "probs" or (backward == "auto" and self._fits(self.probs())):
+            return self.probs()
+        if scalar_loss and self.dtype != torch.float16:
+            plans = [self.gradients(chunk) for chunk in self._chunks()]
+            if backward == "gradients":
+                return next((plan for plan in plans if self._fits(plan)), plans[-1])
+            # Sums as large as another classifier count here: recomputing needs none of that size.
+            for plan in plans:
+                if self._fits(plan, plan.float32_bytes):
+                    return plan
+        return self.keeping()
+
+    def recompute(self) -> BackwardPlan:
+        """Keep nothing."""
+        tokens, rows = tile_shape(
+            self.tokens, self.rows, self._scratch, self.budget, self.device_type
+        )
+        tokens = min(self.chunk_tokens or tokens, self.tokens)
+        rows = min(self.chunk_rows or rows, self.rows)
+        if self.kernels and rows < self.rows:  # they write whole sectors, of no other tile
+            rows = min(max(rows // _SECTOR, 1) * _SECTOR, self.rows)
+        logits = tokens * self._pitch(rows) * self._scratch
+        return self._plan("recompute", TileShape(tokens, rows), 0, 0, logits)
+
+    def keeping(self) -> BackwardPlan:
+        """Recompute, but for the rows whose logits fit."""
+        plan = self.recompute()
+        tile = plan.tile
+        beside = tile.tokens * tile.rows * (self._scratch - self._logit)  # plain torch's, of a tile
+        room = (self.budget - beside) // self.microbatches_in_flight // (self.tokens * self._logit)
+        # The buffer of the rows that are kept becomes that of a tile: it holds one, at least.
+        kept = whole_tiles(room) if self.kernels else room // tile.rows * tile.rows
+        if kept < tile.rows or kept >= self.rows:
+            return plan
+        bytes_kept = self.tokens * self._pitch(kept) * self._logit
+        return self._plan("recompute", tile, kept, bytes_kept, beside)
+
+    def probs(self) -> BackwardPlan:
+        """Keep all logits."""
+        kept = self.tokens * self._pitch(self.rows) * self._logit
+        if self.kernels:
+            return self._plan("probs", TileShape(self.tokens, self.rows), self.rows, kept, 0)
+        tile = self.recompute().tile
+        beside = tile.tokens * tile.rows * (self._scratch - self._logit)
+        return self._plan("probs", tile, self.rows, kept, beside)
+
+    def gradients(self, chunk: int) -> BackwardPlan:
+        """Compute gradients in forward, so many tokens at a time."""
+        buffers = 1 if self.degree == 1 or chunk >= self.tokens else 2
+        logits = buffers * chunk * self._pitch(self.rows) * self._logit
+        kept = (self.tokens + self.rows) * self.hidden_size * self.dtype.itemsize
+        tile = TileShape(chunk, self.rows)
+        if not self.kernels:
+            whole = self.recompute().tile
+            tile = TileShape(min(chunk, whole.tokens), whole.rows)
+        return self._plan("gradients", tile, 0, kept, logits, chunk)
+
+    @property
+    def _logit(self) -> int:
+        """Bytes of a logit that is kept."""
+        dtype = self.dtype if self.kernels else torch.promote_types(self.dtype, torch.float32)
+        return dtype.itemsize
+
+    @property
+    def _scratch(self) -> int:
+        """Bytes of a logit that is worked on."""
+        return self._logit if self.kernels else self._logit * (1 + self.temporaries)
+
+    def _pitch(self, num_rows: int) -> int:
+        return padded(num_rows) if self.kernels else num_rows
+
+    def _chunks(self) -> list[int]:
+        """Return numbers of tokens that "gradients" may take at a time, most first."""
+        chunks = [min(self.chunk_tokens or self.tokens, self.tokens)]
+        while self.chunk_tokens is None and chunks[-1] > _FEWEST_TOKENS:
+            chunks.append(-(-chunks[-1] // 2))
+        return chunks
+
+    def _fits(self, plan: BackwardPlan, more: int = 0) -> bool:
+        held = self.microbatches_in_flight * plan.kept_bytes + plan.logits_bytes
+        return held + more <= self.budget
+
+    def _plan(
+        self,
+        backward: Backward,
+        tile: TileShape,
+        kept_rows: int,
+        kept: int,
+        logits: int,
+        chunk: int | None = None,
+    ) -> BackwardPlan:
+        """Add up the float32 sums and the worst moment.
+
+        That is the end of the work on the logits, when the hidden states' sums are complete, or
+        the copy of sums to the parameters' dtype after the logits are gone.
+        """
+        wide = torch.promote_types(self.dtype, torch.float32).itemsize
+        narrow = self.dtype.itemsize
+        hidden, rows = self.tokens * self.hidden_size, self.rows * self.hidden_size
+        split = tile.rows < self.rows or (self.kernels and self.rows % 8 != 0)
+        if backward == "gradients":
+            hidden_sum = hidden * (wide if self.degree > 1 else narrow)
+            chunk = self.tokens if chunk is None else chunk
+            sums = rows * wide if chunk < self.tokens else 0
+            own_rows = sums or rows * narrow
+            part = chunk * self.hidden_size * narrow if sums else 0
+            working = logits + hidden_sum + own_rows + part
+            copying = own_rows + (rows * narrow if sums else 0) + hidden * narrow
+        else:
+            adds = split or self.degree > 1 or not self.kernels
+            hidden_sum = hidden * (wide if adds else narrow)
+            sums = hidden_sum if adds else 0
+            block = tile.rows * self.hidden_size * wide if tile.tokens < self.tokens else 0
+            working = kept + logits + hidden_sum + rows * narrow + block
+            copying = rows * narrow + hidden_sum + (hidden * narrow if adds else 0)
+            sums += block
+        others = (self.microbatches_in_flight - 1) * kept
+        return BackwardPlan(
+            backward=backward,
+            tile=tile,
+            chunk_tokens=chunk or self.tokens,
+            kept_rows=kept_rows,
+            kept_bytes=kept,
+            logits_bytes=logits,
+            float32_bytes=sums,
+            peak_bytes=others + max(working, copying),
+        )
+
+
+def padded(rows: int) -> int:
+    """Return the distance of two tokens' logits: whole 128-byte lines, so that loads are wide."""
+    return -(-rows // 64) * 64
+
+
+def tile_shape(
+    num_tokens: int, num_rows: int, bytes_per_logit: int, memory_budget: int, device_type: str
+) -> TileShape:
+    """Choose a tile whose buffers fit in the budget.
+
+    Args:
+        num_tokens, num_rows: the plane's size.
+        bytes_per_logit: of all the buffers that have a tile's shape, together.
+        memory_budget: bytes.
+        device_type: "cpu" or "cuda".
+
+    Raises:
+        ValueError: not even one logit fits in the budget.
+    """
+    check_budget(memory_budget, bytes_per_logit)
+    if device_type != "cpu":
+        return _gpu_tile(num_tokens, num_rows, min(memory_budget // bytes_per_logit, _GPU_LOGITS))
+    tokens, rows = min(num_tokens, _CPU_TOKENS), min(num_rows, _CPU_ROWS)
+    while tokens * rows * bytes_per_logit > memory_budget:
+        if tokens >= rows:
+            tokens = -(-tokens // 2)
+        else:
+            rows = -(-rows // 2)
+    return TileShape(tokens, rows)
+
+
+def check_budget(memory_budget: int, bytes_per_logit: int) -> None:
+    """Raise ValueError where not even one logit fits in the budget."""
+    if memory_budget < bytes_per_logit:
+        raise ValueError(
+            f"memory_budget is {memory_budget} bytes, less than the {bytes_per_logit} bytes of "
+            f"one logit's buffers: give some MiB, or None for the default"
+        )
+
+
+def _gpu_tile(num_tokens: int, num_rows: int, logits: int) -> TileShape:
+    """Choose the tile of at most so many logits that moves the fewest bytes of accumulators.
+
+    A tile of n tokens by r rows costs 6 n r D flops, and reads and writes the float32 sums
+    [n, D] of the hidden states' gradient unless it has all rows, and those [r, D] of the
+    classifier's unless it has all tokens: bytes over flops go with 1 / r and 1 / n.
+    """
+    if num_tokens * num_rows <= logits:
+        return TileShape(num_tokens, num_rows)
+    side = math.isqrt(logits)
+    candidates = (
+        (num_tokens, logits // num_tokens),
+        (logits // num_rows, num_rows),
+        (side, side),
+    )
+    fitting = [
+        TileShape(min(n, num_tokens), min(r, num_rows)) for n, r in candidates if min(n, r) > 0
+    ]
+    tile = min(
+        fitting,
+        key=lambda tile: (
+            (tile.tokens < num_tokens) / tile.tokens + (tile.rows < num_rows) / tile.rows
+        ),
+    )
+    return TileShape(_whole(num_tokens, tile.tokens), _whole(num_rows, tile.rows))
+
+
+def _whole(length: int, size: int) -> int:
+    """Shrink a tile's side to whole tiles of the products, unless it is all or less than one."""
+    if size >= length:
+        return length
+    return whole_tiles(size) or size
+
+
+def blocks(length: int, size: int) -> Iterator[slice]:
+    """Cut [0, length) into slices of at most ``size``."""
+    for start in range(0, length, size):
+        yield slice(start, min(start + size, length))
+
+
+def row_blocks(num_rows: int, size: int, *, aligned: bool, cut: int = 0) -> Iterator[slice]:
+    """Cut the rows into slices of at most ``size``, none of them across ``cut``.
+
+    cuBLAS is 2 to 3 times slower where a side of a product is no multiple of 8: where ``aligned``
+    is asked for, the rows that are too many go by themselves, at the end.
+    """
+    main = num_rows
+    if aligned and num_rows % 8:
+        main = num_rows // _GPU_GRAIN * _GPU_GRAIN
+    edges = sorted({0, min(cut, num_rows), main, num_rows})
+    for start, stop in pairwise(edges):
+        for part in blocks(stop - start, size):
+            yield slice(start + part.start, start + part.stop)
+
+
+def whole_tiles(num_rows: int) -> int:
+    """Return the largest number of rows, at most so many, that a GPU's products take whole."""
+    return num_rows // _GPU_TILE_GRAIN * _GPU_TILE_GRAIN

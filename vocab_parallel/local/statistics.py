@@ -1,0 +1,109 @@
+"""What is known of each token's logits, by name.
+
+With z the logits of a token over some rows, an implementation returns some of:
+
+    lse       logsumexp(z)
+    target    z at the token's target where these rows have it, else 0
+    sum       the sum of z, for label smoothing
+    expected  the mean of z under softmax(z), for the entropy: H = lse - expected
+
+Statistics of a shard and of the whole vocabulary have the same shape, [k, N], and so have the
+gradients that they receive.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, Self
+
+import torch
+from torch import Tensor
+
+StatisticName = Literal["lse", "target", "sum", "expected"]
+StatisticNames = tuple[StatisticName, ...]
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Numbers of every token, one tensor [k, N] read by name.
+
+    Attributes:
+        values: [k, N] float32 or wider.
+        names: of the k rows; "lse" and "target" are always the first two.
+    """
+
+    values: Tensor
+    names: StatisticNames
+
+    @classmethod
+    def empty(cls, names: StatisticNames, num_tokens: int, like: Tensor) -> Self:
+        """Allocate statistics in the dtype that accumulates ``like``'s."""
+        dtype = accumulation_dtype(like.dtype)
+        return cls(like.new_empty((len(names), num_tokens), dtype=dtype), names)
+
+    @classmethod
+    def of_no_rows(cls, names: StatisticNames, num_tokens: int, like: Tensor) -> Self:
+        """Return the statistics of a shard without rows: no probability, nothing to sum."""
+        found = cls.empty(names, num_tokens, like)
+        found.values.zero_()
+        found.lse.fill_(-torch.inf)
+        return found
+
+    def __getitem__(self, name: StatisticName) -> Tensor:
+        return self.values[self.names.index(name)]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.names
+
+    @property
+    def lse(self) -> Tensor:
+        """[N]."""
+        return self.values[0]
+
+    @property
+    def target(self) -> Tensor:
+        """[N]."""
+        return self.values[1]
+
+    @property
+    def sum(self) -> Tensor:
+        """[N]; a KeyError of sorts where it is not there."""
+        return self["sum"]
+
+    @property
+    def expected(self) -> Tensor:
+        """[N]; as `sum`."""
+        return self["expected"]
+
+    def of(self, tokens: slice) -> Self:
+        """Return those of some tokens, a view."""
+        return type(self)(self.values[:, tokens], self.names)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of statistics and sums: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def share_of(part_lse: Tensor, lse: Tensor) -> Tensor:
+    """Return the probability that lies in a part of the vocabulary, from its lse and the whole's.
+
+    A part without rows, or whose logits are all -inf, has none; so has each part of a whole
+    without any, where the difference would be NaN.
+    """
+    return (part_lse - lse.masked_fill(lse == -torch.inf, 0.0)).exp()
+
+
+def join(gathered: Tensor, names: StatisticNames) -> Tensor:
+    """Join the statistics [V, k, N] of parts of the vocabulary into those of the whole [k, N]."""
+    if gathered.shape[0] == 1:
+        return gathered[0]
+    parts = Statistics(gathered.movedim(1, 0), names)  # each [V, N]
+    joined = Statistics(gathered.new_empty(gathered.shape[1:]), names)
+    torch.logsumexp(parts.lse, 0, out=joined.lse)
+    torch.sum(parts.target, 0, out=joined.target)
+    if "sum" in names:
+        torch.sum(parts.sum, 0, out=joined.sum)
+    if "expected" in names:
+        # Each part's mean counts by its share of the probability.
+        shares = share_of(parts.lse, joined.lse)
+        torch.sum(shares * parts.expected, 0, out=joined.expected)
+    return joined.values

@@ -1,0 +1,397 @@
+"""Every operation on a tile of logits, and the one choice of who does them.
+
+    TileOps      plain torch: any device and dtype
+    TritonOps    cuBLAS products, Triton's passes between them: CUDA, at most float32
+    HopperOps    the product and what follows it in one kernel: half precision on Hopper
+
+All do the same, and tests compare them. A raw logit is the product's entry; with the bias added,
+capped and divided it is a logit. Where kernels work a tile is raw and in the operands' dtype, and
+they do the rest where they read it, once, holding nothing of its size. In one kernel with the
+product it is float32 in registers: nothing is rounded before its exponential, and nothing is moved.
+"""
+
+import functools
+import importlib.util
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vocab_parallel.local.interface import Shard, owned_targets
+from vocab_parallel.local.plan import TileShape, blocks, padded
+from vocab_parallel.local.statistics import Statistics, share_of
+
+_HOPPER = 9
+
+
+def choose(hidden: Tensor, classifier: Tensor) -> "TileOps":
+    """Choose who works on the tiles of hidden states [N, D] and rows [R, D], once a call.
+
+    It asks for device, dtype, the packages that are there and, for Hopper's kernels, addresses
+    that TMA can read. Tests put another choice in this function's place.
+    """
+    if not hidden.is_cuda or hidden.dtype == torch.float64 or not has_triton():
+        return TileOps()
+    half = hidden.dtype in (torch.float16, torch.bfloat16) and classifier.dtype == hidden.dtype
+    if half and _has_hopper_kernels(hidden.device):
+        from vocab_parallel.kernels.product import operands_fit
+
+        # Hidden states that are gathered lie without gaps in memory of their own.
+        gathered = hidden.shape[1] * hidden.element_size() % 16 == 0
+        if gathered and operands_fit(hidden, classifier):
+            return HopperOps()
+    return TritonOps()
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Tell whether triton is installed; it is not for every system that has CUDA."""
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _has_hopper_kernels(device: torch.device) -> bool:
+    if torch.cuda.get_device_capability(device)[0] != _HOPPER:
+        return False
+    return importlib.util.find_spec("triton.tools.tensor_descriptor") is not None
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some rows of a shard, in the dtypes that products and passes take them in.
+
+    Attributes:
+        shard: whose rows they are.
+        start: the first row.
+        classifier: [r, D].
+        bias: [r], or None.
+    """
+
+    shard: Shard
+    start: int
+    classifier: Tensor
+    bias: Tensor | None
+
+
+class TileOps:
+    """Plain torch.
+
+    Attributes:
+        kernels: whether Triton's kernels do the work between the products.
+        finishes_products: whether one kernel makes a product and its statistics (`put_statistics`).
+    """
+
+    kernels = False
+    finishes_products = False
+
+    def widened(self, operand: Tensor, dtype: torch.dtype) -> Tensor:
+        """See the function `widened`."""
+        return widened(operand, dtype)
+
+    def block(self, shard: Shard, rows: slice) -> Block:
+        """Cut a block of rows out of a shard."""
+        return Block(
+            shard,
+            rows.start,
+            self.widened(shard.classifier[rows], shard.dtype),
+            None if shard.bias is None else shard.bias[rows].to(shard.dtype),
+        )
+
+    def buffer(self, shard: Shard, tile: TileShape) -> Tensor:
+        """Allocate a tile's raw logits [tokens, rows]."""
+        return shard.hidden.new_empty(tile, dtype=shard.dtype)
+
+    def put_raw_logits(self, out: Tensor, block: Block, tokens: slice) -> Tensor:
+        """Compute a tile of raw logits into ``out`` [n, r]."""
+        hidden = self.widened(block.shard.hidden[tokens], block.shard.dtype)
+        put_product(out, hidden, block.classifier.T, add=False)
+        return out
+
+    def add_statistics(
+        self,
+        found: Statistics,
+        logits: Tensor,
+        block: Block,
+        tokens: slice,
+        *,
+        first: bool,
+        keep: bool,
+    ) -> None:
+        """Join the statistics of a tile with those of the tiles before it, if there are any.
+
+        Args:
+            found: [k, n] of these tokens, of the rows before this tile; updated.
+            logits: [n, r], raw.
+            first: whether nothing that ``found`` holds counts.
+            keep: whether the logits must stay as they are.
+        """
+        if first:
+            found.values.zero_()
+            found.lse.fill_(-torch.inf)
+        logits = finish_logits_(logits.clone() if keep else logits, block)
+        inside, index = owned_targets(block.shard.targets[tokens] - block.start, logits.shape[1])
+        at_target = logits.gather(1, index.unsqueeze(1)).squeeze(1)
+        found.target.add_(torch.where(inside, at_target, 0.0))
+        if "sum" in found:
+            found.sum.add_(logits.sum(1))
+
+        # A row of -inf alone (a bias may mask rows so) must not give -inf - -inf.
+        largest = logits.amax(1).clamp_(min=torch.finfo(logits.dtype).min)
+        # A logit of -inf has no probability, and adds nothing to the mean: not 0 times -inf.
+        values = logits.masked_fill(logits == -torch.inf, 0.0) if "expected" in found else None
+        exponentials = logits.sub_(largest.unsqueeze(1)).exp_()
+        total = exponentials.sum(1)
+        lse = total.log().add_(largest)
+        joined = torch.logaddexp(found.lse, lse)
+        if values is not None:
+            expected = values.mul_(exponentials).sum(1).div_(total.masked_fill(total == 0.0, 1.0))
+            found.expected.mul_(share_of(found.lse, joined)).add_(share_of(lse, joined) * expected)
+        found.lse.copy_(joined)
+
+    def put_gradient(
+        self,
+        out: Tensor,
+        block: Block,
+        tokens: slice,
+        statistics: Statistics,
+        grads: Statistics,
+        *,
+        logits: Tensor | None,
+        sum_tokens: bool,
+    ) -> Tensor | None:
+        """Write the gradient of a tile of raw logits; return its sum over tokens [r] where asked.
+
+        Args:
+            out: [n, r], written; may be the logits.
+            statistics, grads: [k, N] of all tokens.
+            logits: [n, r], raw, that forward kept; None makes them again.
+            sum_tokens: whether the bias wants that sum.
+        """
+        if logits is None:
+            logits = self.put_raw_logits(out, block, tokens)
+        if out is not logits:
+            out.copy_(logits)
+        targets = block.shard.targets[tokens] - block.start
+        _gradient_in_place(out, block, targets, statistics.of(tokens), grads.of(tokens))
+        return out.sum(0) if sum_tokens else None
+
+    def scale_(self, tensor: Tensor, factor: Tensor) -> Tensor:
+        """Multiply in place by a number of the device."""
+        return tensor.mul_(factor)
+
+
+class TritonOps(TileOps):
+    """cuBLAS products, and kernels that read or rewrite a tile once between them."""
+
+    kernels = True
+
+    def buffer(self, shard: Shard, tile: TileShape) -> Tensor:
+        """Allocate raw logits [tokens, at least rows], tokens a whole number of lines apart."""
+        return shard.hidden.new_empty((tile.tokens, padded(tile.rows)))
+
+    def add_statistics(
+        self,
+        found: Statistics,
+        logits: Tensor,
+        block: Block,
+        tokens: slice,
+        *,
+        first: bool,
+        keep: bool,
+    ) -> None:
+        """See `TileOps.add_statistics`."""
+        from vocab_parallel.kernels.row_statistics import row_statistics
+
+        shard = block.shard
+        targets = shard.targets[tokens]
+        row_statistics(
+            logits, block.bias, targets, block.start, found.values, found.names, shard.transform,
+            first=first,
+        )  # fmt: skip
+
+    def put_gradient(
+        self,
+        out: Tensor,
+        block: Block,
+        tokens: slice,
+        statistics: Statistics,
+        grads: Statistics,
+        *,
+        logits: Tensor | None,
+        sum_tokens: bool,
+    ) -> Tensor | None:
+        """See `TileOps.put_gradient`."""
+        from vocab_parallel.kernels.logits_gradient import logits_gradient
+
+        if logits is None:
+            logits = self.put_raw_logits(out, block, tokens)
+        shard = block.shard
+        return logits_gradient(
+            logits, block.bias, shard.targets[tokens], block.start, statistics.of(tokens).values,
+            grads.of(tokens).values, statistics.names, out, shard.transform, sum_tokens=sum_tokens,
+        )  # fmt: skip
+
+    def scale_(self, tensor: Tensor, factor: Tensor) -> Tensor:
+        """Multiply in place by a number of the device; a kernel does nothing where it is 1."""
+        if not tensor.is_contiguous():
+            return tensor.mul_(factor)
+        from vocab_parallel.kernels.tokens import scale_
+
+        return scale_(tensor, factor)
+
+
+class HopperOps(TritonOps):
+    """The product and what follows it in one kernel, where logits are made."""
+
+    finishes_products = True
+
+    def put_statistics(
+        self, found: Statistics, shard: Shard, tokens: slice, kept: Tensor | None, memory: int
+    ) -> None:
+        """Write some tokens' statistics of all rows, within some bytes of memory.
+
+        Args:
+            found: [k, N]; those of the tokens are written.
+            kept: [N, r]; the raw logits of the first rows, written; or None.
+            memory: bytes for what is held of tokens until their statistics are joined.
+        """
+        from vocab_parallel.kernels.product import TOKENS
+        from vocab_parallel.kernels.product_statistics import bytes_a_token, product_statistics
+
+        most = memory // bytes_a_token(shard.num_rows, found.names)
+        for part in _evenly(tokens, most, TOKENS):
+            product_statistics(
+                shard.hidden[part], shard.classifier, shard.bias, shard.targets[part],
+                found.of(part).values, found.names, None if kept is None else kept[part],
+                shard.transform,
+            )  # fmt: skip
+
+    def put_gradient(
+        self,
+        out: Tensor,
+        block: Block,
+        tokens: slice,
+        statistics: Statistics,
+        grads: Statistics,
+        *,
+        logits: Tensor | None,
+        sum_tokens: bool,
+    ) -> Tensor | None:
+        """See `TileOps.put_gradient`."""
+        if logits is not None:
+            return super().put_gradient(
+                out, block, tokens, statistics, grads, logits=logits, sum_tokens=sum_tokens
+            )
+        from vocab_parallel.kernels.product_gradient import product_gradient
+
+        shard = block.shard
+        return product_gradient(
+            shard.hidden[tokens], block.classifier, block.bias, shard.targets[tokens], block.start,
+            statistics.of(tokens).values, grads.of(tokens).values, statistics.names, out,
+            shard.transform, sum_tokens=sum_tokens,
+        )  # fmt: skip
+
+
+def corner(buffer: Tensor, tokens: slice, rows: slice) -> Tensor:
+    """Return the part of a tile's buffer that some tokens and rows need."""
+    return buffer[: tokens.stop - tokens.start, : rows.stop - rows.start]
+
+
+def widened(operand: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a tile's operand in the dtype in which its device can multiply it into ``dtype``.
+
+    cuBLAS multiplies float16 and bfloat16 into float32 directly. A CPU has no such product, so
+    that the operands, which are a tile's and therefore small, are widened first; that is also more
+    accurate than a low-precision product, and on most CPUs faster.
+    """
+    return operand if operand.is_cuda else operand.to(dtype)
+
+
+def put_product(destination: Tensor, a: Tensor, b: Tensor, *, add: bool) -> None:
+    """Write a @ b to ``destination``, or add it to what is there, in one product.
+
+    Accumulates in float32 or wider and rounds once, to the destination's dtype.
+    """
+    if a.dtype == destination.dtype:
+        if add:
+            destination.addmm_(a, b)
+        else:
+            torch.mm(a, b, out=destination)
+    elif not a.is_cuda:  # a and b are wider
+        found = a @ b
+        destination.copy_(found.add_(destination) if add else found)
+    elif add:
+        torch.addmm(destination, a, b, out_dtype=destination.dtype, out=destination)
+    else:
+        torch.mm(a, b, out_dtype=destination.dtype, out=destination)
+
+
+def well_scaled(
+    grads: Statistics, operand: Tensor, *, peak: float
+) -> tuple[Statistics, Tensor | None]:
+    """Bring gradients to at most ``peak`` where they enter a product of float16 on a GPU.
+
+    The small numbers of float16 end at 6e-8: a probability over a token count would underflow.
+    The returned unit multiplies the product's result; None where nothing was scaled.
+    """
+    values = grads.values
+    if operand.dtype != torch.float16 or not operand.is_cuda:
+        return grads, None
+    unit = values.abs().amax().clamp(min=torch.finfo(values.dtype).tiny) / peak
+    return Statistics(values / unit, grads.names), unit
+
+
+def finish_logits_(logits: Tensor, block: Block) -> Tensor:
+    """Turn a tile of raw logits into logits, in place."""
+    cap, temperature = block.shard.transform
+    if block.bias is not None:
+        logits.add_(block.bias)
+    if cap is not None:
+        logits.div_(cap).tanh_().mul_(cap)
+    if temperature != 1.0:
+        logits.div_(temperature)
+    return logits
+
+
+def _gradient_in_place(
+    logits: Tensor,  # (n, r), raw; overwritten
+    block: Block,
+    targets: Tensor,  # (n,), counted from the tile's first row
+    statistics: Statistics,  # (k, n)
+    grads: Statistics,  # (k, n)
+) -> None:
+    """Put the gradient of the product in its place; `interface.py` has the formula."""
+    finish_logits_(logits, block)
+    cap, temperature = block.shard.transform
+    lse, target, factor = (x.unsqueeze(1) for x in (statistics.lse, statistics.target, grads.lse))
+    capped = None if cap is None else logits * (temperature / cap)
+    at_target = factor * torch.expm1(target - lse) + (factor + grads.target.unsqueeze(1))
+    if "expected" in statistics:
+        mean, mean_grad = statistics.expected.unsqueeze(1), grads.expected.unsqueeze(1)
+        # No probability, no gradient: not 0 times -inf.
+        finite = logits.masked_fill(logits == -torch.inf, 0.0)
+        factor = finite.sub_(mean - 1.0).mul_(mean_grad).add_(factor)
+        finite_target = target.masked_fill(target == -torch.inf, 0.0)
+        at_target += mean_grad * (target - lse).exp() * (1.0 + finite_target - mean)
+    gradient = logits.sub_(lse).exp_().mul_(factor)
+    inside, index = owned_targets(targets, gradient.shape[1])
+    index = index.unsqueeze(1)
+    gradient.scatter_(
+        1, index, torch.where(inside.unsqueeze(1), at_target, gradient.gather(1, index))
+    )
+    if "sum" in statistics:
+        gradient.add_(grads.sum.unsqueeze(1))
+    if capped is not None:  # d tanh = 1 - tanh^2
+        gradient.addcmul_(gradient, capped.square_(), value=-1.0)
+    if temperature != 1.0:
+        gradient.div_(temperature)
+
+
+def _evenly(tokens: slice, most: int, grain: int) -> list[slice]:
+    """Cut tokens into as few parts as have at most so many, of about one length by the grain."""
+    length = tokens.stop - tokens.start
+    count = -(-length // max(most, grain))
+    size = -(-length // (grain * count)) * grain
+    return [
+        slice(tokens.start + part.start, tokens.start + part.stop) for part in blocks(length, size)
+    ]

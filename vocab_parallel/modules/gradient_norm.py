@@ -1,0 +1,164 @@
+"""The gradient norm of a whole model that is spread over a data x pipeline x vocab mesh."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from vocab_parallel.collectives import VocabGroup, group_device
+from vocab_parallel.modules.vocab_rows import VocabRows, holds_vocab_rows, is_tied_copy
+
+
+@torch.no_grad()
+def clip_grad_norm_(
+    parameters: nn.Module | Iterable[nn.Parameter],
+    max_norm: float,
+    groups: Any,
+) -> Tensor:
+    """Clip the gradients of the whole model to a norm, each parameter counted once.
+
+    Every rank of the mesh calls it with the parameters of its own stages, after the gradients of
+    replicated parameters have been summed or averaged over the ranks that share them. Counted are
+
+        the classifier's rows               on every rank of the vocab group
+        a DTensor's shards                  on every rank of the axes that it is sharded over
+        what is replicated over an axis     on the first rank of that axis alone
+        a weight tied over the pipeline     on the last stage alone (`TiedRows`)
+
+    and the squares are summed over the vocab, the data and the pipeline group, one number each.
+    Plain and DTensor parameters may be mixed. Does not wait for the GPU.
+
+    Args:
+        parameters: of this rank's stages: the modules' parameters, or a module. A parameter
+            counts as rows where a `VocabParallelClassifier` or a `VocabParallelEmbedding` owns it
+            and names it so, whatever has replaced it since: ``to_empty``, a deep copy, FSDP2. In a
+            list nobody knows one that was copied by itself, nor what `weight_norm` has just made
+            of one: give the module, which knows its own.
+        max_norm: the largest norm that is left unclipped.
+        groups: `StageGroups`, or any object with vocab_group, data_group, pipeline_group,
+            vocab_rank and data_rank.
+
+    Returns:
+        The norm before clipping, a float32 tensor (float64 where a gradient is), equal on every
+        rank.
+
+    Raises:
+        ValueError: a max_norm that is not positive; a gradient whose placement is partial: it
+            has not been reduced; or a parameter that FSDP1 has flattened. The last two, on one
+            rank, are raised on every rank of the mesh where it is of CPUs. On GPUs, which nobody
+            waits for, the other ranks' norm and gradients are NaN.
+    """
+    if not max_norm > 0:
+        raise ValueError(f"max_norm must be positive, got {max_norm!r}")
+    if isinstance(parameters, nn.Module):
+        for module in parameters.modules():
+            if isinstance(module, VocabRows):
+                module.mark_rows()
+        parameters = parameters.parameters()
+    every = list({id(p): p for p in parameters}.values())  # a shared parameter once
+    problem = next(filter(None, map(_problem_of, every)), None)
+    with_grad = [(p, p.grad) for p in every if p.grad is not None]
+    squares = [
+        _square(gradient)
+        for parameter, gradient in with_grad
+        if problem is None and _counts_here(parameter, gradient, groups)
+    ]
+    locals_ = [_local(gradient) for _, gradient in with_grad]
+    norm = _sum_over_mesh(squares, locals_, problem, groups).sqrt()
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for own in locals_:
+        own.mul_(factor.to(own.dtype))
+    return norm
+
+
+def _problem_of(parameter: nn.Parameter) -> str | None:
+    """Say why nobody can tell where a parameter's gradient is to be counted, or None."""
+    # FSDP1 so marks its flat parameters, and what it cut from them where it shows the original.
+    if getattr(parameter, "_fsdp_flattened", False):
+        return (
+            f"a parameter {list(parameter.shape)} is a part of FSDP1's flat parameter, which does "
+            f"not tell rows of the vocabulary from others, nor over which ranks it is spread: use "
+            f"fully_shard, whose DTensors do"
+        )
+    placements = parameter.grad.placements if isinstance(parameter.grad, DTensor) else ()
+    for placement in placements:
+        if not isinstance(placement, Replicate | Shard):
+            return (
+                f"a gradient has the placement {placement}, which has not been reduced: "
+                f"redistribute it before clipping"
+            )
+    return None
+
+
+def _local(gradient: Tensor) -> Tensor:
+    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
+
+
+def _square(gradient: Tensor) -> Tensor:
+    own = _local(gradient)
+    wide = torch.promote_types(own.dtype, torch.float32)
+    return torch.linalg.vector_norm(own, dtype=wide).square()
+
+
+def _counts_here(parameter: nn.Parameter, gradient: Tensor, groups: Any) -> bool:
+    """Whether this rank is the one that counts what it holds of a gradient."""
+    if is_tied_copy(parameter):
+        return False
+    covered: list[ProcessGroup] = []
+    if isinstance(gradient, DTensor):
+        mesh = gradient.device_mesh
+        for axis, placement in enumerate(gradient.placements):
+            covered.append(mesh.get_group(axis))
+            if isinstance(placement, Replicate) and mesh.get_local_rank(axis) != 0:
+                return False
+    for group, rank, held_in_full in (
+        (groups.vocab_group, groups.vocab_rank, not holds_vocab_rows(parameter)),
+        (groups.data_group, groups.data_rank, True),
+    ):
+        if held_in_full and rank != 0 and not _covers(covered, group):
+            return False
+    return True
+
+
+def _covers(covered: list[ProcessGroup], group: ProcessGroup | None) -> bool:
+    """Whether one of the axes of a DTensor's mesh is this group."""
+    if group is None:
+        return True
+    ranks = dist.get_process_group_ranks(group)
+    return any(dist.get_process_group_ranks(axis) == ranks for axis in covered)
+
+
+def _sum_over_mesh(
+    squares: list[Tensor], locals_: list[Tensor], problem: str | None, groups: Any
+) -> Tensor:
+    """Sum over this rank's gradients and over all groups; a rank may have none to count.
+
+    Raises:
+        ValueError: a rank has a problem; see `clip_grad_norm_`.
+    """
+    over = [
+        VocabGroup.of(group)
+        for group in (groups.vocab_group, groups.data_group, groups.pipeline_group)
+        if group is not None
+    ]
+    device = locals_[0].device if locals_ else group_device(groups.vocab_group)
+    # The second number tells of problems, so that nobody waits for a rank that raises.
+    total = torch.zeros(2, dtype=torch.float64, device=device)
+    for square in squares:
+        total[0] += square
+    total[1] += problem is not None
+    for group in over:
+        total = group.sum(total)
+    problems = set() if problem is None else {problem}
+    if total.is_cpu and total[1] > 0:
+        for group in over:
+            problems.update(*group.exchange_objects(problems))
+    if problems:
+        raise ValueError("; ".join(sorted(problems)))
+    summed = torch.where(total[1] > 0, torch.nan, total[0])
+    double = any(own.dtype == torch.float64 for own in locals_)
+    return summed if double else summed.float()

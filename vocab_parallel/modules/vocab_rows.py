@@ -1,0 +1,108 @@
+"""Modules that own one rank's rows of the vocabulary, and the marks of their parameters.
+
+`clip_grad_norm_` and others are given parameters without their modules, and read off each whether
+it holds rows. A mark on the parameter alone would not last: ``to_empty``, FSDP2,
+``load_state_dict(assign=True)``, a deep copy and an assignment put another object in its place. So
+the module names its rows, and marks whatever takes their place.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, Self
+
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.nn.utils import parametrize
+
+from vocab_parallel.options import ceiling_rows, group_rank_and_size
+from vocab_parallel.shares_group import SharesGroup
+
+_ROWS = "holds_vocab_rows"
+_COPY = "is_tied_copy"
+
+
+def holds_vocab_rows(parameter: Tensor) -> bool:
+    """Whether a parameter's rows are this vocab rank's alone."""
+    return getattr(parameter, _ROWS, False)
+
+
+def is_tied_copy(parameter: Tensor) -> bool:
+    """Whether another pipeline rank holds the same rows of a tied weight, and counts them."""
+    return getattr(parameter, _COPY, False)
+
+
+class VocabRows(SharesGroup, nn.Module):
+    """A module some of whose parameters are rows [start, stop) of a vocabulary.
+
+    The rows are those of DTensor's ``Shard(0)``: ``ceil(vocab_size / V)`` a rank, so that the
+    last ranks may hold fewer, or none. A deep copy is of the same group; a module is pickled where
+    its group is None.
+
+    Args:
+        hidden_size: D.
+        vocab_size: rows of the whole vocabulary.
+        group: the vocab group; None is the default group, or one rank alone where
+            torch.distributed is not initialized.
+
+    Attributes:
+        row_names: the parameters that hold rows, this rank's alone; every other parameter of the
+            module is taken for the same on all ranks.
+        degree: V, the size of the group.
+
+    Raises:
+        ValueError: a size that is not positive, or a rank outside of the group.
+    """
+
+    row_names: ClassVar[tuple[str, ...]] = ("weight",)
+
+    def __init__(self, hidden_size: int, vocab_size: int, group: ProcessGroup | None) -> None:
+        super().__init__()
+        for name, size in (("hidden_size", hidden_size), ("vocab_size", vocab_size)):
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"{name} must be a positive integer, got {size!r}")
+        rank, self.degree = group_rank_and_size(group)
+        self.hidden_size, self.vocab_size, self.group = hidden_size, vocab_size, group
+        self.start, self.stop = ceiling_rows(vocab_size, rank, self.degree)
+        self._is_tied_copy = False
+        self.register_load_state_dict_post_hook(_mark_loaded)
+
+    def row_parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the parameters that hold rows now; of a parametrized one, what it is made from."""
+        for name in self.row_names:
+            if parametrize.is_parametrized(self, name):
+                yield from self.parametrizations[name].parameters(recurse=False)  # type: ignore[union-attr, index]
+            elif (parameter := self._parameters.get(name)) is not None:
+                yield parameter
+
+    def mark_rows(self) -> None:
+        """Mark the parameters that hold rows now; whatever puts others in their place calls it."""
+        for parameter in self.row_parameters():
+            setattr(parameter, _ROWS, True)
+            setattr(parameter, _COPY, self._is_tied_copy)
+
+    def become_tied_copy(self) -> None:
+        """Leave it to another pipeline rank, which holds the same rows, to count them."""
+        self._is_tied_copy = True
+        self.mark_rows()
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Register a parameter, by assignment too, and mark it where it holds rows."""
+        super().register_parameter(name, param)
+        self.mark_rows()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # FSDP2 writes past `register_parameter` where a class has no method of this name.
+        super().__setattr__(name, value)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self.mark_rows()
+        return self
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)
+        self.mark_rows()
+
+
+def _mark_loaded(module: VocabRows, _: Any) -> None:
+    """Mark what ``load_state_dict(assign=True)`` has put in place, in parametrizations too."""
+    module.mark_rows()

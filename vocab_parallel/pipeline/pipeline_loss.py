@@ -1,0 +1,173 @@
+"""The loss as a pipeline schedule calls it."""
+
+import inspect
+import warnings
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from torch import Tensor, nn
+
+from vocab_parallel.local.registry import create_impl
+from vocab_parallel.loss import linear_cross_entropy
+from vocab_parallel.modules.heads import OutputWeight
+from vocab_parallel.sharded.backward import keep_graph, loses_nodes
+from vocab_parallel.sharded.layout import HiddenLayout
+from vocab_parallel.sharded.settings import LossSettings
+
+_NOT_OPTIONS = ("e", "c", "targets", "bias", "return_lse", "num_valid_tokens", "validate")
+
+
+class CCEPipelineLoss:
+    """``loss_fn`` of a pipeline schedule: the linear cross-entropy of the last stage's output.
+
+    Every rank of the last stage's vocab group calls it, once for each microbatch. It only reads
+    the classifier's weight, at each call, and must not own it: the weight is a parameter of the
+    last stage's module, or training goes wrong (`validate_pipeline_loss` says how).
+
+        loss = CCEPipelineLoss(last_stage_module.classifier, hidden_layout="sharded")
+        schedule = Schedule1F1B(stage, n_microbatches=8, loss_fn=loss)
+        validate_pipeline_loss(schedule, loss)
+        schedule.step(target=labels, losses=losses, return_outputs=False)
+
+    Args:
+        output_weight: the classifier [rows, D]: the module that owns it (`VocabParallelClassifier`,
+            nn.Linear, a LoRA layer of PEFT's over one; see `OutputWeight`), a Parameter, or a
+            DTensor sharded over its rows.
+        output_bias: its bias; None takes the module's own, if it has one.
+        impl: "auto", or a name of `available_impls`.
+        vocab_parallel_options: which rows these are. None: the module's ``.options``, or the
+            DTensor's placement; a plain tensor is the whole vocabulary.
+        ignore_index, softcap, shift, reduction, hidden_layout, **loss_options: as in
+            `linear_cross_entropy`; ``shift`` is 1 by default, since a schedule's labels are
+            usually its inputs.
+
+    Attributes:
+        num_valid_tokens: divides the mean in place of each microbatch's own count, until it is set
+            to another value: the tokens of the whole step, from `count_valid_tokens`, set before
+            each step of a schedule that was built with ``scale_grads=False``. A schedule that
+            knows ``step(loss_kwargs={"num_valid_tokens": ...})`` may pass it so instead.
+
+    Raises:
+        ValueError: an unknown option or a value that cannot be, a reduction that gives no scalar,
+            or an ``output_weight`` whose logits may be more than its rows'.
+    """
+
+    def __init__(
+        self,
+        output_weight: nn.Module | Tensor,
+        output_bias: Tensor | None = None,
+        impl: str = "auto",
+        *,
+        vocab_parallel_options: Any = None,
+        ignore_index: int = -100,
+        softcap: float | None = None,
+        shift: int = 1,
+        reduction: str = "mean",
+        hidden_layout: HiddenLayout = "replicated",
+        **loss_options: Any,
+    ) -> None:
+        if reduction not in ("mean", "sum"):
+            raise ValueError(
+                f'a schedule needs a scalar loss: reduction must be "mean" or "sum", got '
+                f"{reduction!r}"
+            )
+        self.output_weight = OutputWeight(output_weight, output_bias, vocab_parallel_options)
+        self.reduction = reduction
+        self.accumulate_into = loss_options.get("accumulate_into")
+        self.num_valid_tokens: int | Tensor | None = None
+        self._scaled_by_schedule = False
+        self._last_stage: Any = None
+        self._options: dict[str, Any] = {
+            "impl": impl,
+            "ignore_index": ignore_index,
+            "softcap": softcap,
+            "shift": shift,
+            "reduction": reduction,
+            "hidden_layout": hidden_layout,
+            **loss_options,
+        }
+        _check_options(self._options)
+        self._validated = False
+        self._keeps_graph = loses_nodes()
+
+    def __call__(
+        self,
+        hidden_states: Tensor,  # (..., T, D), or (..., T / V, D) in the "sequence" layout
+        labels: Tensor,  # (..., T)
+        *,
+        num_valid_tokens: int | Tensor | None = None,
+    ) -> Tensor:
+        """Return the scalar loss of one microbatch, equal on every rank of the vocab group.
+
+        The first call agrees over the group that the arguments are right, on any device; the
+        later ones as `linear_cross_entropy` does by default. A schedule may call it on
+        uninitialised hidden states to infer shapes: nothing is kept of a call.
+        """
+        divisor = self.num_valid_tokens if num_valid_tokens is None else num_valid_tokens
+        if divisor is not None and self._scaled_by_schedule:
+            raise ValueError(
+                "num_valid_tokens already divides by the tokens of the whole step, but the "
+                "schedule was built with scale_grads=True and divides by the number of "
+                "microbatches again: build it with scale_grads=False"
+            )
+        self._warn_of_kept_outputs()
+        rows = self.output_weight.read()
+        e, c = rows.operands(hidden_states)
+        loss = linear_cross_entropy(
+            e,
+            c,
+            labels,
+            rows.bias,
+            vocab_parallel_options=rows.options,
+            num_valid_tokens=divisor,
+            validate=None if self._validated else True,
+            **self._options,
+        )
+        self._validated = True
+        if self._keeps_graph:
+            keep_graph(loss)
+        return loss
+
+    def bind(self, last_stage: Any, *, scale_grads: bool, microbatches_in_flight: int) -> None:
+        """Tell the loss in which schedule it is; `validate_pipeline_loss` does.
+
+        Args:
+            last_stage: the schedule's, whose outputs the loss is given.
+            scale_grads: whether the schedule divides gradients by the number of microbatches, so
+                that a divisor of the whole step is refused.
+            microbatches_in_flight: how many wait between forward and backward on the last stage,
+                which ``backward="auto"`` counts on.
+        """
+        self._last_stage, self._scaled_by_schedule = last_stage, scale_grads
+        if self._options["impl"] in ("auto", "chunked"):
+            self._options.setdefault("microbatches_in_flight", microbatches_in_flight)
+
+    def _warn_of_kept_outputs(self) -> None:
+        stage, self._last_stage = self._last_stage, None
+        if stage is None:
+            return
+        if not getattr(stage, "fwd_cache", True):  # shapes are being inferred: ask again
+            self._last_stage = stage
+        elif getattr(stage, "output_chunks", None):
+            warnings.warn(
+                "the schedule keeps the last stage's hidden states of every microbatch alive: "
+                "call its step with return_outputs=False",
+                stacklevel=3,
+            )
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    """Raise ValueError for an option that the loss does not know, before any microbatch."""
+    parameters = inspect.signature(linear_cross_entropy).parameters
+    known = parameters.keys() - set(_NOT_OPTIONS) - {"impl_options"}
+    settings = {each.name for each in fields(LossSettings)}
+    of_impl = {name: value for name, value in options.items() if name not in parameters}
+    impl, budget = options["impl"], options.get("memory_budget")
+    for name in options.keys() & set(_NOT_OPTIONS):
+        raise ValueError(f"{name} is not an option of a pipeline loss: known are {sorted(known)}")
+    LossSettings(**{name: value for name, value in options.items() if name in settings}).check()
+    try:
+        create_impl(impl, budget, of_impl)
+    except ValueError as error:
+        raise ValueError(f"{error}; options of the loss are {sorted(known)}") from None

@@ -1,0 +1,222 @@
+"""What cannot be right between a schedule, its stages and the loss, said on every rank."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from vocab_parallel.collectives import VocabGroup
+from vocab_parallel.pipeline.pipeline_loss import CCEPipelineLoss
+
+
+def validate_pipeline_loss(schedule: Any, loss: Any) -> None:
+    """Refuse a schedule and a loss that would train wrongly together, or hang.
+
+    Call it on every rank of the world after building the schedule, with whatever was given to the
+    schedule as ``loss_fn``: each rank tells the others what is wrong, so that all of them raise.
+    Communicates one small object a rank. Where ``loss_fn`` is a function of yours that adds
+    something to a `CCEPipelineLoss` (a router's auxiliary loss, several losses over one
+    classifier), give the `CCEPipelineLoss` here, once for each. It also tells the loss how many
+    microbatches the schedule has in flight on the last stage, for its choice of ``backward``.
+
+    Raises:
+        ValueError: on every rank, where on some rank
+            the classifier's weight is not a parameter of the last stage's module. A weight that
+                only the loss owns is trained wrongly and silently: its gradient is M times too
+                large with ``scale_grads=True`` (M microbatches; the schedule divides only its
+                modules' gradients), missing under InterleavedZeroBubble and ZBVZeroBubble, and
+                partial under DualPipeV;
+            a parameter is shared by two stages of one rank and ``scale_grads=True`` divides it
+                twice;
+            the loss is a sum, or was given a divisor, and ``scale_grads=True`` divides it again;
+            the loss accumulates the classifier's gradient by itself, and the schedule scales it
+                or splits the backward;
+            the loss is compiled, or a stage is wrapped by DDP or FSDP, under a schedule that
+                splits the backward;
+            the vocab group has a rank that does not run the last stage, and would never come.
+    """
+    # Imported here, since it takes a second that the loss alone should not cost.
+    from torch.distributed.pipelining import schedules
+
+    if isinstance(schedule, schedules.PipelineScheduleSingle):
+        stages = [schedule._stage]
+    elif isinstance(schedule, schedules.PipelineScheduleMulti):
+        stages = list(schedule._stages)
+    else:
+        kind = type(schedule).__name__
+        text = f"schedule must be a schedule of torch.distributed.pipelining, got {kind}"
+        _agree_over_world(text, False, [])
+        return
+    splits = isinstance(
+        schedule,
+        schedules.ScheduleInterleavedZeroBubble
+        | schedules.ScheduleZBVZeroBubble
+        | schedules.ScheduleDualPipeV,
+    )
+    last = next((stage for stage in stages if stage.is_last), None)
+    problem = _problem_of_stages(stages, schedule.scale_grads, splits)
+    members: list[int] = []
+    if problem is None and last is not None:
+        problem = _problem_of_loss(loss, schedule.scale_grads, splits)
+        if problem is None and not isinstance(loss, CCEPipelineLoss):
+            problem = f"loss must be a CCEPipelineLoss, got {type(loss).__name__}"
+        if problem is None:
+            problem = _problem_of_weight(loss.output_weight.tensors, last.submod)
+            members = _vocab_group_ranks(loss.output_weight.read().options)
+    _agree_over_world(problem, last is not None, members)
+    if last is not None:
+        if isinstance(schedule, schedules.PipelineScheduleMulti):
+            actions = schedule.pipeline_order[schedule.rank]
+            in_flight = _microbatches_in_flight(actions, last.stage_index)
+        else:
+            fills = isinstance(schedule, schedules.ScheduleGPipe)
+            in_flight = schedule._n_microbatches if fills else 1
+        loss.bind(last, scale_grads=schedule.scale_grads, microbatches_in_flight=in_flight)
+
+
+def _problem_of_stages(stages: Sequence[Any], scale_grads: bool, splits: bool) -> str | None:
+    """Say what is wrong with the stages of this rank, or None.
+
+    Args:
+        stages: this rank's pipeline stages.
+        scale_grads: of the schedule.
+        splits: whether the schedule runs a backward in two halves.
+    """
+    owners = Counter(
+        id(parameter) for stage in stages for parameter in set(stage.submod.parameters())
+    )
+    if scale_grads and any(count > 1 for count in owners.values()):
+        return (
+            "a parameter is shared by two stages of one rank, and scale_grads=True divides its "
+            "gradient once for each: build the schedule with scale_grads=False"
+        )
+    if splits:
+        for stage in stages:
+            wrapper = _data_parallel_wrapper(stage.submod)
+            if wrapper is not None:
+                return (
+                    f"{wrapper} does not work under a schedule that splits the backward: use "
+                    f"1F1B, Interleaved1F1B, GPipe or LoopedBFS, or reduce the gradients over the "
+                    f"data group after the step"
+                )
+    return None
+
+
+def _problem_of_loss(loss: Any, scale_grads: bool, splits: bool) -> str | None:
+    """Say what is wrong with the loss of the last stage, or None."""
+    if hasattr(loss, "_torchdynamo_orig_callable") or hasattr(loss, "_orig_mod"):
+        if splits:
+            return (
+                "a compiled loss fails under a schedule that splits the backward, which runs it "
+                "twice: pass the CCEPipelineLoss itself"
+            )
+        return "pass the CCEPipelineLoss itself, not what torch.compile made of it"
+    if splits and getattr(loss, "accumulate_into", None) is not None:
+        return (
+            "accumulate_into gives autograd no gradient of the classifier, which a schedule that "
+            "splits the backward asks for by name: leave it out, or use 1F1B, Interleaved1F1B, "
+            "GPipe or LoopedBFS"
+        )
+    if getattr(loss, "accumulate_into", None) is not None and scale_grads:
+        return (
+            "accumulate_into adds each microbatch's gradient to what is there, and scale_grads="
+            "True divides only .grad, or that of earlier steps again: build the schedule with "
+            "scale_grads=False and set the loss's num_valid_tokens"
+        )
+    if getattr(loss, "reduction", None) == "sum" and scale_grads:
+        return (
+            'reduction="sum" is not a mean over microbatches, but scale_grads=True divides by '
+            "their number: build the schedule with scale_grads=False"
+        )
+    if getattr(loss, "num_valid_tokens", None) is not None and scale_grads:
+        return (
+            "num_valid_tokens divides by the tokens of the whole step, but scale_grads=True "
+            "divides by the number of microbatches again: build the schedule with "
+            "scale_grads=False"
+        )
+    return None
+
+
+def _problem_of_weight(tensors: Sequence[Tensor], module: nn.Module) -> str | None:
+    """Say which of the classifier's tensors the last stage's module does not own, or None."""
+    owned = {id(parameter) for parameter in module.parameters()}
+    for tensor in tensors:
+        if id(tensor) not in owned:
+            return (
+                f"the classifier's tensor {list(tensor.shape)} that the loss reads is not a "
+                f"parameter of the last stage's module: the schedule would not scale its "
+                f"gradient (M times too large with scale_grads=True) and zero-bubble schedules "
+                f"would not compute it; register the classifier in the last stage's module, e.g. "
+                f"as a VocabParallelClassifier, and give the loss that module"
+            )
+    return None
+
+
+def _vocab_group_ranks(options: Any) -> list[int]:
+    """Return the ranks that the loss's options make it communicate with; [] for one rank alone."""
+    if options is None:
+        return []
+    return dist.get_process_group_ranks(options.group or dist.group.WORLD)
+
+
+def _agree_over_world(problem: str | None, has_last_stage: bool, members: list[int]) -> None:
+    """Raise on every rank of the world where one has a problem; all ranks must call.
+
+    Args:
+        problem: of this rank, or None.
+        has_last_stage: whether this rank runs the last stage.
+        members: the ranks of its loss's vocab group, where it has one.
+
+    Raises:
+        ValueError: some rank has a problem, or a vocab group has a rank without the last stage.
+    """
+    told = VocabGroup.of(None).exchange_objects((problem, has_last_stage, members))
+    found = {text: rank for rank, (text, _, _) in reversed(list(enumerate(told))) if text}
+    for rank, (_, _, group) in enumerate(told):
+        strangers = [member for member in group if not told[member][1]]
+        if strangers:
+            text = (
+                f"the vocab group {group} has ranks {strangers}, which do not run the last stage "
+                f"and would never join its loss: pass StageGroups.vocab_group"
+            )
+            found.setdefault(text, rank)
+    if found:
+        raise ValueError("; ".join(f"on rank {rank}: {text}" for text, rank in found.items()))
+
+
+def _data_parallel_wrapper(module: nn.Module) -> str | None:
+    for inner in module.modules():
+        for cls in type(inner).__mro__:
+            if cls.__name__ == "DistributedDataParallel":
+                return "DistributedDataParallel"
+            if cls.__name__ in ("FSDPModule", "FullyShardedDataParallel"):
+                return "FSDP"
+    return None
+
+
+def _microbatches_in_flight(actions: Iterable[Any], last_stage: int) -> int:
+    """Count how many forwards of the last stage wait for the end of their backward, at most.
+
+    Args:
+        actions: of this rank, in order, as a schedule lists them; None where it waits.
+        last_stage: the index of the last stage.
+    """
+    waiting = most = 0
+    for action in _flat(actions):
+        if action.stage_index != last_stage:
+            continue
+        if action.computation_type.name == "FORWARD":
+            waiting += 1
+            most = max(most, waiting)
+        elif action.computation_type.name in ("FULL_BACKWARD", "BACKWARD_WEIGHT"):
+            waiting -= 1
+    return max(most, 1)
+
+
+def _flat(actions: Iterable[Any]) -> Iterator[Any]:
+    """Yield single actions; some schedules pair a forward with a backward."""
+    for action in actions:
+        if action is not None:
+            yield from getattr(action, "sub_actions", None) or (action,)

@@ -1,0 +1,1 @@
+"""One call of the loss over a vocab group: arguments checked and agreed on, work, communication."""

@@ -1,0 +1,245 @@
+"""One call of the loss or of a relative: arguments in, checked and agreed on over the group."""
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vocab_parallel.local import tile_ops
+from vocab_parallel.local.interface import LocalImpl, Request
+from vocab_parallel.local.plan import BackwardPlan
+from vocab_parallel.local.registry import create_impl
+from vocab_parallel.local.tile_ops import TileOps
+from vocab_parallel.sharded import settings as rules
+from vocab_parallel.sharded.agreement import Claim, agree
+from vocab_parallel.sharded.layout import TokenLayout, mark_labels
+from vocab_parallel.sharded.rows import RankRows
+from vocab_parallel.sharded.settings import LossSettings
+
+
+@dataclass(frozen=True)
+class Operands:
+    """The tensors of a call; autocast has been applied to the first two.
+
+    Attributes:
+        hidden: [..., T, D].
+        classifier: [rows, D].
+        targets: [..., T], or None where a call has none.
+        bias: [rows] or None.
+        token_weight: [..., T] or None.
+    """
+
+    hidden: Tensor
+    classifier: Tensor
+    targets: Tensor | None
+    bias: Tensor | None = None
+    token_weight: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        e: Tensor,
+        c: Tensor,
+        targets: Tensor | None,
+        bias: Tensor | None = None,
+        token_weight: Tensor | None = None,
+    ) -> "Operands":
+        """Cast hidden states and classifier as autocast casts the operands of a linear layer."""
+        tensors = isinstance(e, Tensor) and isinstance(c, Tensor)
+        if tensors and not e.is_meta and torch.is_autocast_enabled(e.device.type):
+            dtype = torch.get_autocast_dtype(e.device.type)
+            e, c = (t if t.dtype == torch.float64 else t.to(dtype) for t in (e, c))
+        return cls(e, c, targets, bias, token_weight)
+
+    @property
+    def flat_hidden(self) -> Tensor:
+        """[T, D], this rank's tokens in one row."""
+        return self.hidden.reshape(-1, self.hidden.shape[-1])
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call whose arguments are known to be right, and how its work is done.
+
+    Attributes:
+        operands, settings: what the caller gave.
+        rows: of this rank, and the vocab group.
+        impl: who does the local work, and
+        plan: how its backward finds the logits.
+        ops: who works on a tile.
+        records: whether autograd was recording (inside of a Function it never is).
+    """
+
+    operands: Operands
+    settings: LossSettings
+    rows: RankRows
+    impl: LocalImpl
+    plan: BackwardPlan
+    ops: TileOps
+    records: bool
+
+    @property
+    def layout(self) -> TokenLayout:
+        """How the group's tokens are laid out."""
+        return TokenLayout(self.settings.hidden_layout, self.rows.group)
+
+    @property
+    def sums_hidden_grad(self) -> bool:
+        """Whether the gradient of the hidden states is summed over the group."""
+        return self.rows.group.degree > 1 and (self.layout.gathers or self.rows.reduce_e_grad)
+
+    @property
+    def sum_dtype(self) -> torch.dtype:
+        """The dtype of that sum: never narrower than asked for, float64 for float64."""
+        hidden = self.operands.hidden.dtype
+        if hidden == torch.float64 or not self.sums_hidden_grad:
+            return hidden
+        return self.settings.e_grad_reduce_dtype
+
+    def without_tokens(self) -> "Call":
+        """Return what backward needs of the call: no tensor of the tokens' is kept alive by it."""
+        none = self.operands.hidden.new_empty(0)
+        return replace(self, operands=Operands(none, self.operands.classifier, None))
+
+    def labels(self) -> Tensor:
+        """Return the labels [N] in the loss's order; gathers those of a "sharded" layout."""
+        targets, settings = self.operands.targets, self.settings
+        assert targets is not None
+        labels = mark_labels(
+            targets,
+            settings.ignore_index,
+            self.rows.vocab_size,
+            settings.shift,
+            kernels=self.ops.kernels,
+        )
+        return self.layout.arrange(labels)
+
+    def own(self, per_token: Tensor) -> Tensor:
+        """Return this rank's part of a result [N]; see `TokenLayout.own`."""
+        return self.layout.own(per_token, self.operands.hidden.shape[:-1], self.settings.shift)
+
+
+def prepare(
+    operands: Operands,
+    settings: LossSettings,
+    options: Any,
+    *,
+    validate: bool | None,
+    needs_targets: bool = True,
+) -> Call:
+    """Check the arguments, agree on them over the group where asked, and return the call.
+
+    Raises:
+        ValueError: bad input; on every rank of the group where ``validate`` holds, or where it is
+            None and the tensors are on the CPU.
+    """
+    rows = _rows_of(operands.classifier, options)
+    on_gpu = isinstance(operands.hidden, Tensor) and operands.hidden.is_cuda
+    reads_values = bool(validate or not on_gpu)
+    call: Call | None = None
+    problem: ValueError | None = None
+    try:
+        if needs_targets and operands.targets is None:
+            raise ValueError("targets must be a tensor of class ids, got None")
+        call = _checked(operands, settings, rows, reads_values=reads_values)
+    except ValueError as error:
+        problem = error
+    group = rows.group
+    if validate or group.degree == 1 or (validate is None and not on_gpu):
+        targets = operands.targets if problem is None and reads_values else None
+        agreed = _agreed(settings, operands, rows) if problem is None and group.degree > 1 else {}
+        agree(problem, _claim(rows, targets, settings), agreed, group)
+    elif problem is not None:
+        raise problem
+    assert call is not None
+    return call
+
+
+def _rows_of(classifier: Tensor, options: Any) -> RankRows:
+    if options is not None:
+        return RankRows.from_options(options)
+    has_rows = isinstance(classifier, Tensor) and classifier.dim() > 0
+    return RankRows.whole(classifier.shape[0] if has_rows else 0)
+
+
+def _checked(
+    operands: Operands, settings: LossSettings, rows: RankRows, *, reads_values: bool
+) -> Call:
+    """Check what one rank alone can check, and choose who does the work."""
+    settings.check()
+    impl = create_impl(settings.impl, settings.memory_budget, settings.impl_options)
+    hidden, classifier = operands.hidden, operands.classifier
+    rules.check_tensors(
+        hidden,
+        classifier,
+        operands.targets,
+        operands.bias,
+        operands.token_weight,
+        settings,
+        rows.group.degree,
+    )
+    rules.check_token_divisor(
+        settings.num_valid_tokens, hidden, settings.reduction, reads_values=reads_values
+    )
+    rules.check_rows(classifier, rows, settings)
+    rules.check_accumulation(classifier, settings.accumulate_into)
+    ops = tile_ops.choose(operands.flat_hidden, classifier)
+    plan = impl.plan(_request(operands, settings, rows, ops))
+    return Call(operands, settings, rows, impl, plan, ops, torch.is_grad_enabled())
+
+
+def _request(operands: Operands, settings: LossSettings, rows: RankRows, ops: TileOps) -> Request:
+    hidden, degree = operands.hidden, rows.group.degree
+    even_rows = rows.even_rows
+    # What forward computed would need a pass of its own to be added up.
+    adds_later = settings.backward == "auto" and settings.accumulate_into is not None
+    copies = 1 if settings.hidden_layout == "replicated" else degree
+    return Request(
+        tokens=copies * hidden.shape[:-1].numel(),
+        hidden_size=hidden.shape[-1],
+        rows=rows.num_token_rows if even_rows is None else even_rows,
+        even=even_rows is not None,
+        degree=degree,
+        dtype=hidden.dtype,
+        device_type=hidden.device.type,
+        kernels=ops.kernels,
+        bias=operands.bias is not None,
+        transform=settings.transform,
+        names=settings.statistics,
+        backward=settings.backward,
+        scalar_loss=settings.scalar_loss and not adds_later,
+    )
+
+
+def _claim(rows: RankRows, targets: Tensor | None, settings: LossSettings) -> Claim:
+    lowest, highest, digest = 0, -1, 0
+    if targets is not None:
+        lowest, highest = rules.target_range(targets, settings.ignore_index)
+        if settings.hidden_layout != "sharded" and rows.group.degree > 1:
+            digest = rules.target_digest(targets)
+    vocab_size = -1 if rows.vocab_size is None else rows.vocab_size
+    return Claim(rows.start, rows.stop, vocab_size, lowest, highest, digest)
+
+
+def _agreed(settings: LossSettings, operands: Operands, rows: RankRows) -> dict[str, Any]:
+    """Name what must be equal over the group, for the ranks to communicate and return alike.
+
+    That is everything but what is known to be a rank's own, so that nothing is forgotten: its
+    rows, and of its tensors the values.
+    """
+    hidden = operands.hidden
+    tensors = [(each.name, getattr(operands, each.name)) for each in fields(operands)]
+    records = torch.is_grad_enabled()
+    return {
+        **settings.agreed(),
+        "reduce_e_grad": rows.reduce_e_grad,
+        "tokens of e": hidden.shape[:-1].numel(),
+        "hidden size": hidden.shape[-1],
+        "dtype of e": hidden.dtype,
+        "e requires grad": hidden.requires_grad and records,
+        # Per-token gradients are gathered in backward, where there is one.
+        "a gradient is required": records
+        and any(tensor is not None and tensor.requires_grad for _, tensor in tensors),
+        **{f"{name} given": tensor is not None for name, tensor in tensors},
+    }

@@ -1,0 +1,188 @@
+"""The loss's two halves, without autograd: what a schedule can place by itself.
+
+    S   this rank's statistics of a microbatch, and their exchange
+    T   from the joined statistics and what they receive: dE, partial or summed, and dC
+
+The names are those of arXiv 2411.05288. Who holds a microbatch between S and T holds its `Inputs`,
+the joined statistics, and what S kept.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vocab_parallel.local.interface import (
+    ClassifierGrad,
+    Forward,
+    Gradients,
+    Progress,
+    Shard,
+    Upstream,
+    Wanted,
+)
+from vocab_parallel.local.statistics import Statistics
+from vocab_parallel.sharded.call import Call
+from vocab_parallel.sharded.exchange import HiddenGradSum, StatisticsExchange
+
+
+class Inputs(NamedTuple):
+    """What both halves read of a microbatch.
+
+    Attributes:
+        hidden: [N, D], of all the loss's tokens: gathered, where the layout gathers.
+        classifier: [rows, D], this rank's.
+        bias: [rows], or None.
+        targets: [N] int32, rows of this shard, or outside of them.
+    """
+
+    hidden: Tensor
+    classifier: Tensor
+    bias: Tensor | None
+    targets: Tensor
+
+    def of(self, tokens: slice) -> "Inputs":
+        """Return those of some tokens, views."""
+        return self._replace(hidden=self.hidden[tokens], targets=self.targets[tokens])
+
+
+def gathered_hidden(call: Call, hidden: Tensor) -> Tensor:
+    """Gather hidden states [T, D] over the group where the layout does; all ranks call."""
+    return call.rows.group.gather_tokens(hidden) if call.layout.gathers else hidden
+
+
+def own_statistics(
+    call: Call, inputs: Inputs, needs_grad: bool, progress: Progress | None = None
+) -> Forward:
+    """S without the exchange: the statistics of this rank's rows."""
+    shard = shard_of(call, inputs, needs_grad)
+    if shard is None:
+        num_tokens, names = inputs.hidden.shape[0], call.settings.statistics
+        return Forward(Statistics.of_no_rows(names, num_tokens, inputs.hidden))
+    return call.impl.forward(shard, progress)
+
+
+def joined_statistics(call: Call, inputs: Inputs, needs_grad: bool) -> Forward:
+    """S: the statistics of the whole vocabulary; all ranks call, and each gets the same.
+
+    Communicates [k, N] float32 of each rank, behind the products where the implementation can.
+    """
+    names, overlap = call.settings.statistics, call.impl.overlap
+    exchange = StatisticsExchange(inputs.hidden.shape[0], names, call.rows.group, overlap=overlap)
+    own = own_statistics(call, inputs, needs_grad, exchange if overlap else None)
+    return Forward(Statistics(exchange.join(own.statistics.values), names), own.kept)
+
+
+def own_gradients(call: Call, inputs: Inputs, upstream: Upstream) -> Gradients:
+    """T without the reduction: dE is the partial sum over this rank's rows, or None."""
+    shard = shard_of(call, inputs, needs_grad=True)
+    if shard is None or not any(upstream.wanted):
+        return Gradients(None, None, None)
+    return call.impl.backward(shard, upstream)
+
+
+def summed_gradients(
+    call: Call,
+    inputs: Inputs,
+    statistics: Statistics,
+    grads: Statistics,
+    wanted: Wanted,
+    kept: object = None,
+) -> Gradients:
+    """T: the wanted gradients, that of the hidden states [T, D] summed; all ranks call.
+
+    Those of classifier and bias have all of this rank's rows, padding too, in the parameters'
+    dtypes. That of the classifier is None where it was added to the accumulator that
+    ``accumulate_into`` names. Communicates the sum of [N, D], behind the products.
+    """
+    reduction = hidden_grad_sum(call, inputs.hidden) if wanted.hidden else None
+    target = classifier_grad(call, inputs.classifier)
+    progress = reduction if call.impl.overlap else None
+    upstream = Upstream(statistics, grads, wanted, target, kept, progress)
+    found = own_gradients(call, inputs, upstream)
+    hidden = None
+    if wanted.hidden:
+        hidden = total_hidden_grad(call, found.hidden, inputs.hidden, reduction)
+    classifier = None
+    if wanted.classifier and target.add_to is None:
+        classifier = with_padding(found.classifier, inputs.classifier)
+    bias = None
+    if wanted.bias and inputs.bias is not None:
+        bias = with_padding(found.bias, inputs.bias)
+    return Gradients(hidden, classifier, bias)
+
+
+def hidden_grad_sum(
+    call: Call, hidden: Tensor, pieces: list[slice] | None = None
+) -> HiddenGradSum | None:
+    """Return what sums the gradient of the hidden states [N, D] over the group, if any."""
+    if not call.sums_hidden_grad:
+        return None
+    return HiddenGradSum(
+        hidden.shape[0],
+        call.rows.group,
+        scatters=call.layout.gathers,
+        dtype=call.sum_dtype,
+        overlap=call.impl.overlap,
+        pieces=pieces,
+    )
+
+
+def total_hidden_grad(
+    call: Call, partial: Tensor | None, hidden: Tensor, reduction: HiddenGradSum | None
+) -> Tensor:
+    """Sum the shards' partial gradients [N, D] and return this rank's [T, D]."""
+    if partial is None:
+        partial = hidden.new_zeros(hidden.shape)
+    if reduction is None:
+        total = partial.to(hidden.dtype)
+    else:
+        total = reduction.total(partial, hidden.dtype)
+    scale = call.settings.hidden_grad_scale
+    return total if scale == 1.0 else total * scale
+
+
+def classifier_grad(call: Call, classifier: Tensor) -> ClassifierGrad:
+    """Return where the gradient of the rows that are tokens goes.
+
+    The accumulator is read now, in backward: an optimizer may have freed and replaced it since.
+    """
+    attribute = call.settings.accumulate_into
+    if attribute is None:
+        return ClassifierGrad(classifier.dtype)
+    accumulated: Tensor | None = getattr(call.operands.classifier, attribute, None)
+    if accumulated is None and attribute == "main_grad":
+        raise RuntimeError("the classifier's main_grad was removed between forward and backward")
+    if accumulated is None:  # autograd makes .grad
+        return ClassifierGrad(classifier.dtype)
+    return ClassifierGrad(accumulated.dtype, accumulated[: call.rows.num_token_rows])
+
+
+def with_padding(grad: Tensor | None, parameter: Tensor) -> Tensor:
+    """Return the gradient of all rows: padding rows, and those of an idle rank, get zeros."""
+    if grad is not None and grad.shape == parameter.shape:
+        return grad.to(parameter.dtype)
+    full = torch.zeros_like(parameter)
+    if grad is not None:
+        full[: grad.shape[0]] = grad
+    return full
+
+
+def shard_of(call: Call, inputs: Inputs, needs_grad: bool) -> Shard | None:
+    """Return what the implementation works on, or None where there is nothing to do."""
+    num_rows = call.rows.num_token_rows
+    if num_rows == 0 or inputs.hidden.shape[0] == 0:
+        return None
+    return Shard(
+        hidden=inputs.hidden.detach(),
+        classifier=inputs.classifier.detach()[:num_rows],
+        bias=None if inputs.bias is None else inputs.bias.detach()[:num_rows],
+        targets=inputs.targets,
+        transform=call.settings.transform,
+        names=call.settings.statistics,
+        separate_lse_grad=call.settings.separate_lse_grad,
+        sum_dtype=call.sum_dtype,
+        needs_grad=needs_grad,
+        plan=call.plan,
+        ops=call.ops,
+    )

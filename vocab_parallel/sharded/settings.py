@@ -1,0 +1,318 @@
+"""What a caller of the loss may pass: every rule that one rank can check alone."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from vocab_parallel.local.interface import Transform
+from vocab_parallel.local.statistics import StatisticNames, accumulation_dtype
+from vocab_parallel.sharded.layout import HiddenLayout
+from vocab_parallel.sharded.rows import RankRows
+
+REDUCTIONS = ("mean", "sum", "none")
+LAYOUTS = get_args(HiddenLayout)
+BACKWARDS = ("auto", "recompute", "probs", "gradients")
+ACCUMULATORS = ("grad", "main_grad")
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """All that `linear_cross_entropy` and its relatives take beside tensors and rows.
+
+    Every rank of a group passes the same: many of them decide what the ranks communicate, and the
+    others what each of them returns. So all are agreed on (`agreed`), a new one too.
+    """
+
+    ignore_index: int = -100
+    softcap: float | None = None
+    reduction: str = "none"
+    shift: int = 0
+    return_lse: bool = False
+    return_entropy: bool = False
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    temperature: float = 1.0
+    hidden_layout: HiddenLayout = "replicated"
+    hidden_grad_scale: float = 1.0
+    e_grad_reduce_dtype: torch.dtype = torch.float32
+    backward: str = "auto"
+    memory_budget: int | None = None
+    accumulate_into: str | None = None
+    num_valid_tokens: int | Tensor | None = None
+    impl: str = "auto"
+    impl_options: Mapping[str, Any] = field(default_factory=dict)
+
+    def agreed(self) -> dict[str, Any]:
+        """Return every setting by name, for a comparison over the group; reads a tensor's value."""
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        values["impl_options"] = sorted(self.impl_options.items())
+        if isinstance(self.num_valid_tokens, Tensor):
+            values["num_valid_tokens"] = self.num_valid_tokens.tolist()
+        return values
+
+    @property
+    def transform(self) -> Transform:
+        """What makes logits of raw entries."""
+        return Transform(self.softcap, float(self.temperature))
+
+    @property
+    def statistics(self) -> StatisticNames:
+        """The statistics of the logits that the result is made of."""
+        names: StatisticNames = ("lse", "target")
+        if self.label_smoothing:
+            names = (*names, "sum")
+        return (*names, "expected") if self.return_entropy else names
+
+    @property
+    def scalar_loss(self) -> bool:
+        """Whether the result is one number."""
+        return self.reduction != "none" and not (self.return_lse or self.return_entropy)
+
+    @property
+    def separate_lse_grad(self) -> bool:
+        """Whether the gradient of lse may differ from minus that of the target's logit."""
+        return bool(self.return_lse or self.return_entropy or self.z_loss or self.label_smoothing)
+
+    def check(self) -> None:
+        """Raise ValueError for a value that cannot be."""
+        _one_of("reduction", self.reduction, REDUCTIONS)
+        _one_of("hidden_layout", self.hidden_layout, LAYOUTS)
+        _one_of("backward", self.backward, BACKWARDS)
+        if isinstance(self.ignore_index, bool) or not isinstance(self.ignore_index, int):
+            raise ValueError(f"ignore_index must be an integer, got {self.ignore_index!r}")
+        if self.softcap is not None and not _positive(self.softcap):
+            raise ValueError(
+                f"softcap must be a positive number or None for no cap, got {self.softcap!r}"
+            )
+        if not _positive(self.temperature):
+            raise ValueError(f"temperature must be a positive number, got {self.temperature!r}")
+        if not (_number(self.label_smoothing) and 0.0 <= self.label_smoothing <= 1.0):
+            raise ValueError(f"label_smoothing must lie in [0, 1], got {self.label_smoothing!r}")
+        if not (_number(self.z_loss) and self.z_loss >= 0.0):
+            raise ValueError(f"z_loss must be a number of at least 0, got {self.z_loss!r}")
+        if not _number(self.hidden_grad_scale):
+            raise ValueError(
+                f"hidden_grad_scale must be a finite number, got {self.hidden_grad_scale!r}"
+            )
+        if self.e_grad_reduce_dtype not in (torch.float32, torch.bfloat16, torch.float64):
+            raise ValueError(
+                f"e_grad_reduce_dtype must be torch.float32, torch.float64 or torch.bfloat16, "
+                f"got {self.e_grad_reduce_dtype!r}"
+            )
+
+
+def check_tensors(
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor | None,
+    bias: Tensor | None,
+    token_weight: Tensor | None,
+    settings: LossSettings,
+    degree: int,
+) -> None:
+    """Check shapes, dtypes and devices of the tensors against one another.
+
+    Raises:
+        ValueError: says what was expected, what came and what to do.
+    """
+    named = {"e": e, "c": c, "targets": targets, "bias": bias, "token_weight": token_weight}
+    optional = ("bias", "token_weight", "targets")
+    for name, tensor in named.items():
+        if tensor is not None or name not in optional:
+            _check_plain_tensor(name, tensor, e)
+    if e.dim() < 2 or c.dim() != 2:
+        raise ValueError(
+            f"expected hidden states e [..., T, D] and classifier c [rows, D], got e "
+            f"{list(e.shape)} and c {list(c.shape)}"
+        )
+    if e.shape[-1] != c.shape[1]:
+        raise ValueError(
+            f"the hidden size of e is {e.shape[-1]} but that of c is {c.shape[1]}: e "
+            f"{list(e.shape)}, c {list(c.shape)}; they must come from one model"
+        )
+    if not e.is_floating_point() or e.dtype != c.dtype:
+        raise ValueError(
+            f"e and c must have one floating dtype, got {e.dtype} and {c.dtype}: cast one, or "
+            f"call under torch.autocast"
+        )
+    if targets is not None and targets.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"targets must hold class ids as int32 or int64, got {targets.dtype}; class "
+            f"probabilities are not supported"
+        )
+    if bias is not None and bias.shape != c.shape[:1]:
+        raise ValueError(f"bias must be [{c.shape[0]}], a value a row of c, got {list(bias.shape)}")
+    if targets is not None:
+        _check_token_shapes(e, targets, token_weight, settings, degree)
+
+
+def check_rows(c: Tensor, rows: RankRows, settings: LossSettings) -> None:
+    """Check the rows of c against the options, and the options against the settings.
+
+    Raises:
+        ValueError: rows of c that are not [start, stop), or options that cannot be combined.
+    """
+    start, stop = rows.start, rows.stop
+    if not 0 <= start <= stop:
+        raise ValueError(f"expected 0 <= start <= stop, got start={start}, stop={stop}")
+    if c.shape[0] != stop - start:
+        raise ValueError(
+            f"c has {c.shape[0]} rows but the options say [{start}, {stop}), which are "
+            f"{stop - start}: pass this rank's rows and their own range"
+        )
+    if not rows.reduce_e_grad and settings.hidden_layout != "replicated":
+        raise ValueError(
+            f"reduce_e_grad=False leaves each rank the partial gradient of the tokens it was "
+            f'given, but hidden_layout="{settings.hidden_layout}" gathers those of all ranks: '
+            f'leave it True, or use "replicated"'
+        )
+    if settings.label_smoothing and rows.vocab_size is None:
+        raise ValueError(
+            "label_smoothing needs the size of the whole vocabulary: set vocab_size in the "
+            "options, as VocabParallelOptions.from_vocab does"
+        )
+
+
+def check_accumulation(classifier: Tensor, accumulate_into: str | None) -> None:
+    """Check that the classifier's gradient can be accumulated as asked.
+
+    Raises:
+        ValueError: an unknown name, a classifier that is no plain leaf, or one without a
+            ``main_grad`` in float32 of its shape.
+    """
+    if accumulate_into is None:
+        return
+    if accumulate_into not in ACCUMULATORS:
+        raise ValueError(
+            f"unknown accumulate_into {accumulate_into!r}: known are {[None, *ACCUMULATORS]}"
+        )
+    if isinstance(classifier, DTensor) or not (classifier.is_leaf and classifier.requires_grad):
+        raise ValueError(
+            "accumulate_into adds to an attribute of the parameter itself, but c is not a plain "
+            "leaf that requires a gradient (a DTensor's local rows, a cast by autocast and a view "
+            "are none): pass the parameter, or leave accumulate_into out"
+        )
+    if accumulate_into == "main_grad":
+        found = getattr(classifier, "main_grad", None)
+        dtype = accumulation_dtype(classifier.dtype)
+        if found is None or found.shape != classifier.shape or found.dtype != dtype:
+            come = "none" if found is None else f"{list(found.shape)} in {found.dtype}"
+            raise ValueError(
+                f'accumulate_into="main_grad" needs c.main_grad {list(classifier.shape)} in '
+                f"float32 (float64 for float64), got {come}: make it before the first step"
+            )
+
+
+def target_range(targets: Tensor, ignore_index: int) -> tuple[int, int]:
+    """Return the lowest and the highest target that is not ignored, (0, -1) where all are.
+
+    Waits for a GPU: for validation alone.
+    """
+    kept = targets[targets != ignore_index]
+    return (int(kept.min()), int(kept.max())) if kept.numel() else (0, -1)
+
+
+def target_digest(targets: Tensor) -> int:
+    """Return a number that unlike targets seldom share. Waits for a GPU: for validation alone."""
+    flat = targets.reshape(-1).to(torch.int64)
+    places = torch.arange(1, 2 * len(flat) + 1, 2, device=flat.device)
+    return int((flat * (places * 0x9E3779B97F4A7C15 % 2**63)).sum())
+
+
+def check_token_divisor(
+    num_valid_tokens: Any, e: Tensor, reduction: str, *, reads_values: bool
+) -> None:
+    """Raise ValueError where ``num_valid_tokens`` is no divisor for the reduction.
+
+    Args:
+        reads_values: whether a tensor's value may be read, which waits for a GPU.
+    """
+    if num_valid_tokens is None:
+        return
+    if reduction != "mean":
+        raise ValueError(
+            f'num_valid_tokens divides reduction="mean"; with {reduction!r} leave it out'
+        )
+    if isinstance(num_valid_tokens, Tensor):
+        if num_valid_tokens.numel() != 1 or num_valid_tokens.device != e.device:
+            raise ValueError(
+                f"a num_valid_tokens tensor must hold one number on {e.device}, got "
+                f"{list(num_valid_tokens.shape)} on {num_valid_tokens.device}"
+            )
+        if reads_values and not num_valid_tokens >= 0:
+            raise ValueError(
+                f"num_valid_tokens must count tokens, at least 0, got {num_valid_tokens.item()!r}"
+            )
+    elif not _count(num_valid_tokens):
+        raise ValueError(
+            f"num_valid_tokens must be an int of at least 0 or a tensor, got {num_valid_tokens!r}"
+        )
+
+
+def _check_plain_tensor(name: str, tensor: Tensor | None, e: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if isinstance(tensor, DTensor):
+        raise ValueError(
+            f"{name} is a DTensor: pass {name}.to_local(), or give the DTensor weight to "
+            f"CCEPipelineLoss, which reads its rows off its placement"
+        )
+    if tensor.is_meta:
+        raise ValueError(
+            f"{name} is on the meta device and has no values: give it memory, to_empty(device=...) "
+            f"of its module for instance, before the loss is called"
+        )
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        raise ValueError(
+            f"{name} is inside of a transform of torch.func, which the loss's autograd.Functions "
+            f"do not take: use torch.autograd.grad or backward()"
+        )
+    if tensor.device != e.device:
+        raise ValueError(f"{name} is on {tensor.device} but e is on {e.device}: move one")
+
+
+def _check_token_shapes(
+    e: Tensor, targets: Tensor, token_weight: Tensor | None, settings: LossSettings, degree: int
+) -> None:
+    expected = list(e.shape[:-1])
+    if settings.hidden_layout == "sequence":
+        expected[-1] *= degree
+    if list(targets.shape) != expected:
+        raise ValueError(
+            f"targets must be {expected} for e {list(e.shape)} with hidden_layout="
+            f'"{settings.hidden_layout}" on {degree} ranks, got {list(targets.shape)}'
+        )
+    if token_weight is not None and token_weight.shape != targets.shape:
+        raise ValueError(
+            f"token_weight must have the shape of targets {expected}, got "
+            f"{list(token_weight.shape)}"
+        )
+    length = expected[-1]
+    shift = settings.shift
+    if not isinstance(shift, int) or not 0 <= shift < max(length, 1):
+        raise ValueError(
+            f"shift must be an integer in [0, {max(length, 1)}) for sequences of {length} "
+            f"tokens, got {shift!r}"
+        )
+
+
+def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"unknown {name} {value!r}: known are {list(known)}")
+
+
+def _count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _positive(value: Any) -> bool:
+    return _number(value) and value > 0

@@ -1,0 +1,140 @@
+"""Each token's loss from its statistics, with a gradient that is written down.
+
+With s = label_smoothing, Z = z_loss, w = the token's weight:
+
+    loss      = w (lse - (1 - s) target - s sum / vocabulary + Z lse^2)
+    d.lse     = w (1 + 2 Z lse)      d.target = -w (1 - s)      d.sum = -w s / vocabulary
+
+0 where the label is ignored, whatever its weight, and NaN where it is no token. On a GPU each way
+is one kernel: written with tensor operations it is thirty, which together take as long as a pass
+over the logits.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, Self, cast
+
+import torch
+from torch import Tensor
+
+from vocab_parallel.sharded.backward import first_derivative_only
+from vocab_parallel.sharded.layout import IGNORED, OUT_OF_RANGE
+
+
+@dataclass(frozen=True)
+class TokenLoss:
+    """The loss of each of some tokens.
+
+    Attributes:
+        labels: [n] int32, marked.
+        weight: [n], or None.
+        smoothing: label_smoothing.
+        vocabulary: how many tokens it has.
+        z_loss: the weight of lse^2.
+        kernels: whether Triton's kernels work here.
+    """
+
+    labels: Tensor
+    weight: Tensor | None
+    smoothing: float
+    vocabulary: int
+    z_loss: float
+    kernels: bool
+
+    def __call__(self, statistics: Tensor) -> Tensor:
+        """Return the losses [n] of statistics [k, n], differentiable in these."""
+        return cast(Tensor, _TokenLoss.apply(statistics, self))
+
+    def of(self, tokens: slice) -> Self:
+        """Return that of some of the tokens."""
+        weight = None if self.weight is None else self.weight[tokens]
+        return replace(self, labels=self.labels[tokens], weight=weight)
+
+    def values(self, statistics: Tensor) -> Tensor:
+        """Return the losses [n] of statistics [k, n]: lse, target, and sum where it is read."""
+        if self.kernels:
+            from vocab_parallel.kernels.tokens import token_loss
+
+            return token_loss(statistics, self.labels, self.weight, **self._numbers())
+        ignored = self.labels == IGNORED
+        lse = statistics[0].masked_fill(ignored, 0.0)
+        loss = lse - (1.0 - self.smoothing) * statistics[1]
+        if self.smoothing:
+            loss -= self._share * statistics[2]
+        if self.z_loss:
+            loss += self.z_loss * lse.square()
+        if self.weight is not None:
+            loss = loss * self.weight
+        return loss.masked_fill_(ignored, 0.0).masked_fill_(self.labels == OUT_OF_RANGE, torch.nan)
+
+    def gradient(self, statistics: Tensor, upstream: Tensor) -> Tensor:
+        """Return what each statistic [k, n] receives where the losses receive ``upstream`` [n]."""
+        if self.kernels:
+            from vocab_parallel.kernels.tokens import token_loss_grad
+
+            return token_loss_grad(
+                statistics, self.labels, self.weight, upstream, **self._numbers()
+            )
+        unit = upstream if self.weight is None else upstream * self.weight
+        ignored = self.labels == IGNORED
+        unit = unit.masked_fill(ignored | (self.labels == OUT_OF_RANGE), 0.0)
+        grads = torch.zeros_like(statistics)
+        lse = statistics[0].masked_fill(ignored, 0.0)
+        grads[0] = unit * (1.0 + 2.0 * self.z_loss * lse)
+        grads[1] = -(1.0 - self.smoothing) * unit
+        if self.smoothing:
+            grads[2] = -self._share * unit
+        return grads
+
+    @property
+    def _share(self) -> float:
+        """How much of the smoothing each token of the vocabulary gets."""
+        return self.smoothing / self.vocabulary if self.smoothing else 0.0
+
+    def _numbers(self) -> dict[str, Any]:
+        return {
+            "smoothing": float(self.smoothing),
+            "smoothing_share": self._share,
+            "z_loss": float(self.z_loss),
+            "ignored": IGNORED,
+            "out_of_range": OUT_OF_RANGE,
+        }
+
+
+@dataclass(frozen=True)
+class ScalarLoss:
+    """The sum of the tokens' losses, over a divisor where there is one."""
+
+    tokens: TokenLoss
+    divisor: Tensor | int | None
+
+    def __call__(self, statistics: Tensor) -> Tensor:
+        """Return the loss of statistics [k, N], a number that is differentiable in these."""
+        loss = self.tokens(statistics).sum()
+        return loss if self.divisor is None else loss / self.divisor
+
+    def part(self, statistics: Tensor, tokens: slice) -> tuple[Tensor, Tensor]:
+        """Return what some tokens add to the loss, and what their statistics [k, n] receive.
+
+        Where the loss itself receives 1.
+        """
+        own = self.tokens.of(tokens)
+        loss = own.values(statistics).sum()
+        unit = torch.ones_like(loss)
+        if self.divisor is not None:
+            loss, unit = loss / self.divisor, unit / self.divisor
+        return loss, own.gradient(statistics, unit.expand(statistics.shape[1]))
+
+
+class _TokenLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, statistics: Tensor, loss: TokenLoss) -> Tensor:
+        ctx.save_for_backward(statistics)
+        ctx.loss = loss
+        return loss.values(statistics)
+
+    @staticmethod
+    @first_derivative_only
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        (statistics,) = ctx.saved_tensors
+        loss: TokenLoss = ctx.loss
+        return loss.gradient(statistics, upstream), None
