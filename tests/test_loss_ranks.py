@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tests.cases import Case, check_case
 from tests.ranks import run_ranks
-from vocab_parallel import pieces
+from vocab_parallel.sharded import exchange
 
 IMPLS = ("reference", "chunked")
 LAYOUTS = ("replicated", "sharded", "sequence")
@@ -68,7 +68,7 @@ def is_scalar(options: dict[str, Any]) -> bool:
 def check_named_cases(degree: int) -> None:
     # Several tiles on both sides, the last ones smaller; and several pieces to communicate.
     tiles = {"impl": "chunked", "chunk_tokens": 5, "chunk_rows": 2}
-    pieces._FEWEST_TOKENS = 3
+    exchange._FEWEST_TOKENS = 3
     for case in named_cases(degree):
         check_case(with_options(case, {"impl": "reference"}))
         for backward in ("recompute", "probs", "gradients"):
@@ -142,7 +142,7 @@ def check_drawn_cases(degree: int, examples: int, seed_value: int = 0) -> None:
         check_case(case)
 
     assert dist.get_world_size() == degree
-    pieces._FEWEST_TOKENS = 3
+    exchange._FEWEST_TOKENS = 3
     property_holds()
 
 

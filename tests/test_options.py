@@ -5,10 +5,10 @@ from itertools import pairwise
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from vocab_parallel.shard import VocabShard
 
 from vocab_parallel import VocabParallelOptions
 from vocab_parallel.options import ceiling_rows
+from vocab_parallel.sharded.rows import RankRows
 
 
 @given(st.integers(1, 300_000), st.integers(1, 64))
@@ -25,7 +25,7 @@ def test_alone() -> None:
 
 
 def test_padding_rows() -> None:
-    whole = VocabShard.from_options(VocabParallelOptions(0, 10, vocab_size=7))
+    whole = RankRows.from_options(VocabParallelOptions(0, 10, vocab_size=7))
     assert whole.num_token_rows == 7
 
 
@@ -33,7 +33,7 @@ def test_any_object_with_the_attributes() -> None:
     class Foreign:
         start, stop, group, reduce_e_grad = 0, 5, None, True
 
-    assert VocabShard.from_options(Foreign()).vocab_size == 5
+    assert RankRows.from_options(Foreign()).vocab_size == 5
     del Foreign.group
     with pytest.raises(ValueError, match="Foreign has no group"):
-        VocabShard.from_options(Foreign())
+        RankRows.from_options(Foreign())

@@ -41,6 +41,7 @@ class Setting:
     dtensor: bool = False
     impl: str = "auto"
     dtype: str = "float64"
+    adapter: bool = False  # the classifier is frozen, and has a LoRA adapter of PEFT's
 
     @property
     def num_stages(self) -> int:
@@ -82,13 +83,25 @@ class ToyStage(nn.Module):
 def toy_model(setting: Setting) -> nn.ModuleDict:
     torch.manual_seed(0)
     layers = {f"layer{i}": nn.Linear(HIDDEN, HIDDEN) for i in range(setting.num_stages)}
+    head: nn.Module = nn.Linear(HIDDEN, setting.vocabulary, bias=False)
     return nn.ModuleDict(
         {
             "embedding": nn.Embedding(setting.vocabulary, HIDDEN),
             **layers,
-            "head": nn.Linear(HIDDEN, setting.vocabulary, bias=False),
+            "head": adapted(head) if setting.adapter else head,
         }
     ).to(getattr(torch, setting.dtype))
+
+
+def adapted(linear: nn.Module) -> nn.Module:
+    """Freeze a linear layer beside a LoRA adapter that does something."""
+    from peft import LoraConfig
+    from peft.tuners.lora.layer import Linear
+
+    config = LoraConfig(r=3, lora_alpha=5, init_lora_weights=False)
+    layer = Linear(linear, "default", config, r=3, lora_alpha=5)
+    layer.base_layer.requires_grad_(False)
+    return layer
 
 
 def draw_batch(setting: Setting, columns: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -217,17 +230,25 @@ class Pipeline:
         for index, module in self.modules.items():
             for name, parameter in module.named_parameters():
                 gradient = parameter.grad
+                if self.setting.adapter and name == "head.weight":
+                    assert gradient is None, "it is frozen"
+                    continue
                 assert gradient is not None, (self.setting, index, name)
                 is_dtensor = isinstance(gradient, DTensor)
                 gradient = gradient.full_tensor() if is_dtensor else gradient
-                if name == "head.weight":
+                if name == "head.lora_B":
+                    want = expected["head"].lora_B["default"].weight.grad
+                    want = want[self.head.start : self.head.stop]
+                elif name == "head.weight":
                     want = expected["head"].weight.grad
                     want = want if is_dtensor else want[self.head.start : self.head.stop]
                 else:
                     if self.setting.layout != "replicated":
                         gradient = gradient.clone()
                         dist.all_reduce(gradient, group=self.groups.vocab_group)
-                    want = expected.get_parameter(name.replace("layer", f"layer{index}")).grad
+                    whole = name.replace("layer", f"layer{index}")
+                    whole = whole.replace("lora_A", "lora_A.default.weight")
+                    want = expected.get_parameter(whole).grad
                 errors[f"{index}.{name}"] = relative_error(gradient.cpu(), want)
         return errors
 
