@@ -29,7 +29,7 @@ PEERS_OF_ONE_GPU = ("cut-cross-entropy, one GPU", "liger, one GPU", "quack, one 
 
 
 @dataclass(frozen=True)
-class Problem:
+class Operands:
     """One shard: hidden states [T, D], rows [R, D] and targets [T]."""
 
     hidden: Tensor
@@ -41,37 +41,37 @@ class Problem:
         return found[0], found[1]
 
 
-def draw(tokens: int, hidden: int, rows: int, dtype: torch.dtype, device: torch.device) -> Problem:
-    """Draw a problem whose logits have a deviation of 1."""
+def draw(tokens: int, hidden: int, rows: int, dtype: torch.dtype, device: torch.device) -> Operands:
+    """Draw a set of operands whose logits have a deviation of 1."""
     torch.manual_seed(0)
     e = torch.randn(tokens, hidden, device=device).to(dtype)
     c = (torch.randn(rows, hidden, device=device) / hidden**0.5).to(dtype)
     targets = torch.randint(rows, (tokens,), device=device)
-    return Problem(e.requires_grad_(), c.requires_grad_(), targets)
+    return Operands(e.requires_grad_(), c.requires_grad_(), targets)
 
 
-def confident(problem: Problem) -> Problem:
-    """Return a problem whose every target has most of the probability: a trained model's."""
-    rows = problem.rows.detach()
-    toward = rows[problem.targets].float()
+def confident(operands: Operands) -> Operands:
+    """Return a set of operands whose every target has most of the probability: a trained model's."""
+    rows = operands.rows.detach()
+    toward = rows[operands.targets].float()
     toward *= 16.0 / toward.square().sum(1, keepdim=True)
-    hidden = (0.3 * problem.hidden.detach().float() + toward).to(rows.dtype)
-    return Problem(hidden.requires_grad_(), problem.rows, problem.targets)
+    hidden = (0.3 * operands.hidden.detach().float() + toward).to(rows.dtype)
+    return Operands(hidden.requires_grad_(), operands.rows, operands.targets)
 
 
-def floors(problem: Problem) -> dict[str, Contestant]:
+def floors(operands: Operands) -> dict[str, Contestant]:
     """Return the three products alone, in chunks of tokens; nothing between them, no allocation.
 
     Logits lie in lines of 128 bytes, and the rows beyond the last multiple of 128 go by
     themselves where cuBLAS would be slow: what a loss could do, too.
     """
-    num_tokens = problem.hidden.shape[0]
+    num_tokens = operands.hidden.shape[0]
     sizes = [size for size in FLOOR_CHUNKS if size <= num_tokens] or [num_tokens]
-    return {f"products, {size} tokens": _products(problem, size) for size in sizes}
+    return {f"products, {size} tokens": _products(operands, size) for size in sizes}
 
 
-def _products(problem: Problem, chunk: int) -> Contestant:
-    e, c = problem.hidden.detach(), problem.rows.detach()
+def _products(operands: Operands, chunk: int) -> Contestant:
+    e, c = operands.hidden.detach(), operands.rows.detach()
     num_rows = c.shape[0]
     main = num_rows // 128 * 128 if e.is_cuda and num_rows % 8 else num_rows
     blocks = [slice(0, main)] + ([slice(main, num_rows)] if main < num_rows else [])
@@ -99,41 +99,41 @@ def _products(problem: Problem, chunk: int) -> Contestant:
     return run
 
 
-def ours(problem: Problem, **options: Any) -> Contestant:
+def ours(operands: Operands, **options: Any) -> Contestant:
     """Return our loss with some options."""
-    return lambda: problem.gradients(
-        linear_cross_entropy(problem.hidden, problem.rows, problem.targets, **options)
+    return lambda: operands.gradients(
+        linear_cross_entropy(operands.hidden, operands.rows, operands.targets, **options)
     )
 
 
-def ours_into_main_grad(problem: Problem, **options: Any) -> Contestant:
+def ours_into_main_grad(operands: Operands, **options: Any) -> Contestant:
     """Return our loss with the rows' gradient added to a float32 accumulator."""
-    rows = problem.rows.detach().clone().requires_grad_()
+    rows = operands.rows.detach().clone().requires_grad_()
     rows.main_grad = torch.zeros_like(rows, dtype=torch.float32)  # type: ignore[attr-defined]
 
     def run() -> Gradients:
         loss = linear_cross_entropy(
-            problem.hidden, rows, problem.targets, accumulate_into="main_grad", **options
+            operands.hidden, rows, operands.targets, accumulate_into="main_grad", **options
         )
-        problem.hidden.grad = None
+        operands.hidden.grad = None
         loss.backward()  # type: ignore[union-attr]
-        assert problem.hidden.grad is not None
-        return problem.hidden.grad, rows.main_grad  # type: ignore[attr-defined]
+        assert operands.hidden.grad is not None
+        return operands.hidden.grad, rows.main_grad  # type: ignore[attr-defined]
 
     return run
 
 
-def materialised(problem: Problem, compiled: bool) -> Contestant:
+def materialised(operands: Operands, compiled: bool) -> Contestant:
     """Return torch's own loss over whole logits in float32."""
 
     def loss(e: Tensor, c: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(F.linear(e, c).float(), targets)
 
     chosen = torch.compile(loss) if compiled else loss
-    return lambda: problem.gradients(chosen(problem.hidden, problem.rows, problem.targets))
+    return lambda: operands.gradients(chosen(operands.hidden, operands.rows, operands.targets))
 
 
-def loss_parallel_logits(problem: Problem) -> Contestant:
+def loss_parallel_logits(operands: Operands) -> Contestant:
     """Return torch's loss over DTensor logits whose rows are sharded, as torchtitan's TP has it.
 
     The mesh has one rank, whose rows are a shard: what the other ranks' three all-reduces of [N]
@@ -143,26 +143,26 @@ def loss_parallel_logits(problem: Problem) -> Contestant:
     from torch.distributed.tensor import DTensor, Replicate, Shard
     from torch.distributed.tensor.parallel import loss_parallel
 
-    mesh = init_device_mesh(problem.hidden.device.type, (1,))
-    targets = DTensor.from_local(problem.targets, mesh, [Replicate()])
+    mesh = init_device_mesh(operands.hidden.device.type, (1,))
+    targets = DTensor.from_local(operands.targets, mesh, [Replicate()])
 
     def run() -> Gradients:
         with loss_parallel():
-            logits = F.linear(problem.hidden, problem.rows).float()
+            logits = F.linear(operands.hidden, operands.rows).float()
             sharded = DTensor.from_local(logits, mesh, [Shard(-1)])
             loss = F.cross_entropy(sharded, targets)
-            return problem.gradients(loss)
+            return operands.gradients(loss)
 
     return run
 
 
-def peers(problem: Problem) -> tuple[dict[str, Contestant], dict[str, str]]:
+def peers(operands: Operands) -> tuple[dict[str, Contestant], dict[str, str]]:
     """Return the peers that are installed and, for the others, why they are not here."""
     found: dict[str, Contestant] = {}
     missing: dict[str, str] = {}
     for name in (*PEERS_OF_A_GROUP, *PEERS_OF_ONE_GPU):
         try:
-            contestant = peer(problem, name)
+            contestant = peer(operands, name)
             contestant()  # some fail only when they run
             found[name] = contestant
         except Exception as error:
@@ -170,68 +170,68 @@ def peers(problem: Problem) -> tuple[dict[str, Contestant], dict[str, str]]:
     return found, missing
 
 
-def peer(problem: Problem, name: str) -> Contestant:
+def peer(operands: Operands, name: str) -> Contestant:
     """Return one peer's loss; ImportError where it is not installed."""
     group = dist.group.WORLD
     makers: dict[str, Callable[[], Contestant]] = {
-        "cut-cross-entropy cce": lambda: _cut_cross_entropy(problem, "cce", group),
-        "cut-cross-entropy cce_exact": lambda: _cut_cross_entropy(problem, "cce_exact", group),
-        "liger, tensor-parallel": lambda: _liger_parallel(problem, group),
-        "fla, process group": lambda: _fla(problem, group),
-        "cut-cross-entropy, one GPU": lambda: _cut_cross_entropy(problem, "cce", None),
-        "liger, one GPU": lambda: _liger(problem),
-        "quack, one GPU": lambda: _quack(problem),
+        "cut-cross-entropy cce": lambda: _cut_cross_entropy(operands, "cce", group),
+        "cut-cross-entropy cce_exact": lambda: _cut_cross_entropy(operands, "cce_exact", group),
+        "liger, tensor-parallel": lambda: _liger_parallel(operands, group),
+        "fla, process group": lambda: _fla(operands, group),
+        "cut-cross-entropy, one GPU": lambda: _cut_cross_entropy(operands, "cce", None),
+        "liger, one GPU": lambda: _liger(operands),
+        "quack, one GPU": lambda: _quack(operands),
     }
     return makers[name]()
 
 
-def _cut_cross_entropy(problem: Problem, impl: str, group: Any) -> Contestant:
+def _cut_cross_entropy(operands: Operands, impl: str, group: Any) -> Contestant:
     import cut_cross_entropy as package
 
     options = {}
     if group is not None:
-        shard = package.VocabParallelOptions(0, problem.rows.shape[0], group)
+        shard = package.VocabParallelOptions(0, operands.rows.shape[0], group)
         options = {"vocab_parallel_options": shard}
-    return lambda: problem.gradients(
+    return lambda: operands.gradients(
         package.linear_cross_entropy(
-            problem.hidden, problem.rows, problem.targets, impl=impl, **options
+            operands.hidden, operands.rows, operands.targets, impl=impl, **options
         )
     )
 
 
-def _liger_parallel(problem: Problem, group: Any) -> Contestant:
+def _liger_parallel(operands: Operands, group: Any) -> Contestant:
     from liger_kernel.transformers import functional
 
-    count = problem.targets.numel()
-    return lambda: problem.gradients(
+    count = operands.targets.numel()
+    return lambda: operands.gradients(
         functional.liger_fused_linear_scaled_cross_entropy_tp(
-            problem.hidden, problem.rows, problem.targets, group
+            operands.hidden, operands.rows, operands.targets, group
         ).sum()
         / count
     )
 
 
-def _liger(problem: Problem) -> Contestant:
+def _liger(operands: Operands) -> Contestant:
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
     loss = LigerFusedLinearCrossEntropyLoss()
-    return lambda: problem.gradients(loss(problem.rows, problem.hidden, problem.targets))
+    return lambda: operands.gradients(loss(operands.rows, operands.hidden, operands.targets))
 
 
-def _fla(problem: Problem, group: Any) -> Contestant:
+def _fla(operands: Operands, group: Any) -> Contestant:
     from fla.modules.fused_linear_cross_entropy import FusedLinearCrossEntropyLoss
 
     loss = FusedLinearCrossEntropyLoss(process_group=group)
-    return lambda: problem.gradients(
-        loss(problem.hidden[None], problem.targets[None], problem.rows)
+    return lambda: operands.gradients(
+        loss(operands.hidden[None], operands.targets[None], operands.rows)
     )
 
 
-def _quack(problem: Problem) -> Contestant:
+def _quack(operands: Operands) -> Contestant:
     from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
-    return lambda: problem.gradients(
+    return lambda: operands.gradients(
         chunked_linear_cross_entropy(
-            problem.hidden, problem.rows, problem.targets, reduction="mean"
+            operands.hidden, operands.rows, operands.targets, reduction="mean"
         )
     )

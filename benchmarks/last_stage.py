@@ -31,11 +31,11 @@ from rich.table import Table
 from tqdm import tqdm
 
 from benchmarks import contestants
-from benchmarks.contestants import Problem
+from benchmarks.contestants import Operands
+from benchmarks.cuts import Cut, cuts_of
 from benchmarks.measure import interleaved
 from benchmarks.plot import plot_last_stages
 from benchmarks.stages import Stage, measure_layers, measure_with_loss, release
-from benchmarks.ways import Way, ways_of
 from launch.planning.balance import layer_counts
 from launch.planning.hardware import Hardware
 from launch.planning.timeline import StageTimes, simulate
@@ -136,34 +136,34 @@ def study(
     case: Case, arguments: Arguments, hardware: Hardware, device: torch.device
 ) -> tuple[dict[str, Row], dict[str, str]]:
     """Measure one model's contestants; returns those that ran, and why others did not."""
-    ways, missing = ways_of(case.vocab, arguments.peers), {}
+    cuts, missing = cuts_of(case.vocab, arguments.peers), {}
     losses: dict[str, float] = {}
-    for name, way in ways.items():
+    for name, cut in cuts.items():
         try:
-            problem = _problem(case, way, arguments, device)
-            one = interleaved({name: way.make(problem)}, device=device, rounds=arguments.rounds)
+            operands = _operands(case, cut, arguments, device)
+            one = interleaved({name: cut.make(operands)}, device=device, rounds=arguments.rounds)
             losses[name] = one[name].milliseconds
         except Exception as error:
             missing[name] = f"{type(error).__name__}: {str(error).strip()[:160]}"
-        problem = None
+        operands = None
         release(device)
     layer = {
         degree: _layer_milliseconds(case, degree, arguments, device)
-        for degree in {way.degree for way in ways.values()}
+        for degree in {cut.degree for cut in cuts.values()}
     }
     found = {
         name: _measure(
-            case, ways[name], loss, layer[ways[name].degree], arguments, hardware, device
+            case, cuts[name], loss, layer[cuts[name].degree], arguments, hardware, device
         )
         for name, loss in tqdm(losses.items(), desc=case.name, leave=False)
     }
     return found, missing
 
 
-def _problem(case: Case, way: Way, arguments: Arguments, device: torch.device) -> Problem:
+def _operands(case: Case, cut: Cut, arguments: Arguments, device: torch.device) -> Operands:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    rows = -(-case.config["vocab_size"] // way.shards)
-    tokens = way.columns * arguments.sequence
+    rows = -(-case.config["vocab_size"] // cut.shards)
+    tokens = cut.columns * arguments.sequence
     return contestants.draw(tokens, case.config["hidden_size"], rows, dtype, device)
 
 
@@ -181,7 +181,7 @@ def _layer_milliseconds(
 
 def _measure(
     case: Case,
-    way: Way,
+    cut: Cut,
     loss: float,
     layer: float,
     arguments: Arguments,
@@ -189,15 +189,15 @@ def _measure(
     device: torch.device,
 ) -> Row:
     counts = layer_counts(case.config["num_hidden_layers"], case.pipeline, loss / layer)
-    options: dict[str, Any] = {"degree": way.degree, "again": case.again}
-    problem = _problem(case, way, arguments, device)
+    options: dict[str, Any] = {"degree": cut.degree, "again": case.again}
+    operands = _operands(case, cut, arguments, device)
     stage = Stage(case.config, counts[-1], arguments.sequence, device, **options)
-    last = measure_with_loss(stage, problem, way.make(problem), device, arguments.rounds)
-    del stage, problem
+    last = measure_with_loss(stage, operands, cut.make(operands), device, arguments.rounds)
+    del stage, operands
     release(device)
-    microbatches = arguments.microbatches * (case.vocab if way.same else 1)
+    microbatches = arguments.microbatches * (case.vocab if cut.same else 1)
     rows = case.config["vocab_size"]
-    if way.degree > 1 or (case.config["tie_word_embeddings"] and way.shards > 1):
+    if cut.degree > 1 or (case.config["tie_word_embeddings"] and cut.shards > 1):
         rows = -(-rows // case.vocab)  # the embedding is cut as the classifier is
     stage = Stage(
         case.config, counts[0], arguments.sequence, device, embedding_rows=rows, **options
@@ -205,8 +205,8 @@ def _measure(
     first = measure_layers(stage, min(case.pipeline, microbatches), device, arguments.rounds)
     del stage
     release(device)
-    links = [_link_milliseconds(case, way, count, arguments, hardware) for count in counts]
-    links[-1] += _loss_link_milliseconds(case, way, arguments, hardware)
+    links = [_link_milliseconds(case, cut, count, arguments, hardware) for count in counts]
+    links[-1] += _loss_link_milliseconds(case, cut, arguments, hardware)
     per_layer = first.milliseconds / counts[0]
     stage_times = [count * per_layer for count in counts[:-1]] + [last.milliseconds]
     seconds = [(own + link) / 1e3 for own, link in zip(stage_times, links, strict=True)]
@@ -230,25 +230,25 @@ def _measure(
 
 
 def _link_milliseconds(
-    case: Case, way: Way, layers: int, arguments: Arguments, hardware: Hardware
+    case: Case, cut: Cut, layers: int, arguments: Arguments, hardware: Hardware
 ) -> float:
     """Four all-reduces of [N, D] a tensor-parallel layer, two more where it runs again."""
-    if way.degree == 1:
+    if cut.degree == 1:
         return 0.0
     calls = layers * (6 if case.again else 4)
     size = arguments.sequence * case.config["hidden_size"] * 2
-    return 1e3 * calls * 2 * (1 - 1 / way.degree) * size / hardware.link_bytes
+    return 1e3 * calls * 2 * (1 - 1 / cut.degree) * size / hardware.link_bytes
 
 
 def _loss_link_milliseconds(
-    case: Case, way: Way, arguments: Arguments, hardware: Hardware
+    case: Case, cut: Cut, arguments: Arguments, hardware: Hardware
 ) -> float:
     """Hidden states gathered and their float32 gradient scattered, or that gradient summed."""
-    if way.shards == 1:
+    if cut.shards == 1:
         return 0.0
-    share = (1 - 1 / way.shards) * arguments.sequence * case.config["hidden_size"]
-    moved = share * way.columns * (2 + 4) if way.columns > 1 else share * 2 * 4
-    if way.degree > 1:  # torch sums a bfloat16 gradient
+    share = (1 - 1 / cut.shards) * arguments.sequence * case.config["hidden_size"]
+    moved = share * cut.columns * (2 + 4) if cut.columns > 1 else share * 2 * 4
+    if cut.degree > 1:  # torch sums a bfloat16 gradient
         moved = share * 2 * 2
     return 1e3 * moved / hardware.link_bytes
 

@@ -25,7 +25,7 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks import contestants
-from benchmarks.contestants import Contestant, Problem
+from benchmarks.contestants import Contestant, Operands
 from benchmarks.measure import Measurement, interleaved
 
 MIB = 2**20
@@ -88,8 +88,8 @@ def main() -> None:
     }
     for shape in arguments.shapes or (GPU_SHAPES if on_gpu else CPU_SHAPES):
         hidden, rows = (int(side) for side in shape.split("x"))
-        problem = contestants.draw(tokens, hidden, rows, dtype, device)
-        found, missing = _measure(problem, arguments, device)
+        operands = contestants.draw(tokens, hidden, rows, dtype, device)
+        found, missing = _measure(operands, arguments, device)
         _print_table(shape, tokens, found, missing)
         document["shapes"][shape] = {
             "rows": {name: asdict(row) for name, row in found.items()},
@@ -97,7 +97,7 @@ def main() -> None:
         }
         if arguments.out is not None:  # a run that is cut leaves what it has found
             arguments.out.write_text(json.dumps(document) + "\n")
-        del problem
+        del operands
         if on_gpu:
             torch.cuda.empty_cache()
     if arguments.plot is not None:
@@ -109,9 +109,9 @@ def main() -> None:
 
 
 def _measure(
-    problem: Problem, arguments: Arguments, device: torch.device
+    operands: Operands, arguments: Arguments, device: torch.device
 ) -> tuple[dict[str, Row], dict[str, str]]:
-    entered, missing = _entries(problem, arguments, device)
+    entered, missing = _entries(operands, arguments, device)
     found = interleaved(entered, device=device, rounds=arguments.rounds)
     floor = min(one.milliseconds for name, one in found.items() if name.startswith("products"))
     table = {}
@@ -120,11 +120,11 @@ def _measure(
             one.milliseconds,
             one.spread,
             one.milliseconds / floor,
-            _memory(name, one, problem),
+            _memory(name, one, operands),
         )
-    elements = problem.hidden.shape[0] * problem.rows.shape[0]
+    elements = operands.hidden.shape[0] * operands.rows.shape[0]
     if arguments.errors and elements <= MOST_LOGITS_FOR_ERRORS:
-        for kind, case in (("random", problem), ("confident", contestants.confident(problem))):
+        for kind, case in (("random", operands), ("confident", contestants.confident(operands))):
             exact = _exact_gradients(case)
             same, _ = _entries(case, arguments, device)
             for name, contestant in same.items():
@@ -134,71 +134,73 @@ def _measure(
 
 
 def _entries(
-    problem: Problem, arguments: Arguments, device: torch.device
+    operands: Operands, arguments: Arguments, device: torch.device
 ) -> tuple[dict[str, Contestant], dict[str, str]]:
-    num_tokens = problem.hidden.shape[0]
-    entered = contestants.floors(problem)
-    entered["ours, probs"] = contestants.ours(problem, backward="probs")
+    num_tokens = operands.hidden.shape[0]
+    entered = contestants.floors(operands)
+    entered["ours, probs"] = contestants.ours(operands, backward="probs")
     entered["ours, gradients"] = contestants.ours(
-        problem, backward="gradients", chunk_tokens=num_tokens
+        operands, backward="gradients", chunk_tokens=num_tokens
     )
     entered["ours, recompute"] = contestants.ours(
-        problem, backward="recompute", memory_budget=64 * MIB
+        operands, backward="recompute", memory_budget=64 * MIB
     )
     if arguments.curve:
         for budget in (16, 32, 128):
             entered[f"ours, recompute {budget} MiB"] = contestants.ours(
-                problem, backward="recompute", memory_budget=budget * MIB
+                operands, backward="recompute", memory_budget=budget * MIB
             )
         for budget in (64, 128, 256, 512):
             entered[f"ours, auto {budget} MiB"] = contestants.ours(
-                problem, memory_budget=budget * MIB
+                operands, memory_budget=budget * MIB
             )
         for chunk in (num_tokens // 8, num_tokens // 4, num_tokens // 2):
             entered[f"ours, gradients {chunk} tokens"] = contestants.ours(
-                problem, backward="gradients", chunk_tokens=chunk
+                operands, backward="gradients", chunk_tokens=chunk
             )
     entered["ours, probs into main_grad"] = contestants.ours_into_main_grad(
-        problem, backward="probs"
+        operands, backward="probs"
     )
     entered["ours, gradients into main_grad"] = contestants.ours_into_main_grad(
-        problem, backward="gradients", chunk_tokens=num_tokens // 2
+        operands, backward="gradients", chunk_tokens=num_tokens // 2
     )
-    entered["eager, materialised"] = contestants.materialised(problem, compiled=False)
+    entered["eager, materialised"] = contestants.materialised(operands, compiled=False)
     missing: dict[str, str] = {}
     if hasattr(torch.nn, "LinearCrossEntropyOptions"):
         options = torch.nn.LinearCrossEntropyOptions()
-        entered["torch F.linear_cross_entropy"] = lambda: problem.gradients(
-            F.linear_cross_entropy(problem.hidden, problem.rows, problem.targets, options=options)
+        entered["torch F.linear_cross_entropy"] = lambda: operands.gradients(
+            F.linear_cross_entropy(
+                operands.hidden, operands.rows, operands.targets, options=options
+            )
         )
     if arguments.peers and device.type == "cuda":
-        entered["torch.compile, materialised"] = contestants.materialised(problem, compiled=True)
-        others, missing = contestants.peers(problem)
+        entered["torch.compile, materialised"] = contestants.materialised(operands, compiled=True)
+        others, missing = contestants.peers(operands)
         entered |= others
     return entered, missing
 
 
-def _memory(name: str, one: Measurement, problem: Problem) -> int | None:
+def _memory(name: str, one: Measurement, operands: Operands) -> int | None:
     """Take the returned gradients off the peak; an accumulator was there before."""
     if name.startswith("products"):
         return None
-    returned = problem.hidden.nbytes
+    returned = operands.hidden.nbytes
     if "main_grad" not in name:
-        returned += problem.rows.nbytes
+        returned += operands.rows.nbytes
     return one.peak - returned
 
 
-def _exact_gradients(problem: Problem) -> tuple[Tensor, Tensor]:
+def _exact_gradients(operands: Operands) -> tuple[Tensor, Tensor]:
     """Compute in float64, some tokens at a time."""
-    count = problem.targets.numel()
-    rows = problem.rows.detach().double()
-    hidden_grad = torch.empty_like(problem.hidden, dtype=torch.float64)
+    count = operands.targets.numel()
+    rows = operands.rows.detach().double()
+    hidden_grad = torch.empty_like(operands.hidden, dtype=torch.float64)
     rows_grad = torch.zeros_like(rows)
     for start in range(0, count, 1024):
         own = slice(start, start + 1024)
-        hidden = problem.hidden.detach()[own].double()
+        hidden = operands.hidden.detach()[own].double()
         logits_grad = torch.softmax(hidden @ rows.T, 1)
-        target = problem.targets[own].unsqueeze(1)
+        target = operands.targets[own].unsqueeze(1)
         # 1 - p of a confident token, without cancellation
         others = logits_grad.scatter(1, target, 0.0).sum(1, keepdim=True)
         logits_grad.scatter_(1, target, -others).div_(count)

@@ -17,8 +17,8 @@ from rich.table import Table
 
 from benchmarks.measure import interleaved
 from vocab_parallel.kernels.logits_gradient import logits_gradient
-from vocab_parallel.kernels.row_statistics import row_statistics
-from vocab_parallel.local.plan import padded
+from vocab_parallel.kernels.logits_statistics import logits_statistics
+from vocab_parallel.local.backward_plan import padded
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def _passes(
 
     return {
         "statistics": (
-            lambda: row_statistics(
+            lambda: logits_statistics(
                 logits, None, targets, 0, statistics, names,
                 (None, 1.0), first=True,
             ),

@@ -9,7 +9,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 MIB = 2**20
-WAYS = ("recompute", "gradients", "probs", "auto")
+BACKWARDS = ("recompute", "gradients", "probs", "auto")
 
 
 def plot_time_over_memory(document: dict[str, Any], path: Path) -> None:
@@ -40,7 +40,7 @@ def plot_time_over_memory(document: dict[str, Any], path: Path) -> None:
 
 
 def _draw_shard(axis: Any, rows: dict[str, Any]) -> None:
-    for way in WAYS:
+    for way in BACKWARDS:
         points = sorted(
             (max(row["memory"], MIB) / MIB, row["over_floor"])
             for name, row in rows.items()

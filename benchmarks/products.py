@@ -17,10 +17,10 @@ from rich.table import Table
 
 from benchmarks.measure import interleaved
 from vocab_parallel.kernels.logits_gradient import logits_gradient
+from vocab_parallel.kernels.logits_statistics import logits_statistics
 from vocab_parallel.kernels.product_gradient import product_gradient
 from vocab_parallel.kernels.product_statistics import product_statistics
-from vocab_parallel.kernels.row_statistics import row_statistics
-from vocab_parallel.local.plan import padded
+from vocab_parallel.local.backward_plan import padded
 from vocab_parallel.local.tile_ops import put_product
 
 
@@ -106,7 +106,7 @@ def contestants(
             product_statistics(e, c, None, targets, out, names, None, plain)
         else:
             torch.mm(e, c.T, out=logits)
-            row_statistics(logits, None, targets, 0, out, names, plain, first=True)
+            logits_statistics(logits, None, targets, 0, out, names, plain, first=True)
         return out
 
     def tile_gradient(*, in_one: bool) -> object:

@@ -34,7 +34,7 @@ from launch.planning.hardware import Hardware
 from vocab_parallel import plan_backward
 
 MIB = 2**20
-WAYS = ("recompute", "probs")
+BACKWARDS = ("recompute", "probs")
 
 
 @dataclass(frozen=True)
@@ -107,11 +107,11 @@ def scale(
     contestants, predicted, shapes = {}, {}, {}
     for degree in arguments.degrees:
         rows = -(-head.vocabulary // degree)
-        problem = draw(arguments.tokens, head.hidden, rows, dtype, device)
-        for way in WAYS:
+        operands = draw(arguments.tokens, head.hidden, rows, dtype, device)
+        for way in BACKWARDS:
             name = f"{way}, V = {degree}"
             shapes[name] = (way, degree, rows)
-            contestants[name] = ours(problem, backward=way)
+            contestants[name] = ours(operands, backward=way)
             plan = plan_backward(
                 arguments.tokens, rows, head.hidden, dtype, backward=way, device_type=device.type
             )
@@ -119,7 +119,7 @@ def scale(
                 plan, arguments.tokens, rows, head.hidden, dtype.itemsize, hardware
             )
     measured = interleaved(contestants, device=device, rounds=arguments.rounds)
-    whole = {way: measured[f"{way}, V = {arguments.degrees[0]}"].milliseconds for way in WAYS}
+    whole = {way: measured[f"{way}, V = {arguments.degrees[0]}"].milliseconds for way in BACKWARDS}
     found = []
     for name, (way, degree, rows) in shapes.items():
         milliseconds = measured[name].milliseconds

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
-from benchmarks.contestants import Contestant, Problem
+from benchmarks.contestants import Contestant, Operands
 from benchmarks.measure import peak_of
 from launch.planning.timing import busy_work, time_of
 
@@ -101,29 +101,29 @@ def measure_layers(
 
 
 def measure_with_loss(
-    stage: Stage, problem: Problem, loss: Contestant, device: torch.device, rounds: int
+    stage: Stage, operands: Operands, loss: Contestant, device: torch.device, rounds: int
 ) -> StageMeasurement:
     """Measure the last stage under 1F1B: one microbatch at a time, the rows' gradient added up.
 
-    The problem's hidden states are those of all columns in a gathering layout; this stage's are
+    The operands's hidden states are those of all columns in a gathering layout; this stage's are
     the first of them.
     """
-    state = _state_of(problem.rows)
-    rows_grad = problem.rows.grad
+    state = _state_of(operands.rows)
+    rows_grad = operands.rows.grad
     assert rows_grad is not None
 
     def microbatch() -> None:
         hidden = stage.forward()
         own = hidden.shape[0]
         with torch.no_grad():
-            problem.hidden[:own].copy_(hidden)
+            operands.hidden[:own].copy_(hidden)
         hidden_grad, added = loss()
         rows_grad.add_(added)
         del added
         hidden.backward(hidden_grad[:own])
 
     found = _measure(microbatch, microbatch, device, rounds)
-    problem.rows.grad = None
+    operands.rows.grad = None
     del state
     return found
 

@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks import contestants
 from vocab_parallel import VocabParallelOptions, linear_cross_entropy
 
-KINDS = {"nccl": "collective", "_row_statistics": "pass", "_logits_gradient": "pass"}
+KINDS = {"nccl": "collective", "_logits_statistics": "pass", "_logits_gradient": "pass"}
 PRODUCTS = ("nvjet", "gemm", "cutlass")
 
 
@@ -58,19 +58,19 @@ def main() -> None:
     device = torch.device("cuda", 0)
     dist.init_process_group("nccl", timeout=timedelta(seconds=55), device_id=device)
     options = VocabParallelOptions.from_vocab(arguments.vocabulary)
-    problem = contestants.draw(
+    operands = contestants.draw(
         arguments.tokens, arguments.hidden, arguments.vocabulary, torch.bfloat16, device
     )
-    rows = problem.rows.detach()[options.start : options.stop].clone().requires_grad_()
+    rows = operands.rows.detach()[options.start : options.stop].clone().requires_grad_()
     traces = {}
     for overlap in (True, False):
 
         def step(overlap: bool = overlap) -> None:
             loss = linear_cross_entropy(
-                problem.hidden, rows, problem.targets, vocab_parallel_options=options,
+                operands.hidden, rows, operands.targets, vocab_parallel_options=options,
                 backward="probs", overlap=overlap,
             )  # fmt: skip
-            torch.autograd.grad(loss, (problem.hidden, rows))  # type: ignore[arg-type]
+            torch.autograd.grad(loss, (operands.hidden, rows))  # type: ignore[arg-type]
 
         step()
         torch.cuda.synchronize()

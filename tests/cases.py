@@ -19,7 +19,7 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 4e-3}
 
 @dataclass(frozen=True)
 class Case:
-    """A problem, drawn from its seed, and the options of one call.
+    """Operands, drawn from a seed, and the options of one call.
 
     Attributes:
         batch, length, hidden: the shape of the hidden states: of one rank's in the "sharded"
@@ -55,8 +55,8 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Problem:
-    """The whole problem of a case, equal on every rank."""
+class Operands:
+    """The whole of a case, equal on every rank."""
 
     e: Tensor  # (columns, batch, length, D); one column but in the "sharded" layout
     c: Tensor
@@ -66,8 +66,8 @@ class Problem:
     upstream: Tensor  # a gradient for each token of (columns, batch, length)
 
 
-def draw(case: Case, degree: int) -> Problem:
-    """Draw the whole problem; every rank draws the same."""
+def draw(case: Case, degree: int) -> Operands:
+    """Draw the whole of a case; every rank draws the same."""
     generator = torch.Generator().manual_seed(case.seed)
     columns = degree if case.options.get("hidden_layout") == "sharded" else 1
     shape = (columns, case.batch, case.length)
@@ -90,7 +90,7 @@ def draw(case: Case, degree: int) -> Problem:
     targets = torch.tensor(allowed)[picks].to(getattr(torch, case.label_dtype))
     dropped = torch.rand(shape, generator=generator) < case.ignored
     targets[dropped] = case.options.get("ignore_index", -100)
-    return Problem(
+    return Operands(
         e=normal(*shape, case.hidden) * case.scale,
         c=normal(total, case.hidden),
         targets=targets,
@@ -152,7 +152,7 @@ def _row_range(case: Case, rank: int) -> tuple[int, int]:
     return start, start + case.rows[rank]
 
 
-def _expected(case: Case, whole: Problem) -> dict[str, Tensor]:
+def _expected(case: Case, whole: Operands) -> dict[str, Tensor]:
     e, c = (tensor.double().clone().requires_grad_() for tensor in (whole.e, whole.c))
     bias = None if whole.bias is None else whole.bias.double().clone().requires_grad_()
     skipped = (
@@ -186,7 +186,7 @@ def _expected(case: Case, whole: Problem) -> dict[str, Tensor]:
     return found if bias is None else {**found, "bias": _grad(bias)}
 
 
-def _actual(case: Case, whole: Problem, group: dist.ProcessGroup | None) -> dict[str, Tensor]:
+def _actual(case: Case, whole: Operands, group: dist.ProcessGroup | None) -> dict[str, Tensor]:
     rank, degree = dist.get_rank(group), dist.get_world_size(group)
     device = rank_device()
     start, stop = _row_range(case, rank)

@@ -11,8 +11,8 @@ from tests.oracle import oracle, relative_error
 from tests.ranks import run_ranks
 from vocab_parallel import linear_cross_entropy, plan_backward
 from vocab_parallel.local import tile_ops
+from vocab_parallel.local.backward_plan import BackwardPlan, TileShape
 from vocab_parallel.local.interface import Shard, Transform
-from vocab_parallel.local.plan import BackwardPlan, TileShape
 from vocab_parallel.local.statistics import StatisticNames, Statistics
 from vocab_parallel.local.tile_ops import TileOps, TritonOps
 from vocab_parallel.sharded.layout import IGNORED, OUT_OF_RANGE, mark_labels

@@ -21,7 +21,7 @@ from vocab_parallel import (
 IMPLS = ("chunked", "reference")
 
 
-def problem(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+def drawn(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     torch.manual_seed(seed)
     e = torch.randn(2, 5, 4, dtype=torch.float64, requires_grad=True)
     c = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
@@ -29,7 +29,7 @@ def problem(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def test_options_may_be_left_out() -> None:
-    e, c, targets = problem()
+    e, c, targets = drawn()
     whole = linear_cross_entropy(e, c, targets)
     same = linear_cross_entropy(
         e, c, targets, vocab_parallel_options=VocabParallelOptions.from_vocab(7)
@@ -40,7 +40,7 @@ def test_options_may_be_left_out() -> None:
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_gradcheck(impl: str) -> None:
-    e, c, targets = problem()
+    e, c, targets = drawn()
     bias = torch.randn(7, dtype=torch.float64, requires_grad=True)
 
     def loss(*leaves: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,7 +55,7 @@ def test_gradcheck(impl: str) -> None:
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("needs", [(True, False), (False, True)])
 def test_a_gradient_that_is_not_needed(impl: str, needs: tuple[bool, bool]) -> None:
-    e, c, targets = problem()
+    e, c, targets = drawn()
     full = torch.autograd.grad(linear_cross_entropy(e, c, targets, impl=impl), (e, c))
     e, c = e.detach().requires_grad_(needs[0]), c.detach().requires_grad_(needs[1])
     linear_cross_entropy(e, c, targets, impl=impl).backward()
@@ -65,7 +65,7 @@ def test_a_gradient_that_is_not_needed(impl: str, needs: tuple[bool, bool]) -> N
 
 def product_flops(impl: str, needs: tuple[bool, bool], backward: str) -> tuple[int, int]:
     """Count the flops of the products of a forward and of its backward."""
-    e, c, targets = problem()
+    e, c, targets = drawn()
     e, c = e.detach().requires_grad_(needs[0]), c.detach().requires_grad_(needs[1])
     with ProductRecorder() as before:
         loss = linear_cross_entropy(e, c, targets, impl=impl, backward=backward)
@@ -90,7 +90,7 @@ def test_a_skipped_product_is_not_computed(impl: str) -> None:
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_backward_twice_and_any_grad_output(impl: str) -> None:
-    e, c, targets = problem()
+    e, c, targets = drawn()
     loss = linear_cross_entropy(e, c, targets, impl=impl)
     assert isinstance(loss, Tensor)
     once = torch.autograd.grad(loss, (e, c), retain_graph=True)
@@ -100,7 +100,7 @@ def test_backward_twice_and_any_grad_output(impl: str) -> None:
 
 
 def test_no_grad() -> None:
-    e, c, targets = problem()
+    e, c, targets = drawn()
     with torch.no_grad():
         loss = linear_cross_entropy(e, c, targets)
     assert not loss.requires_grad
@@ -109,7 +109,7 @@ def test_no_grad() -> None:
 def test_torch_compile() -> None:
     if available_impls()["torch_compile"] != "ready":
         pytest.skip(available_impls()["torch_compile"])
-    e, c, targets = problem()
+    e, c, targets = drawn()
     found = [
         torch.autograd.grad(
             linear_cross_entropy(e, c, targets, softcap=3.0, shift=1, impl=impl),
@@ -123,7 +123,7 @@ def test_torch_compile() -> None:
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_all_ignored(impl: str) -> None:
-    e, c, targets = problem()
+    e, c, targets = drawn()
     loss = linear_cross_entropy(e, c, torch.full_like(targets, -100), impl=impl)
     assert loss.detach() == 0.0
     for gradient in torch.autograd.grad(loss, (e, c)):
@@ -134,7 +134,7 @@ def test_all_ignored(impl: str) -> None:
 @pytest.mark.parametrize("masked", [slice(5, 7), slice(0, 2)])
 def test_masked_rows_by_bias(impl: str, masked: slice) -> None:
     """A bias of -inf removes a row, as it does from a softmax: whole tiles of them, too."""
-    e, c, targets = problem()
+    e, c, targets = drawn()
     targets = targets % 3 + 2
     bias = torch.zeros(7, dtype=torch.float64)
     bias[masked] = -torch.inf
@@ -162,7 +162,7 @@ def test_a_nan_is_never_hidden(impl: str, backward: str, where: str) -> None:
     """A NaN in the hidden states or in a row that is nobody's target is in loss and gradients."""
     if impl == "reference" and backward not in ("auto", "recompute"):
         pytest.skip("the reference recomputes")
-    e, c, targets = problem()
+    e, c, targets = drawn()
     with torch.no_grad():
         if where == "e":
             e[0, 3, 1] = torch.nan
@@ -178,7 +178,7 @@ def test_a_nan_is_never_hidden(impl: str, backward: str, where: str) -> None:
 @pytest.mark.parametrize("impl", IMPLS)
 def test_an_ignored_target_counts_for_nothing(impl: str) -> None:
     """Whatever its weight is: a NaN times 0 is not 0."""
-    e, c, targets = problem()
+    e, c, targets = drawn()
     targets[0, 1] = -100
     weight = torch.rand(2, 5, dtype=torch.float64)
     expected = linear_cross_entropy(e, c, targets, token_weight=weight, impl=impl)
@@ -193,7 +193,7 @@ def test_an_ignored_target_counts_for_nothing(impl: str) -> None:
 
 def test_a_divisor_of_one_element() -> None:
     """A tensor of shape [1] makes no loss of that shape."""
-    e, c, targets = problem()
+    e, c, targets = drawn()
     loss = linear_cross_entropy(e, c, targets, num_valid_tokens=torch.tensor([20]))
     assert isinstance(loss, Tensor)
     assert loss.shape == ()
@@ -209,7 +209,7 @@ def test_a_divisor_of_one_element() -> None:
 
 
 def test_autocast() -> None:
-    e, c, targets = (t.detach().float() if t.is_floating_point() else t for t in problem())
+    e, c, targets = (t.detach().float() if t.is_floating_point() else t for t in drawn())
     e.requires_grad_()
     c.requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
@@ -230,14 +230,14 @@ def test_a_target_that_nobody_checked_is_nan() -> None:
     assert marked.tolist() == [0, 6, -2, -2, -1, -2]
     losses = TokenLoss(marked, None, 0.0, 7, 0.0, kernels=False)(torch.randn(2, 6))
     assert losses.isnan().tolist() == [False, False, True, True, False, True]
-    e, c, targets = problem()
+    e, c, targets = drawn()
     with pytest.raises(ValueError, match=r"targets must lie in \[0, 7\)"):
         linear_cross_entropy(e, c, targets + 2)
 
 
 def test_transforms() -> None:
     """What autograd has beside a backward: each is right, or refused in words."""
-    e, c, targets = problem()
+    e, c, targets = drawn()
     loss = linear_cross_entropy(e, c, targets)
     expected = torch.autograd.grad(loss, (e, c))
     with torch.inference_mode():
@@ -268,7 +268,7 @@ def test_transforms() -> None:
 
 def test_float16_with_a_grad_scaler() -> None:
     """A scaled loss in float16 gives the gradients of the unscaled one, scaled."""
-    e, c, targets = problem()
+    e, c, targets = drawn()
     half = [t.detach().half().requires_grad_() for t in (e, c)]
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     for backward in ("recompute", "probs", "auto"):

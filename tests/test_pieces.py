@@ -12,7 +12,7 @@ from tests.recording import CollectiveRecorder
 from vocab_parallel import VocabParallelOptions, linear_cross_entropy
 from vocab_parallel.sharded import exchange
 
-WAYS = ("recompute", "probs", "gradients")
+BACKWARDS = ("recompute", "probs", "gradients")
 
 
 def check_overlap() -> None:
@@ -26,7 +26,7 @@ def check_overlap() -> None:
     found: dict[Any, tuple[Tensor, ...]] = {}
     for fewest in (2048, 3):
         exchange._FEWEST_TOKENS = fewest
-        for backward in WAYS:
+        for backward in BACKWARDS:
             for overlap in (True, False):
                 e = given.clone().requires_grad_()
                 c = whole[options.start : options.stop].clone().requires_grad_()

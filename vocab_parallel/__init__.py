@@ -10,7 +10,7 @@ from vocab_parallel.evaluation import (
     predict,
     score_tokens,
 )
-from vocab_parallel.local.plan import BackwardPlan, plan_backward
+from vocab_parallel.local.backward_plan import BackwardPlan, plan_backward
 from vocab_parallel.local.registry import available_impls
 from vocab_parallel.loss import linear_cross_entropy, token_logprobs
 from vocab_parallel.modules.classifier import VocabParallelClassifier

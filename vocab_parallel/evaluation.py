@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from vocab_parallel.collectives import VocabGroup
-from vocab_parallel.local.plan import budget_bytes
+from vocab_parallel.local.backward_plan import budget_bytes
 from vocab_parallel.local.statistics import accumulation_dtype
 from vocab_parallel.local.top_k import merge_top_k, top_k_of_shard
 from vocab_parallel.loss import token_logprobs

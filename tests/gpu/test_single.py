@@ -13,7 +13,7 @@ from vocab_parallel import available_impls, linear_cross_entropy
 IMPLS = ("chunked", "reference", "cce", "cce_exact")
 
 
-def problem(dtype: torch.dtype, tokens: int = 300, rows: int = 1777, hidden: int = 136) -> Any:
+def drawn(dtype: torch.dtype, tokens: int = 300, rows: int = 1777, hidden: int = 136) -> Any:
     torch.manual_seed(0)
     e = torch.randn(tokens, hidden, device="cuda").to(dtype).requires_grad_()
     c = torch.randn(rows, hidden, device="cuda").div(hidden**0.5).to(dtype).requires_grad_()
@@ -25,7 +25,7 @@ def problem(dtype: torch.dtype, tokens: int = 300, rows: int = 1777, hidden: int
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("impl", IMPLS)
 def test_no_synchronisation(impl: str) -> None:
-    e, c, targets = problem(torch.bfloat16)
+    e, c, targets = drawn(torch.bfloat16)
     linear_cross_entropy(e, c, targets, impl=impl, shift=1).backward()  # compiles
     try:
         torch.cuda.set_sync_debug_mode("error")
@@ -40,7 +40,7 @@ def test_no_synchronisation(impl: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_half_precision(impl: str, dtype: torch.dtype, softcap: float | None) -> None:
-    e, c, targets = problem(dtype)
+    e, c, targets = drawn(dtype)
     wide_e, wide_c = e.detach().double().requires_grad_(), c.detach().double().requires_grad_()
 
     def eager(e: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
@@ -66,7 +66,7 @@ def test_one_rank_has_every_impl() -> None:
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_all_ignored(impl: str) -> None:
-    e, c, targets = problem(torch.bfloat16)
+    e, c, targets = drawn(torch.bfloat16)
     linear_cross_entropy(e, c, torch.full_like(targets, -100), impl=impl).backward()
     assert not e.grad.any()
     assert not c.grad.any()
@@ -77,7 +77,7 @@ def test_tf32_is_the_callers_choice(impl: str) -> None:
     """float32 products are exact unless torch was told to use TF32, and then near it."""
     errors = []
     for precision in ("highest", "high"):
-        e, c, targets = problem(torch.float32, hidden=512)
+        e, c, targets = drawn(torch.float32, hidden=512)
         wide = [t.detach().double().requires_grad_() for t in (e, c)]
         torch.set_float32_matmul_precision("highest")
         exact = torch.autograd.grad(F.cross_entropy(wide[0] @ wide[1].T, targets), wide)
@@ -93,7 +93,7 @@ def test_tf32_is_the_callers_choice(impl: str) -> None:
 
 def test_float16_with_a_grad_scaler() -> None:
     """1/N of a probability underflows float16; the loss scales after its products."""
-    e, c, targets = problem(torch.float16, tokens=4096, rows=30_000)
+    e, c, targets = drawn(torch.float16, tokens=4096, rows=30_000)
     e32, c32 = e.detach().float().requires_grad_(), c.detach().float().requires_grad_()
     exact = torch.autograd.grad(F.cross_entropy(e32 @ c32.T, targets), (e32, c32))
     scaler = torch.amp.GradScaler("cuda", init_scale=2.0**14)
@@ -112,7 +112,7 @@ def test_drawn_half_precision(impl: str) -> None:
     generator = random.Random(0)
     for turn in range(40):
         dtype = generator.choice((torch.float16, torch.bfloat16))
-        e, c, targets = problem(
+        e, c, targets = drawn(
             dtype, generator.randint(1, 400), generator.randint(2, 3000), generator.randint(8, 300)
         )
         options: dict[str, Any] = {

@@ -33,7 +33,7 @@ def readable_width(tile: Tensor) -> int:
     return rounded if begins_row and rounded <= tile.stride(0) else tile.shape[1]
 
 
-def statistic_rows(names: tuple[str, ...]) -> dict[str, int]:
+def statistic_places(names: tuple[str, ...]) -> dict[str, int]:
     """Return where the statistics lie that not every loss reads, 0 where they are not wanted."""
     assert names[:2] == ("lse", "target")
     return {
@@ -42,7 +42,7 @@ def statistic_rows(names: tuple[str, ...]) -> dict[str, int]:
     }
 
 
-def logit_options(
+def logit_arguments(
     bias: Tensor | None, transform: Transform, names: tuple[str, ...]
 ) -> dict[str, Any]:
     """Return the arguments that every kernel takes that makes logits of raw entries."""
@@ -53,7 +53,7 @@ def logit_options(
         "HAS_BIAS": bias is not None,
         "HAS_SOFTCAP": softcap is not None,
         "HAS_TEMPERATURE": temperature != 1.0,
-        **statistic_rows(names),
+        **statistic_places(names),
     }
 
 

@@ -15,7 +15,7 @@ from vocab_parallel.kernels.logit import (
     cdiv,
     gradient_of,
     load_tokens,
-    logit_options,
+    logit_arguments,
     readable_width,
     to_logit_and_slope,
 )
@@ -66,7 +66,7 @@ def logits_gradient(
             num_rows,
             min(readable_width(logits), readable_width(out)),
             row_start,
-            **logit_options(bias, transform, names),
+            **logit_arguments(bias, transform, names),
             HAS_SUMS=sum_tokens,
             STEPS=of_group // at_a_time,
             TOKENS=at_a_time,
@@ -98,7 +98,7 @@ def _logits_gradient(  # type: ignore[no-untyped-def]
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_TEMPERATURE: tl.constexpr,
-    SUM: tl.constexpr,  # its row in the statistics, 0 where there is none
+    SUM: tl.constexpr,  # its place in the statistics, 0 where there is none
     EXPECTED: tl.constexpr,
     HAS_SUMS: tl.constexpr,
     STEPS: tl.constexpr,  # of a program, each of some tokens

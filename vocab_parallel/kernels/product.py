@@ -44,7 +44,7 @@ def num_programs(device: torch.device, num_tiles: int) -> int:
     return min(num_tiles, _PROGRAMS_A_MULTIPROCESSOR * multiprocessors(device))
 
 
-def options(depth: int, programs: int) -> dict[str, int]:
+def tile_arguments(depth: int, programs: int) -> dict[str, int]:
     """Return the arguments that every kernel takes that makes tiles of a product."""
     return {
         "DEPTHS": cdiv(depth, DEPTH),

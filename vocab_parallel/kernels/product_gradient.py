@@ -15,7 +15,7 @@ from vocab_parallel.kernels.logit import (
     cdiv,
     gradient_of,
     load_tokens,
-    logit_options,
+    logit_arguments,
     to_logit_and_slope,
 )
 from vocab_parallel.kernels.product import multiply, tile_origin
@@ -65,9 +65,9 @@ def product_gradient(
             num_rows,
             tiles,
             row_start,
-            **logit_options(bias, transform, names),
+            **logit_arguments(bias, transform, names),
             HAS_SUMS=sum_tokens,
-            **product.options(depth, programs),
+            **product.tile_arguments(depth, programs),
         )
     return None if sums is None else sums.sum(0)
 
@@ -93,7 +93,7 @@ def _product_gradient(  # type: ignore[no-untyped-def]
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_TEMPERATURE: tl.constexpr,
-    SUM: tl.constexpr,  # its row in the statistics, 0 where there is none
+    SUM: tl.constexpr,  # its place in the statistics, 0 where there is none
     EXPECTED: tl.constexpr,
     HAS_SUMS: tl.constexpr,
     DEPTHS: tl.constexpr,

@@ -14,8 +14,8 @@ from vocab_parallel.kernels import product
 from vocab_parallel.kernels.logit import (
     Transform,
     cdiv,
-    logit_options,
-    statistic_rows,
+    logit_arguments,
+    statistic_places,
     to_logit,
 )
 from vocab_parallel.kernels.product import multiply, tile_origin
@@ -62,8 +62,8 @@ def product_statistics(
     of_classifier = product.describe(classifier, product.ROWS, product.DEPTH)
     of_kept = None if kept is None else product.describe(kept, product.TOKENS, product.ROWS // 2)
     options = {
-        **logit_options(bias, transform, names),
-        **product.options(depth, programs),
+        **logit_arguments(bias, transform, names),
+        **product.tile_arguments(depth, programs),
     }
     with torch.cuda.device_of(hidden):
         for first in range(0, tiles, launched):
@@ -92,7 +92,7 @@ def product_statistics(
             blocks,
             num_tokens,
             num_rows,
-            **statistic_rows(names),
+            **statistic_places(names),
             BLOCKS=_JOINED_BLOCKS,
             TOKENS=_JOINED_TOKENS,
             num_warps=4,
@@ -120,7 +120,7 @@ def _product_statistics(  # type: ignore[no-untyped-def]
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_TEMPERATURE: tl.constexpr,
-    SUM: tl.constexpr,  # its row in the statistics, 0 where it is not wanted
+    SUM: tl.constexpr,  # its place in the statistics, 0 where it is not wanted
     EXPECTED: tl.constexpr,
     KEEPS: tl.constexpr,
     DEPTHS: tl.constexpr,

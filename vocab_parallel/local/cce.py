@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from vocab_parallel.local import cce_kernels
+from vocab_parallel.local.backward_plan import BackwardPlan
 from vocab_parallel.local.interface import (
     Forward,
     Gradients,
@@ -25,7 +26,6 @@ from vocab_parallel.local.interface import (
     Shard,
     Upstream,
 )
-from vocab_parallel.local.plan import BackwardPlan
 from vocab_parallel.local.reference import RecomputeOnly
 from vocab_parallel.local.statistics import Statistics
 from vocab_parallel.local.tile_ops import well_scaled

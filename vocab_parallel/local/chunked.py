@@ -11,8 +11,8 @@ full size. A GPU's tile has all tokens unless the budget is tiny.
                               dE[tokens] += g c                2 N D R
                               dC_block   += g^T e              2 N D R
 
-`plan.py` chooses between making z again and keeping it, `tile_ops.py` who works on a tile. Where
-one kernel makes z and its statistics, forward has no tiles.
+`backward_plan.py` chooses between making z again and keeping it, `tile_ops.py` who works on a
+tile. Where one kernel makes z and its statistics, forward has no tiles.
 """
 
 from collections.abc import Iterator
@@ -20,6 +20,14 @@ from dataclasses import dataclass, fields
 
 from torch import Tensor
 
+from vocab_parallel.local.backward_plan import (
+    BackwardPlan,
+    Planner,
+    TileShape,
+    blocks,
+    budget_bytes,
+    row_blocks,
+)
 from vocab_parallel.local.interface import (
     Forward,
     Gradients,
@@ -27,14 +35,6 @@ from vocab_parallel.local.interface import (
     Request,
     Shard,
     Upstream,
-)
-from vocab_parallel.local.plan import (
-    BackwardPlan,
-    Planner,
-    TileShape,
-    blocks,
-    budget_bytes,
-    row_blocks,
 )
 from vocab_parallel.local.statistics import Statistics
 from vocab_parallel.local.tile_ops import Block, HopperOps, corner, put_product, well_scaled

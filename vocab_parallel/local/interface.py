@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from vocab_parallel.local.plan import BackwardPlan
+from vocab_parallel.local.backward_plan import BackwardPlan
 from vocab_parallel.local.statistics import StatisticNames, Statistics, accumulation_dtype
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class Request:
         bias: whether there is one.
         transform: what makes logits of raw entries.
         names: the statistics that the loss reads.
-        backward: "auto", or the way that the caller names.
+        backward: "auto", or one that the caller names.
         scalar_loss: whether the loss is one number, which nothing else is returned beside.
     """
 

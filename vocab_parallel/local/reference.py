@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vocab_parallel.local.backward_plan import BackwardPlan, TileShape
 from vocab_parallel.local.interface import (
     Forward,
     Gradients,
@@ -20,7 +21,6 @@ from vocab_parallel.local.interface import (
     Shard,
     Upstream,
 )
-from vocab_parallel.local.plan import BackwardPlan, TileShape
 from vocab_parallel.local.statistics import Statistics, share_of
 
 Leaves = Sequence[Tensor | None]  # hidden states, classifier, bias

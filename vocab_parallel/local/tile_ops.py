@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vocab_parallel.local.backward_plan import TileShape, blocks, padded
 from vocab_parallel.local.interface import Shard, owned_targets
-from vocab_parallel.local.plan import TileShape, blocks, padded
 from vocab_parallel.local.statistics import Statistics, share_of
 
 _HOPPER = 9
@@ -200,11 +200,11 @@ class TritonOps(TileOps):
         keep: bool,
     ) -> None:
         """See `TileOps.add_statistics`."""
-        from vocab_parallel.kernels.row_statistics import row_statistics
+        from vocab_parallel.kernels.logits_statistics import logits_statistics
 
         shard = block.shard
         targets = shard.targets[tokens]
-        row_statistics(
+        logits_statistics(
             logits, block.bias, targets, block.start, found.values, found.names, shard.transform,
             first=first,
         )  # fmt: skip

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from vocab_parallel.local.backward_plan import blocks, tile_shape
 from vocab_parallel.local.interface import Shard
-from vocab_parallel.local.plan import blocks, tile_shape
 from vocab_parallel.local.tile_ops import finish_logits_
 
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from vocab_parallel.local import tile_ops
+from vocab_parallel.local.backward_plan import BackwardPlan
 from vocab_parallel.local.interface import LocalImpl, Request
-from vocab_parallel.local.plan import BackwardPlan
 from vocab_parallel.local.registry import create_impl
 from vocab_parallel.local.tile_ops import TileOps
 from vocab_parallel.sharded import settings as rules

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vocab_parallel.collectives import Pending, VocabGroup
-from vocab_parallel.local.plan import blocks
+from vocab_parallel.local.backward_plan import blocks
 from vocab_parallel.local.statistics import StatisticNames, join
 
 # Below so many tokens a piece the products would slow down by more than the wait that it hides.

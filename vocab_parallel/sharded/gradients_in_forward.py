@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from vocab_parallel.collectives import Pending
+from vocab_parallel.local.backward_plan import blocks
 from vocab_parallel.local.interface import (
     ClassifierGrad,
     Gradients,
     Upstream,
     Wanted,
 )
-from vocab_parallel.local.plan import blocks
 from vocab_parallel.local.statistics import Statistics, join
 from vocab_parallel.sharded.call import Call
 from vocab_parallel.sharded.exchange import HiddenGradSum

@@ -135,7 +135,7 @@ def budget_bytes(memory_budget: int | None) -> int:
 
 @dataclass(frozen=True)
 class Planner:
-    """The sizes of a call and its budget; each method plans one way of backward.
+    """The sizes of a call and its budget; each method plans one backward.
 
     Attributes are those of `plan_backward`; ``kernels``: whether kernels work on the logits between
     the products, with no temporaries; ``budget``: bytes.

@@ -10,8 +10,8 @@ from tests.oracle import oracle, relative_error
 from vocab_parallel import VocabParallelOptions, linear_cross_entropy, plan_backward
 from vocab_parallel.local.tile_ops import Block, TileOps
 
-WAYS = ("recompute", "probs", "gradients")
-# A budget that keeps the logits of 8 of `problem`'s 17 rows.
+BACKWARDS = ("recompute", "probs", "gradients")
+# A budget that keeps the logits of 8 of `drawn`'s 17 rows.
 PARTLY: dict[str, Any] = {
     "backward": "auto",
     "memory_budget": 1600,
@@ -21,7 +21,7 @@ PARTLY: dict[str, Any] = {
 MIB = 2**20
 
 
-def problem(dtype: torch.dtype = torch.float64, tokens: int = 12) -> tuple[Tensor, Tensor, Tensor]:
+def drawn(dtype: torch.dtype = torch.float64, tokens: int = 12) -> tuple[Tensor, Tensor, Tensor]:
     torch.manual_seed(3)
     e, c = torch.randn(tokens, 5).to(dtype), torch.randn(17, 5).to(dtype)
     targets = torch.randint(17, (tokens,))
@@ -30,17 +30,17 @@ def problem(dtype: torch.dtype = torch.float64, tokens: int = 12) -> tuple[Tenso
 
 
 def exact(scale: float = 1.0, **options: Any) -> tuple[Tensor, ...]:
-    e, c, targets = problem()
+    e, c, targets = drawn()
     loss, _ = oracle(e, c, targets, **options)
     return torch.autograd.grad(scale * loss, (e, c))
 
 
-@pytest.mark.parametrize("options", [*({"backward": way} for way in WAYS), PARTLY])
+@pytest.mark.parametrize("options", [*({"backward": way} for way in BACKWARDS), PARTLY])
 def test_halves_in_any_order_and_again(options: dict[str, Any]) -> None:
     """Inputs' half, weights' half, either first, the whole after both: every time the same."""
     expected = exact(scale=-2.0, z_loss=0.1)
     for order in ((0, 1), (1, 0), (0, 0, 1, 1), (2, 0, 1), (0, 2), (1, 2, 2)):
-        e, c, targets = problem()
+        e, c, targets = drawn()
         loss = -2.0 * linear_cross_entropy(e, c, targets, z_loss=0.1, **options)
         for half in order:
             wanted = [(e,), (c,), (e, c)][half]
@@ -50,10 +50,10 @@ def test_halves_in_any_order_and_again(options: dict[str, Any]) -> None:
                 assert relative_error(got, want) < 1e-12, (options, order, half)
 
 
-@pytest.mark.parametrize("backward", WAYS)
+@pytest.mark.parametrize("backward", BACKWARDS)
 def test_unlike_gradients_of_one_graph(backward: str) -> None:
     """A second backward with another gradient is not answered with the first one's."""
-    e, c, targets = problem()
+    e, c, targets = drawn()
     loss = linear_cross_entropy(e, c, targets, backward=backward)
     first = torch.autograd.grad(loss, c, retain_graph=True)[0].clone()
     second = torch.autograd.grad(5.0 * loss, (e, c))
@@ -61,7 +61,7 @@ def test_unlike_gradients_of_one_graph(backward: str) -> None:
 
 
 def test_gradients_need_a_scalar() -> None:
-    e, c, targets = problem()
+    e, c, targets = drawn()
     for options in ({"reduction": "none"}, {"return_lse": True}):
         with pytest.raises(ValueError, match="before it knows what the loss receives"):
             linear_cross_entropy(e, c, targets, backward="gradients", **options)
@@ -75,10 +75,10 @@ def test_gradients_need_a_scalar() -> None:
 
 
 @pytest.mark.parametrize("attribute", ["grad", "main_grad"])
-@pytest.mark.parametrize("backward", WAYS)
+@pytest.mark.parametrize("backward", BACKWARDS)
 def test_accumulation(attribute: str, backward: str) -> None:
     """Two backwards add up where the parameter's gradient is kept; autograd gets none."""
-    e, c, targets = problem(torch.float32)
+    e, c, targets = drawn(torch.float32)
     seen: list[Tensor] = []
     c.register_hook(seen.append)
     if attribute == "main_grad":
@@ -98,17 +98,17 @@ def test_accumulation(attribute: str, backward: str) -> None:
 
 
 def test_accumulation_begins_where_there_is_no_grad() -> None:
-    e, c, targets = problem(torch.float32)
+    e, c, targets = drawn(torch.float32)
     for count in (1, 2):
         linear_cross_entropy(e, c, targets, accumulate_into="grad").backward()
         assert relative_error(c.grad, count * exact()[1]) < 1e-6
 
 
 @pytest.mark.parametrize("attribute", ["grad", "main_grad"])
-@pytest.mark.parametrize("backward", WAYS)
+@pytest.mark.parametrize("backward", BACKWARDS)
 def test_accumulation_leaves_padding_rows_alone(attribute: str, backward: str) -> None:
     options = VocabParallelOptions(0, 17, vocab_size=15)
-    e, c, targets = problem(torch.float32)
+    e, c, targets = drawn(torch.float32)
     targets = targets.clamp(max=14)
     wide = [e.detach().double().requires_grad_(), c.detach().double().requires_grad_()]
     loss, _ = oracle(wide[0], wide[1], targets, vocab_size=15)
@@ -126,7 +126,7 @@ def test_accumulation_leaves_padding_rows_alone(attribute: str, backward: str) -
 
 
 def test_accumulation_is_refused() -> None:
-    e, c, targets = problem()
+    e, c, targets = drawn()
     for given, into, match in (
         (c, "main_grad", r"needs c.main_grad \[17, 5\] in float32"),
         (c * 1.0, "grad", "not a plain leaf"),
@@ -177,7 +177,7 @@ def test_what_fits_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
         return plain(self, out, block, tokens)
 
     monkeypatch.setattr(TileOps, "put_raw_logits", counting)
-    e, c, targets = problem()
+    e, c, targets = drawn()
     loss = linear_cross_entropy(e, c, targets, **PARTLY)
     assert made == [4, 4, 1, 4, 4], "what is kept comes last"
     found = torch.autograd.grad(loss, (e, c))
@@ -211,7 +211,7 @@ def test_compiled_model_breaks_once() -> None:
         graphs.append(module)
         return module.forward
 
-    e, c, targets = problem()
+    e, c, targets = drawn()
 
     def step(e: Tensor) -> Tensor:
         loss = linear_cross_entropy(torch.tanh(e), c, targets)

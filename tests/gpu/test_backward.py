@@ -19,11 +19,11 @@ from vocab_parallel import (
     token_logprobs,
 )
 
-WAYS = ("recompute", "probs", "gradients")
+BACKWARDS = ("recompute", "probs", "gradients")
 MIB = 2**20
 
 
-def problem(
+def drawn(
     tokens: int,
     rows: int,
     hidden: int,
@@ -44,11 +44,11 @@ def problem(
 @pytest.mark.parametrize("rows", [4992, 5001])
 def test_errors(rows: int, confident: bool) -> None:
     """At most 1.1 times eager bfloat16's, however the work is cut."""
-    e, c, targets = problem(1500, rows, 512, confident=confident)
+    e, c, targets = drawn(1500, rows, 512, confident=confident)
     wide = [t.detach().double().requires_grad_() for t in (e, c)]
     exact = torch.autograd.grad(oracle(wide[0], wide[1], targets)[0], wide)
     peers = torch.autograd.grad(F.cross_entropy(F.linear(e, c).float(), targets), (e, c))
-    for backward in (*WAYS, "auto"):
+    for backward in (*BACKWARDS, "auto"):
         for cut in ({}, {"chunk_tokens": 512}, {"chunk_rows": 1024}, {"chunk_rows": 999}):
             if backward == "auto":  # half of the logits are kept
                 cut = {**cut, "memory_budget": 1500 * rows}
@@ -60,10 +60,10 @@ def test_errors(rows: int, confident: bool) -> None:
                 assert ours_error <= 1.1 * peer_error, (backward, cut, name)
 
 
-@pytest.mark.parametrize("backward", WAYS)
+@pytest.mark.parametrize("backward", BACKWARDS)
 def test_every_option(backward: str) -> None:
     """Bias, softcap, smoothing, z-loss, temperature and weights inside of the kernels."""
-    e, c, targets = problem(700, 3001, 64, torch.float32)
+    e, c, targets = drawn(700, 3001, 64, torch.float32)
     bias = torch.randn(3001, device="cuda", requires_grad=True)
     options: dict[str, Any] = {
         "softcap": 4.0,
@@ -82,9 +82,9 @@ def test_every_option(backward: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
-@pytest.mark.parametrize("backward", WAYS)
+@pytest.mark.parametrize("backward", BACKWARDS)
 def test_no_synchronisation(backward: str) -> None:
-    e, c, targets = problem(600, 1777, 64)
+    e, c, targets = drawn(600, 1777, 64)
 
     def step() -> Tensor:
         loss = linear_cross_entropy(e, c, targets, backward=backward, chunk_tokens=256, shift=1)
@@ -101,10 +101,10 @@ def test_no_synchronisation(backward: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream does not match")
-@pytest.mark.parametrize("backward", WAYS)
+@pytest.mark.parametrize("backward", BACKWARDS)
 def test_cuda_graph(backward: str) -> None:
     """Forward and backward are captured once and replayed on other data."""
-    e, c, targets = problem(600, 1777, 64)
+    e, c, targets = drawn(600, 1777, 64)
 
     def step() -> tuple[Tensor, ...]:
         loss = linear_cross_entropy(e, c, targets, backward=backward, chunk_tokens=256)
@@ -126,11 +126,11 @@ def test_cuda_graph(backward: str) -> None:
         assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("backward", [*WAYS, "auto"])
+@pytest.mark.parametrize("backward", [*BACKWARDS, "auto"])
 def test_predicted_memory(backward: str) -> None:
     """`plan_backward` predicts what the allocator holds, beside inputs and both gradients."""
     tokens, rows, hidden = 4096, 32_000, 1024
-    e, c, targets = problem(tokens, rows, hidden)
+    e, c, targets = drawn(tokens, rows, hidden)
     budget = 64 * MIB if backward != "gradients" else 300 * MIB
     plan = plan_backward(tokens, rows, hidden, backward=backward, memory_budget=budget)
     assert plan.backward == (backward if backward != "auto" else "recompute")
@@ -154,7 +154,7 @@ def test_predicted_memory(backward: str) -> None:
 
 def test_accumulation_makes_no_gradient() -> None:
     """dC goes into main_grad by its product: a tensor [rows, D] never exists beside it."""
-    e, c, targets = problem(2048, 40_000, 1024)
+    e, c, targets = drawn(2048, 40_000, 1024)
     c.main_grad = torch.zeros_like(c, dtype=torch.float32)
     wide = [t.detach().double().requires_grad_() for t in (e, c)]
     exact = torch.autograd.grad(oracle(wide[0], wide[1], targets)[0], wide)[1]
@@ -176,7 +176,7 @@ def test_accumulation_makes_no_gradient() -> None:
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_compiled_model() -> None:
-    e, c, targets = problem(256, 999, 64)
+    e, c, targets = drawn(256, 999, 64)
     layer = torch.nn.Linear(64, 64, device="cuda", dtype=torch.bfloat16)
 
     def step(e: Tensor) -> Tensor:
@@ -198,11 +198,11 @@ def test_compiled_model() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("backward", WAYS)
+@pytest.mark.parametrize("backward", BACKWARDS)
 @pytest.mark.parametrize("where", ["e", "c"])
 def test_a_nan_is_never_hidden(backward: str, where: str, dtype: torch.dtype) -> None:
     """A NaN in the hidden states or in a row that is nobody's target is in loss and gradients."""
-    e, c, targets = problem(300, 1000, 64, dtype)
+    e, c, targets = drawn(300, 1000, 64, dtype)
     with torch.no_grad():
         if where == "e":
             e[5, 1] = torch.nan
@@ -218,7 +218,7 @@ def test_a_nan_is_never_hidden(backward: str, where: str, dtype: torch.dtype) ->
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_rows_of_no_probability(dtype: torch.dtype) -> None:
     """Entropy and its gradient where a bias of -inf masks rows, whole blocks of them too."""
-    e, c, targets = problem(300, 1000, 64, dtype)
+    e, c, targets = drawn(300, 1000, 64, dtype)
     bias = torch.zeros(1000, device="cuda", dtype=dtype)
     bias[200:700] = -torch.inf
     targets = targets % 200
@@ -247,7 +247,7 @@ def test_more_logits_than_32_bits_count(dtype: torch.dtype, backward: str) -> No
     """A tile of 2.5e9 logits: each kernel's last tokens and rows are where they should be."""
     tokens, rows, hidden = 32_768, 76_032, 64
     assert tokens * rows > 2**31
-    e, c, targets = problem(tokens, rows, hidden, dtype)
+    e, c, targets = drawn(tokens, rows, hidden, dtype)
     bias = torch.randn(rows, device="cuda").to(dtype).requires_grad_()
     whole: dict[str, Any] = {"memory_budget": 2**34}
     if backward == "recompute":
@@ -271,12 +271,12 @@ def test_more_logits_than_32_bits_count(dtype: torch.dtype, backward: str) -> No
 def check_overlap() -> None:
     """Communication beside the products gives the bits of the plain order, every time."""
     rank, degree = dist.get_rank(), dist.get_world_size()
-    e, c, targets = problem(8192, 16_000, 512)
+    e, c, targets = drawn(8192, 16_000, 512)
     del rank
     options = VocabParallelOptions.from_vocab(16_000)
     own = c.detach()[options.start : options.stop].clone().requires_grad_()
     assert degree == 2
-    for backward in WAYS:
+    for backward in BACKWARDS:
         for cut in ({}, {"chunk_tokens": 2048}):
             plain: tuple[Tensor, ...] | None = None
             for turn in range(12):

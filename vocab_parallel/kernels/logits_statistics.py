@@ -8,13 +8,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vocab_parallel.kernels.logit import Transform, logit_options, readable_width, to_logit
+from vocab_parallel.kernels.logit import Transform, logit_arguments, readable_width, to_logit
 
 # Logits that a program works on at a time: one warp, so that no reduction waits for another.
 BLOCK = 512
 
 
-def row_statistics(
+def logits_statistics(
     logits: Tensor,  # (n, r), raw: hidden classifier^T
     bias: Tensor | None,  # (r,)
     targets: Tensor,  # (n,), counted from the row `row_start` before the tile's first
@@ -37,7 +37,7 @@ def row_statistics(
     assert logits.stride(1) == 1
     assert statistics.stride(1) == 1
     with torch.cuda.device_of(logits):
-        _row_statistics[(num_tokens,)](
+        _logits_statistics[(num_tokens,)](
             logits,
             logits.stride(0),
             bias,
@@ -47,7 +47,7 @@ def row_statistics(
             num_rows,
             readable_width(logits),
             row_start,
-            **logit_options(bias, transform, names),
+            **logit_arguments(bias, transform, names),
             FIRST=first,
             BLOCK=BLOCK,
             num_warps=1,
@@ -55,7 +55,7 @@ def row_statistics(
 
 
 @triton.jit(do_not_specialize=["row_start"])  # one binary for all tiles
-def _row_statistics(  # type: ignore[no-untyped-def]
+def _logits_statistics(  # type: ignore[no-untyped-def]
     logits,
     token_stride,
     bias,
@@ -70,7 +70,7 @@ def _row_statistics(  # type: ignore[no-untyped-def]
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_TEMPERATURE: tl.constexpr,
-    SUM: tl.constexpr,  # its row in the statistics, 0 where it is not wanted
+    SUM: tl.constexpr,  # its place in the statistics, 0 where it is not wanted
     EXPECTED: tl.constexpr,
     FIRST: tl.constexpr,
     BLOCK: tl.constexpr,
