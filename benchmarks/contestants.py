@@ -51,7 +51,7 @@ def draw(tokens: int, hidden: int, rows: int, dtype: torch.dtype, device: torch.
 
 
 def confident(operands: Operands) -> Operands:
-    """Return a set of operands whose every target has most of the probability: a trained model's."""
+    """Return operands whose every target has most of the probability: a trained model's."""
     rows = operands.rows.detach()
     toward = rows[operands.targets].float()
     toward *= 16.0 / toward.square().sum(1, keepdim=True)

@@ -25,35 +25,23 @@ from vocab_parallel.sharded.token_loss import ScalarLoss, TokenLoss
 from vocab_parallel.sharded.uncompiled import uncompiled
 
 
+# For type checkers: what is returned hangs on one argument. The rest is below.
 @overload
 def linear_cross_entropy(
     e: Tensor,
     c: Tensor,
     targets: Tensor,
     bias: Tensor | None = None,
-    ignore_index: int = -100,
-    softcap: float | None = None,
-    reduction: str = "mean",
-    shift: int = 0,
-    return_lse: Literal[False] = False,
-    **options: Any,
-) -> Tensor: ...
-
-
-@overload
-def linear_cross_entropy(
-    e: Tensor,
-    c: Tensor,
-    targets: Tensor,
-    bias: Tensor | None = None,
-    ignore_index: int = -100,
-    softcap: float | None = None,
-    reduction: str = "mean",
-    shift: int = 0,
     *,
     return_lse: Literal[True],
     **options: Any,
 ) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def linear_cross_entropy(
+    e: Tensor, c: Tensor, targets: Tensor, *positional: Any, **options: Any
+) -> Tensor: ...
 
 
 @uncompiled
@@ -200,28 +188,16 @@ def token_logprobs(
     c: Tensor,
     targets: Tensor,
     bias: Tensor | None = None,
-    ignore_index: int = -100,
-    softcap: float | None = None,
-    shift: int = 0,
-    *,
-    return_entropy: Literal[False] = False,
-    **options: Any,
-) -> Tensor: ...
-
-
-@overload
-def token_logprobs(
-    e: Tensor,
-    c: Tensor,
-    targets: Tensor,
-    bias: Tensor | None = None,
-    ignore_index: int = -100,
-    softcap: float | None = None,
-    shift: int = 0,
     *,
     return_entropy: Literal[True],
     **options: Any,
 ) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def token_logprobs(
+    e: Tensor, c: Tensor, targets: Tensor, *positional: Any, **options: Any
+) -> Tensor: ...
 
 
 @uncompiled
