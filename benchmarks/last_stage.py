@@ -38,8 +38,8 @@ from benchmarks.plot import plot_last_stages
 from benchmarks.stages import Stage, measure_layers, measure_with_loss, release
 from launch.planning.balance import layer_counts
 from launch.planning.hardware import Hardware
+from launch.planning.published import PUBLISHED
 from launch.planning.timeline import StageTimes, simulate
-from launch.published import PUBLISHED
 
 GB = 1e9
 

@@ -14,7 +14,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
-from launch.planning.timing import busy_work, time_of
+from launch.timing import busy_work, time_of
 
 
 @dataclass(frozen=True)

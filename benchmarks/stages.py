@@ -1,6 +1,5 @@
 """One rank's part of a pipeline stage, as it runs in training: layers, and the loss after them."""
 
-import copy
 import gc
 import statistics
 from collections.abc import Callable, Mapping
@@ -8,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel
+from torch import Tensor
 
 from benchmarks.contestants import Contestant, Operands
 from benchmarks.measure import peak_of
-from launch.planning.timing import busy_work, time_of
+from launch.planning.layers import DecoderLayers
+from launch.timing import busy_work, time_of
 
 
 @dataclass(frozen=True)
@@ -51,27 +50,28 @@ class Stage:
         embedding_rows: int = 0,
         again: bool = False,
     ) -> None:
-        raw = {**copy.deepcopy(dict(config)), "num_hidden_layers": layers, "vocab_size": 8}
-        raw["head_dim"] = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
-        for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
-            raw[name] = max(1, raw[name] // degree)
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        with device:
-            self.model: nn.Module = AutoModel.from_config(AutoConfig.for_model(**raw), dtype=dtype)
+        self.layers = DecoderLayers(_part_of(config, degree), layers, sequence, dtype, device)
+        model = self.layers.model
         if again:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        self.model.train()
-        hidden = raw["hidden_size"]
-        self.inputs = torch.randn(1, sequence, hidden, device=device).to(dtype).requires_grad_()
-        self.state = [_state_of(parameter) for parameter in self.model.parameters()]
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.state = [_state_of(parameter) for parameter in model.parameters()]
         if embedding_rows:
-            rows = torch.zeros(embedding_rows, hidden, device=device, dtype=dtype)
+            rows = torch.zeros(embedding_rows, config["hidden_size"], device=device, dtype=dtype)
             self.state.append([rows, *_state_of(rows)])
 
     def forward(self) -> Tensor:
         """Run the layers; returns hidden states [N, D]."""
-        hidden: Tensor = self.model(inputs_embeds=self.inputs, use_cache=False).last_hidden_state
-        return hidden[0]
+        return self.layers()[0]
+
+
+def _part_of(config: Mapping[str, Any], degree: int) -> dict[str, Any]:
+    """Return the configuration of what one of so many tensor-parallel ranks computes."""
+    part = dict(config)
+    part["head_dim"] = part.get("head_dim") or part["hidden_size"] // part["num_attention_heads"]
+    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        part[name] = max(1, part[name] // degree)
+    return part
 
 
 def _state_of(parameter: Tensor) -> list[Tensor]:

@@ -12,7 +12,7 @@ from tqdm import trange
 from launch.arguments import TrainArguments
 from launch.gradients import named_gradients
 from launch.model import CLASSIFIER, EMBEDDING, Stage, build_stage
-from launch.pipeline import model_of
+from launch.training_pipeline import model_of
 from vocab_parallel.logit_settings import LogitSettings, logit_settings
 
 CHECKED_STEPS = 5

@@ -20,7 +20,7 @@ from torch.distributed import ProcessGroup
 
 from launch.arguments import TrainArguments
 from launch.model import CLASSIFIER, EMBEDDING, vocabulary_rows
-from launch.pipeline import Pipeline
+from launch.training_pipeline import Pipeline
 from vocab_parallel import rows_as_dtensor
 
 _KEPT = 2

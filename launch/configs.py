@@ -5,7 +5,7 @@ from pathlib import Path
 
 from transformers import AutoConfig, PretrainedConfig
 
-from launch.published import PUBLISHED
+from launch.planning.published import PUBLISHED
 
 HEAD_SIZE = 32  # of a model given by sizes
 

@@ -14,9 +14,9 @@ from tqdm import tqdm
 
 from launch.arguments import TrainArguments
 from launch.model import build_stage
-from launch.pipeline import model_of
 from launch.runtime import process_group
 from launch.text import load_batches
+from launch.training_pipeline import model_of
 from stage_groups import build_stage_groups
 from vocab_parallel import TokenScores, score_tokens
 from vocab_parallel.logit_settings import logit_settings

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from launch.model import CLASSIFIER, EMBEDDING, vocabulary_rows
-from launch.pipeline import Pipeline
+from launch.training_pipeline import Pipeline
 from vocab_parallel import rows_as_dtensor
 
 

@@ -22,6 +22,8 @@ from vocab_parallel.modules.vocab_rows import VocabRows
 
 EMBEDDING = "model.embed_tokens.weight"
 CLASSIFIER = "lm_head.weight"
+# Models that do something between embedding and layers, by model_type.
+_WHOLE_ALONE = {"nanochat": "normalises its embeddings before the first layer"}
 
 
 class Stage(nn.Module):
@@ -76,8 +78,14 @@ def build_stage(
     first stage its rows of the embedding; without one, both are whole.
 
     Raises:
-        ValueError: more stages than layers, a model of another build, or weights that do not fit.
+        ValueError: more stages than layers, a model of another build or with buffers of its own, or
+            weights that do not fit.
     """
+    if num_stages > 1 and config.model_type in _WHOLE_ALONE:
+        raise ValueError(
+            f"a {config.model_type} {_WHOLE_ALONE[config.model_type]}, which every stage would do "
+            f"again: it runs on a pipeline of one stage alone"
+        )
     own = layers_of_stage(stage, num_stages, config)
     with torch.device("meta"):
         # A copy, since building writes the dtype into the configuration.
@@ -99,6 +107,8 @@ def build_stage(
         )
     if stage != 0:
         model.embed_tokens = None
+        if hasattr(model, "embedding_multiplier"):  # the first stage has multiplied already
+            model.embedding_multiplier = 1.0
     elif vocab_group is not None and config.tie_word_embeddings:
         model.embed_tokens = VocabParallelEmbedding(
             config.hidden_size,
@@ -122,6 +132,13 @@ def _fill(
 ) -> None:
     """Give every parameter memory and its weight, and every buffer its value."""
     owners = dict(stage.named_modules())
+    for name, _ in stage.named_buffers():
+        if not name.startswith("model.rotary_emb.") and name != "model.embed_tokens.embed_scale":
+            raise ValueError(
+                f"{type(stage.model).__name__} has a buffer {name}, whose values neither the "
+                f"configuration nor the parameters give: a model of this family cannot be cut into "
+                f"stages"
+            )
     stage.to_empty(device=device)
     with torch.no_grad():
         for name, parameter in stage.named_parameters():

@@ -1,77 +1,19 @@
-"""Which mesh for how many GPUs: ``python -m launch.plan --model qwen3-32b --gpus 64``."""
+"""Which mesh for how many GPUs: ``python -m launch.plan --model qwen3-32b --gpus 64``.
+
+The planner is `launch.planning`; here is what starts it, and the process group that it measures.
+"""
 
 import json
 import os
-import re
-import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
 
+import torch
 import tyro
-from rich.console import Console
-from rich.table import Table
 
-from launch.planning.estimate import Job
-from launch.planning.hardware import Hardware
-from launch.planning.meshes import Plan, plan_meshes
-from launch.planning.shape import ModelShape
-
-_UNITS = {"": 1.0, "MB": 1e6, "GB": 1e9, "MIB": 2.0**20, "GIB": 2.0**30}
-
-
-@dataclass(frozen=True)
-class PlanArguments:
-    """Plan a data x pipeline x vocab mesh: memory and time of each stage, the best meshes first.
-
-    Memory is that of plain weights, gradients and AdamW, and of activations as transformers keeps
-    them; where that does not fit, each layer keeps its input alone and runs again in backward.
-    Times are arithmetic over a hardware file; what is measured and what is assumed is said below
-    the table. Starts no ranks and needs no GPU.
-    """
-
-    model: str | None = None
-    """A published model, or a Hugging Face config.json or its folder."""
-    gpus: int | None = None
-    """How many GPUs there are."""
-    gpu_memory: str | None = None
-    """Of each, such as 80GB; by default the hardware's."""
-    hardware: str = "h200"
-    """h200, h100, a100, or a file of your own: see --calibrate."""
-    calibrate: bool = False
-    """Measure this device, and under torchrun the links of its ranks, write a hardware file to
-    --out, and plan nothing."""
-    out: Path = Path("hardware.json")
-    """Where --calibrate writes."""
-    sequence: int = 4096
-    """Tokens of a sequence."""
-    microbatch: int = 1
-    """Sequences of a microbatch of one column."""
-    microbatches: int = 8
-    """Microbatches of a column in a step."""
-    schedule: Literal[
-        "1f1b",
-        "gpipe",
-        "interleaved1f1b",
-        "loopedbfs",
-        "interleavedzerobubble",
-        "zbvzerobubble",
-        "dualpipev",
-    ] = "1f1b"
-    """Pipeline schedule; all but the first two run two stages on each rank."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of weights, gradients and activations."""
-    state_bytes: int | None = None
-    """Of the optimizer for each parameter: 2 moments in dtype by default, 12 with float32 moments
-    and master weights."""
-    memory_budget: str | None = None
-    """Of the loss, such as 64MiB; by default the loss's own, 64MiB."""
-    show: int = 8
-    """Meshes in the table."""
-    json: bool = False
-    """Print one JSON document in place of the table."""
-    plot: Path | None = None
-    """Write a picture of the best mesh here: memory of each stage, and the simulated step."""
+from launch.planning.calibrate import calibrate
+from launch.planning.command import PlanArguments, run
+from launch.runtime import process_group
 
 
 def main() -> None:
@@ -79,149 +21,21 @@ def main() -> None:
     arguments = tyro.cli(PlanArguments)
     if arguments.calibrate:
         _calibrate(arguments.out)
-        return
-    try:
-        plans, hardware = plan(arguments)
-    except ValueError as error:
-        print(f"launch.plan: {error}", file=sys.stderr)
-        sys.exit(2)
-    if arguments.json:
-        print(json.dumps([_document(one) for one in plans]))
     else:
-        _print(plans[: arguments.show], arguments, hardware)
-    if arguments.plot is not None:
-        from launch.planning.plot import plot_plan
-
-        plot_plan(plans[0], arguments.plot)
-
-
-def plan(arguments: PlanArguments) -> tuple[list[Plan], Hardware]:
-    """Return every mesh's plan, the best first, and the hardware.
-
-    Raises:
-        ValueError: a value that cannot be.
-    """
-    if arguments.model is None or arguments.gpus is None:
-        raise ValueError("--model and --gpus are needed to plan: give both, or --calibrate")
-    for name in ("sequence", "microbatch", "microbatches", "show"):
-        if getattr(arguments, name) < 1:
-            raise ValueError(f"--{name} must be at least 1, got {getattr(arguments, name)}")
-    hardware = Hardware.load(arguments.hardware)
-    itemsize = {"bfloat16": 2, "float32": 4}[arguments.dtype]
-    budget = arguments.memory_budget
-    job = Job(
-        shape=ModelShape.load(arguments.model),
-        sequence=arguments.sequence,
-        microbatch=arguments.microbatch,
-        microbatches=arguments.microbatches,
-        schedule=arguments.schedule,
-        itemsize=itemsize,
-        state_bytes=2 * itemsize if arguments.state_bytes is None else arguments.state_bytes,
-        memory_budget=None if budget is None else int(parse_bytes("--memory-budget", budget)),
-    )
-    memory = hardware.memory
-    if arguments.gpu_memory is not None:
-        memory = parse_bytes("--gpu-memory", arguments.gpu_memory)
-    return plan_meshes(job, arguments.gpus, hardware, memory), hardware
+        run(arguments)
 
 
 def _calibrate(path: Path) -> None:
     """Write the hardware file of this rank's device; of several ranks, the first one's."""
-    import torch
-
-    from launch.planning.calibrate import calibrate
-    from launch.runtime import process_group
-
     if "RANK" in os.environ:
         with process_group(timeout=60.0) as device:
             found, writes = calibrate(device), os.environ["RANK"] == "0"
     else:
-        found, writes = (
-            calibrate(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
-            True,
-        )
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        found, writes = calibrate(device), True
     if writes:
         found.save(path)
         print(json.dumps(asdict(found)))
-
-
-def parse_bytes(flag: str, text: str) -> float:
-    """Read 80GB, 64MiB or a number of bytes.
-
-    Raises:
-        ValueError: anything else.
-    """
-    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?)\s*([A-Za-z]*)\s*", text)
-    if found is None or found[2].upper() not in _UNITS:
-        raise ValueError(f"{flag} {text!r} is no size: give 80GB or 64MiB, or bytes")
-    return float(found[1]) * _UNITS[found[2].upper()]
-
-
-def _document(one: Plan) -> dict[str, Any]:
-    found = asdict(one)
-    del found["spans"]
-    for estimate, stage in zip(found["stages"], one.stages, strict=True):
-        estimate["memory"] = stage.memory
-    return {
-        **found,
-        "rank_memory": one.rank_memory,
-        "fits": one.fits,
-        "imbalance": one.imbalance,
-    }
-
-
-def _print(plans: list[Plan], arguments: PlanArguments, hardware: Hardware) -> None:
-    table = Table(title=f"{arguments.model} on {arguments.gpus} x {hardware.name}")
-    for column in (
-        "d x p x v",
-        "layers",
-        "tokens/s",
-        "step s",
-        "bubble",
-        "last / others",
-        "layers again",
-        "fullest GB",
-        "GB with loss",
-        "classifier GB",
-        "loss GB",
-        "loss",
-        "missing GB",
-    ):
-        table.add_column(column, justify="right")
-    for one in plans:
-        last = one.stages[-1]
-        memory = one.rank_memory
-        holder = next(rank for rank, own in enumerate(one.ranks) if len(one.stages) - 1 in own)
-        layers = [stage.layers for stage in one.stages]
-        table.add_row(
-            f"{one.mesh.data} x {one.mesh.pipeline} x {one.mesh.vocab}",
-            f"{layers[0]}..{layers[-1]}" if len(layers) > 1 else str(layers[0]),
-            f"{one.tokens_per_second:,.0f}",
-            f"{one.step_seconds:.2f}",
-            f"{one.bubble:.0%}",
-            f"{one.imbalance:.2f}",
-            "yes" if one.recompute_layers else "",
-            f"{max(memory) / 1e9:.1f}",
-            f"{memory[holder] / 1e9:.1f}",
-            f"{last.classifier / 1e9:.2f}",
-            f"{last.loss / 1e9:.2f}",
-            last.loss_way,
-            "" if one.fits else f"{one.missing / 1e9:.1f}",
-        )
-    console = Console(width=150)
-    console.print(table)
-    console.print("d x p x v: data x pipeline x vocab degrees; memory is a rank's", markup=False)
-    console.print(
-        "Memory is arithmetic, within 1% of what ranks of Qwen3-1.7B held. Nothing of the links' "
-        f"time is hidden. Products {_rate(hardware, 'product_flops', 1e12, 'TFLOP/s')}, layers "
-        f"{_rate(hardware, 'layer_flops', 1e12, 'TFLOP/s')}, links "
-        f"{_rate(hardware, 'link_bytes', 1e9, 'GB/s')}.",
-        markup=False,
-    )
-
-
-def _rate(hardware: Hardware, name: str, unit: float, unit_name: str) -> str:
-    return f"{getattr(hardware, name) / unit:.0f} {unit_name} ({hardware.sources[name]})"
 
 
 if __name__ == "__main__":

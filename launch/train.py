@@ -17,10 +17,10 @@ from launch.checkpoint import Checkpoints
 from launch.export import export_model
 from launch.gradients import named_gradients, sum_gradients
 from launch.model import CLASSIFIER, EMBEDDING
-from launch.pipeline import Pipeline, build_pipeline, model_of
 from launch.report import RankReport, print_ranks, write_run
 from launch.runtime import peak_memory, process_group
 from launch.text import load_batches
+from launch.training_pipeline import Pipeline, build_pipeline, model_of
 from stage_groups import StageGroups, build_host_group, build_stage_groups
 from vocab_parallel import clip_grad_norm_
 

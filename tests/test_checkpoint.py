@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from launch.arguments import TrainArguments
-from launch.pipeline import model_of
 from launch.text import load_batches
+from launch.training_pipeline import model_of
 from launch.weights import FolderWeights
 from tests.ranks import ROOT, torchrun, torchrun_command
 

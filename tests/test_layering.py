@@ -132,6 +132,21 @@ def test_data_flows_one_way(folder: str, forbidden: tuple[str, ...]) -> None:
         assert imported(within(folder), prefix) == []
 
 
+def test_planning_knows_nothing_of_the_trainer() -> None:
+    """The planner imports itself, the timing that benchmarks share, and the loss's public names."""
+    strangers = [
+        f"{path.relative_to(ROOT)}: {module}"
+        for path in within("launch/planning")
+        for module, _ in imports(path)
+        if module.partition(".")[0] in ("launch", "vocab_parallel", "stage_groups")
+        and not module.startswith("launch.planning.")
+        and module not in ("launch.timing", "vocab_parallel")
+    ]
+    assert strangers == []
+    assert imported(within("launch/planning"), "launch.planning") != []
+    assert imported([ROOT / "launch" / "timing.py"], "launch") == []
+
+
 def test_no_module_level_state() -> None:
     """A module's own names are constants, types and functions: nothing that a call changes."""
     for path in within("vocab_parallel") + within("stage_groups"):
@@ -183,5 +198,19 @@ def test_importing_the_loss_is_light() -> None:
     )
     if "triton" in before.stdout.split():
         pytest.skip("torch itself imports triton here")
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_importing_the_planner_is_light() -> None:
+    """The models, pictures, schedules and kernels are loaded where they are used."""
+    code = (
+        "import importlib, pkgutil, sys, launch.planning as planning\n"
+        "for module in pkgutil.walk_packages(planning.__path__, 'launch.planning.'):\n"
+        "    importlib.import_module(module.name)\n"
+        "heavy = {'transformers', 'matplotlib', 'torch.distributed.pipelining',"
+        " 'vocab_parallel.kernels', 'cut_cross_entropy'} & set(sys.modules)\n"
+        "sys.exit(str(heavy) if heavy else 0)"
+    )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

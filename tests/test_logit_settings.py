@@ -14,7 +14,9 @@ from launch import evaluate as evaluation
 from launch.arguments import TrainArguments
 from launch.check import compare_with_one_process
 from launch.gradients import named_gradients
-from launch.pipeline import build_pipeline, model_of
+from launch.model import build_stage
+from launch.training_pipeline import build_pipeline, model_of
+from launch.weights import RandomWeights
 from stage_groups import build_stage_groups
 from tests.oracle import relative_error
 from tests.ranks import run_ranks
@@ -137,3 +139,20 @@ def test_launch(tmp_path: Path) -> None:
     for family, more in (("granite", scales), ("cohere", {})):
         tiny_model(family, tie_word_embeddings=False, **more).save_pretrained(tmp_path / family)
     run_ranks(check_launch, 2, folders=[str(tmp_path / "granite"), str(tmp_path / "cohere")])
+
+
+def test_models_that_cannot_be_cut() -> None:
+    """Values that no parameter has, or work before the first layer: refused, not left out."""
+    source, device = RandomWeights(0, 0.2), torch.device("cpu")
+    for family, num_stages, message in (
+        ("apertus", 1, r"has a buffer model\.layers\.0\.mlp\.act_fn\.beta"),
+        ("nanochat", 2, "normalises its embeddings before the first layer"),
+        ("nanochat", 1, None),
+    ):
+        config = tiny_model(family, tie_word_embeddings=False).config
+        given = (config, source, 0, num_stages, None)
+        if message is None:
+            build_stage(*given, device=device, dtype=torch.float32)
+        else:
+            with pytest.raises(ValueError, match=message):
+                build_stage(*given, device=device, dtype=torch.float32)

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from launch.plan import PlanArguments, parse_bytes, plan
 from launch.planning.balance import layer_counts
+from launch.planning.command import PlanArguments, parse_bytes, plan
 from launch.planning.estimate import Job, Mesh, estimate_stages, loss_seconds
 from launch.planning.hardware import Hardware
 from launch.planning.orders import SCHEDULES, SINGLE, most_in_flight, orders, stages_of

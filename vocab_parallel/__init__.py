@@ -19,7 +19,7 @@ from vocab_parallel.modules.embedding import VocabParallelEmbedding
 from vocab_parallel.modules.gradient_norm import clip_grad_norm_
 from vocab_parallel.modules.tied import TiedRows
 from vocab_parallel.options import VocabParallelOptions
-from vocab_parallel.pipeline import CCEPipelineLoss, validate_pipeline_loss
+from vocab_parallel.pipeline import CCEPipelineLoss, no_loss, validate_pipeline_loss
 
 __all__ = [
     "BackwardPlan",
@@ -34,6 +34,7 @@ __all__ = [
     "clip_grad_norm_",
     "count_valid_tokens",
     "linear_cross_entropy",
+    "no_loss",
     "plan_backward",
     "predict",
     "rows_as_dtensor",

@@ -1,4 +1,5 @@
 """How much a data x pipeline x vocab mesh holds and how long its step takes, before it is rented.
 
-balance -> shape, orders -> timeline -> estimate -> meshes; timing, estimate -> calibrate
+published, balance -> shape; orders -> timeline; shape, timeline, hardware -> estimate -> meshes;
+meshes -> table, picture -> command; layers, estimate -> calibrate -> hardware
 """

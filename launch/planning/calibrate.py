@@ -1,6 +1,5 @@
 """The hardware file of the device at hand: products, copies, a layer, the loss and the links."""
 
-import copy
 import os
 import statistics
 from collections.abc import Callable, Mapping
@@ -15,9 +14,10 @@ from tqdm import tqdm
 
 from launch.planning.estimate import loss_seconds
 from launch.planning.hardware import Hardware
+from launch.planning.layers import DecoderLayers
+from launch.planning.published import PUBLISHED
 from launch.planning.shape import ModelShape
-from launch.planning.timing import busy_work, time_of
-from launch.published import PUBLISHED
+from launch.timing import busy_work, time_of
 from vocab_parallel import linear_cross_entropy, plan_backward
 
 
@@ -116,20 +116,14 @@ def _copy_bytes(sizes: _Sizes, device: torch.device) -> float:
 
 def _layer_flops(sizes: _Sizes, dtype: torch.dtype, device: torch.device) -> float:
     """Time forward and backward of two decoder layers, as transformers computes them."""
-    from transformers import AutoConfig, AutoModel
-
-    raw = {**sizes.layer, "num_hidden_layers": 2, "vocab_size": 8}
-    shape = ModelShape.of("", raw)
-    with device:
-        model = AutoModel.from_config(AutoConfig.for_model(**copy.deepcopy(raw)), dtype=dtype)
-    sequence = min(4096, sizes.tokens)
-    hidden = torch.randn(1, sequence, shape.hidden, device=device).to(dtype).requires_grad_()
+    count, sequence = 2, min(4096, sizes.tokens)
+    layers = DecoderLayers(sizes.layer, count, sequence, dtype, device)
 
     def step() -> None:
-        out = model(inputs_embeds=hidden, use_cache=False).last_hidden_state
+        out = layers()
         out.backward(out.detach())
 
-    flops = 3.0 * shape.layers * shape.layer_flops(sequence, sequence)
+    flops = 3.0 * count * ModelShape.of("", sizes.layer).layer_flops(sequence, sequence)
     return flops / _seconds(step, sizes, device)
 
 
@@ -146,10 +140,12 @@ def _loss_overhead(
         assert isinstance(loss, Tensor)
         return torch.autograd.grad(loss, (e, rows))
 
-    plan = plan_backward(
+    backward_plan = plan_backward(
         sizes.tokens, sizes.rows, sizes.hidden, dtype, backward=way, device_type=device.type
     )
-    expected = loss_seconds(plan, sizes.tokens, sizes.rows, sizes.hidden, dtype.itemsize, hardware)
+    expected = loss_seconds(
+        backward_plan, sizes.tokens, sizes.rows, sizes.hidden, dtype.itemsize, hardware
+    )
     return _seconds(step, sizes, device) / expected
 
 

@@ -154,7 +154,12 @@ def _estimate(
 
 
 def loss_seconds(
-    plan: BackwardPlan, tokens: int, rows: int, hidden: int, itemsize: int, hardware: Hardware
+    backward_plan: BackwardPlan,
+    tokens: int,
+    rows: int,
+    hidden: int,
+    itemsize: int,
+    hardware: Hardware,
 ) -> float:
     """Estimate forward and backward of the loss on one rank's rows.
 
@@ -162,12 +167,13 @@ def loss_seconds(
     float32 sums that tiles are added to, at its copy's; what was measured above that; the launches
     of kernels; and where rows are no multiple of 8 the last few, whose products go by themselves.
     """
-    kept = plan.kept_rows if plan.backward == "recompute" else rows
+    kept = backward_plan.kept_rows if backward_plan.backward == "recompute" else rows
     products = tokens * hidden * (6 * rows + 2 * (rows - kept))
     # Read once in forward and in backward, and written there; those of a part in backward alone.
     # (On Hopper forward reads none; its time was found the same.)
     moved = (2 if kept < rows else 3) * tokens * kept * itemsize
-    row_tiles, token_tiles = -(-rows // plan.tile.rows), -(-tokens // plan.tile.tokens)
+    tile = backward_plan.tile
+    row_tiles, token_tiles = -(-rows // tile.rows), -(-tokens // tile.tokens)
     if row_tiles > 1:
         moved += row_tiles * tokens * hidden * 8  # float32, read and written
     if token_tiles > 1:
@@ -175,7 +181,7 @@ def loss_seconds(
     ideal = products / hardware.product_flops + moved / hardware.copy_bytes
     if rows % 8:
         ideal += TAIL_BYTES * tokens * hidden / hardware.copy_bytes
-    return LAUNCHES + ideal * hardware.loss_overhead[plan.backward]
+    return LAUNCHES + ideal * hardware.loss_overhead[backward_plan.backward]
 
 
 @dataclass(frozen=True)
@@ -194,7 +200,7 @@ def _loss(job: Job, mesh: Mesh, hardware: Hardware, rows: int, waiting: int) -> 
     """Estimate the loss of one microbatch of every column, on one rank's rows."""
     shape = job.shape
     tokens = job.tokens * mesh.vocab
-    plan = plan_backward(
+    backward_plan = plan_backward(
         tokens,
         rows,
         shape.hidden,
@@ -203,10 +209,10 @@ def _loss(job: Job, mesh: Mesh, hardware: Hardware, rows: int, waiting: int) -> 
         microbatches_in_flight=waiting,
         degree=mesh.vocab,
     )
-    seconds = loss_seconds(plan, tokens, rows, shape.hidden, job.itemsize, hardware)
-    gathered, memory = 0.0, float(plan.peak_bytes)
+    seconds = loss_seconds(backward_plan, tokens, rows, shape.hidden, job.itemsize, hardware)
+    gathered, memory = 0.0, float(backward_plan.peak_bytes)
     if mesh.vocab > 1:
         # Hidden states gathered, statistics, and the float32 gradient scattered.
         gathered = tokens * (shape.hidden * (job.itemsize + 4) + 8) * (1 - 1 / mesh.vocab)
         memory += tokens * shape.hidden * job.itemsize
-    return _Loss(memory, seconds, plan.backward, gathered)
+    return _Loss(memory, seconds, backward_plan.backward, gathered)

@@ -13,8 +13,8 @@ RESERVED = 0.06  # of a GPU's memory; assumed
 
 
 @dataclass(frozen=True)
-class Plan:
-    """One mesh.
+class MeshPlan:
+    """What one mesh holds, and how long its step takes.
 
     Attributes:
         recompute_layers: whether layers run again in backward, since nothing else fits.
@@ -54,7 +54,7 @@ class Plan:
         return times[-1] / max(times[:-1]) if len(times) > 1 else 1.0
 
 
-def plan_meshes(job: Job, gpus: int, hardware: Hardware, gpu_memory: float) -> list[Plan]:
+def plan_meshes(job: Job, gpus: int, hardware: Hardware, gpu_memory: float) -> list[MeshPlan]:
     """Plan every mesh; those that fit first, by tokens a second, then by what is missing.
 
     Raises:
@@ -91,7 +91,7 @@ def _meshes(gpus: int, job: Job) -> Iterator[Mesh]:
                 yield Mesh(gpus // pipeline // vocab, pipeline, vocab)
 
 
-def _plan(job: Job, mesh: Mesh, hardware: Hardware, room: float) -> Plan:
+def _plan(job: Job, mesh: Mesh, hardware: Hardware, room: float) -> MeshPlan:
     """Plan one mesh; layers run again where the ranks have no room for what they keep."""
     ranks = stages_of(job.schedule, mesh.pipeline)
     stages = estimate_stages(job, mesh, hardware)
@@ -108,7 +108,7 @@ def _plan(job: Job, mesh: Mesh, hardware: Hardware, room: float) -> Plan:
     step = computed + summed / hardware.link_bytes
     busy = sum(span.stop - span.start for span in spans)
     tokens = job.tokens * job.microbatches * replicas
-    return Plan(
+    return MeshPlan(
         mesh=mesh,
         recompute_layers=job.recompute_layers,
         stages=stages,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from launch.planning.balance import layer_counts
-from launch.published import PUBLISHED
+from launch.planning.published import PUBLISHED
 
 _NEEDED = (
     "vocab_size",

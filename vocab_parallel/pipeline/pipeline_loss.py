@@ -157,6 +157,20 @@ class CCEPipelineLoss:
             )
 
 
+def no_loss(*_: Any, **__: Any) -> Tensor:
+    """``loss_fn`` of the ranks without the last stage, which never call it.
+
+    A schedule that has no ``loss_fn`` on some rank hangs, so every rank passes a callable.
+
+    Raises:
+        ValueError: it was called.
+    """
+    raise ValueError(
+        "only the last stage computes the loss: give the schedule of its ranks a CCEPipelineLoss "
+        "as loss_fn, and no_loss to the others"
+    )
+
+
 def _check_options(options: Mapping[str, Any]) -> None:
     """Raise ValueError for an option that the loss does not know, before any microbatch."""
     parameters = inspect.signature(linear_cross_entropy).parameters

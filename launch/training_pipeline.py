@@ -25,6 +25,7 @@ from vocab_parallel import (
     TiedRows,
     VocabParallelClassifier,
     count_valid_tokens,
+    no_loss,
     validate_pipeline_loss,
 )
 from vocab_parallel.logit_settings import logit_settings, refuse_other_losses
@@ -163,13 +164,10 @@ def build_pipeline(
         )
         for index in indices
     ]
-    for stage, index in zip(stages, indices, strict=True):
-        if index > 0 and hasattr(stage.model, "embedding_multiplier"):
-            stage.model.embedding_multiplier = 1.0  # the first stage has multiplied already
     head = next((stage.lm_head for stage in stages if stage.lm_head is not None), None)
     tied = _tie(stages, head, groups, v_shaped) if config.tie_word_embeddings else None
     loss = (
-        _loss_of_another_stage
+        no_loss
         if head is None
         else CCEPipelineLoss(head, impl=arguments.impl, hidden_layout="sharded", **settings)
     )
@@ -205,8 +203,3 @@ def _tie(
     )
     last = 0 if v_shaped else groups.pipeline_degree - 1
     return TiedRows(embedding, head, groups.pipeline_group, first=0, last=last)
-
-
-def _loss_of_another_stage(*_: Tensor) -> Tensor:
-    """Stand for the loss on ranks without the last stage: a schedule without one would hang."""
-    raise AssertionError("only the last stage computes the loss")

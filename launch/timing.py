@@ -1,4 +1,7 @@
-"""How long a call takes on a device that is as busy as it is in training."""
+"""How long a call takes on a device that is as busy as it is in training.
+
+The planner's calibration and the benchmarks share it, so it knows of neither.
+"""
 
 import time
 from collections.abc import Callable

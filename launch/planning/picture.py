@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from launch.planning.meshes import Plan, of_ranks
+from launch.planning.meshes import MeshPlan, of_ranks
 
 _COLORS = {
     "forward": "tab:blue",
@@ -19,7 +19,7 @@ _WITH_LOSS = {
 _PARTS = ("weights", "gradients", "optimizer", "activations", "loss")
 
 
-def plot_plan(plan: Plan, path: Path) -> None:
+def plot_plan(plan: MeshPlan, path: Path) -> None:
     """Draw bars of memory, a stage each, over the step's timeline."""
     import matplotlib
 

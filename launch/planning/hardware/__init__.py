@@ -35,7 +35,7 @@ class Hardware:
         """
         shipped = {
             path.name.removesuffix(".json"): path
-            for path in files("launch.hardware").iterdir()
+            for path in files(__name__).iterdir()
             if path.name.endswith(".json")
         }
         if name in shipped:

@@ -1,1 +1,0 @@
-"""Hardware files of the planner: JSON, each number with its source."""
