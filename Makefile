@@ -38,6 +38,10 @@ $(VENV)/.lint: $(VENV)/.test
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt ruff mypy
 	touch $@
 
+$(VENV)/.docs: $(VENV)/.test
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	touch $@
+
 demo: $(VENV)/.train  ## train a small Qwen3 on real text, 2 x 2 ranks, and check it against one process
 	$(TORCHRUN) --nproc-per-node 4 -m launch.train --pipeline 2 --vocab 2 --check --out runs/demo
 
@@ -56,9 +60,10 @@ bench: $(VENV)/.test  ## what can be measured on this machine
 	if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
 	  $(BIN)/python -m benchmarks.memory; fi
 
-docs: $(VENV)/.test  ## write the pages that are made from what passes
+docs: $(VENV)/.docs  ## the tables that are made from what passes, and the site in site/
 	WRITE_DOCS=1 $(BIN)/pytest -q tests/test_options_table.py tests/test_schedules.py \
 	  tests/test_causal_families.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 fuzz: $(VENV)/.test  ## 5,000 drawn combinations of options, fresh ones each time
 	$(BIN)/python -m tests.fuzz
@@ -69,4 +74,4 @@ lint: $(VENV)/.lint  ## formatting, lint and types
 	$(BIN)/mypy
 
 clean:  ## remove the virtual environment and what runs left
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) runs build site *.egg-info

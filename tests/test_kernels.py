@@ -11,14 +11,12 @@ from tests.oracle import oracle, relative_error
 from tests.ranks import run_ranks
 from vocab_parallel import linear_cross_entropy, plan_backward
 from vocab_parallel.local import tile_ops
-from vocab_parallel.local.backward_plan import BackwardPlan, TileShape
 from vocab_parallel.local.interface import Shard, Transform
 from vocab_parallel.local.statistics import StatisticNames, Statistics
 from vocab_parallel.local.tile_ops import TileOps, TritonOps
 from vocab_parallel.sharded.layout import IGNORED, OUT_OF_RANGE, mark_labels
 
 INTERPRETED = {"TRITON_INTERPRET": "1"}
-WHOLE = BackwardPlan("recompute", TileShape(1, 1), 1, 0, 0, 0, 0, 0)  # the passes read no plan
 
 
 def drawn_shard(generator: torch.Generator, num_tokens: int, num_rows: int, **given: Any) -> Shard:
@@ -32,7 +30,6 @@ def drawn_shard(generator: torch.Generator, num_tokens: int, num_rows: int, **gi
         "separate_lse_grad": True,
         "sum_dtype": torch.float32,
         "needs_grad": True,
-        "plan": WHOLE,
         "ops": TileOps(),
     }
     return Shard(**(values | given))

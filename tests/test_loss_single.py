@@ -228,7 +228,7 @@ def test_a_target_that_nobody_checked_is_nan() -> None:
 
     marked = mark_labels(torch.tensor([0, 6, 7, -1, -100, 2**40]), -100, 7)
     assert marked.tolist() == [0, 6, -2, -2, -1, -2]
-    losses = TokenLoss(marked, None, 0.0, 7, 0.0, kernels=False)(torch.randn(2, 6))
+    losses = TokenLoss(marked, None, 0.0, 7, 0.0, None, kernels=False)(torch.randn(2, 6))
     assert losses.isnan().tolist() == [False, False, True, True, False, True]
     e, c, targets = drawn()
     with pytest.raises(ValueError, match=r"targets must lie in \[0, 7\)"):

@@ -119,16 +119,16 @@ class Work:
 def watch(work: Work) -> None:
     forward, backward = ChunkedImpl.forward, ChunkedImpl.backward
 
-    def counted_forward(self, shard, progress):
+    def counted_forward(self, shard, plan, progress):
         work.forwards += 1
         work.waiting += 1
         work.most_waiting = max(work.most_waiting, work.waiting)
-        return forward(self, shard, progress)
+        return forward(self, shard, plan, progress)
 
-    def counted_backward(self, shard, upstream):
+    def counted_backward(self, shard, plan, upstream):
         work.backwards[upstream.wanted.hidden, upstream.wanted.classifier] += 1
         work.waiting -= upstream.wanted.classifier
-        return backward(self, shard, upstream)
+        return backward(self, shard, plan, upstream)
 
     ChunkedImpl.forward, ChunkedImpl.backward = counted_forward, counted_backward
 

@@ -21,7 +21,7 @@ from vocab_parallel.sharded.autograd import scalar_loss, vocab_statistics
 from vocab_parallel.sharded.call import Call, Operands, prepare
 from vocab_parallel.sharded.layout import IGNORED, OUT_OF_RANGE, HiddenLayout, shifted
 from vocab_parallel.sharded.settings import LossSettings
-from vocab_parallel.sharded.token_loss import ScalarLoss, TokenLoss
+from vocab_parallel.sharded.token_loss import TokenLoss
 from vocab_parallel.sharded.uncompiled import uncompiled
 
 
@@ -165,18 +165,14 @@ def linear_cross_entropy(
         label_smoothing,
         call.rows.vocab_size or 0,
         z_loss,
-        call.ops.kernels,
+        _divisor(call, labels),
+        call.shard.ops.kernels,
     )
-    divisor = None
-    if reduction == "mean":
-        valid = (labels != IGNORED).sum() if num_valid_tokens is None else num_valid_tokens
-        divisor = _at_least_one(valid)
-    total = ScalarLoss(losses, divisor)
     if call.plan.backward == "gradients":
-        return scalar_loss(call, labels, total)
+        return scalar_loss(call, labels, losses)
     statistics = vocab_statistics(call, labels)
     per_token = reduction == "none"
-    loss = call.own(losses(statistics.values)) if per_token else total(statistics.values)
+    loss = call.own(losses(statistics.values)) if per_token else losses.total(statistics.values)
     if not return_lse:
         return loss
     return loss, call.own(statistics.lse.masked_fill(labels == IGNORED, 0.0))
@@ -276,6 +272,14 @@ def _arranged_weight(call: Call) -> Tensor | None:
         return None
     weight = weight.detach().to(accumulation_dtype(call.operands.hidden.dtype))
     return call.layout.arrange(shifted(weight, call.settings.shift, 0.0))
+
+
+def _divisor(call: Call, labels: Tensor) -> int | Tensor | None:
+    """Return what the sum of the tokens' losses is divided by."""
+    if call.settings.reduction != "mean":
+        return None
+    given = call.settings.num_valid_tokens
+    return _at_least_one((labels != IGNORED).sum() if given is None else given)
 
 
 def _at_least_one(divisor: int | Tensor) -> int | Tensor:

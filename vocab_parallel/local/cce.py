@@ -18,14 +18,7 @@ from torch import Tensor
 
 from vocab_parallel.local import cce_kernels
 from vocab_parallel.local.backward_plan import BackwardPlan
-from vocab_parallel.local.interface import (
-    Forward,
-    Gradients,
-    Progress,
-    Request,
-    Shard,
-    Upstream,
-)
+from vocab_parallel.local.interface import Gradients, Progress, Shard, Upstream
 from vocab_parallel.local.reference import RecomputeOnly
 from vocab_parallel.local.statistics import Statistics
 from vocab_parallel.local.tile_ops import well_scaled
@@ -72,42 +65,43 @@ class CceImpl(RecomputeOnly):
                 f'filter_eps must be "auto", None or a float of at least 0, got {eps!r}'
             )
 
-    def plan(self, request: Request) -> BackwardPlan:
+    def plan(self, shard: Shard, *, tokens: int, backward: str, **_: Any) -> BackwardPlan:
         """See `LocalImpl.plan`; refuses what neither the installed kernels nor this file can do."""
-        reason = self._why_not(request)
+        reason = self._why_not(shard, tokens)
         if reason is not None:
             raise ValueError(f'impl "{self.name}" {reason}; or use impl="chunked"')
-        return super().plan(request)
+        return super().plan(shard, tokens=tokens, backward=backward)
 
-    def _why_not(self, request: Request) -> str | None:
+    def _why_not(self, shard: Shard, tokens: int) -> str | None:
+        device_type, dtype = shard.hidden.device.type, shard.hidden.dtype
         can = cce_kernels.features()
         newer = "install cut-cross-entropy 25.6 or later"
         interprets = cce_kernels.interprets()
-        if request.device_type != "cuda" and not interprets:
-            return f"needs tensors on a CUDA device, got {request.device_type}: move them"
-        if interprets and request.dtype != torch.float16:
-            return (
-                f"under Triton's interpreter is right in float16 alone, got {request.dtype}: cast"
-            )
-        if request.dtype == torch.float64:
+        if device_type != "cuda" and not interprets:
+            return f"needs tensors on a CUDA device, got {device_type}: move them"
+        if interprets and dtype != torch.float16:
+            return f"under Triton's interpreter is right in float16 alone, got {dtype}: cast"
+        if dtype == torch.float64:
             return "works in float16, bfloat16 and float32, got float64: cast"
-        if request.dtype == torch.float32 and not can.fp32_accumulation:
+        if dtype == torch.float32 and not can.fp32_accumulation:
             return f"of the installed version needs float16 or bfloat16: {newer}"
-        if request.bias and not can.bias:
+        if shard.bias is not None and not can.bias:
             return f"of the installed version has no bias: {newer}"
-        elements = max(request.tokens, request.rows) * request.hidden_size
+        elements = max(tokens, shard.num_rows) * shard.hidden.shape[1]
         if elements >= 2**31 and not can.fp32_accumulation:
             return f"of the installed version counts elements in 32 bits: {newer}"
         for refused, what in (
-            (request.transform.temperature != 1.0, "temperature"),
-            ("sum" in request.names, "label_smoothing"),
-            ("expected" in request.names, "entropy"),
+            (shard.transform.temperature != 1.0, "temperature"),
+            ("sum" in shard.names, "label_smoothing"),
+            ("expected" in shard.names, "entropy"),
         ):
             if refused:
                 return f"has no {what}: leave it out"
         return None
 
-    def forward(self, shard: Shard, progress: Progress | None = None) -> Forward:
+    def forward(
+        self, shard: Shard, plan: BackwardPlan, progress: Progress | None = None
+    ) -> tuple[Statistics, Tensor | None]:
         """See `LocalImpl.forward`; keeps the rows' mean logits [R], or None."""
         hidden = shard.hidden.contiguous()
         cap = shard.transform.softcap
@@ -120,9 +114,9 @@ class CceImpl(RecomputeOnly):
         if cap is not None:
             target = cap * torch.tanh(target / cap)
         found = torch.stack([lse, target.masked_fill_(~owned, 0.0)])
-        return Forward(Statistics(found, shard.names), mean_logits)
+        return Statistics(found, shard.names), mean_logits
 
-    def backward(self, shard: Shard, upstream: Upstream) -> Gradients:
+    def backward(self, shard: Shard, plan: BackwardPlan, upstream: Upstream) -> Gradients:
         """See `LocalImpl.backward`.
 
         The kernel's gradient is nll_grad (p - [is target]) + lse_grad p, so that

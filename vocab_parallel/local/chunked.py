@@ -28,14 +28,7 @@ from vocab_parallel.local.backward_plan import (
     budget_bytes,
     row_blocks,
 )
-from vocab_parallel.local.interface import (
-    Forward,
-    Gradients,
-    Progress,
-    Request,
-    Shard,
-    Upstream,
-)
+from vocab_parallel.local.interface import Gradients, Progress, Shard, Upstream
 from vocab_parallel.local.statistics import Statistics
 from vocab_parallel.local.tile_ops import Block, HopperOps, corner, put_product, well_scaled
 
@@ -71,35 +64,46 @@ class ChunkedImpl:
             elif value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{field.name} must be a positive integer, got {value!r}")
 
-    def plan(self, request: Request) -> BackwardPlan:
+    def plan(
+        self,
+        shard: Shard,
+        *,
+        tokens: int,
+        even_rows: int | None,
+        degree: int,
+        backward: str,
+        scalar_loss: bool,
+    ) -> BackwardPlan:
         """See `LocalImpl.plan`.
 
         Where the size of the vocabulary is not known, ranks cannot plan alike, and a call is not
         cut into pieces.
         """
-        backward, chunk_tokens = request.backward, self.chunk_tokens
-        if not request.even:
+        chunk_tokens = self.chunk_tokens
+        if even_rows is None:
             backward = "recompute" if backward == "auto" else backward
-            chunk_tokens = request.tokens if backward == "gradients" else chunk_tokens
+            chunk_tokens = tokens if backward == "gradients" else chunk_tokens
         planner = Planner(
-            tokens=max(request.tokens, 1),
-            rows=max(request.rows, 1),
-            hidden_size=request.hidden_size,
-            dtype=request.dtype,
-            device_type=request.device_type,
-            kernels=request.kernels,
-            degree=request.degree,
+            tokens=max(tokens, 1),
+            rows=max(shard.num_rows if even_rows is None else even_rows, 1),
+            hidden_size=shard.hidden.shape[1],
+            dtype=shard.hidden.dtype,
+            device_type=shard.hidden.device.type,
+            kernels=shard.ops.kernels,
+            degree=degree,
             microbatches_in_flight=self.microbatches_in_flight,
             budget=budget_bytes(self.memory_budget),
             chunk_tokens=chunk_tokens,
             chunk_rows=self.chunk_rows,
-            temporaries=2 + (request.transform.softcap is not None) + ("expected" in request.names),
+            temporaries=2 + (shard.transform.softcap is not None) + ("expected" in shard.names),
         )
-        return planner.choose(backward, request.scalar_loss)
+        return planner.choose(backward, scalar_loss)
 
-    def forward(self, shard: Shard, progress: Progress | None = None) -> Forward:
-        """See `LocalImpl.forward`; keeps `KeptLogits`, or None."""
-        num_kept = _rows_to_keep(shard)
+    def forward(
+        self, shard: Shard, plan: BackwardPlan, progress: Progress | None = None
+    ) -> tuple[Statistics, "KeptLogits | None"]:
+        """See `LocalImpl.forward`."""
+        num_kept = _rows_to_keep(shard, plan)
         kept: Tensor | None = None
         if num_kept:
             kept = shard.ops.buffer(shard, TileShape(shard.num_tokens, num_kept))
@@ -112,12 +116,12 @@ class ChunkedImpl:
                 if progress is not None:
                     progress.complete(found.values, tokens.stop)
         else:
-            _put_by_tiles(found, shard, kept, num_kept, progress)
-        return Forward(found, None if kept is None else KeptLogits(kept, num_kept))
+            _put_by_tiles(found, shard, plan, kept, num_kept, progress)
+        return found, None if kept is None else KeptLogits(kept, num_kept)
 
-    def backward(self, shard: Shard, upstream: Upstream) -> Gradients:
+    def backward(self, shard: Shard, plan: BackwardPlan, upstream: Upstream) -> Gradients:
         """See `LocalImpl.backward`."""
-        source = _GradientTiles(shard, upstream)
+        source = _GradientTiles(shard, plan, upstream)
         tile = source.tile
         row_slices = _row_slices(shard, tile, source.num_kept)
         at_once = len(row_slices) == 1 and source.unit is None
@@ -182,7 +186,7 @@ class _GradientTiles:
     rows alone, in the place of those, once they are done.
     """
 
-    def __init__(self, shard: Shard, upstream: Upstream) -> None:
+    def __init__(self, shard: Shard, plan: BackwardPlan, upstream: Upstream) -> None:
         kept: KeptLogits | None = upstream.kept
         wanted = upstream.wanted
         self._shard, self._upstream = shard, upstream
@@ -193,7 +197,7 @@ class _GradientTiles:
         self._kept: Tensor | None = None
         if kept is not None:
             self._kept = kept.pop() if self._pops else kept.peek()
-        self.tile = _tile(shard, whole and self._kept is not None)
+        self.tile = _tile(shard, plan, whole and self._kept is not None)
         self._scratch: Tensor | None = None
         if self._kept is None or not self._pops:
             if self._kept is not None:
@@ -283,19 +287,19 @@ class _RowGradients:
             destination.copy_(self._sums)
 
 
-def _rows_to_keep(shard: Shard) -> int:
+def _rows_to_keep(shard: Shard, plan: BackwardPlan) -> int:
     """Return of how many of the first rows forward keeps the logits, at most as planned."""
     if not shard.needs_grad:
         return 0
-    whole = shard.plan.backward in ("probs", "gradients")
-    return shard.num_rows if whole else min(shard.plan.kept_rows, shard.num_rows)
+    whole = plan.backward in ("probs", "gradients")
+    return shard.num_rows if whole else min(plan.kept_rows, shard.num_rows)
 
 
-def _tile(shard: Shard, keeps: bool) -> TileShape:
+def _tile(shard: Shard, plan: BackwardPlan, keeps: bool) -> TileShape:
     """Return the tile of this rank's own work; kernels take kept logits whole."""
     if keeps and shard.ops.kernels:
         return TileShape(shard.num_tokens, shard.num_rows)
-    tile = shard.plan.tile
+    tile = plan.tile
     return TileShape(min(tile.tokens, shard.num_tokens), min(tile.rows, shard.num_rows))
 
 
@@ -307,13 +311,14 @@ def _row_slices(shard: Shard, tile: TileShape, num_kept: int) -> list[slice]:
 def _put_by_tiles(
     found: Statistics,  # (k, N)
     shard: Shard,
+    plan: BackwardPlan,
     kept: Tensor | None,
     num_kept: int,
     progress: Progress | None,
 ) -> None:
     """Go through the tiles, those of the first ``num_kept`` rows in a place of their own."""
     ops = shard.ops
-    tile = _tile(shard, num_kept == shard.num_rows)
+    tile = _tile(shard, plan, num_kept == shard.num_rows)
     row_slices = _row_slices(shard, tile, num_kept)
     # Rows that are not kept come first: what is kept may have the buffer after them.
     row_slices.sort(key=lambda rows: rows.stop <= num_kept)

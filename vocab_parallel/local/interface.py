@@ -39,43 +39,10 @@ class Transform(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Request:
-    """What a call asks of its implementation, known before any work.
-
-    Attributes:
-        tokens: N, those of the loss.
-        hidden_size: D.
-        rows: R of the largest shard of an even cut, equal on every rank; of this rank's own where
-            the size of the vocabulary is not known.
-        even: whether it is known.
-        degree: V, over how many ranks the rows are spread.
-        dtype, device_type: of the hidden states.
-        kernels: whether Triton's kernels work on tiles.
-        bias: whether there is one.
-        transform: what makes logits of raw entries.
-        names: the statistics that the loss reads.
-        backward: "auto", or one that the caller names.
-        scalar_loss: whether the loss is one number, which nothing else is returned beside.
-    """
-
-    tokens: int
-    hidden_size: int
-    rows: int
-    even: bool
-    degree: int
-    dtype: torch.dtype
-    device_type: str
-    kernels: bool
-    bias: bool
-    transform: Transform
-    names: StatisticNames
-    backward: str
-    scalar_loss: bool
-
-
-@dataclass(frozen=True)
 class Shard:
-    """One rank's share of the work: logits of its rows, for all tokens of the loss.
+    """One rank's share of the work: logits of its rows, for some tokens of the loss.
+
+    A call makes one without tokens, and puts them in where the work begins.
 
     Attributes:
         hidden: [N, D].
@@ -90,8 +57,7 @@ class Shard:
         sum_dtype: in which the partial gradients of the hidden states are summed over the group,
             or their own where they are not. An implementation that can writes that dtype.
         needs_grad: whether a backward may follow.
-        plan: how backward finds the logits, and in which tiles.
-        ops: what works on a tile.
+        ops: who works on a tile.
     """
 
     hidden: Tensor
@@ -103,7 +69,6 @@ class Shard:
     separate_lse_grad: bool
     sum_dtype: torch.dtype
     needs_grad: bool
-    plan: BackwardPlan
     ops: "TileOps"
 
     @property
@@ -172,17 +137,6 @@ class Progress(Protocol):
         ...
 
 
-class Forward(NamedTuple):
-    """What a forward produced.
-
-    ``statistics`` are those of this shard's logits; ``kept`` is what the same implementation's
-    backward is given back, beside the shard.
-    """
-
-    statistics: Statistics
-    kept: Any = None
-
-
 @dataclass(frozen=True)
 class ClassifierGrad:
     """Where the classifier's gradient [R, D] goes.
@@ -237,18 +191,40 @@ class LocalImpl(Protocol):
         """See above."""
         ...
 
-    def plan(self, request: Request) -> BackwardPlan:
+    def plan(
+        self,
+        shard: Shard,
+        *,
+        tokens: int,
+        even_rows: int | None,
+        degree: int,
+        backward: str,
+        scalar_loss: bool,
+    ) -> BackwardPlan:
         """Choose how backward finds the logits, equally on all ranks.
+
+        Args:
+            shard: this rank's rows, without tokens.
+            tokens: N, those of the loss.
+            even_rows: of the largest shard of an even cut; None where the vocabulary is not known.
+            degree: V, over how many ranks the rows are spread.
+            backward: "auto", or one that the caller names.
+            scalar_loss: whether the loss is one number, which nothing else is returned beside.
 
         Raises:
             ValueError: this implementation cannot do what is asked, or nothing fits.
         """
         ...
 
-    def forward(self, shard: Shard, progress: Progress | None = None) -> Forward:
-        """Compute the statistics of this shard's logits; reports those that are complete."""
+    def forward(
+        self, shard: Shard, plan: BackwardPlan, progress: Progress | None = None
+    ) -> tuple[Statistics, Any]:
+        """Compute the statistics of this shard's logits; reports those that are complete.
+
+        The second of the pair is what the same implementation's backward is given back.
+        """
         ...
 
-    def backward(self, shard: Shard, upstream: Upstream) -> Gradients:
+    def backward(self, shard: Shard, plan: BackwardPlan, upstream: Upstream) -> Gradients:
         """Return the wanted gradients."""
         ...

@@ -8,19 +8,13 @@ they check the formula which the other implementations use.
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vocab_parallel.local.backward_plan import BackwardPlan, TileShape
-from vocab_parallel.local.interface import (
-    Forward,
-    Gradients,
-    Progress,
-    Request,
-    Shard,
-    Upstream,
-)
+from vocab_parallel.local.interface import Gradients, Progress, Shard, Upstream
 from vocab_parallel.local.statistics import Statistics, share_of
 
 Leaves = Sequence[Tensor | None]  # hidden states, classifier, bias
@@ -35,27 +29,29 @@ class RecomputeOnly:
         """See `LocalImpl`: nothing is reported while it works."""
         return False
 
-    def plan(self, request: Request) -> BackwardPlan:
+    def plan(self, shard: Shard, *, tokens: int, backward: str, **_: Any) -> BackwardPlan:
         """See `LocalImpl.plan`; whatever is held is the implementation's own, and not counted."""
-        if request.backward not in ("auto", "recompute"):
+        if backward not in ("auto", "recompute"):
             raise ValueError(
-                f'backward="{request.backward}" is done by impl="chunked" alone; this one makes '
-                f'the logits anew in backward: use backward="recompute" or "auto"'
+                f'backward="{backward}" is done by impl="chunked" alone; this one makes the logits '
+                f'anew in backward: use backward="recompute" or "auto"'
             )
-        tile = TileShape(request.tokens, request.rows)
-        return BackwardPlan("recompute", tile, request.tokens, 0, 0, 0, 0, 0)
+        tile = TileShape(tokens, shard.num_rows)
+        return BackwardPlan("recompute", tile, tokens, 0, 0, 0, 0, 0)
 
 
 @dataclass(frozen=True)
 class ReferenceImpl(RecomputeOnly):
     """Materialises its shard's logits in float32 or wider; has no options."""
 
-    def forward(self, shard: Shard, progress: Progress | None = None) -> Forward:
+    def forward(
+        self, shard: Shard, plan: BackwardPlan, progress: Progress | None = None
+    ) -> tuple[Statistics, None]:
         """See `LocalImpl.forward`."""
         leaves = (shard.hidden, shard.classifier, shard.bias)
-        return Forward(Statistics(self._statistics()(shard, leaves), shard.names))
+        return Statistics(self._statistics()(shard, leaves), shard.names), None
 
-    def backward(self, shard: Shard, upstream: Upstream) -> Gradients:
+    def backward(self, shard: Shard, plan: BackwardPlan, upstream: Upstream) -> Gradients:
         """See `LocalImpl.backward`."""
         leaves = [
             None if tensor is None else self._leaf(tensor, shard).requires_grad_(want)

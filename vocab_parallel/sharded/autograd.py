@@ -18,16 +18,16 @@ from vocab_parallel.sharded.halves import (
     summed_gradients,
     with_padding,
 )
-from vocab_parallel.sharded.token_loss import ScalarLoss
+from vocab_parallel.sharded.token_loss import TokenLoss
 
 
 def vocab_statistics(call: Call, labels: Tensor) -> Statistics:
     """Return the statistics [k, N] of the whole vocabulary, differentiable; all ranks call."""
     values = _VocabStatistics.apply(*_tensors(call, labels), call)
-    return Statistics(cast(Tensor, values), call.settings.statistics)
+    return Statistics(cast(Tensor, values), call.shard.names)
 
 
-def scalar_loss(call: Call, labels: Tensor, loss: ScalarLoss) -> Tensor:
+def scalar_loss(call: Call, labels: Tensor, loss: TokenLoss) -> Tensor:
     """Return the loss of all tokens, its gradients computed already; all ranks call."""
     return cast(Tensor, _VocabLoss.apply(*_tensors(call, labels), call, loss))
 
@@ -66,7 +66,7 @@ class _VocabStatistics(torch.autograd.Function):
     def backward(ctx: Any, grads: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, statistics = ctx.saved_tensors
         inputs, call = Inputs(*tensors), ctx.call
-        names = call.settings.statistics
+        names = call.shard.names
         found = summed_gradients(
             call,
             inputs,
@@ -89,7 +89,7 @@ class _VocabLoss(torch.autograd.Function):
         bias: Tensor | None,  # (rows,)
         targets: Tensor,  # (N,), rows of this shard, or outside of them
         call: Call,
-        loss: ScalarLoss,
+        loss: TokenLoss,
     ) -> Tensor:
         inputs = Inputs(gathered_hidden(call, hidden), classifier, bias, targets)
         wanted = Wanted(*(need and call.records for need in ctx.needs_input_grad[:3]))
@@ -114,13 +114,13 @@ class _VocabLoss(torch.autograd.Function):
             )
             found = Gradients(
                 *(
-                    call.ops.scale_(gradient, grad) if want else None
+                    call.shard.ops.scale_(gradient, grad) if want else None
                     for gradient, want in zip(made, wanted, strict=True)
                 )
             )
             return (*_accumulated(call, inputs, found), None, None, None)
         # A graph that is run again makes them again.
-        statistics = Statistics(values, call.settings.statistics)
+        statistics = Statistics(values, call.shard.names)
         _, grads = ctx.loss.part(values, slice(0, inputs.hidden.shape[0]))
         upstream = Statistics(grads * grad, statistics.names)
         return (*summed_gradients(call, inputs, statistics, upstream, wanted), None, None, None)

@@ -8,9 +8,8 @@ from torch import Tensor
 
 from vocab_parallel.local import tile_ops
 from vocab_parallel.local.backward_plan import BackwardPlan
-from vocab_parallel.local.interface import LocalImpl, Request
+from vocab_parallel.local.interface import LocalImpl, Shard
 from vocab_parallel.local.registry import create_impl
-from vocab_parallel.local.tile_ops import TileOps
 from vocab_parallel.sharded import settings as rules
 from vocab_parallel.sharded.agreement import Claim, agree
 from vocab_parallel.sharded.layout import TokenLayout, mark_labels
@@ -65,18 +64,18 @@ class Call:
     Attributes:
         operands, settings: what the caller gave.
         rows: of this rank, and the vocab group.
-        impl: who does the local work, and
+        shard: this rank's rows for the local work, which its tokens are put into.
+        impl: who does that work, and
         plan: how its backward finds the logits.
-        ops: who works on a tile.
         records: whether autograd was recording (inside of a Function it never is).
     """
 
     operands: Operands
     settings: LossSettings
     rows: RankRows
+    shard: Shard
     impl: LocalImpl
     plan: BackwardPlan
-    ops: TileOps
     records: bool
 
     @property
@@ -87,15 +86,7 @@ class Call:
     @property
     def sums_hidden_grad(self) -> bool:
         """Whether the gradient of the hidden states is summed over the group."""
-        return self.rows.group.degree > 1 and (self.layout.gathers or self.rows.reduce_e_grad)
-
-    @property
-    def sum_dtype(self) -> torch.dtype:
-        """The dtype of that sum: never narrower than asked for, float64 for float64."""
-        hidden = self.operands.hidden.dtype
-        if hidden == torch.float64 or not self.sums_hidden_grad:
-            return hidden
-        return self.settings.e_grad_reduce_dtype
+        return _sums_hidden_grad(self.settings, self.rows)
 
     def without_tokens(self) -> "Call":
         """Return what backward needs of the call: no tensor of the tokens' is kept alive by it."""
@@ -111,7 +102,7 @@ class Call:
             settings.ignore_index,
             self.rows.vocab_size,
             settings.shift,
-            kernels=self.ops.kernels,
+            kernels=self.shard.ops.kernels,
         )
         return self.layout.arrange(labels)
 
@@ -184,32 +175,46 @@ def _checked(
     )
     rules.check_rows(classifier, rows, settings)
     rules.check_accumulation(classifier, settings.accumulate_into)
-    ops = tile_ops.choose(operands.flat_hidden, classifier)
-    plan = impl.plan(_request(operands, settings, rows, ops))
-    return Call(operands, settings, rows, impl, plan, ops, torch.is_grad_enabled())
-
-
-def _request(operands: Operands, settings: LossSettings, rows: RankRows, ops: TileOps) -> Request:
-    hidden, degree = operands.hidden, rows.group.degree
-    even_rows = rows.even_rows
+    shard = _shard(operands, settings, rows)
+    degree = rows.group.degree
+    copies = 1 if settings.hidden_layout == "replicated" else degree
     # What forward computed would need a pass of its own to be added up.
     adds_later = settings.backward == "auto" and settings.accumulate_into is not None
-    copies = 1 if settings.hidden_layout == "replicated" else degree
-    return Request(
+    plan = impl.plan(
+        shard,
         tokens=copies * hidden.shape[:-1].numel(),
-        hidden_size=hidden.shape[-1],
-        rows=rows.num_token_rows if even_rows is None else even_rows,
-        even=even_rows is not None,
+        even_rows=rows.even_rows,
         degree=degree,
-        dtype=hidden.dtype,
-        device_type=hidden.device.type,
-        kernels=ops.kernels,
-        bias=operands.bias is not None,
-        transform=settings.transform,
-        names=settings.statistics,
         backward=settings.backward,
         scalar_loss=settings.scalar_loss and not adds_later,
     )
+    return Call(operands, settings, rows, shard, impl, plan, torch.is_grad_enabled())
+
+
+def _shard(operands: Operands, settings: LossSettings, rows: RankRows) -> Shard:
+    """Describe this rank's rows for the local work; no tensor of the tokens' is held."""
+    hidden, bias = operands.flat_hidden, operands.bias
+    none = hidden.new_empty((0, hidden.shape[1]))
+    sum_dtype = hidden.dtype
+    if hidden.dtype != torch.float64 and _sums_hidden_grad(settings, rows):
+        sum_dtype = settings.e_grad_reduce_dtype
+    return Shard(
+        hidden=none,
+        classifier=rows.tokens_alone(operands.classifier.detach()),
+        bias=None if bias is None else rows.tokens_alone(bias.detach()),
+        targets=none[:, 0],
+        transform=settings.transform,
+        names=settings.statistics,
+        separate_lse_grad=settings.separate_lse_grad,
+        sum_dtype=sum_dtype,
+        needs_grad=False,
+        ops=tile_ops.choose(hidden, operands.classifier),
+    )
+
+
+def _sums_hidden_grad(settings: LossSettings, rows: RankRows) -> bool:
+    gathers = settings.hidden_layout != "replicated"
+    return rows.group.degree > 1 and (gathers or rows.reduce_e_grad)
 
 
 def _claim(rows: RankRows, targets: Tensor | None, settings: LossSettings) -> Claim:

@@ -9,8 +9,6 @@ Each chunk's logits are made once and live only as long as the chunk is worked o
 What is left for backward is to multiply both by the gradient that the loss receives.
 """
 
-from dataclasses import dataclass
-
 from torch import Tensor
 
 from vocab_parallel.collectives import Pending
@@ -32,16 +30,10 @@ from vocab_parallel.sharded.halves import (
     total_hidden_grad,
     with_padding,
 )
-from vocab_parallel.sharded.token_loss import ScalarLoss
+from vocab_parallel.sharded.token_loss import TokenLoss
 
-
-@dataclass
-class _Chunk:
-    """Some tokens between their two halves of the work."""
-
-    tokens: slice
-    kept: object
-    gathered: Pending
+# Some tokens between their two halves: which, what S kept of them, their statistics under way.
+_Chunk = tuple[slice, object, Pending]
 
 
 class LossWithGradients:
@@ -51,12 +43,12 @@ class LossWithGradients:
         statistics: [k, N], of the whole vocabulary, once `run` is done.
     """
 
-    def __init__(self, call: Call, inputs: Inputs, wanted: Wanted, loss: ScalarLoss) -> None:
+    def __init__(self, call: Call, inputs: Inputs, wanted: Wanted, loss: TokenLoss) -> None:
         self._call, self._inputs, self._wanted, self._loss = call, inputs, wanted, loss
         num_tokens = inputs.hidden.shape[0]
         size = max(call.plan.chunk_tokens, 1)
         self._chunks = list(blocks(num_tokens, size)) or [slice(0, 0)]
-        self.statistics = Statistics.empty(call.settings.statistics, num_tokens, inputs.hidden)
+        self.statistics = Statistics.empty(call.shard.names, num_tokens, inputs.hidden)
         self._reduction: HiddenGradSum | None = None
         if wanted.hidden:
             self._reduction = hidden_grad_sum(call, inputs.hidden, pieces=self._chunks)
@@ -101,13 +93,13 @@ class LossWithGradients:
 
     def _begin(self, tokens: slice) -> _Chunk:
         call = self._call
-        own = own_statistics(call, self._inputs.of(tokens), needs_grad=any(self._wanted))
-        gathered = call.rows.group.start_gather_shards(own.statistics.values)
-        return _Chunk(tokens, own.kept, gathered)
+        own, kept = own_statistics(call, self._inputs.of(tokens), needs_grad=any(self._wanted))
+        return tokens, kept, call.rows.group.start_gather_shards(own.values)
 
     def _end(self, chunk: _Chunk) -> Tensor:
-        names, tokens = self.statistics.names, chunk.tokens
-        statistics = Statistics(join(chunk.gathered.wait(), names), names)
+        names = self.statistics.names
+        tokens, kept, gathered = chunk
+        statistics = Statistics(join(gathered.wait(), names), names)
         self.statistics.values[:, tokens] = statistics.values
         loss, grads = self._loss.part(statistics.values, tokens)
         if any(self._wanted):
@@ -116,7 +108,7 @@ class LossWithGradients:
                 Statistics(grads, names),
                 self._wanted,
                 self._classifier_grad(),
-                chunk.kept,
+                kept,
             )
             found = own_gradients(self._call, self._inputs.of(tokens), upstream)
             if found.classifier is not None:
@@ -145,7 +137,7 @@ class LossWithGradients:
             self._hidden_grad = hidden_grad
         else:
             if self._hidden_grad is None:
-                dtype = self._call.sum_dtype
+                dtype = self._call.shard.sum_dtype
                 self._hidden_grad = hidden.new_zeros(hidden.shape, dtype=dtype)
             if hidden_grad is not None:
                 self._hidden_grad[tokens] = hidden_grad

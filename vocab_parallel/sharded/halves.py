@@ -7,6 +7,7 @@ The names are those of arXiv 2411.05288. Who holds a microbatch between S and T 
 the joined statistics, and what S kept.
 """
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,6 @@ from torch import Tensor
 
 from vocab_parallel.local.interface import (
     ClassifierGrad,
-    Forward,
     Gradients,
     Progress,
     Shard,
@@ -53,24 +53,25 @@ def gathered_hidden(call: Call, hidden: Tensor) -> Tensor:
 
 def own_statistics(
     call: Call, inputs: Inputs, needs_grad: bool, progress: Progress | None = None
-) -> Forward:
-    """S without the exchange: the statistics of this rank's rows."""
+) -> tuple[Statistics, object]:
+    """S without the exchange: the statistics of this rank's rows, and what T is given back."""
     shard = shard_of(call, inputs, needs_grad)
     if shard is None:
-        num_tokens, names = inputs.hidden.shape[0], call.settings.statistics
-        return Forward(Statistics.of_no_rows(names, num_tokens, inputs.hidden))
-    return call.impl.forward(shard, progress)
+        num_tokens, names = inputs.hidden.shape[0], call.shard.names
+        return Statistics.of_no_rows(names, num_tokens, inputs.hidden), None
+    return call.impl.forward(shard, call.plan, progress)
 
 
-def joined_statistics(call: Call, inputs: Inputs, needs_grad: bool) -> Forward:
+def joined_statistics(call: Call, inputs: Inputs, needs_grad: bool) -> tuple[Statistics, object]:
     """S: the statistics of the whole vocabulary; all ranks call, and each gets the same.
 
     Communicates [k, N] float32 of each rank, behind the products where the implementation can.
     """
-    names, overlap = call.settings.statistics, call.impl.overlap
-    exchange = StatisticsExchange(inputs.hidden.shape[0], names, call.rows.group, overlap=overlap)
-    own = own_statistics(call, inputs, needs_grad, exchange if overlap else None)
-    return Forward(Statistics(exchange.join(own.statistics.values), names), own.kept)
+    names, overlap = call.shard.names, call.impl.overlap
+    num_tokens, group = inputs.hidden.shape[0], call.rows.group
+    exchange = StatisticsExchange(num_tokens, names, group, overlap=overlap)
+    own, kept = own_statistics(call, inputs, needs_grad, exchange if overlap else None)
+    return Statistics(exchange.join(own.values), names), kept
 
 
 def own_gradients(call: Call, inputs: Inputs, upstream: Upstream) -> Gradients:
@@ -78,7 +79,7 @@ def own_gradients(call: Call, inputs: Inputs, upstream: Upstream) -> Gradients:
     shard = shard_of(call, inputs, needs_grad=True)
     if shard is None or not any(upstream.wanted):
         return Gradients(None, None, None)
-    return call.impl.backward(shard, upstream)
+    return call.impl.backward(shard, call.plan, upstream)
 
 
 def summed_gradients(
@@ -122,7 +123,7 @@ def hidden_grad_sum(
         hidden.shape[0],
         call.rows.group,
         scatters=call.layout.gathers,
-        dtype=call.sum_dtype,
+        dtype=call.shard.sum_dtype,
         overlap=call.impl.overlap,
         pieces=pieces,
     )
@@ -170,19 +171,13 @@ def with_padding(grad: Tensor | None, parameter: Tensor) -> Tensor:
 
 def shard_of(call: Call, inputs: Inputs, needs_grad: bool) -> Shard | None:
     """Return what the implementation works on, or None where there is nothing to do."""
-    num_rows = call.rows.num_token_rows
-    if num_rows == 0 or inputs.hidden.shape[0] == 0:
+    if call.shard.num_rows == 0 or inputs.hidden.shape[0] == 0:
         return None
-    return Shard(
+    return replace(
+        call.shard,
         hidden=inputs.hidden.detach(),
-        classifier=inputs.classifier.detach()[:num_rows],
-        bias=None if inputs.bias is None else inputs.bias.detach()[:num_rows],
+        classifier=call.rows.tokens_alone(inputs.classifier.detach()),
+        bias=None if inputs.bias is None else call.rows.tokens_alone(inputs.bias.detach()),
         targets=inputs.targets,
-        transform=call.settings.transform,
-        names=call.settings.statistics,
-        separate_lse_grad=call.settings.separate_lse_grad,
-        sum_dtype=call.sum_dtype,
         needs_grad=needs_grad,
-        plan=call.plan,
-        ops=call.ops,
     )

@@ -62,6 +62,11 @@ class RankRows:
             return self.stop - self.start
         return min(max(self.vocab_size - self.start, 0), self.stop - self.start)
 
+    def tokens_alone(self, parameter: Tensor) -> Tensor:
+        """Return the rows of a parameter [rows, ...] that are tokens, without padding."""
+        count = self.num_token_rows
+        return parameter if count == parameter.shape[0] else parameter[:count]
+
     def local_targets(self, labels: Tensor) -> Tensor:
         """Count marked labels [N] from this shard's first row; see `Shard`."""
         return labels - self.start if self.start else labels

@@ -30,6 +30,7 @@ class TokenLoss:
         smoothing: label_smoothing.
         vocabulary: how many tokens it has.
         z_loss: the weight of lse^2.
+        divisor: of their sum, or None.
         kernels: whether Triton's kernels work here.
     """
 
@@ -38,11 +39,29 @@ class TokenLoss:
     smoothing: float
     vocabulary: int
     z_loss: float
+    divisor: Tensor | int | None
     kernels: bool
 
     def __call__(self, statistics: Tensor) -> Tensor:
         """Return the losses [n] of statistics [k, n], differentiable in these."""
         return cast(Tensor, _TokenLoss.apply(statistics, self))
+
+    def total(self, statistics: Tensor) -> Tensor:
+        """Return their sum over the divisor, a number that is differentiable in the statistics."""
+        loss = self(statistics).sum()
+        return loss if self.divisor is None else loss / self.divisor
+
+    def part(self, statistics: Tensor, tokens: slice) -> tuple[Tensor, Tensor]:
+        """Return what some tokens add to that total, and what their statistics [k, n] receive.
+
+        Where the total itself receives 1.
+        """
+        own = self.of(tokens)
+        loss = own.values(statistics).sum()
+        unit = torch.ones_like(loss)
+        if self.divisor is not None:
+            loss, unit = loss / self.divisor, unit / self.divisor
+        return loss, own.gradient(statistics, unit.expand(statistics.shape[1]))
 
     def of(self, tokens: slice) -> Self:
         """Return that of some of the tokens."""
@@ -98,31 +117,6 @@ class TokenLoss:
             "ignored": IGNORED,
             "out_of_range": OUT_OF_RANGE,
         }
-
-
-@dataclass(frozen=True)
-class ScalarLoss:
-    """The sum of the tokens' losses, over a divisor where there is one."""
-
-    tokens: TokenLoss
-    divisor: Tensor | int | None
-
-    def __call__(self, statistics: Tensor) -> Tensor:
-        """Return the loss of statistics [k, N], a number that is differentiable in these."""
-        loss = self.tokens(statistics).sum()
-        return loss if self.divisor is None else loss / self.divisor
-
-    def part(self, statistics: Tensor, tokens: slice) -> tuple[Tensor, Tensor]:
-        """Return what some tokens add to the loss, and what their statistics [k, n] receive.
-
-        Where the loss itself receives 1.
-        """
-        own = self.tokens.of(tokens)
-        loss = own.values(statistics).sum()
-        unit = torch.ones_like(loss)
-        if self.divisor is not None:
-            loss, unit = loss / self.divisor, unit / self.divisor
-        return loss, own.gradient(statistics, unit.expand(statistics.shape[1]))
 
 
 class _TokenLoss(torch.autograd.Function):
