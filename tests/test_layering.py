@@ -39,6 +39,8 @@ def imports(path: Path) -> Iterator[tuple[str, bool]]:
                 yield alias.name, id(node) in top
         elif isinstance(node, ast.ImportFrom):
             yield node.module or "", id(node) in top
+            for alias in node.names:  # a module, perhaps
+                yield f"{node.module}.{alias.name}", id(node) in top
 
 
 def calls(path: Path) -> Iterator[str]:
