@@ -1,0 +1,330 @@
+"""The order of a step in which all stages of a pipeline carry the vocabulary; no torch.
+
+Every rank holds rows of the classifier and does its share of each microbatch's loss between its own
+layers. With the last stage's forward F of microbatch m begins
+
+    broadcast of its hidden states -> S(m) on every rank -> exchange of statistics, reduction of dE
+                                                         -> B(m) of the last stage
+                                                         -> T(m) on every rank, any time later
+
+(the passes' names are those of arXiv 2411.05288; one barrier as in its Algorithm 2). A schedule's
+own order of F and B stays what it is, but for `more_forwards`: the last stage's B(m) waits for
+every rank's S(m), and has another forward to do meanwhile.
+
+`order_of` runs the pipeline on paper: the rank that can begin first takes what is most urgent of
+what is ready. What comes out is one total order of computations and messages, of which each rank's
+list is the restriction. So no two ranks wait for one another, even where each message blocks until
+all who take part have come: of the first message in the order that is not done, all of whose ranks
+have done what stands before it, nobody is missing.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+# F forward; B backward, whole; I and W its halves, inputs' and weights'; S and T of the loss.
+Pass = Literal["F", "B", "I", "W", "S", "T"]
+# Activations to the next stage, gradients to the one before; and those of the vocabulary's group.
+Message = Literal["activations", "gradients", "broadcast", "exchange"]
+# How many T may wait on a rank before they come first: each keeps its hidden states.
+_WAITING = 2
+
+
+class Task(NamedTuple):
+    """A pass of a stage's layers: what a schedule lists for a rank."""
+
+    kind: Pass
+    stage: int
+    microbatch: int
+
+
+class Event(NamedTuple):
+    """Something that some ranks do, all of them at this place of the order.
+
+    Attributes:
+        kind: a pass, by one rank; or a message, from the first rank to the second or among all.
+        stage: whose it is; a message's sender's; the last one for what is the vocabulary's.
+        microbatch: counted from 0.
+        ranks: who takes part.
+        start, end: in the units of the costs.
+    """
+
+    kind: Pass | Message
+    stage: int
+    microbatch: int
+    ranks: tuple[int, ...]
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Costs:
+    """How long everything takes, in any one unit.
+
+    Attributes:
+        forward, backward_input, backward_weight: of a stage's layers, a microbatch.
+        statistics, gradients: S and T of each rank's rows, a microbatch.
+        message: from one rank to the next.
+        broadcast, exchange: of the vocabulary's group.
+    """
+
+    forward: Callable[[int], float]
+    backward_input: Callable[[int], float]
+    backward_weight: Callable[[int], float]
+    statistics: Sequence[float]
+    gradients: Sequence[float]
+    message: float = 0.0
+    broadcast: float = 0.0
+    exchange: float = 0.0
+
+    def of(self, kind: Pass, stage: int, rank: int) -> float:
+        """Return how long a pass takes."""
+        if kind == "F":
+            return self.forward(stage)
+        if kind == "B":
+            return self.backward_input(stage) + self.backward_weight(stage)
+        if kind in ("I", "W"):
+            return self.backward_input(stage) if kind == "I" else self.backward_weight(stage)
+        return self.statistics[rank] if kind == "S" else self.gradients[rank]
+
+
+class Order(NamedTuple):
+    """One total order of a step.
+
+    Attributes:
+        events: each rank does those that name it, in this order.
+        finish: when the last of them ends.
+        in_flight: of each stage, the most microbatches between F and the end of their backward.
+        hidden_held: the most microbatches between their broadcast and a rank's T of them.
+        busy: how long each rank computes.
+    """
+
+    events: tuple[Event, ...]
+    finish: float
+    in_flight: dict[int, int]
+    hidden_held: int
+    busy: tuple[float, ...]
+
+    def of_rank(self, rank: int) -> list[Event]:
+        """Return what one rank does."""
+        return [event for event in self.events if rank in event.ranks]
+
+
+def one_forward_one_backward(ranks: int, microbatches: int) -> list[list[Task]]:
+    """Return 1F1B's own order of each rank, which is a stage: P - r forwards before a backward."""
+    listed = []
+    for rank in range(ranks):
+        forwards = [Task("F", rank, microbatch) for microbatch in range(microbatches)]
+        own = forwards[: ranks - rank]
+        for microbatch in range(microbatches):
+            own.append(Task("B", rank, microbatch))
+            own += forwards[ranks - rank + microbatch : ranks - rank + microbatch + 1]
+        listed.append(own)
+    return listed
+
+
+def more_forwards(order: Sequence[Task], count: int) -> list[Task]:
+    """Move a rank's forwards to the front by ``count`` places among its backwards."""
+    forwards = [task for task in order if task.kind == "F"]
+    moved: list[Task] = []
+    given = 0  # of the forwards, in the schedule's own order
+    placed = 0
+    for task in order:
+        if task.kind == "F":
+            given += 1
+            continue
+        until = min(given + count, len(forwards))
+        moved += forwards[placed:until]
+        placed = max(placed, until)
+        moved.append(task)
+    return moved
+
+
+def best_order(orders: Sequence[Sequence[Task]], costs: Costs, most: int = 3) -> Order:
+    """Return the order that ends first, with the fewest forwards more, at least one.
+
+    Raises:
+        ValueError: the schedule cannot span: with no number of forwards up to ``most`` does every
+            rank come to the end of its list.
+    """
+    found: Order | None = None
+    for count in range(1, most + 1):
+        try:
+            order = order_of([more_forwards(own, count) for own in orders], costs)
+        except ValueError:
+            continue
+        if found is not None and order.finish > found.finish * (1 - 1e-3):
+            break  # it gains nothing, and holds more
+        found = order
+    if found is None:
+        raise ValueError(
+            f"the schedule cannot carry the vocabulary on all stages: with up to {most} forwards "
+            f"more a rank still waits for itself; use 1F1B, Interleaved1F1B or ZBVZeroBubble"
+        )
+    return found
+
+
+def order_of(orders: Sequence[Sequence[Task]], costs: Costs) -> Order:
+    """Place the vocabulary's passes and all messages into a schedule's own order of each rank.
+
+    Args:
+        orders: of each rank, the passes of its layers; no rank's is changed.
+        costs: how long everything takes.
+
+    Raises:
+        ValueError: the ranks' lists wait for one another, as those do that have the last stage's B
+            right after its F of the same microbatch.
+    """
+    return _Step(orders, costs).run()
+
+
+class _Step:
+    """A step run on paper."""
+
+    def __init__(self, orders: Sequence[Sequence[Task]], costs: Costs) -> None:
+        self._costs = costs
+        self._ranks = len(orders)
+        self._left = [list(reversed(own)) for own in orders]  # the next one is the last
+        self._rank_of = {task.stage: rank for rank, own in enumerate(orders) for task in own}
+        self._last = max(self._rank_of)
+        self._microbatches = 1 + max(task.microbatch for own in orders for task in own)
+        self._free = [0.0] * self._ranks
+        self._busy = [0.0] * self._ranks
+        self._done: dict[tuple[Pass, int, int], float] = {}  # kind, stage, microbatch
+        self._s_ends: dict[int, float] = {}  # of microbatches that some ranks have begun
+        # When statistics are joined and dE is summed, of each microbatch: after every rank's S.
+        self._joined: dict[int, float] = {}
+        self._next = {kind: [0] * self._ranks for kind in ("S", "T")}
+        self._events: list[Event] = []
+
+    def run(self) -> Order:
+        """Go on until nothing can be begun, and see that nothing is left."""
+        everyone = range(self._ranks)
+        choices = {rank: choice for rank in everyone if (choice := self._most_urgent(rank))}
+        while choices:
+            rank = min(choices, key=lambda rank: (choices[rank][0], rank))
+            begins, task = choices[rank]
+            self._do(begins, rank, task)
+            # What another rank may begin changes by a neighbour's pass, or by one of the loss's.
+            of_all = task.kind == "S" or task.stage == self._last
+            near = (self._rank_of.get(task.stage + step, rank) for step in (-1, 1))
+            for other in everyone if of_all else {rank, *near}:
+                choice = self._most_urgent(other)
+                if choice is None:
+                    choices.pop(other, None)
+                else:
+                    choices[other] = choice
+        if any(self._left) or min(self._next["T"]) < self._microbatches:
+            stuck = {rank: own[-1] for rank, own in enumerate(self._left) if own}
+            raise ValueError(f"the ranks wait for one another at {stuck}: give a forward more")
+        # Messages stand before the passes that begin when they end.
+        events = sorted(self._events, key=lambda event: (event.start, len(event.ranks) == 1))
+        return Order(
+            tuple(events),
+            max(self._free),
+            self._in_flight(events),
+            self._hidden_held(events),
+            tuple(self._busy),
+        )
+
+    def _most_urgent(self, rank: int) -> tuple[float, Task] | None:
+        """Return (when it begins, what a rank does next), or None where nothing is ready."""
+        ready: list[tuple[float, int, Task]] = []
+        s, t = self._next["S"][rank], self._next["T"][rank]
+        hidden = self._done.get(("F", self._last, s))
+        if hidden is not None:
+            ready.append((hidden + self._costs.broadcast, 0, Task("S", self._last, s)))
+        joined = self._joined.get(t) if t < s else None
+        if joined is not None:
+            urgency = 1 if s - t > _WAITING else 3
+            ready.append((joined, urgency, Task("T", self._last, t)))
+        if self._left[rank]:
+            task = self._left[rank][-1]
+            when = self._ready(task)
+            if when is not None:
+                ready.append((when, 2, task))
+        if not ready:
+            return None
+        begins = max(self._free[rank], min(when for when, _, _ in ready))
+        _, task = min((urgency, task) for when, urgency, task in ready if when <= begins)
+        return begins, task
+
+    def _ready(self, task: Task) -> float | None:
+        """Return when what a pass needs is there, or None where it has not been begun."""
+        kind, stage, microbatch = task
+        if kind == "W":
+            return 0.0  # of its own rank, and earlier in its list
+        if kind == "F":
+            return 0.0 if stage == 0 else self._arrival(("F", stage - 1, microbatch), stage)
+        own = self._done.get(("F", stage, microbatch))
+        if stage == self._last:
+            return None if own is None else self._joined.get(microbatch)
+        for half in ("B", "I"):
+            gradient = self._arrival((half, stage + 1, microbatch), stage)
+            if gradient is not None:
+                return None if own is None else max(own, gradient)
+        return None
+
+    def _arrival(self, sent: tuple[Pass, int, int], receiver: int) -> float | None:
+        done = self._done.get(sent)
+        if done is None or self._rank_of[sent[1]] == self._rank_of[receiver]:
+            return done
+        return done + self._costs.message
+
+    def _do(self, begins: float, rank: int, task: Task) -> None:
+        kind, stage, microbatch = task
+        end = begins + self._costs.of(kind, stage, rank)
+        self._free[rank] = end
+        self._busy[rank] += end - begins
+        self._events.append(Event(kind, stage, microbatch, (rank,), begins, end))
+        if kind in ("S", "T"):
+            self._next[kind][rank] += 1
+            if kind == "S" and min(self._next["S"]) > microbatch:  # the last of all ranks'
+                start = max(self._s_ends.pop(microbatch, 0.0), end)
+                self._joined[microbatch] = start + self._costs.exchange
+                self._tell_all("exchange", microbatch, start, self._joined[microbatch])
+            elif kind == "S":
+                self._s_ends[microbatch] = max(self._s_ends.get(microbatch, 0.0), end)
+            return
+        self._left[rank].pop()
+        self._done[kind, stage, microbatch] = end
+        if kind == "F" and stage == self._last:
+            self._tell_all("broadcast", microbatch, end, end + self._costs.broadcast)
+        elif kind == "F":
+            self._send("activations", stage, stage + 1, microbatch, end)
+        elif kind in ("B", "I") and stage > 0:
+            self._send("gradients", stage, stage - 1, microbatch, end)
+
+    def _tell_all(self, kind: Message, microbatch: int, start: float, end: float) -> None:
+        everyone = tuple(range(self._ranks))
+        self._events.append(Event(kind, self._last, microbatch, everyone, start, end))
+
+    def _send(
+        self, kind: Message, sender: int, receiver: int, microbatch: int, start: float
+    ) -> None:
+        pair = (self._rank_of[sender], self._rank_of[receiver])
+        if pair[0] != pair[1]:
+            end = start + self._costs.message
+            self._events.append(Event(kind, sender, microbatch, pair, start, end))
+
+    def _in_flight(self, events: Sequence[Event]) -> dict[int, int]:
+        now: Counter[int] = Counter()
+        most: Counter[int] = Counter()
+        for event in events:
+            if event.kind == "F":
+                now[event.stage] += 1
+                most[event.stage] = max(most[event.stage], now[event.stage])
+            elif event.kind in ("B", "W"):
+                now[event.stage] -= 1
+        return dict(sorted(most.items()))
+
+    def _hidden_held(self, events: Sequence[Event]) -> int:
+        held, most = [0] * self._ranks, 0
+        for event in events:
+            if event.kind == "broadcast":
+                held = [count + 1 for count in held]
+                most = max(most, *held)
+            elif event.kind == "T":
+                held[event.ranks[0]] -= 1
+        return most
