@@ -207,7 +207,7 @@ class _Step:
             begins, task = choices[rank]
             self._do(begins, rank, task)
             # What another rank may begin changes by a neighbour's pass, or by one of the loss's.
-            of_all = task.kind == "S" or task.stage == self._last
+            of_all = task.kind == "S" or task[:2] == ("F", self._last)
             near = (self._rank_of.get(task.stage + step, rank) for step in (-1, 1))
             for other in everyone if of_all else {rank, *near}:
                 choice = self._most_urgent(other)
