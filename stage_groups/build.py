@@ -67,6 +67,28 @@ def build_stage_groups(
     return StageGroups.from_mesh(mesh)
 
 
+def build_column_group(groups: StageGroups, timeout: timedelta | None = None) -> ProcessGroup:
+    """Create one more group of each column's ranks, and return this rank's.
+
+    Collectives of a group run one after the other, and those of a pipeline's own group stand among
+    its sends and receives: what is to run beside them needs a group of its own. Call it on every
+    rank.
+
+    Args:
+        groups: of the mesh.
+        timeout: of every collective; None means that of the default group.
+    """
+    columns = groups.mesh.mesh.movedim(0, -1).reshape(-1, groups.pipeline_degree).tolist()
+    own: ProcessGroup | None = None
+    for ranks in columns:
+        made = dist.new_group(ranks, timeout=timeout)
+        if dist.get_rank() in ranks:
+            assert isinstance(made, ProcessGroup)
+            own = made
+    assert own is not None
+    return own
+
+
 def build_host_group(timeout: timedelta | None = None) -> ProcessGroup:
     """Create a group of all ranks that talks over the CPU, for work in the background.
 

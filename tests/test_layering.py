@@ -39,7 +39,16 @@ def imports(path: Path) -> Iterator[tuple[str, bool]]:
                 yield alias.name, id(node) in top
         elif isinstance(node, ast.ImportFrom):
             yield node.module or "", id(node) in top
-            for alias in node.names:  # a module, perhaps
+
+
+def imported_names(path: Path) -> Iterator[tuple[str, bool]]:
+    """Yield what `imports` does, and every name that is taken from a module: it may be one."""
+    yield from imports(path)
+    tree = ast.parse(path.read_text())
+    top = {id(node) for node in tree.body}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            for alias in node.names:
                 yield f"{node.module}.{alias.name}", id(node) in top
 
 
@@ -81,7 +90,7 @@ def imported(paths: list[Path], prefix: str) -> list[tuple[Path, bool]]:
     return [
         (path.relative_to(ROOT), top)
         for path in paths
-        for module, top in imports(path)
+        for module, top in imported_names(path)
         if module == prefix or module.startswith(prefix + ".")
     ]
 

@@ -19,6 +19,9 @@ degree. A call moves nothing when the degree is 1. Bytes are those that one rank
               scatter_sum       [V T, D]              V T D itemsize  (sum_over_group: "replicated")
     backward  gather_tokens     [T, D]                T D itemsize    layout "sharded"
     tied      exchange_with_peer [rows, D]            rows D itemsize, between the pipeline's ends
+    all stages start_broadcast  [T, D] hidden states  T D itemsize, from the last stage, each
+              gather_shards     [k, T] fp32           4 k T         microbatch
+              sum_at            [T, D] fp32           4 T D         to the last stage
 
 (float64 inputs keep float64 throughout; ``e_grad_reduce_dtype`` sets the dtype of the two sums.)
 
@@ -165,6 +168,16 @@ class VocabGroup:
         with _named(what, self.group):
             work = dist.reduce(partial, where, group=self.group, async_op=True)
         return Pending(partial, work, what, self.group)
+
+    def start_broadcast(self, tensor: Tensor, owner: int) -> Pending:
+        """Give every rank the owner's tensor, in place."""
+        what = "the broadcast of hidden states"
+        if self.degree == 1:
+            return Pending(tensor, None, what, self.group)
+        where = dist.get_process_group_ranks(self.group)[owner]
+        with _named(what, self.group):
+            work = dist.broadcast(tensor, where, group=self.group, async_op=True)
+        return Pending(tensor, work, what, self.group)
 
     def exchange_integers(self, values: list[int]) -> Tensor:
         """Gather a few integers of every rank, as int64 [V, n] on the CPU.

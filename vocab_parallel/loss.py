@@ -159,15 +159,7 @@ def linear_cross_entropy(
     operands = Operands.of(e, c, targets, bias, token_weight)
     call = prepare(operands, settings, vocab_parallel_options, validate=validate)
     labels = call.labels()
-    losses = TokenLoss(
-        labels,
-        _arranged_weight(call),
-        label_smoothing,
-        call.rows.vocab_size or 0,
-        z_loss,
-        _divisor(call, labels),
-        call.shard.ops.kernels,
-    )
+    losses = token_losses(call, labels)
     if call.plan.backward == "gradients":
         return scalar_loss(call, labels, losses)
     statistics = vocab_statistics(call, labels)
@@ -263,6 +255,24 @@ def token_logprobs(
         return logprobs
     entropy = (statistics.lse - statistics.expected).masked_fill(ignored, 0.0)
     return logprobs, call.own(entropy)
+
+
+def token_losses(call: Call, labels: Tensor) -> TokenLoss:
+    """Return what makes the loss of each of the call's tokens of its statistics.
+
+    Args:
+        call: of `linear_cross_entropy`.
+        labels: [N], as `Call.labels` returns them.
+    """
+    return TokenLoss(
+        labels,
+        _arranged_weight(call),
+        call.settings.label_smoothing,
+        call.rows.vocab_size or 0,
+        call.settings.z_loss,
+        _divisor(call, labels),
+        call.shard.ops.kernels,
+    )
 
 
 def _arranged_weight(call: Call) -> Tensor | None:
