@@ -1,4 +1,4 @@
-"""All stages carry the vocabulary, on NCCL ranks that share the card and an older torch's runtime."""
+"""All stages carry the vocabulary, on NCCL ranks that share the card."""
 
 from tests.ranks import run_ranks
 from tests.test_spanning import RANKS, check_all
