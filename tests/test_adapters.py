@@ -17,7 +17,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from stage_groups import build_stage_groups
 from tests.oracle import relative_error
 from tests.ranks import run_ranks
-from vocab_parallel import CCEPipelineLoss, count_valid_tokens, validate_pipeline_loss
+from vocab_parallel import (
+    CCEPipelineLoss,
+    VocabParallelClassifier,
+    count_valid_tokens,
+    validate_pipeline_loss,
+)
 from vocab_parallel.adapters import CausalLMLoss, HiddenStatesLoss, shard_output_embeddings
 
 SIZES: dict[str, Any] = {
@@ -207,5 +212,33 @@ def check_hidden_states_loss() -> None:
     dist.barrier()
 
 
-def test_hidden_states_loss() -> None:
-    run_ranks(check_hidden_states_loss, 3)
+def check_causal_lm_over_ranks() -> None:
+    """A classifier over the ranks is the whole one's loss; a DTensor of FSDP's is refused."""
+    model = tiny("llama", tie_word_embeddings=False).double()
+    ids = torch.randint(97, (2, 9), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "labels": ids}
+    expected = model(**batch).loss
+    body = list(model.model.parameters())
+    exact = torch.autograd.grad(expected, [*body, model.lm_head.weight])
+    whole = model.lm_head
+    model.lm_head = VocabParallelClassifier.from_linear(whole, None)  # over all ranks
+    found = CausalLMLoss()(model, batch)
+    assert relative_error(found, expected) < 1e-6  # theirs is of float32 logits
+    ours = torch.autograd.grad(found, [*body, model.lm_head.weight])
+    for got, want in zip(ours[:-1], exact[:-1], strict=True):
+        assert relative_error(got, want, 1e-6) < 1e-5
+    assert relative_error(ours[-1], exact[-1][model.lm_head.start : model.lm_head.stop]) < 1e-5
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    whole.weight = nn.Parameter(distribute_tensor(whole.weight.detach(), mesh, [Shard(0)]))
+    model.lm_head = whole
+    with pytest.raises(ValueError, match="is a DTensor, of which each rank has a part"):
+        CausalLMLoss()(model, batch)
+
+
+def check_over_ranks() -> None:
+    check_hidden_states_loss()
+    check_causal_lm_over_ranks()
+
+
+def test_over_ranks() -> None:
+    run_ranks(check_over_ranks, 3)

@@ -23,8 +23,10 @@ class CausalLMLoss:
     Runs the model without its classifier and computes the loss from its hidden states and
     ``get_output_embeddings()``, which is read at each call. A softcap and a scale of the logits
     are those of the model's configuration; `docs/causal-families.md` has the families of
-    transformers, and what is refused. One process, the whole vocabulary; FSDP's hooks of the
-    classifier do not run, so keep it out of a wrapped unit of its own.
+    transformers, and what is refused. One process has the whole vocabulary, or the model has a
+    `VocabParallelClassifier` and every rank of its group calls, with the same batch unless
+    ``hidden_layout`` says otherwise. FSDP's hooks of the classifier do not run: keep it out of a
+    wrapped unit.
 
         loss = CausalLMLoss()(model, batch)         # batch as model(**batch) takes it
 
@@ -71,7 +73,14 @@ class CausalLMLoss:
         config: Any = getattr(owner, "config", None)
         settings = logit_settings(config)
         refuse_other_losses(config)
-        rows = OutputWeight(head).read()
+        weight = OutputWeight(head)
+        if any(isinstance(tensor, DTensor) for tensor in weight.tensors):
+            raise ValueError(
+                f"the classifier of {type(owner).__name__} is a DTensor, of which each rank has a "
+                f"part while the ranks have unlike tokens (FSDP's hooks do not run here): keep it "
+                f"out of what is wrapped, or give CCEPipelineLoss the rows of a vocab group"
+            )
+        rows = weight.read()
         body = _body_of(owner, head)
         _refuse_inputs_of_the_loss(inputs)
         rest = {name: value for name, value in inputs.items() if name != "labels"}
@@ -91,6 +100,7 @@ class CausalLMLoss:
             rows.bias,
             softcap=settings["softcap"],
             temperature=settings["temperature"] * self._temperature,
+            vocab_parallel_options=rows.options,
             shift=1,
             num_valid_tokens=num_items_in_batch,
             **self._options,

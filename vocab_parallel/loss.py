@@ -82,7 +82,8 @@ def linear_cross_entropy(
     Args:
         e: hidden states [..., T, D], float16, bfloat16, float32 or float64.
         c: this rank's classifier rows [stop - start, D], in e's dtype.
-        targets: int32 or int64 ids of the whole vocabulary, [..., T].
+        targets: int32 or int64 ids of the whole vocabulary, [..., T]; the same on every rank but in
+            the "sharded" layout.
         bias: [stop - start], or None.
         ignore_index: a target that counts for nothing.
         softcap: s in s tanh(x / s), or None.
@@ -133,6 +134,9 @@ def linear_cross_entropy(
         return_lse a pair. In the "sequence" layout per-token results are this rank's
         [..., T / V], 0 where the shift leaves no target. Per-token gradients of the gathering
         layouts are gathered in backward: all ranks must use them or none.
+
+    It has a first derivative alone: gradients that were taken with ``create_graph=True`` refuse to
+    be differentiated, and transforms of torch.func are refused.
 
     Raises:
         ValueError: bad input; on every rank of the group where ``validate`` holds.
