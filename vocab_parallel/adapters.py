@@ -173,6 +173,7 @@ class HiddenStatesLoss:
     def __init__(self, ignore_index: int = -100, **options: Any) -> None:
         self._options = {"ignore_index": ignore_index, **options}
         self._weight: OutputWeight | None = None
+        self._validated = False
 
     def set_lm_head(self, lm_head: nn.Module) -> None:
         """Take the module that owns the classifier; its weight is read at each call."""
@@ -186,6 +187,9 @@ class HiddenStatesLoss:
         **loss_inputs: Any,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss and no metrics; every rank of the vocab group calls it.
+
+        The first call agrees over the group that the arguments are right, on any device: ranks
+        with unlike tokens, over which FSDP has sharded the classifier, are no vocab group.
 
         Raises:
             ValueError: no classifier was given, or hidden states are sharded over their last axis.
@@ -207,6 +211,7 @@ class HiddenStatesLoss:
         rows = self._weight.read()
         e, c = rows.operands(pred)
         divided = global_valid_tokens is not None
+        validate = None if self._validated else True
         loss = linear_cross_entropy(
             e,
             c,
@@ -216,8 +221,9 @@ class HiddenStatesLoss:
             num_valid_tokens=global_valid_tokens,
             vocab_parallel_options=rows.options,
             hidden_layout=layout,
-            **self._options,
+            **{"validate": validate, **self._options},
         )
+        self._validated = True
         return loss, {}
 
 
