@@ -65,12 +65,12 @@ class Statistics:
 
     @property
     def sum(self) -> Tensor:
-        """[N]; a KeyError of sorts where it is not there."""
+        """[N], where it is one of the names."""
         return self["sum"]
 
     @property
     def expected(self) -> Tensor:
-        """[N]; as `sum`."""
+        """[N], where it is one of the names."""
         return self["expected"]
 
     def of(self, tokens: slice) -> Self:
