@@ -5,6 +5,7 @@ Each rank has its own sequences and half of the classifier's rows. Results are t
 logits.
 """
 
+import gc
 import os
 
 import torch
@@ -62,9 +63,10 @@ def main() -> None:
     torch.testing.assert_close(best.scores - best.lse[..., None], logprobs, rtol=1e-4, atol=1e-4)
     if rank == 0:
         print(f"perplexity {scores.perplexity:.3f}, accuracy {scores.accuracy:.3f}, {count} tokens")
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     main()
+    gc.collect()  # a group that is still held at the end may abort the interpreter
+    dist.barrier()
+    dist.destroy_process_group()

@@ -6,6 +6,7 @@ its own sequences; embedding and classifier are one parameter. Both have the gra
 ``model(**batch).loss``.
 """
 
+import gc
 import os
 from copy import deepcopy
 
@@ -70,9 +71,10 @@ def main() -> None:
             dist.all_reduce(gradient, group=group)
         assert (gradient - whole).norm() < 1e-4 * whole.norm(), name
     print(f"loss {loss:.3f}, as the model's own; rows [{head.start}, {head.stop}) here")
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     main()
+    gc.collect()  # a group that is still held at the end may abort the interpreter
+    dist.barrier()
+    dist.destroy_process_group()

@@ -1,6 +1,7 @@
 # torchrun --nproc-per-node 4 examples/pipeline.py
 """A pipeline under 1F1B: its classifier lies over two ranks, its losses are one process's."""
 
+import gc
 import os
 from copy import deepcopy
 
@@ -57,8 +58,6 @@ def main() -> None:
 
     if is_last:
         compare(history, whole, batch.flatten(0, 1))
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def compare(history: list[Tensor], whole: nn.Module, tokens: Tensor) -> None:
@@ -76,3 +75,6 @@ def compare(history: list[Tensor], whole: nn.Module, tokens: Tensor) -> None:
 
 if __name__ == "__main__":
     main()
+    gc.collect()  # a group that is still held at the end may abort the interpreter
+    dist.barrier()
+    dist.destroy_process_group()

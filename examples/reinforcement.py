@@ -5,6 +5,7 @@ A policy answers each prompt with one token and is rewarded for even ones. The l
 clipped ratio with an entropy bonus; its gradients are those of the whole logits.
 """
 
+import gc
 import os
 
 import torch
@@ -69,9 +70,10 @@ def main() -> None:
     assert means[-1] > 0.8 > means[0]
     if dist.get_rank() == 0:
         print(f"mean reward {means[0]:.2f} to {means[-1]:.2f}")
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     main()
+    gc.collect()  # a group that is still held at the end may abort the interpreter
+    dist.barrier()
+    dist.destroy_process_group()

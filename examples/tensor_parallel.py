@@ -5,6 +5,7 @@ The body ends sharded over the sequence, the classifier is a DTensor sharded ove
 the loss takes both as they are. Five steps have the losses and the weights of one process.
 """
 
+import gc
 import os
 from copy import deepcopy
 
@@ -69,9 +70,10 @@ def main() -> None:
     torch.testing.assert_close(trained, whole.lm_head.weight, rtol=1e-4, atol=1e-5)
     if dist.get_rank() == 0:
         print(f"loss {loss:.3f}, as in one process; {rows.to_local().shape[0]} rows on this rank")
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     main()
+    gc.collect()  # a group that is still held at the end may abort the interpreter
+    dist.barrier()
+    dist.destroy_process_group()

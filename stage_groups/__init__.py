@@ -12,14 +12,13 @@
 A column is one pipeline, with its own point-to-point group; a row is one vocab group.
 """
 
-from stage_groups.build import build_column_group, build_host_group, build_stage_groups
+from stage_groups.build import build_host_group, build_stage_groups
 from stage_groups.groups import StageGroups
 from stage_groups.placement import StageStyle
 
 __all__ = [
     "StageGroups",
     "StageStyle",
-    "build_column_group",
     "build_host_group",
     "build_stage_groups",
 ]

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 
-from stage_groups import StageGroups, build_column_group, build_stage_groups
+from stage_groups import StageGroups, build_stage_groups
+from stage_groups.build import build_column_group
 from tests.oracle import oracle, relative_error
 from tests.ranks import rank_device, run_ranks
 from tests.recording import CollectiveRecorder
