@@ -158,6 +158,13 @@ def test_planning_knows_nothing_of_the_trainer() -> None:
     assert imported([ROOT / "launch" / "timing.py"], "launch") == []
 
 
+def test_the_top_level_stays() -> None:
+    """Whoever looks for a place for a line has six folders of code to choose from, and docs."""
+    found = {path.parent.name for path in ROOT.glob("[!.]*/*.py")}
+    code = {"vocab_parallel", "stage_groups", "launch", "benchmarks", "tests", "examples"}
+    assert found == code | {"docs"}  # a hook of the site's
+
+
 def test_no_module_level_state() -> None:
     """A module's own names are constants, types and functions: nothing that a call changes."""
     for path in within("vocab_parallel") + within("stage_groups"):
