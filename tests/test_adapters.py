@@ -74,6 +74,24 @@ def test_forward_stays_untouched(model_type: str, given: dict[str, Any]) -> None
         CausalLMLoss()(model, {"input_ids": ids})
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")  # PEFT asks for it
+def test_a_model_of_peft() -> None:
+    """Adapters in the body and on the classifier: the loss and the gradients of the whole model."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj", "lm_head"], init_lora_weights=False)
+    model = peft.get_peft_model(tiny("llama", tie_word_embeddings=False), config)
+    ids = torch.randint(97, (2, 9), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "labels": ids}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert any("lm_head" in name for name in trained)
+    expected = model(**batch).loss
+    found = CausalLMLoss()(model, batch)
+    assert relative_error(found, expected) < 1e-6
+    pairs = (torch.autograd.grad(loss, list(trained.values())) for loss in (found, expected))
+    for name, ours, want in zip(trained, *pairs, strict=True):
+        assert relative_error(ours, want, 1e-6) < 1e-4, name
+
+
 def test_factory_of_output_embeddings() -> None:
     """Forgather's contract: a partial that gets get_output_embeddings(), then (hidden, labels)."""
     model = tiny("llama", tie_word_embeddings=False)
