@@ -18,6 +18,8 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from vocab_parallel.local.statistics import accumulation_dtype
+
 Backward = Literal["recompute", "probs", "gradients"]
 
 # What the loss may hold beside its inputs, its two gradients and float32 sums of their size, in
@@ -231,7 +233,7 @@ class Planner:
     @property
     def _logit(self) -> int:
         """Bytes of a logit that is kept."""
-        dtype = self.dtype if self.kernels else torch.promote_types(self.dtype, torch.float32)
+        dtype = self.dtype if self.kernels else accumulation_dtype(self.dtype)
         return dtype.itemsize
 
     @property
@@ -267,7 +269,7 @@ class Planner:
         That is the end of the work on the logits, when the hidden states' sums are complete, or
         the copy of sums to the parameters' dtype after the logits are gone.
         """
-        wide = torch.promote_types(self.dtype, torch.float32).itemsize
+        wide = accumulation_dtype(self.dtype).itemsize
         narrow = self.dtype.itemsize
         hidden, rows = self.tokens * self.hidden_size, self.rows * self.hidden_size
         split = tile.rows < self.rows or (self.kernels and self.rows % 8 != 0)

@@ -78,11 +78,9 @@ class TileOps:
 
     Attributes:
         kernels: whether Triton's kernels do the work between the products.
-        finishes_products: whether one kernel makes a product and its statistics (`put_statistics`).
     """
 
     kernels = False
-    finishes_products = False
 
     def widened(self, operand: Tensor, dtype: torch.dtype) -> Tensor:
         """See the function `widened`."""
@@ -242,8 +240,6 @@ class TritonOps(TileOps):
 
 class HopperOps(TritonOps):
     """The product and what follows it in one kernel, where logits are made."""
-
-    finishes_products = True
 
     def put_statistics(
         self, found: Statistics, shard: Shard, tokens: slice, kept: Tensor | None, memory: int

@@ -10,6 +10,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from vocab_parallel.collectives import VocabGroup, group_device
+from vocab_parallel.local.statistics import accumulation_dtype
 from vocab_parallel.modules.vocab_rows import VocabRows, holds_vocab_rows, is_tied_copy
 
 
@@ -100,8 +101,7 @@ def _local(gradient: Tensor) -> Tensor:
 
 def _square(gradient: Tensor) -> Tensor:
     own = _local(gradient)
-    wide = torch.promote_types(own.dtype, torch.float32)
-    return torch.linalg.vector_norm(own, dtype=wide).square()
+    return torch.linalg.vector_norm(own, dtype=accumulation_dtype(own.dtype)).square()
 
 
 def _counts_here(parameter: nn.Parameter, gradient: Tensor, groups: Any) -> bool:

@@ -149,15 +149,12 @@ def _unwrapped(module: nn.Module) -> nn.Module:
 
 def _check_module(module: nn.Module) -> None:
     """Raise ValueError where a module's logits may be more than linear(hidden, weight, bias)."""
-    if not isinstance(module, nn.Module):
-        raise ValueError(
-            f"output_weight must be a tensor or a module with a weight, got {type(module).__name__}"
-        )
-    if _is_lora(module):
+    is_module = isinstance(module, nn.Module)
+    if is_module and _is_lora(module):
         _check_lora(module)
         _check_module(module.base_layer)  # type: ignore[arg-type]
         return
-    if not isinstance(getattr(module, "weight", None), Tensor):
+    if not is_module or not isinstance(getattr(module, "weight", None), Tensor):
         raise ValueError(
             f"output_weight must be a tensor or a module with a weight, got {type(module).__name__}"
         )

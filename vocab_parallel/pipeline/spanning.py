@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 
 from vocab_parallel.collectives import Pending, VocabGroup
-from vocab_parallel.local.interface import ClassifierGrad, Upstream, Wanted
-from vocab_parallel.local.statistics import Statistics, join, share_of
+from vocab_parallel.local.interface import ClassifierGrad, Upstream, Wanted, owned_targets
+from vocab_parallel.local.statistics import Statistics, accumulation_dtype, join, share_of
 from vocab_parallel.loss import token_losses
 from vocab_parallel.modules.classifier import VocabParallelClassifier
 from vocab_parallel.sharded.backward import first_derivative_only
@@ -61,6 +61,7 @@ class _Microbatch:
     hidden: Tensor  # [..., T, D]
     arrives: Pending
     call: Call | None = None
+    labels: Tensor | None = None  # [T], marked
     inputs: Inputs | None = None
     own: Statistics | None = None
     kept: object = None
@@ -163,7 +164,8 @@ class SpanningLoss:
         settings = replace(self._settings, num_valid_tokens=self.num_valid_tokens)
         options = self._classifier.options
         held.call = call = prepare(operands, settings, options, validate=False)
-        targets = call.rows.local_targets(call.labels())
+        held.labels = call.labels()
+        targets = call.rows.local_targets(held.labels)
         held.inputs = Inputs(operands.flat_hidden, weight, bias, targets)
         held.own, held.kept = own_statistics(call, held.inputs, needs_grad=True)
         # Of the local softmax, with nothing at the target: there p + d.target is 0.
@@ -185,12 +187,13 @@ class SpanningLoss:
         """Join the statistics, and sum the rescaled shares at the last stage; all ranks call."""
         held = self._held[microbatch]
         assert held.call is not None
+        assert held.labels is not None
         assert held.own is not None
         assert held.share is not None
         names = held.own.names
         gathered = self._groups.statistics.gather_shards(held.own.values)
         held.joined = joined = Statistics(join(gathered, names), names)
-        losses = token_losses(held.call, held.call.labels())
+        losses = token_losses(held.call, held.labels)
         loss, grads = losses.part(joined.values, slice(None))
         held.grads = Statistics(grads, names)
         if self.is_last:
@@ -224,7 +227,7 @@ class SpanningLoss:
         if not self.is_last and held.summed is not None:
             held.summed.wait()  # its buffer has stayed until here
             held.summed = None
-        held.call = held.inputs = held.own = held.joined = held.grads = None
+        held.call = held.labels = held.inputs = held.own = held.joined = held.grads = None
         held.kept, held.hidden = None, held.hidden.new_empty(0)
         held.arrives = Pending(held.hidden, None, "", None)
 
@@ -253,9 +256,7 @@ class SpanningLoss:
         rows = call.rows.tokens_alone(inputs.classifier)
         if rows.shape[0] == 0:
             return
-        shard_targets = inputs.targets
-        owned = (shard_targets >= 0) & (shard_targets < rows.shape[0])
-        chosen = shard_targets.long().clamp(0, rows.shape[0] - 1)
+        owned, chosen = owned_targets(inputs.targets, rows.shape[0])
         factor = grads.lse * torch.expm1(joined.target - joined.lse) + (grads.lse + grads.target)
         cap, temperature = call.settings.transform
         if cap is not None:  # d tanh = 1 - tanh^2
@@ -271,7 +272,7 @@ class _DeferredLoss(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, loss: SpanningLoss, microbatch: int) -> Tensor:
         ctx.loss, ctx.microbatch = loss, microbatch
         ctx.shape, ctx.dtype = hidden.shape, hidden.dtype
-        return hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        return hidden.new_zeros((), dtype=accumulation_dtype(hidden.dtype))
 
     @staticmethod
     @first_derivative_only
