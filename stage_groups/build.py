@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import init_device_mesh
 
-from stage_groups.groups import StageGroups
+from stage_groups.groups import StageGroups, VocabOver
 
 MESH_AXES = ("pp", "data", "vocab")
 
@@ -19,6 +19,7 @@ def build_stage_groups(
     data: int = 1,
     device_type: str | None = None,
     timeout: timedelta | None = None,
+    vocab_over: VocabOver = "last_stage",
 ) -> StageGroups:
     """Create the data x pipeline x vocab mesh and its groups.
 
@@ -37,10 +38,14 @@ def build_stage_groups(
         timeout: of every collective on the new groups. None means that of the default group,
             which a mesh would not inherit on its own: a dead peer would be noticed only after
             half an hour.
+        vocab_over: which ranks share the rows of the vocabulary. "last_stage": the V ranks of a
+            row of the mesh, each row a vocab group, of which the last stage's computes the loss.
+            "all_stages": the P x V ranks of all stages and columns, which need a schedule that
+            lets them compute their share of it between their own layers (`SpanningSchedule`).
 
     Raises:
-        ValueError: on every rank, where data x pipeline x vocab is not the world, or a degree
-            is not a positive integer.
+        ValueError: on every rank, where data x pipeline x vocab is not the world, a degree is not
+            a positive integer, or ``vocab_over`` is unknown.
     """
     if not dist.is_initialized():
         raise ValueError(
@@ -64,29 +69,7 @@ def build_stage_groups(
     if timeout is not None:
         for axis in MESH_AXES:
             mesh.get_group(axis).set_timeout(timeout)
-    return StageGroups.from_mesh(mesh)
-
-
-def build_column_group(groups: StageGroups, timeout: timedelta | None = None) -> ProcessGroup:
-    """Create one more group of each column's ranks, and return this rank's.
-
-    Collectives of a group run one after the other, and those of a pipeline's own group stand among
-    its sends and receives: what is to run beside them needs a group of its own. Call it on every
-    rank.
-
-    Args:
-        groups: of the mesh.
-        timeout: of every collective; None means that of the default group.
-    """
-    columns = groups.mesh.mesh.movedim(0, -1).reshape(-1, groups.pipeline_degree).tolist()
-    own: ProcessGroup | None = None
-    for ranks in columns:
-        made = dist.new_group(ranks, timeout=timeout)
-        if dist.get_rank() in ranks:
-            assert isinstance(made, ProcessGroup)
-            own = made
-    assert own is not None
-    return own
+    return StageGroups.from_mesh(mesh, vocab_over=vocab_over, timeout=timeout)
 
 
 def build_host_group(timeout: timedelta | None = None) -> ProcessGroup:

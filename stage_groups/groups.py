@@ -1,51 +1,94 @@
 """StageGroups: a device mesh read as data x pipeline x vocab."""
 
 from dataclasses import dataclass
-from typing import Self
+from datetime import timedelta
+from typing import Literal, NamedTuple, Self, get_args
 
+import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from stage_groups.placement import StageStyle, stages_of_rank
+
+VocabOver = Literal["last_stage", "all_stages"]
+
+
+class MessageGroups(NamedTuple):
+    """The vocab group's ranks three times, where they are those of all stages.
+
+    A group runs its collectives one after the other. With a group for each kind, one message need
+    not wait for another of an unlike kind, nor for the pipeline's sends and receives.
+    """
+
+    broadcast: ProcessGroup
+    gather: ProcessGroup
+    reduce: ProcessGroup
 
 
 @dataclass(frozen=True)
 class StageGroups:
     """The process groups of one rank and where the rank stands in each.
 
+    The vocab group is either the ranks of one row of the mesh, of which those of the last stage
+    share the vocabulary; or the ranks of all stages and columns, which all do. Rows and columns
+    are the mesh's in both cases.
+
     Attributes:
         mesh: the device mesh that the groups belong to.
         pipeline_group: the ranks of this column, one for each pipeline rank.
         data_group: the ranks that hold the same part of the model for other data; None
             when the mesh has no data axis.
-        vocab_group: the ranks of this row, which share the classifier's rows on the last
-            stage.
-        pipeline_rank, data_rank, vocab_rank: this rank's coordinate on each axis.
-        pipeline_degree, data_degree, vocab_degree: the length of each axis.
+        vocab_group: the ranks that share the rows of the vocabulary: those of this row of the
+            mesh, or of all stages, pipeline rank by pipeline rank.
+        columns_group: the ranks of this row, one for each column, which replicate the body.
+        vocab_mesh: the mesh of one axis whose group is ``vocab_group``.
+        message_groups: where all stages share the vocabulary, groups of the same ranks as
+            ``vocab_group`` for their schedule's messages; None where the last stage alone does.
+        pipeline_rank, data_rank, vocab_rank, column_rank: this rank's place in each group.
+        pipeline_degree, data_degree, vocab_degree, column_degree: how many ranks each has.
     """
 
     mesh: DeviceMesh
     pipeline_group: ProcessGroup
     data_group: ProcessGroup | None
     vocab_group: ProcessGroup
+    columns_group: ProcessGroup
+    vocab_mesh: DeviceMesh
+    message_groups: MessageGroups | None
     pipeline_rank: int
     data_rank: int
     vocab_rank: int
+    column_rank: int
     pipeline_degree: int
     data_degree: int
     vocab_degree: int
+    column_degree: int
 
     @classmethod
     def from_mesh(
-        cls, mesh: DeviceMesh, *, pipeline_dim: str = "pp", vocab_dim: str = "vocab"
+        cls,
+        mesh: DeviceMesh,
+        *,
+        pipeline_dim: str = "pp",
+        vocab_dim: str = "vocab",
+        vocab_over: VocabOver = "last_stage",
+        timeout: timedelta | None = None,
     ) -> Self:
         """Read the groups off an existing mesh; torchtitan's wants ``vocab_dim="tp"``.
 
         Every axis other than the two named is a data axis. Several of them are flattened into
-        one group, which all ranks of the mesh must then create together: call it on every rank.
+        one group, and ``vocab_over="all_stages"`` makes groups of its own, which all ranks of the
+        mesh must create together: call it on every rank.
+
+        Args:
+            mesh: of at least the two axes.
+            pipeline_dim, vocab_dim: their names.
+            vocab_over: which ranks share the rows of the vocabulary; see `build_stage_groups`.
+            timeout: of every collective on groups that are made here; None means the default's.
 
         Raises:
-            ValueError: an axis that the mesh does not have, or one named twice.
+            ValueError: an axis that the mesh does not have, or one named twice; an unknown
+                ``vocab_over``.
         """
         names = mesh.mesh_dim_names or ()
         for role, name in (("pipeline_dim", pipeline_dim), ("vocab_dim", vocab_dim)):
@@ -57,20 +100,33 @@ class StageGroups:
             raise ValueError(
                 f"pipeline_dim and vocab_dim are both {vocab_dim!r}: they must be two axes"
             )
-        data_mesh = _data_mesh(
+        if vocab_over not in get_args(VocabOver):
+            raise ValueError(f'vocab_over must be "last_stage" or "all_stages", got {vocab_over!r}')
+        data_mesh = _axes(
             mesh, tuple(name for name in names if name not in (pipeline_dim, vocab_dim))
         )
+        spans = vocab_over == "all_stages"
+        both = names.index(pipeline_dim), names.index(vocab_dim)
+        vocab_mesh = _axes(mesh, (pipeline_dim, vocab_dim) if spans else (vocab_dim,))
+        assert vocab_mesh is not None
+        if timeout is not None:
+            vocab_mesh.get_group().set_timeout(timeout)
         return cls(
             mesh=mesh,
             pipeline_group=mesh.get_group(pipeline_dim),
             data_group=None if data_mesh is None else data_mesh.get_group(),
-            vocab_group=mesh.get_group(vocab_dim),
+            vocab_group=vocab_mesh.get_group(),
+            columns_group=mesh.get_group(vocab_dim),
+            vocab_mesh=vocab_mesh,
+            message_groups=_message_groups(mesh, both, timeout) if spans else None,
             pipeline_rank=mesh.get_local_rank(pipeline_dim),
             data_rank=0 if data_mesh is None else data_mesh.get_local_rank(),
-            vocab_rank=mesh.get_local_rank(vocab_dim),
+            vocab_rank=vocab_mesh.get_local_rank(),
+            column_rank=mesh.get_local_rank(vocab_dim),
             pipeline_degree=mesh.size(names.index(pipeline_dim)),
             data_degree=1 if data_mesh is None else data_mesh.size(),
-            vocab_degree=mesh.size(names.index(vocab_dim)),
+            vocab_degree=vocab_mesh.size(),
+            column_degree=mesh.size(names.index(vocab_dim)),
         )
 
     def stages(self, num_stages: int, style: StageStyle = "loop") -> list[int]:
@@ -92,8 +148,25 @@ class StageGroups:
         return num_stages - 1 in self.stages(num_stages, style)
 
 
-def _data_mesh(mesh: DeviceMesh, names: tuple[str, ...]) -> DeviceMesh | None:
+def _axes(mesh: DeviceMesh, names: tuple[str, ...]) -> DeviceMesh | None:
+    """Return the mesh of one axis, or of several flattened into one; None for no axis."""
     if not names:
         return None
     selected = mesh[names if len(names) > 1 else names[0]]
     return selected._flatten("_".join(names)) if len(names) > 1 else selected
+
+
+def _message_groups(
+    mesh: DeviceMesh, axes: tuple[int, int], timeout: timedelta | None
+) -> MessageGroups:
+    """Create three more groups of the ranks that share both axes, and return this rank's."""
+    moved = mesh.mesh.movedim(axes, (-2, -1))
+    members = moved.reshape(-1, moved.shape[-2] * moved.shape[-1]).tolist()
+    made: list[ProcessGroup] = []
+    for _ in MessageGroups._fields:
+        for ranks in members:  # every rank takes part in making every group
+            group = dist.new_group(ranks, timeout=timeout)
+            if dist.get_rank() in ranks:
+                assert isinstance(group, ProcessGroup)
+                made.append(group)
+    return MessageGroups(*made)

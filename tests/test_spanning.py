@@ -1,4 +1,4 @@
-"""A pipeline whose every rank carries rows of the classifier, against one process in float64."""
+"""A pipeline whose every rank carries rows of the vocabulary, against one process in float64."""
 
 from typing import Any
 
@@ -10,174 +10,302 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 
 from stage_groups import StageGroups, build_stage_groups
-from stage_groups.build import build_column_group
 from tests.oracle import oracle, relative_error
 from tests.ranks import rank_device, run_ranks
 from tests.recording import CollectiveRecorder
-from vocab_parallel import VocabParallelClassifier
-from vocab_parallel.collectives import VocabGroup
-from vocab_parallel.pipeline.spanning import SpanGroups, SpanningLoss
-from vocab_parallel.pipeline.spanning_schedule import SpanningSchedule
+from vocab_parallel import (
+    CCEPipelineLoss,
+    SpanningSchedule,
+    VocabParallelClassifier,
+    VocabParallelEmbedding,
+    clip_grad_norm_,
+    count_valid_tokens,
+    validate_pipeline_loss,
+)
+from vocab_parallel.pipeline.spanning.owners import Owners, VocabMessages
+from vocab_parallel.pipeline.spanning.passes import LossPasses, barriers_of
 
 HIDDEN, LENGTH, RANKS = 6, 5, 4
-SINGLE = ("1F1B",)
 V_SHAPED = ("ZBVZeroBubble",)
+SCALE = 1.5  # of the embeddings
 
 
 class Stage(nn.Module):
-    def __init__(self, whole: nn.ModuleDict, index: int, rows: nn.Module | None) -> None:
+    """A stage of the toy; the rank's rows are registered in one of its stages."""
+
+    def __init__(self, whole: nn.ModuleDict, index: int, spans: bool, **rows: nn.Module) -> None:
         super().__init__()
-        self.embedding = whole["embedding"] if index == 0 else None
+        self.embedding = whole["embedding"] if index == 0 and not spans else None
         self.layer = whole[f"layer{index}"]
-        self.rows = rows  # of one of the rank's stages; the loss reads them
+        self.rows = nn.ModuleDict(rows)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        hidden = inputs if self.embedding is None else self.embedding(inputs)
+        hidden = inputs if self.embedding is None else SCALE * self.embedding(inputs)
         return torch.tanh(self.layer(hidden))
 
 
-def toy(num_stages: int, vocabulary: int, bias: bool) -> nn.ModuleDict:
+def toy(case: dict[str, Any], num_stages: int) -> nn.ModuleDict:
     torch.manual_seed(0)
+    vocabulary = case["vocabulary"]
     layers = {f"layer{i}": nn.Linear(HIDDEN, HIDDEN) for i in range(num_stages)}
-    head = nn.Linear(HIDDEN, vocabulary, bias=bias)
-    embedding = nn.Embedding(vocabulary, HIDDEN)
-    return nn.ModuleDict({"embedding": embedding, **layers, "head": head}).double()
+    head = nn.Linear(HIDDEN, vocabulary, bias=case.get("bias", False))
+    whole = nn.ModuleDict({"embedding": nn.Embedding(vocabulary, HIDDEN), **layers, "head": head})
+    if case.get("embedding") == "tied":
+        whole["embedding"].weight = head.weight
+    return whole.double()
 
 
 def one_process(
-    num_stages: int, tokens: Tensor, labels: Tensor, microbatches: int, case: dict[str, Any]
+    case: dict[str, Any], num_stages: int, tokens: Tensor, labels: Tensor
 ) -> tuple[list[Tensor], nn.ModuleDict]:
-    vocabulary, bias = case["vocabulary"], case.get("bias", False)
-    whole, losses = toy(num_stages, vocabulary, bias), []
-    for own, target in zip(tokens.chunk(microbatches), labels.chunk(microbatches), strict=True):
-        hidden = whole["embedding"](own)
+    """Return the losses and the gradients of microbatches [n b, T], all columns' together."""
+    whole, losses = toy(case, num_stages), []
+    options = {"shift": 1, **case.get("options", {})}
+    options.pop("backward", None)
+    if case.get("whole_step"):
+        options["num_valid_tokens"] = int((labels[:, :, 1:] != -100).sum())
+    for own, target in zip(tokens, labels, strict=True):
+        hidden = SCALE * whole["embedding"](own)
         for index in range(num_stages):
             hidden = torch.tanh(whole[f"layer{index}"](hidden))
-        options = {"shift": 1, **case.get("options", {})}
-        options.pop("backward", None)
         head: Any = whole["head"]
         loss, _ = oracle(hidden, head.weight, target, head.bias, **options)
-        (loss / microbatches).backward()
+        (loss if case.get("whole_step") else loss / len(tokens)).backward()
         losses.append(loss.detach())
     return losses, whole
 
 
-def column(groups: StageGroups) -> SpanGroups:
-    return SpanGroups(*(VocabGroup.of(build_column_group(groups)) for _ in range(3)))
+class Run:
+    """A case on this rank: its stages, its rows, and the schedule over all of them."""
+
+    def __init__(self, groups: StageGroups, case: dict[str, Any]) -> None:
+        self.groups, self.case = groups, case
+        self.name, self.microbatches = case["schedule"], case["microbatches"]
+        self.num_stages = groups.pipeline_degree * (1 if self.name == "1F1B" else 2)
+        style: Any = "v" if self.name in V_SHAPED else "loop"
+        self.indices = groups.stages(self.num_stages, style)
+        device, spans = rank_device(), case.get("embedding")
+        whole = toy(case, self.num_stages).to(device)
+        rows: dict[str, nn.Module] = {
+            "head": VocabParallelClassifier.from_linear(whole["head"], groups.vocab_group)
+        }
+        embedding = None
+        if spans:
+            embedding = rows["embedding"] = VocabParallelEmbedding(
+                HIDDEN, case["vocabulary"], group=groups.vocab_group, scale=SCALE, device=device
+            ).double()
+            if spans == "tied":
+                embedding.weight = rows["head"].weight  # type: ignore[assignment]
+            else:
+                own = whole["embedding"].weight.detach()[embedding.start : embedding.stop]
+                embedding.weight = nn.Parameter(own.clone())
+        self.modules = [
+            Stage(whole, i, bool(spans), **(rows if i == self.indices[0] else {}))
+            for i in self.indices
+        ]
+        stages = [
+            PipelineStage(module, i, self.num_stages, device, group=groups.pipeline_group)
+            for module, i in zip(self.modules, self.indices, strict=True)
+        ]
+        layout = "sharded" if case.get("columns") == "apart" else "replicated"
+        self.loss = CCEPipelineLoss(
+            rows["head"], hidden_layout=layout, **case.get("options", {}), **case.get("impl", {})
+        )
+        self.schedule = SpanningSchedule(
+            stages,
+            self.microbatches,
+            self.loss,
+            groups,
+            self.name,
+            embedding=embedding,
+            barriers=case.get("barriers"),
+            scale_grads=not case.get("whole_step"),
+        )
+        validate_pipeline_loss(self.schedule, self.loss)
+
+    @property
+    def has_last(self) -> bool:
+        return self.num_stages - 1 in self.indices
+
+    def step(self, tokens: Tensor, labels: Tensor, *, trains: bool = True) -> list[Tensor]:
+        """Run this column's [b, T]; return the losses, on ranks with the last stage."""
+        losses: list[Tensor] = []
+        run = self.schedule.step if trains else self.schedule.eval
+        if self.case.get("whole_step"):
+            columns = [self.groups.columns_group] if self.case.get("columns") == "apart" else []
+            self.loss.num_valid_tokens = count_valid_tokens(labels, columns, shift=1)
+        needs = 0 in self.indices or self.case.get("embedding")
+        run(
+            *([tokens] if needs else []),
+            target=labels,
+            losses=losses if self.has_last else None,
+            return_outputs=False,
+        )
+        return [loss.detach() for loss in losses]
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Name each parameter as in the whole model."""
+        return {
+            key.replace("layer", f"layer{i}").removeprefix("rows."): parameter
+            for module, i in zip(self.modules, self.indices, strict=True)
+            for key, parameter in module.named_parameters()
+        }
 
 
-def check_case(groups: StageGroups, span: SpanGroups, case: dict[str, Any]) -> list[Tensor]:
-    """Two steps; return what the second left, to be compared bit by bit."""
-    name, microbatches = case["schedule"], case["microbatches"]
-    num_stages = RANKS * (1 if name in SINGLE else 2)
-    style: Any = "v" if name in V_SHAPED else "loop"
+def drawn(groups: StageGroups, case: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Draw tokens and labels [columns, M, b, T]; columns that share tokens have equal ones."""
     generator = torch.Generator().manual_seed(1)
-    vocabulary = case["vocabulary"]
-    tokens = torch.randint(vocabulary, (2 * microbatches, LENGTH), generator=generator)
+    apart = case.get("columns") == "apart"
+    columns, count = groups.column_degree if apart else 1, case["microbatches"]
+    tokens = torch.randint(case["vocabulary"], (columns, count, 2, LENGTH), generator=generator)
     labels = tokens.clone()
     labels[torch.rand(labels.shape, generator=generator) < 0.3] = -100
-    if microbatches > 2:
-        labels[2:4] = -100  # a microbatch of padding alone
-    expected_losses, expected = one_process(num_stages, tokens, labels, microbatches, case)
+    if count > 2:
+        labels[:, 1] = -100  # a microbatch of padding alone
+    return tokens, labels
 
-    device = rank_device()
-    tokens, labels = tokens.to(device), labels.to(device)
-    whole = toy(num_stages, vocabulary, case.get("bias", False)).to(device)
-    rows = VocabParallelClassifier.from_linear(whole["head"], span.statistics.group)
-    indices = groups.stages(num_stages, style)
-    modules = [Stage(whole, i, rows if i == indices[0] else None) for i in indices]
-    stages = [
-        PipelineStage(module, i, num_stages, device, group=groups.pipeline_group)
-        for module, i in zip(modules, indices, strict=True)
-    ]
-    last = 0 if name in V_SHAPED else RANKS - 1
-    loss = SpanningLoss(
-        rows, span, last, **case.get("options", {}), impl_options=case.get("impl", {})
+
+def check_case(groups: StageGroups, case: dict[str, Any]) -> None:
+    """Two steps with an evaluation between, and the second bit for bit as the first."""
+    run = Run(groups, case)
+    tokens, labels = drawn(groups, case)
+    count = case["microbatches"]
+    expected_losses, expected = one_process(
+        case,
+        run.num_stages,
+        tokens.transpose(0, 1).flatten(1, 2),
+        labels.transpose(0, 1).flatten(1, 2),
     )
-    schedule = SpanningSchedule(stages, microbatches, loss, name)
+    column = groups.column_rank if case.get("columns") == "apart" else 0
+    own = [each[column].flatten(0, 1).to(rank_device()) for each in (tokens, labels)]
     left: list[Tensor] = []
     for turn in range(2):
-        for module in modules:
-            module.zero_grad()
-        losses: list[Tensor] = []
+        for parameter in run.parameters().values():
+            parameter.grad = None
         with CollectiveRecorder() as recorded:
-            schedule.step(
-                *([tokens] if 0 in indices else []),
-                target=labels,
-                losses=losses if num_stages - 1 in indices else None,
-                return_outputs=False,
-            )
+            losses = run.step(*own)
         if turn:  # the first step also tells the shape
-            names = [call.name for call in recorded.calls]
-            for kind in ("broadcast", "all_gather", "reduce"):
-                assert names.count(kind) == microbatches, (case, names)
-        found = {f"loss{i}": value.detach() for i, value in enumerate(losses)}
-        for i, value in enumerate(losses):
-            assert relative_error(value.cpu(), expected_losses[i], 1.0) < 1e-12, case
-        for module, i in zip(modules, indices, strict=True):
-            for key, parameter in module.named_parameters():
-                if key.startswith("rows."):
-                    want = expected["head"].get_parameter(key[5:]).grad[rows.start : rows.stop]
-                else:
-                    want = expected.get_parameter(key.replace("layer", f"layer{i}")).grad
-                assert relative_error(parameter.grad.cpu(), want, 1e-3) < 1e-10, (case, i, key)
-                found[f"{i}.{key}"] = parameter.grad.clone()
-        again = list(found.values())
+            check_collectives(recorded, run)
+        assert len(losses) == (count if run.has_last else 0)
+        for loss, want in zip(losses, expected_losses, strict=False):
+            assert relative_error(loss.cpu(), want, 1.0) < 1e-12, case
+        body = [p for name, p in run.parameters().items() if name.startswith("layer")]
+        if case.get("columns") == "apart":
+            for parameter in body:
+                dist.all_reduce(parameter.grad, group=groups.columns_group)
+            for name, parameter in run.parameters().items():
+                if name.startswith("embedding.") and not case.get("embedding"):
+                    dist.all_reduce(parameter.grad, group=groups.columns_group)
+        check_gradients(run, expected)
+        found = [*losses, *(p.grad.clone() for p in run.parameters().values())]
         if left:
-            assert all(torch.equal(a, b) for a, b in zip(left, again, strict=True)), case
-        left = again
-    return left
+            assert all(torch.equal(a, b) for a, b in zip(left, found, strict=True)), case
+        left = found
+        if not turn:
+            check_evaluation(run, own, losses)
+    norm = clip_grad_norm_(nn.ModuleList(run.modules), 1e9, groups)
+    wanted = torch.stack([p.grad.norm() for p in expected.parameters()]).norm()
+    assert relative_error(norm.cpu(), wanted) < 1e-10, case
+
+
+def check_gradients(run: Run, expected: nn.ModuleDict) -> None:
+    for name, parameter in run.parameters().items():
+        want = expected.get_parameter(name).grad
+        module = name.partition(".")[0]
+        if module in run.modules[0].rows:
+            rows: Any = run.modules[0].rows[module]
+            want = want[rows.start : rows.stop]
+        assert relative_error(parameter.grad.cpu(), want, 1e-3) < 1e-10, (run.case, name)
+
+
+def check_evaluation(run: Run, own: list[Tensor], losses: list[Tensor]) -> None:
+    """An evaluation has the losses of the step, and leaves gradients as they are."""
+    before = [p.grad.clone() for p in run.parameters().values()]
+    with torch.no_grad(), CollectiveRecorder() as recorded:
+        found = run.step(*own, trains=False)
+    assert all(torch.equal(a, b) for a, b in zip(found, losses, strict=True)), run.case
+    after = [p.grad for p in run.parameters().values()]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)), run.case
+    names = [call.name for call in recorded.calls]
+    parts = run.groups.column_degree if run.case.get("columns") == "apart" else 1
+    sums = parts * run.microbatches if run.case.get("embedding") else 0
+    assert names.count("reduce") + names.count("all_reduce") in (sums, sums + 1), (run.case, names)
+
+
+def check_collectives(recorded: CollectiveRecorder, run: Run) -> None:
+    """Of each microbatch one broadcast, one gather of statistics, one sum of dE, each a column."""
+    names = [call.name for call in recorded.calls]
+    groups, case = run.groups, run.case
+    parts = groups.column_degree if case.get("columns") == "apart" else 1
+    ends = 2 if case.get("embedding") else 1
+    summed = "reduce" if parts == groups.column_degree else "all_reduce"
+    assert names.count("broadcast") == ends * parts * run.microbatches, (case, names)
+    assert names.count(summed) == ends * parts * run.microbatches, (case, names)
 
 
 CASES: list[dict[str, Any]] = [
     *({"schedule": "1F1B", "microbatches": m, "vocabulary": 23} for m in (1, 2, 4, 8)),
-    {"schedule": "Interleaved1F1B", "microbatches": 8, "vocabulary": 23},
+    {"schedule": "1F1B", "microbatches": 5, "vocabulary": 23, "embedding": "tied"},
+    {"schedule": "1F1B", "microbatches": 4, "vocabulary": 23, "embedding": "own", "barriers": 2},
+    {"schedule": "Interleaved1F1B", "microbatches": 8, "vocabulary": 23, "embedding": "tied"},
+    {"schedule": "LoopedBFS", "microbatches": 4, "vocabulary": 23, "embedding": "own"},
     {"schedule": "InterleavedZeroBubble", "microbatches": 8, "vocabulary": 24},
-    {"schedule": "ZBVZeroBubble", "microbatches": 8, "vocabulary": 23},
+    {"schedule": "ZBVZeroBubble", "microbatches": 8, "vocabulary": 23, "embedding": "tied"},
     {"schedule": "1F1B", "microbatches": 4, "vocabulary": 9},  # a rank without rows
-    {"schedule": "1F1B", "microbatches": 4, "vocabulary": 23, "bias": True,
+    {"schedule": "1F1B", "microbatches": 4, "vocabulary": 23, "bias": True, "whole_step": True,
      "options": {"softcap": 2.0, "temperature": 0.7, "z_loss": 0.01}},
     {"schedule": "ZBVZeroBubble", "microbatches": 8, "vocabulary": 23, "bias": True,
      "options": {"softcap": 2.0}, "impl": {"chunk_rows": 2, "chunk_tokens": 3}},
-    {"schedule": "1F1B", "microbatches": 4, "vocabulary": 23, "options": {"backward": "recompute"}},
+    {"schedule": "1F1B", "microbatches": 4, "vocabulary": 23, "bias": True,
+     "options": {"label_smoothing": 0.1, "softcap": 2.0, "z_loss": 0.01}},
+    {"schedule": "ZBVZeroBubble", "microbatches": 8, "vocabulary": 9, "barriers": 2,
+     "options": {"backward": "recompute"}, "embedding": "own"},
     {"schedule": "1F1B", "microbatches": 4, "vocabulary": 23, "options": {"backward": "probs"}},
 ]  # fmt: skip
 
+COLUMN_CASES: list[dict[str, Any]] = [
+    {"schedule": "1F1B", "microbatches": 4, "vocabulary": 23, "columns": "apart",
+     "embedding": "tied", "whole_step": True},
+    {"schedule": "1F1B", "microbatches": 3, "vocabulary": 23, "columns": "apart",
+     "options": {"label_smoothing": 0.1}},
+    {"schedule": "ZBVZeroBubble", "microbatches": 4, "vocabulary": 23, "columns": "apart",
+     "embedding": "own"},
+    {"schedule": "1F1B", "microbatches": 4, "vocabulary": 23, "embedding": "tied"},
+    {"schedule": "Interleaved1F1B", "microbatches": 4, "vocabulary": 9, "whole_step": True},
+]  # fmt: skip
 
-def check_all() -> None:
-    groups = build_stage_groups(RANKS, 1, device_type=rank_device().type)
-    span = column(groups)
-    for case in CASES:
-        check_case(groups, span, case)
-    check_refusals(span)
 
-
-def check_refusals(span: SpanGroups) -> None:
-    rows = VocabParallelClassifier(HIDDEN, 9, group=span.statistics.group)
-    for options, message in (
-        ({"label_smoothing": 0.1}, "does not take label_smoothing=0.1"),
-        ({"backward": "gradients"}, "does not take backward='gradients'"),
-        ({"hidden_layout": "sharded"}, "does not take hidden_layout='sharded'"),
-        ({"z_loss": -1.0}, "z_loss must be a number of at least 0"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            SpanningLoss(rows, span, 0, **options)
-    dist.barrier()
+def check_all(pipeline: int, columns: int, cases: list[dict[str, Any]]) -> None:
+    groups = build_stage_groups(
+        pipeline, columns, device_type=rank_device().type, vocab_over="all_stages"
+    )
+    for case in cases:
+        check_case(groups, case)
 
 
 def test_every_rank_carries_the_vocabulary() -> None:
-    run_ranks(check_all, RANKS, timeout=110)
+    run_ranks(check_all, RANKS, timeout=110, pipeline=4, columns=1, cases=CASES)
+
+
+def test_columns() -> None:
+    run_ranks(check_all, RANKS, timeout=110, pipeline=2, columns=2, cases=COLUMN_CASES)
+
+
+def alone(loss: CCEPipelineLoss) -> LossPasses:
+    """Return the passes of one rank that has all rows."""
+    return LossPasses(loss, Owners(VocabMessages(), 0, True), barriers_of(loss.settings))
 
 
 def test_a_loss_that_is_scaled_is_refused() -> None:
     rows = VocabParallelClassifier(16, 50, group=None)
-    alone = VocabGroup()
-    loss = SpanningLoss(rows, SpanGroups(alone, alone, alone), 0, shift=0)
+    passes = alone(CCEPipelineLoss(rows, shift=0))
     leaf = torch.randn(1, 9, 16, requires_grad=True)
-    value = loss.deferred(leaf, 0)
-    loss.broadcast(0, leaf)
-    loss.statistics(0, torch.randint(50, (1, 9)))
-    loss.exchange(0)
+    value = passes.deferred(leaf, 0)
+    assert bool(value.isnan())  # nobody knows it yet
+    passes.broadcast(0, leaf, trains=True)
+    passes.statistics(0, torch.randint(50, (1, 9)), None)
+    passes.exchange(0)
+    assert bool(value.isfinite())
     with pytest.raises(ValueError, match=r"received 2\.0"):
         (2.0 * value).backward()
 
@@ -191,15 +319,14 @@ def test_share_of_a_confident_token() -> None:
     rows = VocabParallelClassifier(16, 50, group=None, dtype=torch.bfloat16)
     with torch.no_grad():
         rows.weight.copy_(c)
-    alone = VocabGroup()
-    loss = SpanningLoss(rows, SpanGroups(alone, alone, alone), 0, shift=0)
+    passes = alone(CCEPipelineLoss(rows, shift=0))
     leaf = e.clone().requires_grad_()
-    value = loss.deferred(leaf, 0)
-    loss.broadcast(0, leaf)
-    loss.statistics(0, targets)
-    loss.exchange(0)
+    value = passes.deferred(leaf, 0)
+    passes.broadcast(0, leaf, trains=True)
+    passes.statistics(0, targets, None)
+    passes.exchange(0)
     value.backward()
-    loss.gradients(0)
+    passes.gradients(0)
     wide = [t.detach().double().requires_grad_() for t in (e, rows.weight)]
     F.cross_entropy((wide[0] @ wide[1].T)[0], targets[0]).backward()
     half = [t.detach().clone().requires_grad_() for t in (e, rows.weight)]

@@ -8,12 +8,13 @@ import pytest
 from torch import nn
 from torch.distributed.pipelining.schedules import get_schedule_class
 
-from vocab_parallel.pipeline.spanning_order import (
+from vocab_parallel.pipeline.spanning.order import (
     Costs,
     Event,
     Order,
     Task,
     best_order,
+    forwards_alone,
     more_forwards,
     one_forward_one_backward,
     order_of,
@@ -80,20 +81,58 @@ def comes_to_an_end(order: Order, ranks: int) -> bool:
     return True
 
 
-def check_whole(order: Order, orders: list[list[Task]], microbatches: int) -> None:
-    """Each rank does what the schedule lists, each S and T once, in the order of microbatches."""
+def check_whole(
+    order: Order,
+    orders: list[list[Task]],
+    microbatches: int,
+    barriers: int = 1,
+    embedding: bool = False,
+) -> None:
+    """Each rank does what the schedule lists, each S and T once, in the order of microbatches.
+
+    And each message comes after what it carries, and before what needs it.
+    """
+    trains = any(task.kind != "F" for own in orders for task in own)
     ranks = len(orders)
     for rank, own in enumerate(orders):
         events = [event for event in order.of_rank(rank) if len(event.ranks) == 1]
         listed = [Task(*event[:3]) for event in events if event.kind not in ("S", "T")]  # type: ignore[arg-type]
         assert listed == list(own)
-        for kind in ("S", "T"):
+        for kind in ("S", "T") if trains else ("S",):
             assert [e.microbatch for e in events if e.kind == kind] == list(range(microbatches))
-    for kind in ("broadcast", "exchange"):
+    messages = ["broadcast", "exchange"]
+    messages += ["reduction"] if barriers == 2 and trains else []
+    messages += ["lookup"] if embedding else []
+    for kind in messages:
         told = [event for event in order.events if event.kind == kind]
         assert [event.microbatch for event in told] == list(range(microbatches))
         assert all(event.ranks == tuple(range(ranks)) for event in told)
+    told = [event for event in order.events if event.kind == "embedding_grad"]
+    wanted = range(microbatches if embedding and trains else 0)
+    assert sorted(event.microbatch for event in told) == list(wanted)
+    check_dependencies(order, barriers)
     assert comes_to_an_end(order, ranks)
+
+
+def check_dependencies(order: Order, barriers: int) -> None:
+    """In the total order everything stands behind what it needs."""
+    last = max(event.stage for event in order.events)
+    places: dict[tuple[str, int, int], list[int]] = {}
+    for place, event in enumerate(order.events):
+        places.setdefault((event.kind, event.stage, event.microbatch), []).append(place)
+    summed = "reduction" if barriers == 2 else "exchange"
+    needs = {
+        "broadcast": "F", "S": "broadcast", "exchange": "S", "T": "exchange", "reduction": "T",
+        "B": summed, "I": summed,
+    }  # fmt: skip
+    for (kind, stage, microbatch), found in places.items():
+        if kind in needs and stage == last:
+            assert min(found) > max(places[needs[kind], last, microbatch])
+        if kind == "F" and stage == 0 and ("lookup", last, microbatch) in places:
+            assert min(found) > places["lookup", last, microbatch][0]
+        if kind == "embedding_grad":
+            half = "B" if ("B", 0, microbatch) in places else "W"
+            assert min(found) > places[half, 0, microbatch][0]
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
@@ -154,7 +193,7 @@ def test_random_costs_never_wait_in_a_circle() -> None:
         ranks = generator.choice((2, 3, 4, 6))
         microbatches = generator.choice((1, 2, 3, ranks, ranks + 1, 2 * ranks, 11))
         drawn = [
-            generator.choice((0.01, 1.0, 2.0, 5.0 * generator.random())) for _ in range(3 * ranks)
+            generator.choice((0.0, 1.0, 2.0, 5.0 * generator.random())) for _ in range(3 * ranks)
         ]
         costs = Costs(
             forward=lambda stage, drawn=drawn: drawn[stage],
@@ -169,7 +208,30 @@ def test_random_costs_never_wait_in_a_circle() -> None:
         orders = one_forward_one_backward(ranks, microbatches)
         count = generator.choice((1, 2, 3))
         moved = [more_forwards(own, count) for own in orders]
-        check_whole(order_of(moved, costs), moved, microbatches)
+        embedding = generator.random() < 0.5
+        barriers = generator.choice((1, 2))
+        order = order_of(moved, costs, barriers=barriers, embedding=embedding)
+        check_whole(order, moved, microbatches, barriers, embedding)
+        alone = forwards_alone(orders)
+        check_whole(order_of(alone, costs, embedding=embedding), alone, microbatches, 1, embedding)
+
+
+def test_two_barriers() -> None:
+    """They take one microbatch more in flight, and no longer."""
+    ranks, microbatches = 4, 32
+    costs = even(ranks, ranks, 8.0, 6.0)
+    swapped = Costs(
+        costs.forward,
+        costs.backward_input,
+        costs.backward_weight,
+        costs.gradients,
+        costs.statistics,
+    )
+    orders = one_forward_one_backward(ranks, microbatches)
+    one = best_order(orders, costs)
+    two = best_order(orders, swapped, barriers=2)
+    assert two.finish <= 1.01 * one.finish
+    assert max(two.in_flight.values()) <= max(one.in_flight.values()) + 1
 
 
 def test_more_forwards() -> None:

@@ -1,7 +1,9 @@
-"""Linear cross-entropy over a sharded vocabulary, for the last stage of a training pipeline.
+"""Linear cross-entropy over a sharded vocabulary, for the last stage of a pipeline, or all stages.
 
 mesh -> rows -> classifier -> loss -> schedule
 """
+
+from typing import TYPE_CHECKING, Any
 
 from vocab_parallel.evaluation import (
     Prediction,
@@ -21,10 +23,14 @@ from vocab_parallel.modules.tied import TiedRows
 from vocab_parallel.options import VocabParallelOptions
 from vocab_parallel.pipeline import CCEPipelineLoss, no_loss, validate_pipeline_loss
 
+if TYPE_CHECKING:
+    from vocab_parallel.pipeline.spanning.schedule import SpanningSchedule
+
 __all__ = [
     "BackwardPlan",
     "CCEPipelineLoss",
     "Prediction",
+    "SpanningSchedule",
     "TiedRows",
     "TokenScores",
     "VocabParallelClassifier",
@@ -42,3 +48,12 @@ __all__ = [
     "token_logprobs",
     "validate_pipeline_loss",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # torch.distributed.pipelining takes a second to import, which a loss alone should not cost.
+    if name == "SpanningSchedule":
+        from vocab_parallel.pipeline.spanning.schedule import SpanningSchedule
+
+        return SpanningSchedule
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -20,8 +20,10 @@ degree. A call moves nothing when the degree is 1. Bytes are those that one rank
     backward  gather_tokens     [T, D]                T D itemsize    layout "sharded"
     tied      exchange_with_peer [rows, D]            rows D itemsize, between the pipeline's ends
     all stages start_broadcast  [T, D] hidden states  T D itemsize, from the last stage, each
-              gather_shards     [k, T] fp32           4 k T         microbatch
-              sum_at            [T, D] fp32           4 T D         to the last stage
+              gather_shards     [k, N] fp32           4 k N         microbatch; N = V T where the V
+              sum_at            [T, D] fp32           4 T D         columns have their own tokens,
+              sum_at            [T, D] embeddings     T D itemsize  then V calls of each with T;
+              start_broadcast   [T, D] their gradient T D itemsize  embeddings to the first stage
 
 (float64 inputs keep float64 throughout; ``e_grad_reduce_dtype`` sets the dtype of the two sums.)
 
@@ -30,7 +32,7 @@ beside the products that follow it: `sharded/exchange.py` cuts them. backward="g
 sum in forward.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
@@ -67,6 +69,21 @@ class Pending:
                 self._work.wait()
         self._held = ()
         return self._result
+
+
+class Several(Pending):
+    """Some collectives under way, each of a part of one result."""
+
+    def __init__(self, result: Tensor, parts: Sequence[Pending]) -> None:
+        super().__init__(result, None, "", None)
+        self._parts = parts
+
+    def wait(self) -> Tensor:
+        """Return the whole result, for work that is queued from now on."""
+        for part in self._parts:
+            part.wait()
+        self._parts = ()
+        return super().wait()
 
 
 @dataclass(frozen=True)

@@ -101,6 +101,44 @@ class VocabParallelEmbedding(VocabRows):
             found = flat.view(*ids.shape, self.hidden_size)
         return found if self.scale == 1.0 else found * self.scale
 
+    @torch.no_grad()
+    def own_part(self, ids: Tensor) -> Tensor:
+        """Return what this rank adds to the sum over the group: [N, D] of ids [N], unscaled.
+
+        That is zeros where another rank has the row, and NaN on every rank where none has.
+        Communicates nothing.
+        """
+        weight = self.weight
+        owned, rows = self._owned(ids)
+        known = (ids >= 0) & (ids < self.vocab_size)
+        others = weight.new_zeros(ids.shape).masked_fill_(~known, math.nan).unsqueeze(1)
+        if weight.shape[0] == 0:
+            return others.expand(-1, weight.shape[1]).contiguous()
+        found = weight[rows]
+        return torch.where(owned.unsqueeze(1), found, others, out=found)
+
+    @torch.no_grad()
+    def rows_grad(self, ids: Tensor, grad: Tensor) -> Tensor:
+        """Return the gradient [rows, D] of this rank's rows, where their sum receives [N, D].
+
+        Bitwise repeatable. Communicates nothing.
+        """
+        num_rows = self.weight.shape[0]
+        if num_rows == 0:
+            return grad.new_zeros((0, grad.shape[1]))
+        owned, rows = self._owned(ids)
+        # Tokens of other ranks' rows go to a row of padding.
+        rows = torch.where(owned, rows, num_rows)
+        found = torch.ops.aten.embedding_dense_backward(
+            grad.contiguous(), rows, num_rows + 1, num_rows, False
+        )
+        return cast(Tensor, found[:-1])
+
+    def _owned(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return whether this rank has an id's row, and which one, 0 where not."""
+        owned = (ids >= self.start) & (ids < self.stop)
+        return owned, (ids - self.start).masked_fill(~owned, 0)
+
     @uncompiled
     def _check(self, ids: Tensor) -> None:
         validate = self.weight.is_cpu if self.validate is None else self.validate
@@ -167,32 +205,16 @@ class _Lookup(torch.autograd.Function):
         gathers, group = module.layout == "sharded", VocabGroup.of(module.group)
         if gathers:
             ids = group.gather_tokens(ids)
-        owned = (ids >= module.start) & (ids < module.stop)
-        rows = (ids - module.start).masked_fill(~owned, 0)
-        # What an id adds on ranks without its row; one that no rank has a row of is NaN on all.
-        known = (ids >= 0) & (ids < module.vocab_size)
-        others = weight.new_zeros(ids.shape).masked_fill_(~known, math.nan).unsqueeze(1)
-        if weight.shape[0] == 0:
-            found = others.expand(-1, weight.shape[1]).contiguous()
-        else:
-            found = weight[rows]
-            torch.where(owned.unsqueeze(1), found, others, out=found)
-        ctx.save_for_backward(rows, owned)
-        ctx.module, ctx.num_rows = module, weight.shape[0]
+        ctx.save_for_backward(ids)
+        ctx.module = module
+        found = module.own_part(ids)
         return group.scatter_sum(found) if gathers else group.sum(found)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        rows, owned = ctx.saved_tensors
+        (ids,) = ctx.saved_tensors
         module: VocabParallelEmbedding = ctx.module
         if module.layout == "sharded":
             grad = VocabGroup.of(module.group).gather_tokens(grad)
-        if ctx.num_rows == 0:
-            return grad.new_zeros((0, grad.shape[1])), None, None
-        # Tokens of other ranks' rows go to a row of padding.
-        rows = torch.where(owned, rows, ctx.num_rows)
-        found = torch.ops.aten.embedding_dense_backward(
-            grad.contiguous(), rows, ctx.num_rows + 1, ctx.num_rows, False
-        )
-        return found[:-1], None, None
+        return module.rows_grad(ids, grad), None, None

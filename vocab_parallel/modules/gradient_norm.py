@@ -30,7 +30,7 @@ def clip_grad_norm_(
         what is replicated over an axis     on the first rank of that axis alone
         a weight tied over the pipeline     on the last stage alone (`TiedRows`)
 
-    and the squares are summed over the vocab, the data and the pipeline group, one number each.
+    and the squares are summed over the columns', the data and the pipeline group, one number each.
     Plain and DTensor parameters may be mixed. Does not wait for the GPU.
 
     Args:
@@ -41,7 +41,7 @@ def clip_grad_norm_(
             of one: give the module, which knows its own.
         max_norm: the largest norm that is left unclipped.
         groups: `StageGroups`, or any object with vocab_group, data_group, pipeline_group,
-            vocab_rank and data_rank.
+            vocab_rank and data_rank, whose vocab group is a row of the mesh.
 
     Returns:
         The norm before clipping, a float32 tensor (float64 where a gradient is), equal on every
@@ -116,12 +116,19 @@ def _counts_here(parameter: nn.Parameter, gradient: Tensor, groups: Any) -> bool
             if isinstance(placement, Replicate) and mesh.get_local_rank(axis) != 0:
                 return False
     for group, rank, held_in_full in (
-        (groups.vocab_group, groups.vocab_rank, not holds_vocab_rows(parameter)),
+        (*_columns(groups), not holds_vocab_rows(parameter)),
         (groups.data_group, groups.data_rank, True),
     ):
         if held_in_full and rank != 0 and not _covers(covered, group):
             return False
     return True
+
+
+def _columns(groups: Any) -> tuple[ProcessGroup, int]:
+    """Return the group of the ranks that replicate the body, and this rank's place in it."""
+    if hasattr(groups, "columns_group"):
+        return groups.columns_group, groups.column_rank
+    return groups.vocab_group, groups.vocab_rank
 
 
 def _covers(covered: list[ProcessGroup], group: ProcessGroup | None) -> bool:
@@ -142,10 +149,10 @@ def _sum_over_mesh(
     """
     over = [
         VocabGroup.of(group)
-        for group in (groups.vocab_group, groups.data_group, groups.pipeline_group)
+        for group in (_columns(groups)[0], groups.data_group, groups.pipeline_group)
         if group is not None
     ]
-    device = locals_[0].device if locals_ else group_device(groups.vocab_group)
+    device = locals_[0].device if locals_ else group_device(groups.pipeline_group)
     # The second number tells of problems, so that nobody waits for a rank that raises.
     total = torch.zeros(2, dtype=torch.float64, device=device)
     for square in squares:

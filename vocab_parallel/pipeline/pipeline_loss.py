@@ -111,7 +111,7 @@ class CCEPipelineLoss:
                 "schedule was built with scale_grads=True and divides by the number of "
                 "microbatches again: build it with scale_grads=False"
             )
-        self._warn_of_kept_outputs()
+        self.warn_of_kept_outputs()
         rows = self.output_weight.read()
         e, c = rows.operands(hidden_states)
         loss = linear_cross_entropy(
@@ -143,7 +143,19 @@ class CCEPipelineLoss:
         if self._options["impl"] in ("auto", "chunked"):
             self._options.setdefault("microbatches_in_flight", microbatches_in_flight)
 
-    def _warn_of_kept_outputs(self) -> None:
+    @property
+    def settings(self) -> LossSettings:
+        """All that is asked of the loss beside its tensors and rows, but for the divisor."""
+        return _settings_of(self._options)
+
+    @property
+    def token_weight(self) -> Tensor | None:
+        """The weights [..., T] of every microbatch's tokens."""
+        weight: Tensor | None = self._options.get("token_weight")
+        return weight
+
+    def warn_of_kept_outputs(self) -> None:
+        """Warn once where the schedule keeps the last stage's outputs; see `bind`."""
         stage, self._last_stage = self._last_stage, None
         if stage is None:
             return
@@ -175,13 +187,20 @@ def _check_options(options: Mapping[str, Any]) -> None:
     """Raise ValueError for an option that the loss does not know, before any microbatch."""
     parameters = inspect.signature(linear_cross_entropy).parameters
     known = parameters.keys() - set(_NOT_OPTIONS) - {"impl_options"}
-    settings = {each.name for each in fields(LossSettings)}
-    of_impl = {name: value for name, value in options.items() if name not in parameters}
-    impl, budget = options["impl"], options.get("memory_budget")
     for name in options.keys() & set(_NOT_OPTIONS):
         raise ValueError(f"{name} is not an option of a pipeline loss: known are {sorted(known)}")
-    LossSettings(**{name: value for name, value in options.items() if name in settings}).check()
+    settings = _settings_of(options)
+    settings.check()
     try:
-        create_impl(impl, budget, of_impl)
+        create_impl(settings.impl, settings.memory_budget, settings.impl_options)
     except ValueError as error:
         raise ValueError(f"{error}; options of the loss are {sorted(known)}") from None
+
+
+def _settings_of(options: Mapping[str, Any]) -> LossSettings:
+    """Tell the loss's own options from those of its implementation."""
+    parameters = inspect.signature(linear_cross_entropy).parameters
+    own = {each.name for each in fields(LossSettings)}
+    of_impl = {name: value for name, value in options.items() if name not in parameters}
+    named = {name: value for name, value in options.items() if name in own}
+    return LossSettings(**named, impl_options=of_impl)

@@ -1,6 +1,5 @@
 """What cannot be right between a schedule, its stages and the loss, said on every rank."""
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 
 from vocab_parallel.collectives import VocabGroup
 from vocab_parallel.pipeline.pipeline_loss import CCEPipelineLoss
+from vocab_parallel.pipeline.problems import problem_of_loss, problem_of_stages
 
 
 def validate_pipeline_loss(schedule: Any, loss: Any) -> None:
@@ -35,11 +35,23 @@ def validate_pipeline_loss(schedule: Any, loss: Any) -> None:
                 or splits the backward;
             the loss is compiled, or a stage is wrapped by DDP or FSDP, under a schedule that
                 splits the backward;
-            the vocab group has a rank that does not run the last stage, and would never come.
+            the vocab group has a rank that does not run the last stage, and would never come,
+                but for a `SpanningSchedule`, which is right for such a group.
     """
     # Imported here, since it takes a second that the loss alone should not cost.
     from torch.distributed.pipelining import schedules
 
+    from vocab_parallel.pipeline.spanning.schedule import SpanningSchedule
+
+    if isinstance(schedule, SpanningSchedule):  # it has agreed on all the rest when it was made
+        other = schedule.loss_fn is not loss
+        text = (
+            "give the CCEPipelineLoss that the schedule has, which is another one"
+            if other
+            else None
+        )
+        _agree_over_world(text, True, [])
+        return
     if isinstance(schedule, schedules.PipelineScheduleSingle):
         stages = [schedule._stage]
     elif isinstance(schedule, schedules.PipelineScheduleMulti):
@@ -56,10 +68,10 @@ def validate_pipeline_loss(schedule: Any, loss: Any) -> None:
         | schedules.ScheduleDualPipeV,
     )
     last = next((stage for stage in stages if stage.is_last), None)
-    problem = _problem_of_stages(stages, schedule.scale_grads, splits)
+    problem = problem_of_stages(stages, schedule.scale_grads, splits)
     members: list[int] = []
     if problem is None and last is not None:
-        problem = _problem_of_loss(loss, schedule.scale_grads, splits)
+        problem = problem_of_loss(loss, schedule.scale_grads, splits)
         if problem is None and not isinstance(loss, CCEPipelineLoss):
             problem = f"loss must be a CCEPipelineLoss, got {type(loss).__name__}"
         if problem is None:
@@ -74,69 +86,6 @@ def validate_pipeline_loss(schedule: Any, loss: Any) -> None:
             fills = isinstance(schedule, schedules.ScheduleGPipe)
             in_flight = schedule._n_microbatches if fills else 1
         loss.bind(last, scale_grads=schedule.scale_grads, microbatches_in_flight=in_flight)
-
-
-def _problem_of_stages(stages: Sequence[Any], scale_grads: bool, splits: bool) -> str | None:
-    """Say what is wrong with the stages of this rank, or None.
-
-    Args:
-        stages: this rank's pipeline stages.
-        scale_grads: of the schedule.
-        splits: whether the schedule runs a backward in two halves.
-    """
-    owners = Counter(
-        id(parameter) for stage in stages for parameter in set(stage.submod.parameters())
-    )
-    if scale_grads and any(count > 1 for count in owners.values()):
-        return (
-            "a parameter is shared by two stages of one rank, and scale_grads=True divides its "
-            "gradient once for each: build the schedule with scale_grads=False"
-        )
-    if splits:
-        for stage in stages:
-            wrapper = _data_parallel_wrapper(stage.submod)
-            if wrapper is not None:
-                return (
-                    f"{wrapper} does not work under a schedule that splits the backward: use "
-                    f"1F1B, Interleaved1F1B, GPipe or LoopedBFS, or reduce the gradients over the "
-                    f"data group after the step"
-                )
-    return None
-
-
-def _problem_of_loss(loss: Any, scale_grads: bool, splits: bool) -> str | None:
-    """Say what is wrong with the loss of the last stage, or None."""
-    if hasattr(loss, "_torchdynamo_orig_callable") or hasattr(loss, "_orig_mod"):
-        if splits:
-            return (
-                "a compiled loss fails under a schedule that splits the backward, which runs it "
-                "twice: pass the CCEPipelineLoss itself"
-            )
-        return "pass the CCEPipelineLoss itself, not what torch.compile made of it"
-    if splits and getattr(loss, "accumulate_into", None) is not None:
-        return (
-            "accumulate_into gives autograd no gradient of the classifier, which a schedule that "
-            "splits the backward asks for by name: leave it out, or use 1F1B, Interleaved1F1B, "
-            "GPipe or LoopedBFS"
-        )
-    if getattr(loss, "accumulate_into", None) is not None and scale_grads:
-        return (
-            "accumulate_into adds each microbatch's gradient to what is there, and scale_grads="
-            "True divides only .grad, or that of earlier steps again: build the schedule with "
-            "scale_grads=False and set the loss's num_valid_tokens"
-        )
-    if getattr(loss, "reduction", None) == "sum" and scale_grads:
-        return (
-            'reduction="sum" is not a mean over microbatches, but scale_grads=True divides by '
-            "their number: build the schedule with scale_grads=False"
-        )
-    if getattr(loss, "num_valid_tokens", None) is not None and scale_grads:
-        return (
-            "num_valid_tokens divides by the tokens of the whole step, but scale_grads=True "
-            "divides by the number of microbatches again: build the schedule with "
-            "scale_grads=False"
-        )
-    return None
 
 
 def _problem_of_weight(tensors: Sequence[Tensor], module: nn.Module) -> str | None:
@@ -179,21 +128,12 @@ def _agree_over_world(problem: str | None, has_last_stage: bool, members: list[i
         if strangers:
             text = (
                 f"the vocab group {group} has ranks {strangers}, which do not run the last stage "
-                f"and would never join its loss: pass StageGroups.vocab_group"
+                f"and would never join its loss: pass StageGroups.vocab_group of groups built for "
+                f"the last stage, or let all stages carry the vocabulary with SpanningSchedule"
             )
             found.setdefault(text, rank)
     if found:
         raise ValueError("; ".join(f"on rank {rank}: {text}" for text, rank in found.items()))
-
-
-def _data_parallel_wrapper(module: nn.Module) -> str | None:
-    for inner in module.modules():
-        for cls in type(inner).__mro__:
-            if cls.__name__ == "DistributedDataParallel":
-                return "DistributedDataParallel"
-            if cls.__name__ in ("FSDPModule", "FullyShardedDataParallel"):
-                return "FSDP"
-    return None
 
 
 def _microbatches_in_flight(actions: Iterable[Any], last_stage: int) -> int:

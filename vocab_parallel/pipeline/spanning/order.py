@@ -7,9 +7,13 @@ layers. With the last stage's forward F of microbatch m begins
                                                          -> B(m) of the last stage
                                                          -> T(m) on every rank, any time later
 
-(the passes' names are those of arXiv 2411.05288; one barrier as in its Algorithm 2). A schedule's
-own order of F and B stays what it is, but for `more_forwards`: the last stage's B(m) waits for
-every rank's S(m), and has another forward to do meanwhile.
+(the passes' names are those of arXiv 2411.05288; one barrier as in its Algorithm 2, or two, where
+dE is made by T and reduced behind it). A schedule's own order of F and B stays what it is, but for
+`more_forwards`: the last stage's B(m) waits for every rank's S(m), and has another forward to do
+meanwhile. An evaluation has F, S and the exchange alone.
+
+Where the ranks hold rows of the embedding too, each looks its own up for microbatch m before the
+first stage's F(m), which receives their sum, and gets the gradient of them after its backward.
 
 `order_of` runs the pipeline on paper: the rank that can begin first takes what is most urgent of
 what is ready. What comes out is one total order of computations and messages, of which each rank's
@@ -25,10 +29,16 @@ from typing import Literal, NamedTuple
 
 # F forward; B backward, whole; I and W its halves, inputs' and weights'; S and T of the loss.
 Pass = Literal["F", "B", "I", "W", "S", "T"]
-# Activations to the next stage, gradients to the one before; and those of the vocabulary's group.
-Message = Literal["activations", "gradients", "broadcast", "exchange"]
+# Activations to the next stage, gradients to the one before; and those of the vocabulary's group:
+# hidden states of the last stage, statistics (and dE, if there is one barrier), dE (if two);
+# embeddings to the first stage, and their gradient to every rank.
+Message = Literal[
+    "activations", "gradients", "broadcast", "exchange", "reduction", "lookup", "embedding_grad"
+]
 # How many T may wait on a rank before they come first: each keeps its hidden states.
 _WAITING = 2
+# How many microbatches an embedding is looked up ahead, so that the first stage does not wait.
+_LOOKED_UP_AHEAD = 2
 
 
 class Task(NamedTuple):
@@ -64,9 +74,10 @@ class Costs:
 
     Attributes:
         forward, backward_input, backward_weight: of a stage's layers, a microbatch.
-        statistics, gradients: S and T of each rank's rows, a microbatch.
+        statistics, gradients: S and T of each rank's rows, a microbatch. With one barrier dE is
+            made in S, with two in T.
         message: from one rank to the next.
-        broadcast, exchange: of the vocabulary's group.
+        broadcast, exchange: of the vocabulary's group; a reduction takes as long as an exchange.
     """
 
     forward: Callable[[int], float]
@@ -141,8 +152,24 @@ def more_forwards(order: Sequence[Task], count: int) -> list[Task]:
     return moved
 
 
-def best_order(orders: Sequence[Sequence[Task]], costs: Costs, most: int = 3) -> Order:
+def forwards_alone(orders: Sequence[Sequence[Task]]) -> list[list[Task]]:
+    """Return what is left of a schedule's order in an evaluation."""
+    return [[task for task in own if task.kind == "F"] for own in orders]
+
+
+def best_order(
+    orders: Sequence[Sequence[Task]],
+    costs: Costs,
+    *,
+    barriers: int = 1,
+    embedding: bool = False,
+    most: int = 3,
+) -> Order:
     """Return the order that ends first, with the fewest forwards more, at least one.
+
+    Args:
+        orders, costs, barriers, embedding: as `order_of` has them.
+        most: how many forwards more are tried.
 
     Raises:
         ValueError: the schedule cannot span: with no number of forwards up to ``most`` does every
@@ -151,7 +178,8 @@ def best_order(orders: Sequence[Sequence[Task]], costs: Costs, most: int = 3) ->
     found: Order | None = None
     for count in range(1, most + 1):
         try:
-            order = order_of([more_forwards(own, count) for own in orders], costs)
+            moved = [more_forwards(own, count) for own in orders]
+            order = order_of(moved, costs, barriers=barriers, embedding=embedding)
         except ValueError:
             continue
         if found is not None and order.finish > found.finish * (1 - 1e-3):
@@ -165,25 +193,36 @@ def best_order(orders: Sequence[Sequence[Task]], costs: Costs, most: int = 3) ->
     return found
 
 
-def order_of(orders: Sequence[Sequence[Task]], costs: Costs) -> Order:
+def order_of(
+    orders: Sequence[Sequence[Task]],
+    costs: Costs,
+    *,
+    barriers: int = 1,
+    embedding: bool = False,
+) -> Order:
     """Place the vocabulary's passes and all messages into a schedule's own order of each rank.
 
     Args:
         orders: of each rank, the passes of its layers; no rank's is changed.
         costs: how long everything takes.
+        barriers: 1 where S makes dE, 2 where T does.
+        embedding: whether all ranks hold rows of the embedding.
 
     Raises:
         ValueError: the ranks' lists wait for one another, as those do that have the last stage's B
             right after its F of the same microbatch.
     """
-    return _Step(orders, costs).run()
+    return _Step(orders, costs, barriers, embedding).run()
 
 
 class _Step:
     """A step run on paper."""
 
-    def __init__(self, orders: Sequence[Sequence[Task]], costs: Costs) -> None:
-        self._costs = costs
+    def __init__(
+        self, orders: Sequence[Sequence[Task]], costs: Costs, barriers: int, embedding: bool
+    ) -> None:
+        self._costs, self._barriers, self._embedding = costs, barriers, embedding
+        self._trains = any(task.kind != "F" for own in orders for task in own)
         self._ranks = len(orders)
         self._left = [list(reversed(own)) for own in orders]  # the next one is the last
         self._rank_of = {task.stage: rank for rank, own in enumerate(orders) for task in own}
@@ -192,10 +231,13 @@ class _Step:
         self._free = [0.0] * self._ranks
         self._busy = [0.0] * self._ranks
         self._done: dict[tuple[Pass, int, int], float] = {}  # kind, stage, microbatch
-        self._s_ends: dict[int, float] = {}  # of microbatches that some ranks have begun
-        # When statistics are joined and dE is summed, of each microbatch: after every rank's S.
+        # When the last rank so far ended S, or T, of a microbatch that not all have done.
+        self._ends: dict[tuple[Pass, int], float] = {}
+        # When the statistics of a microbatch are joined, and when its dE is summed.
         self._joined: dict[int, float] = {}
-        self._next = {kind: [0] * self._ranks for kind in ("S", "T")}
+        self._summed = self._joined if barriers == 1 else {}
+        self._next: dict[Pass, list[int]] = {"S": [0] * self._ranks, "T": [0] * self._ranks}
+        self._looked_up = 0
         self._events: list[Event] = []
 
     def run(self) -> Order:
@@ -207,7 +249,7 @@ class _Step:
             begins, task = choices[rank]
             self._do(begins, rank, task)
             # What another rank may begin changes by a neighbour's pass, or by one of the loss's.
-            of_all = task.kind == "S" or task[:2] == ("F", self._last)
+            of_all = task.kind in ("S", "T") or task[:2] == ("F", self._last)
             near = (self._rank_of.get(task.stage + step, rank) for step in (-1, 1))
             for other in everyone if of_all else {rank, *near}:
                 choice = self._most_urgent(other)
@@ -215,11 +257,11 @@ class _Step:
                     choices.pop(other, None)
                 else:
                     choices[other] = choice
-        if any(self._left) or min(self._next["T"]) < self._microbatches:
+        if any(self._left) or min(self._next["T" if self._trains else "S"]) < self._microbatches:
             stuck = {rank: own[-1] for rank, own in enumerate(self._left) if own}
             raise ValueError(f"the ranks wait for one another at {stuck}: give a forward more")
-        # Messages stand before the passes that begin when they end.
-        events = sorted(self._events, key=lambda event: (event.start, len(event.ranks) == 1))
+        # A pass that begins when a message ends was begun after it was sent: the sort is stable.
+        events = sorted(self._events, key=lambda event: event.start)
         return Order(
             tuple(events),
             max(self._free),
@@ -235,9 +277,13 @@ class _Step:
         hidden = self._done.get(("F", self._last, s))
         if hidden is not None:
             ready.append((hidden + self._costs.broadcast, 0, Task("S", self._last, s)))
-        joined = self._joined.get(t) if t < s else None
+        joined = self._joined.get(t) if t < s and self._trains else None
         if joined is not None:
-            urgency = 1 if s - t > _WAITING else 3
+            urgency = 3
+            if self._barriers == 2:
+                urgency = -1  # the last stage's backward waits for it
+            elif s - t > _WAITING:
+                urgency = 1
             ready.append((joined, urgency, Task("T", self._last, t)))
         if self._left[rank]:
             task = self._left[rank][-1]
@@ -259,7 +305,7 @@ class _Step:
             return 0.0 if stage == 0 else self._arrival(("F", stage - 1, microbatch), stage)
         own = self._done.get(("F", stage, microbatch))
         if stage == self._last:
-            return None if own is None else self._joined.get(microbatch)
+            return None if own is None else self._summed.get(microbatch)
         for half in ("B", "I"):
             gradient = self._arrival((half, stage + 1, microbatch), stage)
             if gradient is not None:
@@ -277,15 +323,11 @@ class _Step:
         end = begins + self._costs.of(kind, stage, rank)
         self._free[rank] = end
         self._busy[rank] += end - begins
+        if self._embedding and kind == "F" and stage == 0:
+            self._look_up(microbatch, begins)
         self._events.append(Event(kind, stage, microbatch, (rank,), begins, end))
         if kind in ("S", "T"):
-            self._next[kind][rank] += 1
-            if kind == "S" and min(self._next["S"]) > microbatch:  # the last of all ranks'
-                start = max(self._s_ends.pop(microbatch, 0.0), end)
-                self._joined[microbatch] = start + self._costs.exchange
-                self._tell_all("exchange", microbatch, start, self._joined[microbatch])
-            elif kind == "S":
-                self._s_ends[microbatch] = max(self._s_ends.get(microbatch, 0.0), end)
+            self._end_of_all(kind, rank, microbatch, end)
             return
         self._left[rank].pop()
         self._done[kind, stage, microbatch] = end
@@ -295,6 +337,30 @@ class _Step:
             self._send("activations", stage, stage + 1, microbatch, end)
         elif kind in ("B", "I") and stage > 0:
             self._send("gradients", stage, stage - 1, microbatch, end)
+        if self._embedding and kind in ("B", "W") and stage == 0:
+            self._tell_all("embedding_grad", microbatch, end, end + self._costs.broadcast)
+
+    def _end_of_all(self, kind: Pass, rank: int, microbatch: int, end: float) -> None:
+        """Note that a rank has done S or T; with the last rank's comes a message among all."""
+        self._next[kind][rank] += 1
+        if min(self._next[kind]) <= microbatch:  # some rank has not
+            self._ends[kind, microbatch] = max(self._ends.get((kind, microbatch), 0.0), end)
+            return
+        start = max(self._ends.pop((kind, microbatch), 0.0), end)
+        arrival = start + self._costs.exchange
+        if kind == "S":
+            self._joined[microbatch] = arrival
+            self._tell_all("exchange", microbatch, start, arrival)
+        elif self._barriers == 2:
+            self._summed[microbatch] = arrival
+            self._tell_all("reduction", microbatch, start, arrival)
+
+    def _look_up(self, microbatch: int, now: float) -> None:
+        """Let all ranks look up embeddings that the first stage needs, some microbatches ahead."""
+        until = min(microbatch + 1 + _LOOKED_UP_AHEAD, self._microbatches)
+        for number in range(self._looked_up, until):
+            self._tell_all("lookup", number, now, now + self._costs.exchange)
+        self._looked_up = max(self._looked_up, until)
 
     def _tell_all(self, kind: Message, microbatch: int, start: float, end: float) -> None:
         everyone = tuple(range(self._ranks))

@@ -1,0 +1,360 @@
+"""A schedule of torch.distributed.pipelining's own runtime, with the loss's passes on every rank.
+
+It is torch's runtime for lists of actions, and adds actions of its own to the lists: torch looks
+custom actions up before its own. What torch does stays torch's: sends and receives, shapes, the
+gradients' scale. The lists are a restriction of one total order (`order.py`), so that no two ranks
+wait for one another, whichever communicator a message belongs to.
+"""
+
+from collections.abc import Callable, Sequence
+from enum import StrEnum
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.pipelining import schedules as torch_schedules
+from torch.distributed.pipelining.schedules import (
+    _Action,
+    _ComputationType,
+    _PipelineScheduleRuntime,
+)
+
+from stage_groups import StageGroups
+from vocab_parallel.modules.embedding import VocabParallelEmbedding
+from vocab_parallel.pipeline.pipeline_loss import CCEPipelineLoss
+from vocab_parallel.pipeline.spanning.embedding import EmbeddingPasses
+from vocab_parallel.pipeline.spanning.order import (
+    Costs,
+    Order,
+    Task,
+    best_order,
+    forwards_alone,
+    one_forward_one_backward,
+    order_of,
+)
+from vocab_parallel.pipeline.spanning.owners import Owners, VocabMessages
+from vocab_parallel.pipeline.spanning.passes import LossPasses, barriers_of
+from vocab_parallel.pipeline.spanning.validation import (
+    ScheduleArguments,
+    StepInputs,
+    agree_on_schedule,
+    agree_on_shapes,
+    step_inputs,
+)
+from vocab_parallel.sharded.backward import keep_graph, loses_nodes
+
+_V_SHAPED = ("ZBVZeroBubble",)
+
+
+class VocabAction(StrEnum):
+    """What a rank does for the vocabulary, beside torch's own computation types."""
+
+    BROADCAST = "broadcast"
+    STATISTICS = "S"
+    EXCHANGE = "exchange"
+    GRADIENTS = "T"
+    REDUCTION = "reduction"
+    LOOKUP = "lookup"
+    ARRIVAL = "arrival"
+    EMBEDDING_GRAD = "embedding_grad"
+    END = "end"  # of all that is under way, before gradients are scaled and anybody reads them
+
+
+class SpanningSchedule(_PipelineScheduleRuntime):
+    """A pipeline schedule whose every rank carries rows of the vocabulary.
+
+    In place of torch's schedule of that name. Every rank of the pipeline, in all columns, makes it
+    alike and calls ``step`` with the labels of its column:
+
+        groups = build_stage_groups(pipeline=4, vocab=1, vocab_over="all_stages")
+        rows = VocabParallelClassifier(D, vocab_size, group=groups.vocab_group)  # of one stage
+        schedule = SpanningSchedule(stages, 16, CCEPipelineLoss(rows), groups, "1F1B")
+        schedule.step(*inputs, target=labels, losses=losses, return_outputs=False)
+        schedule.eval(*inputs, target=labels, losses=losses)
+
+    A step communicates, for each microbatch: the hidden states [T, D] to every rank, 2 float32 a
+    token and rank, and dE [T, D] in float32 to the last stage (with an embedding two [T, D] more).
+    The rows' gradients are added to their ``.grad`` (or what ``accumulate_into`` names) by passes
+    of the schedule's, not by autograd.
+
+    Args:
+        stages: this rank's `PipelineStage`s, or the only one; the last stage returns hidden
+            states [b, T, D].
+        n_microbatches: M.
+        loss_fn: on every rank, of a `VocabParallelClassifier` over ``groups.vocab_group`` that
+            is a submodule of exactly one of the rank's stages. With several columns,
+            ``hidden_layout="sharded"`` says that each has sequences of its own, "replicated" that
+            all have the same.
+        groups: built with ``vocab_over="all_stages"``.
+        schedule: the name of the schedule whose order of forwards and backwards it keeps, with
+            one forward more before the last stage's first backward, or two: 1F1B (one stage a
+            rank), Interleaved1F1B, LoopedBFS, InterleavedZeroBubble or ZBVZeroBubble.
+        embedding: this rank's rows of the input embedding, over the same group, a submodule of
+            one of its stages. Then every rank passes its column's ids [b, T] to ``step`` and
+            ``eval``, and the first stage's module receives their embeddings [b, T, D]. A tied
+            weight is one parameter: ``embedding.weight = classifier.weight``.
+        barriers: 1, or 2 to hold no float32 [T, D] between S and the exchange, for one
+            microbatch more in flight; None: 1 where the loss's options allow it.
+        costs: how long everything takes, the same on every rank, for the order; None: layers
+            alike, a loss of half a stage.
+        scale_grads: as torch's schedules have it.
+
+    Attributes:
+        order: of the step.
+
+    Raises:
+        ValueError: on every rank, where on some rank something cannot be right: see
+            `validation.py`.
+    """
+
+    def __init__(
+        self,
+        stages: Any,
+        n_microbatches: int,
+        loss_fn: CCEPipelineLoss,
+        groups: StageGroups,
+        schedule: str = "1F1B",
+        *,
+        embedding: VocabParallelEmbedding | None = None,
+        barriers: int | None = None,
+        costs: Costs | None = None,
+        scale_grads: bool = True,
+    ) -> None:
+        own = list(stages) if isinstance(stages, Sequence) else [stages]
+        given = ScheduleArguments(
+            own, n_microbatches, loss_fn, groups, schedule, embedding, barriers, scale_grads
+        )
+        agree_on_schedule(given)
+        # torch calls its loss_fn only to infer shapes.
+        super().__init__(own, n_microbatches, loss_fn=_no_loss_yet, scale_grads=scale_grads)
+        self.loss_fn = loss_fn
+        self._given, self._trains, self._validated = given, True, False
+        barriers = barriers_of(loss_fn.settings) if barriers is None else barriers
+        messages = VocabMessages.of(groups)
+        shared = loss_fn.settings.hidden_layout == "replicated"
+        last_rank = 0 if schedule in _V_SHAPED else groups.pipeline_degree - 1
+        self._first, self._last = (Owners(messages, rank, shared) for rank in (0, last_rank))
+        self._loss = LossPasses(loss_fn, self._last, barriers)
+        self._embedding = None if embedding is None else EmbeddingPasses(embedding, self._first)
+        self._inputs: StepInputs | None = None
+        self._hidden: Tensor | None = None  # of the shape of the last stage's hidden states
+        self._shapes_of: bool | None = None  # whether they are those of training
+
+        listed = _listed(own, schedule, n_microbatches)
+        costs = costs or _even(len(listed))
+        spans = embedding is not None
+        self.order = best_order(listed, costs, barriers=barriers, embedding=spans)
+        alone = order_of(forwards_alone(listed), costs, embedding=spans)
+        stages_of = [sorted({task.stage for task in listed[rank]}) for rank in range(len(listed))]
+        self._lists = {
+            True: _lowered(self.order, stages_of, reduces=True),
+            False: _lowered(alone, stages_of, reduces=False),
+        }
+        self._prepare_schedule_with_comms(self._lists[True], format="compute_comms")
+        made: dict[int, Any] = dict(self.pipeline_order_with_comms)
+        self.pipeline_order = made
+        for kind, act in self._acts().items():
+            self._comp_type_to_function_map[kind] = act  # type: ignore[index]
+        self._keeps_graph = loses_nodes()
+        last = next((stage for stage in own if stage.is_last), None)
+        loss_fn.bind(last, scale_grads=scale_grads, microbatches_in_flight=self.order.hidden_held)
+
+    def step(
+        self,
+        *args: Any,
+        target: Tensor | None = None,
+        losses: list[Tensor] | None = None,
+        return_outputs: bool = True,
+        loss_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Run one step, as torch's schedules do; all ranks call, each with its column's labels.
+
+        On a CPU every step agrees first that its inputs are right, on a GPU the first one.
+
+        Args:
+            args: inputs of the first stage, on its ranks; with an embedding the ids [b, T], on all.
+            target: labels [b, T] of the whole batch.
+            losses: receives each microbatch's loss on ranks with the last stage.
+            return_outputs: whether to return, and so to keep, the last stage's hidden states.
+            loss_kwargs: ``num_valid_tokens``, equal on all ranks, or nothing.
+            kwargs: of the stages' modules.
+
+        Raises:
+            ValueError: on every rank, labels or ids that cannot be right on some.
+        """
+        self._trains = self._has_backward
+        on_cpu = self._given.loss.output_weight.tensors[0].is_cpu
+        self._inputs = inputs = step_inputs(
+            self._given,
+            self._last,
+            args,
+            target,
+            loss_kwargs,
+            trains=self._trains,
+            validate=on_cpu or not self._validated,
+        )
+        self._validated = True
+        self.pipeline_order_with_comms = self._lists[self._trains]  # type: ignore[assignment]
+        if inputs.ids is not None and self._embedding is not None:
+            self._embedding.begin(inputs.ids, trains=self._trains)
+        before = self.loss_fn.num_valid_tokens
+        self.loss_fn.num_valid_tokens = inputs.num_valid_tokens
+        try:
+            result = super().step(
+                *args, target=target, losses=losses, return_outputs=return_outputs, **kwargs
+            )
+        finally:
+            self.loss_fn.num_valid_tokens = before
+        return result
+
+    def _split_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
+        split, kwargs_split = super()._split_inputs(args, kwargs)
+        if self._embedding is not None:
+            split = [(leaf,) for leaf in self._embedding.inputs]
+        return split, kwargs_split
+
+    def _initialize_stages(self, *args: Any, **kwargs: Any) -> Any:
+        result = super()._initialize_stages(*args, **kwargs)
+        if self._shapes_of == self._trains:
+            return result
+        stage: Any
+        own = None
+        for stage in self._stages:
+            if stage.is_last:
+                own = _hidden_of(stage)
+        assert self._inputs is not None
+        labels = self._inputs.labels[0]
+        shape, dtype = agree_on_shapes(own, labels, self._given, self._last)
+        device = self._stages[0].device
+        self._hidden = torch.empty(0, dtype=dtype, device=device).new_empty(shape)
+        self._shapes_of = self._trains
+        return result
+
+    def _maybe_compute_loss(
+        self, stage: Any, output: Any, target_mbs: Any, mb_index: int, *_: Any
+    ) -> None:
+        if stage.is_last:
+            hidden = output[0] if isinstance(output, tuple) else output
+            self.loss_fn.warn_of_kept_outputs()
+            loss = self._loss.deferred(hidden, mb_index)
+            if self._keeps_graph:
+                keep_graph(loss)
+            self._internal_losses.append(loss)
+
+    def _acts(self) -> dict[VocabAction, Callable[[Any, Any], None]]:
+        """Return what each of our actions does."""
+        loss, embedding = self._loss, self._embedding
+
+        def broadcast(action: Any, _: Any) -> None:
+            assert self._hidden is not None
+            loss.broadcast(action.microbatch_index, self._hidden, trains=self._trains)
+
+        def end(*_: Any) -> None:
+            loss.finish()
+            if embedding is not None:
+                embedding.finish()
+
+        def statistics(action: Any, _: Any) -> None:
+            assert self._inputs is not None
+            labels = self._inputs.labels[action.microbatch_index]
+            loss.statistics(action.microbatch_index, labels, self._inputs.token_weight)
+
+        acts: dict[VocabAction, Callable[[Any, Any], None]] = {
+            VocabAction.END: end,
+            VocabAction.BROADCAST: broadcast,
+            VocabAction.STATISTICS: statistics,
+            VocabAction.EXCHANGE: lambda action, _: loss.exchange(action.microbatch_index),
+            VocabAction.GRADIENTS: lambda action, _: loss.gradients(action.microbatch_index),
+            VocabAction.REDUCTION: lambda action, _: loss.reduction(action.microbatch_index),
+        }
+        if embedding is not None:
+            acts |= {
+                VocabAction.LOOKUP: lambda action, _: embedding.lookup(action.microbatch_index),
+                VocabAction.ARRIVAL: lambda action, _: embedding.arrival(action.microbatch_index),
+                VocabAction.EMBEDDING_GRAD: lambda action, _: embedding.gradient(
+                    action.microbatch_index
+                ),
+            }
+        return acts
+
+
+def _listed(stages: list[Any], schedule: str, num_microbatches: int) -> list[list[Task]]:
+    """Return the order of every rank that torch's own schedule of that name has.
+
+    What torch lists of 1F1B starts the last rank at microbatch 1, so that it is written out.
+    """
+    ranks = stages[0].group_size
+    if schedule == "1F1B":
+        return one_forward_one_backward(ranks, num_microbatches)
+    cls = torch_schedules.get_schedule_class(schedule)
+    made = cls(stages, n_microbatches=num_microbatches, loss_fn=_no_loss_yet)
+    listed = []
+    for rank in range(ranks):
+        actions = [action for action in made.pipeline_order[rank] if action is not None]
+        single = [one for action in actions for one in (action.sub_actions or (action,))]
+        listed.append(
+            [
+                Task(one.computation_type.value, one.stage_index, one.microbatch_index)
+                for one in single
+            ]
+        )
+    return listed
+
+
+def _hidden_of(stage: Any) -> tuple[torch.Size, torch.dtype]:
+    """Return what a stage knows of its first output's shape and dtype."""
+    known = getattr(stage, "_stage_meta", None)  # since torch 2.13
+    outputs = stage.get_outputs_meta() if known is None else known.outputs
+    return torch.Size(outputs[0].shape), outputs[0].dtype
+
+
+def _no_loss_yet(hidden: Any, labels: Any) -> Tensor:
+    hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+    return hidden.sum() * 0.0
+
+
+def _even(ranks: int) -> Costs:
+    return Costs(
+        forward=lambda stage: 1.0,
+        backward_input=lambda stage: 1.0,
+        backward_weight=lambda stage: 1.0,
+        statistics=[1.0 / ranks] * ranks,
+        gradients=[0.5 / ranks] * ranks,
+    )
+
+
+def _lowered(
+    order: Order, stages_of: list[list[int]], *, reduces: bool
+) -> dict[int, list[_Action | None]]:
+    """Write each rank's part of the order as torch's actions."""
+    lists: dict[int, list[_Action | None]] = {rank: [] for rank in range(len(stages_of))}
+    computation = _ComputationType
+    ours = set(VocabAction)
+    embeds = any(event.kind == "lookup" for event in order.events)
+    for event in order.events:
+        number = event.microbatch
+        if event.kind in ("activations", "gradients"):
+            sender, receiver = event.ranks
+            forward = event.kind == "activations"
+            there = event.stage + 1 if forward else event.stage - 1
+            send = computation.SEND_F if forward else computation.SEND_B
+            receive = computation.RECV_F if forward else computation.RECV_B
+            lists[sender].append(_Action(event.stage, send, number))
+            lists[receiver].append(_Action(there, receive, number))
+            continue
+        for rank in event.ranks:
+            if event.kind in ours:
+                kind: Any = VocabAction(event.kind)
+                lists[rank].append(_Action(stages_of[rank][0], kind, number))
+                continue
+            if embeds and event.kind == "F" and event.stage == 0:
+                arrival: Any = VocabAction.ARRIVAL
+                lists[rank].append(_Action(0, arrival, number))
+            lists[rank].append(_Action(event.stage, computation(event.kind), number))
+    end: Any = VocabAction.END
+    for rank, stages in enumerate(stages_of):
+        lists[rank].append(_Action(stages[0], end, 0))
+        if reduces:
+            lists[rank] += [_Action(stage, computation.REDUCE_GRAD, None) for stage in stages]
+    return lists
