@@ -27,13 +27,18 @@ class TrainArguments:
 
     The body is data-parallel over the vocab axis: each column of ranks is a pipeline with its
     own sequences. On the last stage the columns share the classifier, of which each holds only
-    its rows, and compute one loss together.
+    its rows, and compute one loss together; with --vocab-over all-stages the ranks of all stages
+    do, between their own layers.
     """
 
     pipeline: int = 2
     """Pipeline degree: over how many ranks the layers are spread."""
     vocab: int = 2
     """Vocab degree: over how many ranks of the last stage the classifier's rows are spread."""
+    vocab_over: Literal["last-stage", "all-stages"] = "last-stage"
+    """Which ranks hold the rows of classifier and embedding: with all-stages every rank does."""
+    rows: Literal["balanced", "filled"] = "balanced"
+    """With all-stages: as many rows on each rank, or more where there are fewer layers."""
     schedule: ScheduleName = "1F1B"
     """Pipeline schedule of torch.distributed.pipelining; all but the first two run two stages on
     each rank."""
@@ -130,6 +135,13 @@ class TrainArguments:
             raise ValueError(f"--export {self.export} is not empty: give a new folder")
         if self.check and (self.dtype != "float32" or self.resume):
             raise ValueError("--check compares float32 runs from their first step")
+        if self.vocab_over == "all-stages" and self.schedule in ("GPipe", "DualPipeV"):
+            raise ValueError(
+                f"--schedule {self.schedule} cannot let all stages carry the vocabulary: use 1F1B, "
+                f"Interleaved1F1B, LoopedBFS, InterleavedZeroBubble or ZBVZeroBubble"
+            )
+        if self.rows == "filled" and self.vocab_over == "last-stage":
+            raise ValueError("--rows filled is of --vocab-over all-stages: give that too")
         self._validate_model()
         pieces = self.vocab * self.microbatches * self.accumulate
         if self.batch % pieces:

@@ -134,7 +134,7 @@ class Checkpoints:
         """Name every tensor of this rank as it is named in the whole model; rows as DTensors."""
         state: dict[str, Tensor] = {}
         rows = vocabulary_rows(self._pipeline.stages)
-        mesh = self._pipeline.groups.mesh["vocab"]
+        mesh = self._pipeline.groups.vocab_mesh
         for name, parameter in self._pipeline.stages.named_parameters():
             if self._pipeline.tied is not None and name == CLASSIFIER:
                 name = EMBEDDING  # one weight, whichever end holds it

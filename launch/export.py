@@ -34,7 +34,7 @@ def export_model(pipeline: Pipeline, folder: Path) -> None:
         else f"model-{groups.pipeline_rank + 1:05d}-of-{groups.pipeline_degree:05d}.safetensors"
     )
     sizes = {}
-    if groups.vocab_rank == 0 and groups.data_rank == 0:
+    if groups.column_rank == 0 and groups.data_rank == 0:
         save_file(tensors, partial / file, metadata={"format": "pt"})
         sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
     told: list[tuple[str, dict[str, int]]] = [("", {})] * dist.get_world_size()
@@ -56,7 +56,7 @@ def export_model(pipeline: Pipeline, folder: Path) -> None:
 def _whole_tensors(pipeline: Pipeline) -> dict[str, Tensor]:
     """Return this rank's weights on the CPU; a tied weight once, on the first stage's rank."""
     rows = vocabulary_rows(pipeline.stages)
-    mesh = pipeline.groups.mesh["vocab"]
+    mesh = pipeline.groups.vocab_mesh
     stored = getattr(pipeline.config, "dtype", None)
     names = dict(pipeline.stages.named_parameters())
     found = {}

@@ -7,7 +7,8 @@ built without memory, and then filled with its own weights alone.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from launch.planning.balance import layer_counts
 from launch.planning.shape import ModelShape
 from launch.weights import WeightSource
 from vocab_parallel import VocabParallelClassifier, VocabParallelEmbedding
@@ -29,8 +31,8 @@ _WHOLE_ALONE = {"nanochat": "normalises its embeddings before the first layer"}
 class Stage(nn.Module):
     """One stage of the pipeline; parameters have the names that they have in the whole model.
 
-    forward: token ids [b, T] on the first stage, hidden states [b, T, D] on the others; returns
-    hidden states [b, T, D].
+    forward: token ids [b, T] on the first stage, or their embeddings [b, T, D] where all stages
+    hold rows of them; hidden states [b, T, D] on the others; returns hidden states [b, T, D].
     """
 
     model: Any
@@ -44,7 +46,8 @@ class Stage(nn.Module):
     def hidden_states(self, inputs: Tensor) -> Tensor:
         """Run the stage's layers."""
         embedding = self.model.embed_tokens
-        hidden = inputs if embedding is None else embedding(inputs)
+        given = embedding is None or inputs.is_floating_point()
+        hidden = inputs if given else embedding(inputs)
         result: Tensor = self.model(inputs_embeds=hidden, use_cache=False).last_hidden_state
         return result
 
@@ -52,6 +55,19 @@ class Stage(nn.Module):
         """Run the stage's layers, and on the last stage whatever the classifier does in it."""
         hidden = self.hidden_states(inputs)
         return hidden if self.lm_head is None else self.lm_head(hidden)
+
+
+@dataclass(frozen=True)
+class SpanningRows:
+    """Rows of the vocabulary where all stages carry it.
+
+    Attributes:
+        counts: how many each rank of the vocab group holds; None for as many on each.
+        here: whether the stage holds its rank's: one of a rank's stages does.
+    """
+
+    counts: Sequence[int] | None
+    here: bool
 
 
 class PassThrough(nn.Module):
@@ -71,11 +87,13 @@ def build_stage(
     *,
     device: torch.device,
     dtype: torch.dtype,
+    spanning: SpanningRows | None = None,
 ) -> Stage:
     """Build one stage and fill it with its weights.
 
     With a vocab group the last stage has this rank's rows of the classifier, and a tied model's
-    first stage its rows of the embedding; without one, both are whole.
+    first stage its rows of the embedding; without one, both are whole. Where all stages carry the
+    vocabulary, ``spanning`` says which rows of both the stage has, if any.
 
     Raises:
         ValueError: more stages than layers, a model of another build or with buffers of its own, or
@@ -86,7 +104,7 @@ def build_stage(
             f"a {config.model_type} {_WHOLE_ALONE[config.model_type]}, which every stage would do "
             f"again: it runs on a pipeline of one stage alone"
         )
-    own = layers_of_stage(stage, num_stages, config)
+    own = layers_of_stage(stage, num_stages, config, spans=spanning is not None)
     with torch.device("meta"):
         # A copy, since building writes the dtype into the configuration.
         whole = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
@@ -100,29 +118,30 @@ def build_stage(
         if index not in own:
             model.layers[index] = PassThrough()
     is_last = stage == num_stages - 1
-    head: nn.Module | None = whole.lm_head if is_last else None
-    if vocab_group is not None and is_last:
-        head = VocabParallelClassifier(
-            config.hidden_size, config.vocab_size, group=vocab_group, device="meta", dtype=dtype
-        )
+    tied = config.tie_word_embeddings
+    spans = spanning is not None
+    rows: dict[str, Any] = {"group": vocab_group, "device": "meta", "dtype": dtype}
+    if spanning is not None:
+        rows["rows"] = spanning.counts
+    holds = spanning is not None and spanning.here
+    sizes = (config.hidden_size, config.vocab_size)
+    head: nn.Module | None = whole.lm_head if is_last and not spans else None
+    if vocab_group is not None and (holds if spans else is_last):
+        head = VocabParallelClassifier(*sizes, **rows)
+    scale = getattr(model.embed_tokens, "scalar_embed_scale", 1.0)
     if stage != 0:
         model.embed_tokens = None
         if hasattr(model, "embedding_multiplier"):  # the first stage has multiplied already
             model.embedding_multiplier = 1.0
-    elif vocab_group is not None and config.tie_word_embeddings:
-        model.embed_tokens = VocabParallelEmbedding(
-            config.hidden_size,
-            config.vocab_size,
-            group=vocab_group,
-            scale=getattr(model.embed_tokens, "scalar_embed_scale", 1.0),
-            device="meta",
-            dtype=dtype,
-        )
+    if holds or (stage == 0 and vocab_group is not None and tied and not spans):
+        model.embed_tokens = VocabParallelEmbedding(*sizes, scale=scale, **rows)
+    elif spans:
+        model.embed_tokens = None
     if not is_last:
         model.norm = nn.Identity()
     cut = Stage(model, head)
     _fill(cut, source, config, device)
-    if vocab_group is None and config.tie_word_embeddings and is_last and stage == 0:
+    if tied and (holds or (vocab_group is None and is_last and stage == 0)):
         cut.lm_head.weight = cut.model.embed_tokens.weight
     return cut
 
@@ -153,15 +172,22 @@ def _fill(
         embedding.embed_scale.fill_(embedding.scalar_embed_scale)
 
 
-def layers_of_stage(stage: int, num_stages: int, config: PretrainedConfig) -> range:
+def layers_of_stage(
+    stage: int, num_stages: int, config: PretrainedConfig, *, spans: bool = False
+) -> range:
     """Return the layers of a stage, so that the slowest stage is as fast as can be.
 
-    The last stage has the classifier besides, which costs as much as its parameters do in layers.
+    The last stage has the classifier besides, which costs as much as its parameters do in layers;
+    where the classifier spans all stages, none has more of it than another.
 
     Raises:
         ValueError: more stages than layers.
     """
-    counts = ModelShape.of(config.model_type, config.to_dict()).layer_counts(num_stages)
+    shape = ModelShape.of(config.model_type, config.to_dict())
+    if spans:
+        counts = layer_counts(shape.layers, num_stages, 0.0)
+    else:
+        counts = shape.layer_counts(num_stages)
     start = sum(counts[:stage])
     return range(start, start + counts[stage])
 

@@ -31,6 +31,8 @@ def process_group(timeout: float) -> Iterator[torch.device]:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         torch.cuda.set_device(device)
+        # Several communicators' kernels are enqueued in one order on all ranks, and run in it.
+        os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
         if int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
             # Ranks that share a card, to try things out: NCCL takes those with different host
             # ids for ranks of different machines.

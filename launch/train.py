@@ -49,7 +49,12 @@ def main() -> None:
 
 def run(arguments: TrainArguments, device: torch.device) -> bool:
     """Train, report, and where asked check; returns whether the check passed, on every rank."""
-    groups = build_stage_groups(arguments.pipeline, arguments.vocab, device_type=device.type)
+    groups = build_stage_groups(
+        arguments.pipeline,
+        arguments.vocab,
+        device_type=device.type,
+        vocab_over="all_stages" if arguments.vocab_over == "all-stages" else "last_stage",
+    )
     config, source = model_of(arguments)
     batches = load_batches(
         arguments.text,
@@ -87,7 +92,7 @@ def train(
         checkpoints = Checkpoints(arguments, pipeline, optimizer, build_host_group())
         if arguments.resume:
             trained.first_step = checkpoints.resume()
-    shown = pipeline.has_last and groups.vocab_rank == 0
+    shown = pipeline.has_last and groups.column_rank == 0
     with tqdm(
         total=arguments.steps,
         initial=trained.first_step,
@@ -98,9 +103,9 @@ def train(
         for step in range(trained.first_step, arguments.steps):
             batch = batches[step]
             began = time.perf_counter()
-            own = batch.chunk(groups.vocab_degree)[groups.vocab_rank].to(device)
+            own = batch.chunk(groups.column_degree)[groups.column_rank].to(device)
             loss = pipeline.accumulate(own, arguments.accumulate)
-            sum_gradients(pipeline.body(), groups.vocab_group)
+            sum_gradients(pipeline.body(), groups.columns_group)
             if pipeline.tied is not None:
                 pipeline.tied.sum_gradients()
             if step == 0 and arguments.check:
@@ -159,18 +164,21 @@ def _gather_gradients(trained: Trained) -> dict[str, Tensor] | None:
     if gathered is None:
         return None
     joined: dict[str, Tensor] = {}
-    tied = trained.pipeline.tied is not None
+    pipeline = trained.pipeline
     rows: dict[str, list[Tensor]] = {EMBEDDING: [], CLASSIFIER: []}
+    of_rows = {CLASSIFIER}
+    if pipeline.tied is not None or pipeline.spans:
+        of_rows.add(EMBEDDING)
     for gradients in gathered:  # ranks of one stage follow one another, vocab rank by vocab rank
         for name, gradient in gradients.items():
-            if name == CLASSIFIER or (tied and name == EMBEDDING):
+            if name in of_rows:
                 rows[name].append(gradient)
             else:
                 joined[name] = gradient
-    if tied:  # both ends have the same sum; a shared parameter has one name alone
+    if pipeline.tied is not None:  # both ends have the same sum
         joined[EMBEDDING] = torch.cat(rows[EMBEDDING] or rows[CLASSIFIER])
-    else:
-        joined[CLASSIFIER] = torch.cat(rows[CLASSIFIER])
+    else:  # a shared parameter has one name alone
+        joined |= {name: torch.cat(own) for name, own in rows.items() if own}
     return joined
 
 

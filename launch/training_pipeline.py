@@ -17,11 +17,13 @@ from transformers import PretrainedConfig
 
 from launch.arguments import TrainArguments
 from launch.configs import config_of_sizes, load_config
-from launch.model import EMBEDDING, Stage, build_stage, vocabulary_rows
+from launch.model import EMBEDDING, SpanningRows, Stage, build_stage, vocabulary_rows
+from launch.spanning import SpanningPlan, spanning_plan
 from launch.weights import FolderWeights, RandomWeights, WeightSource
 from stage_groups import StageGroups, StageStyle
 from vocab_parallel import (
     CCEPipelineLoss,
+    SpanningSchedule,
     TiedRows,
     VocabParallelClassifier,
     count_valid_tokens,
@@ -48,8 +50,9 @@ class Pipeline:
         indices: of the stages that it runs.
         stages: their modules, in that order.
         schedule: of torch.distributed.pipelining.
-        loss: a CCEPipelineLoss on ranks with the last stage.
+        loss: a CCEPipelineLoss on ranks with rows of the classifier.
         head: this rank's rows of the classifier, or None.
+        has_last: whether this rank runs the last stage.
         groups: the mesh.
         config: of the model.
         tied: the two ends of a tied weight, or None.
@@ -61,15 +64,16 @@ class Pipeline:
     schedule: Any
     loss: Any
     head: VocabParallelClassifier | None
+    has_last: bool
     groups: StageGroups
     config: PretrainedConfig
     tied: TiedRows | None
     bytes_read: int
 
     @property
-    def has_last(self) -> bool:
-        """Whether this rank runs the last stage, and so the loss."""
-        return self.head is not None
+    def spans(self) -> bool:
+        """Whether all stages carry the vocabulary."""
+        return self.groups.message_groups is not None
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Return all that this rank trains."""
@@ -86,16 +90,15 @@ class Pipeline:
         Gradients and the returned loss are those of the mean over all valid tokens of all
         columns, however the sequences are cut; the loss is None off the last stage.
         """
-        if self.has_last:
-            self.loss.num_valid_tokens = count_valid_tokens(
-                tokens, [self.groups.vocab_group], shift=1
-            )
+        if self.head is not None:
+            columns = [self.groups.columns_group]
+            self.loss.num_valid_tokens = count_valid_tokens(tokens, columns, shift=1)
         losses: list[Tensor] = []
         for piece in tokens.chunk(pieces):
             of_piece: list[Tensor] = []
             self.schedule.step(
-                *([piece] if 0 in self.indices else []),
-                target=piece if self.has_last else None,
+                *([piece] if 0 in self.indices or self.spans else []),
+                target=piece if self.has_last or self.spans else None,
                 losses=of_piece if self.has_last else None,
                 return_outputs=False,
             )
@@ -145,13 +148,14 @@ def build_pipeline(
             schedule cannot run, or a model whose loss is not that of its logits alone.
     """
     refuse_other_losses(config)
-    settings = logit_settings(config)
-    cls = get_schedule_class(arguments.schedule)
-    single = issubclass(cls, PipelineScheduleSingle)
-    v_shaped = issubclass(cls, ScheduleZBVZeroBubble | ScheduleDualPipeV)
+    single = issubclass(get_schedule_class(arguments.schedule), PipelineScheduleSingle)
+    v_shaped = issubclass(
+        get_schedule_class(arguments.schedule), ScheduleZBVZeroBubble | ScheduleDualPipeV
+    )
     style: StageStyle = "v" if v_shaped else "loop"
     num_stages = arguments.pipeline * (1 if single else 2)
     indices = groups.stages(num_stages, style)
+    plan = spanning_plan(arguments, config, groups) if groups.message_groups is not None else None
     stages = [
         build_stage(
             config,
@@ -161,26 +165,21 @@ def build_pipeline(
             groups.vocab_group,
             device=device,
             dtype=getattr(torch, arguments.dtype),
+            spanning=None if plan is None else SpanningRows(plan.rows, index == indices[0]),
         )
         for index in indices
     ]
     head = next((stage.lm_head for stage in stages if stage.lm_head is not None), None)
-    tied = _tie(stages, head, groups, v_shaped) if config.tie_word_embeddings else None
-    loss = (
-        no_loss
-        if head is None
-        else CCEPipelineLoss(head, impl=arguments.impl, hidden_layout="sharded", **settings)
-    )
+    tied = None
+    if config.tie_word_embeddings and plan is None:
+        tied = _tie(stages, head, groups, v_shaped)
+    settings = {**logit_settings(config), "impl": arguments.impl}
+    loss = no_loss if head is None else CCEPipelineLoss(head, hidden_layout="sharded", **settings)
     pipeline_stages = [
         PipelineStage(stage, index, num_stages, device, group=groups.pipeline_group)
         for stage, index in zip(stages, indices, strict=True)
     ]
-    schedule = cls(
-        pipeline_stages[0] if single else pipeline_stages,
-        n_microbatches=arguments.microbatches,
-        loss_fn=loss,
-        scale_grads=False,  # the loss divides by the valid tokens of the whole step
-    )
+    schedule = _schedule(arguments, groups, pipeline_stages, loss, stages, plan)
     validate_pipeline_loss(schedule, loss)
     return Pipeline(
         indices,
@@ -188,11 +187,38 @@ def build_pipeline(
         schedule,
         loss,
         head,
+        num_stages - 1 in indices,
         groups,
         config,
         tied,
         source.bytes_read,
     )
+
+
+def _schedule(
+    arguments: TrainArguments,
+    groups: StageGroups,
+    pipeline_stages: list[PipelineStage],
+    loss: Any,
+    stages: list[Stage],
+    plan: SpanningPlan | None,
+) -> Any:
+    """Return the schedule; the loss divides by the valid tokens of the whole step."""
+    count = arguments.microbatches
+    if plan is not None:
+        return SpanningSchedule(
+            pipeline_stages,
+            count,
+            loss,
+            groups,
+            arguments.schedule,
+            embedding=stages[0].model.embed_tokens,
+            costs=plan.costs,
+            scale_grads=False,
+        )
+    cls = get_schedule_class(arguments.schedule)
+    alone = pipeline_stages[0] if issubclass(cls, PipelineScheduleSingle) else pipeline_stages
+    return cls(alone, n_microbatches=count, loss_fn=loss, scale_grads=False)
 
 
 def _tie(

@@ -9,10 +9,17 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.pipelining import PipelineStage
 
 from stage_groups import build_stage_groups
 from tests.ranks import torchrun
-from vocab_parallel import VocabParallelOptions, linear_cross_entropy
+from vocab_parallel import (
+    CCEPipelineLoss,
+    SpanningSchedule,
+    VocabParallelClassifier,
+    VocabParallelOptions,
+    linear_cross_entropy,
+)
 
 
 def check_failure(how: str) -> None:
@@ -31,6 +38,44 @@ def check_failure(how: str) -> None:
     if how == "die":
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(20)
+
+
+def check_spanning_failure() -> None:
+    """Die on rank 1 between its share of a microbatch's loss and the exchange of it."""
+    groups = build_stage_groups(
+        2, 1, device_type="cpu", timeout=timedelta(seconds=5), vocab_over="all_stages"
+    )
+    rows = VocabParallelClassifier(3, 10, group=groups.vocab_group)
+    module = torch.nn.Sequential(torch.nn.Linear(3, 3), rows)
+    stage = PipelineStage(
+        module, groups.pipeline_rank, 2, torch.device("cpu"), group=groups.pipeline_group
+    )
+    schedule = SpanningSchedule(stage, 4, CCEPipelineLoss(rows), groups)
+    if dist.get_rank() == 0:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # let this rank have its say
+    else:
+        statistics = schedule._loss.statistics
+
+        def die(microbatch: int, *rest: object) -> None:
+            statistics(microbatch, *rest)
+            if microbatch == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        schedule._loss.statistics = die  # type: ignore[method-assign, assignment]
+    torch.manual_seed(0)
+    hidden, labels = torch.randn(4, 5, 3), torch.randint(10, (4, 5))
+    schedule.step(*([hidden] if groups.pipeline_rank == 0 else []), target=labels)
+    raise AssertionError("the step came to its end without a rank")
+
+
+def test_a_rank_dies_where_all_stages_carry_the_vocabulary() -> None:
+    began = time.monotonic()
+    command = ["-m", "tests.ranks", "gloo", "tests.test_failures:check_spanning_failure", "{}"]
+    code, output = torchrun(2, command)
+    assert code not in (0, -1), output
+    assert time.monotonic() - began < 45
+    assert "over the group of ranks [0, 1] failed on rank 0" in output
+    assert "most likely one of them died or raised" in output
 
 
 @pytest.mark.parametrize("how", ["raise", "die", "never come"])

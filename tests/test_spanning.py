@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
 from stage_groups import StageGroups, build_stage_groups
 from tests.oracle import oracle, relative_error
@@ -20,6 +20,7 @@ from vocab_parallel import (
     VocabParallelEmbedding,
     clip_grad_norm_,
     count_valid_tokens,
+    no_loss,
     validate_pipeline_loss,
 )
 from vocab_parallel.pipeline.spanning.owners import Owners, VocabMessages
@@ -61,7 +62,8 @@ def one_process(
     """Return the losses and the gradients of microbatches [n b, T], all columns' together."""
     whole, losses = toy(case, num_stages), []
     options = {"shift": 1, **case.get("options", {})}
-    options.pop("backward", None)
+    for name in ("backward", "memory_budget", "impl"):  # how, not what
+        options.pop(name, None)
     if case.get("whole_step"):
         options["num_valid_tokens"] = int((labels[:, :, 1:] != -100).sum())
     for own, target in zip(tokens, labels, strict=True):
@@ -261,6 +263,9 @@ CASES: list[dict[str, Any]] = [
     {"schedule": "ZBVZeroBubble", "microbatches": 8, "vocabulary": 9, "barriers": 2,
      "options": {"backward": "recompute"}, "embedding": "own"},
     {"schedule": "1F1B", "microbatches": 4, "vocabulary": 23, "options": {"backward": "probs"}},
+    {"schedule": "1F1B", "microbatches": 4, "vocabulary": 23,
+     "options": {"backward": "recompute", "memory_budget": 300, "softcap": 3.0}},
+    {"schedule": "1F1B", "microbatches": 4, "vocabulary": 23, "options": {"impl": "reference"}},
 ]  # fmt: skip
 
 COLUMN_CASES: list[dict[str, Any]] = [
@@ -289,6 +294,86 @@ def test_every_rank_carries_the_vocabulary() -> None:
 
 def test_columns() -> None:
     run_ranks(check_all, RANKS, timeout=110, pipeline=2, columns=2, cases=COLUMN_CASES)
+
+
+def check_refusals() -> None:
+    """Whatever one rank has wrong, every rank is told, and nothing hangs."""
+    groups = build_stage_groups(2, 1, device_type="cpu", vocab_over="all_stages")
+    rank, device = groups.pipeline_rank, torch.device("cpu")
+    rows = VocabParallelClassifier(HIDDEN, 9, group=groups.vocab_group)
+    body = nn.Linear(HIDDEN, HIDDEN)
+    owner = nn.Sequential(body, rows)
+
+    def stage_of(module: nn.Module) -> PipelineStage:
+        return PipelineStage(module, rank, 2, device, group=groups.pipeline_group)
+
+    def built(module: nn.Module = owner, *args: Any, **options: Any) -> SpanningSchedule:
+        given = {"loss_fn": CCEPipelineLoss(rows), "groups": groups, **options}
+        return SpanningSchedule(stage_of(module), 2, *args, **given)
+
+    lone = VocabParallelClassifier(HIDDEN, 9, group=groups.columns_group)
+    adapted = VocabParallelClassifier(HIDDEN, 9, group=groups.vocab_group)
+    adapted.lora_A = nn.Parameter(torch.zeros(1, HIDDEN))
+    adapted.lora_B = nn.Parameter(torch.zeros(adapted.stop - adapted.start, 1))
+    embedding = VocabParallelEmbedding(HIDDEN, 9, group=groups.vocab_group)
+    wrapped = nn.parallel.DistributedDataParallel(owner, process_group=groups.columns_group)
+    loss = CCEPipelineLoss
+    mine = rank == 1  # what follows is wrong on this rank alone
+    last_stage = build_stage_groups(2, 1, device_type="cpu")
+    for options, message in (
+        ({"groups": last_stage}, "must be built with vocab_over='all_stages'"),
+        ({"schedule": "GPipe" if mine else "1F1B"}, "rank 1 .*unknown schedule 'GPipe'"),
+        ({"schedule": "Interleaved1F1B" if mine else "1F1B"}, "rank by rank they have schedule"),
+        ({"schedule": "ZBVZeroBubble"}, "has two stages a rank, got 1"),
+        ({"loss_fn": F.cross_entropy}, "must be a CCEPipelineLoss of its rows, got function"),
+        ({"loss_fn": loss(rows, backward="gradients")}, "does not take backward='gradients'"),
+        ({"loss_fn": loss(rows, hidden_layout="sequence")}, "does not take hidden_layout"),
+        ({"loss_fn": loss(rows, label_smoothing=0.1), "barriers": 1}, "needs barriers=2"),
+        ({"loss_fn": loss(rows, reduction="sum")}, "is not a mean over microbatches"),
+        ({"loss_fn": loss(rows, z_loss=float(rank))}, "z_loss of the loss: "),
+        ({"module": body} if mine else {}, "of exactly one stage's module .* stages \\[\\]"),
+        ({"loss_fn": loss(lone), "module": lone}, "are those of a group of 1 ranks"),
+        ({"loss_fn": loss(adapted), "module": adapted}, "has an adapter"),
+        ({"loss_fn": loss(nn.Linear(HIDDEN, 9))}, "must be a VocabParallelClassifier, got Linear"),
+        ({"embedding": embedding}, "embedding's rows must be parameters of exactly one stage"),
+        ({"module": wrapped}, "DistributedDataParallel does not see the gradients"),
+        ({"barriers": 3}, "barriers must be 1, 2 or None, got 3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            built(**options)
+
+    schedule = built()
+    inputs = [torch.randn(4, LENGTH, HIDDEN)] if rank == 0 else []
+    labels = torch.randint(9, (4, LENGTH), generator=torch.Generator().manual_seed(0))
+    for given, message in (
+        ({"target": None if mine else labels}, "needs the labels .* got NoneType"),
+        ({"target": labels[:3]}, r"b a multiple of 2 microbatches, got \[3, 5\]"),
+        ({"target": labels + 9 * mine}, r"targets must lie in \[0, 9\)"),
+        ({"target": labels.flip(0) if mine else labels}, "must be given the same ids and labels"),
+        ({"target": labels[:2] if mine else labels}, "shape of the labels: "),
+        ({"target": labels, "loss_kwargs": {"num_valid_tokens": 3}}, "scale_grads=False"),
+        ({"target": labels, "loss_kwargs": {"weight": 3}}, r"known is \['num_valid_tokens'\]"),
+        ({"target": labels.float()}, "as an int32 or int64 tensor, got torch.float32"),
+        ({"target": labels[:, :1]}, "shift=1 needs sequences that are longer, got 1"),
+        ({"target": labels[:, :3]}, "the last stage must return hidden states"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            schedule.step(*inputs, **given)
+    # The same rows under a schedule whose last stage alone calls the loss would never come.
+    plain = Schedule1F1B(stage_of(owner), n_microbatches=2, loss_fn=loss(rows) if mine else no_loss)
+    with pytest.raises(ValueError, match="let all stages carry the vocabulary with SpanningSched"):
+        validate_pipeline_loss(plain, plain._loss_fn)
+    with pytest.raises(ValueError, match="which is another one"):
+        validate_pipeline_loss(schedule, loss(rows))
+    embeds = built(nn.ModuleList([owner, embedding]), embedding=embedding)
+    with pytest.raises(ValueError, match="every rank looks up its rows of the embedding"):
+        embeds.step(*([labels] if mine else []), target=labels)
+    with pytest.raises(ValueError, match=r"targets must lie in \[0, 9\)"):
+        embeds.step(labels + 9, target=labels)
+
+
+def test_refusals() -> None:
+    run_ranks(check_refusals, 2)
 
 
 def alone(loss: CCEPipelineLoss) -> LossPasses:

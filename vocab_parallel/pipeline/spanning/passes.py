@@ -35,6 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from vocab_parallel.collectives import Pending
+from vocab_parallel.local.backward_plan import blocks
 from vocab_parallel.local.interface import ClassifierGrad, Upstream, Wanted, owned_targets
 from vocab_parallel.local.statistics import Statistics, accumulation_dtype, join, share_of
 from vocab_parallel.loss import token_losses
@@ -154,9 +155,13 @@ class LossPasses:
         held.inputs = Inputs(
             operands.flat_hidden, operands.classifier.detach(), operands.bias, targets
         )
-        held.own, held.kept = own_statistics(call, held.inputs, needs_grad=held.trains)
-        if held.trains and self._barriers == 1:
-            held.share = self._local_share(held)
+        if not held.trains or self._barriers == 2:
+            held.own, held.kept = own_statistics(call, held.inputs, needs_grad=held.trains)
+        elif call.plan.backward == "recompute":
+            held.own, held.share = _by_chunks(call, held.inputs)
+        else:
+            held.own, held.kept = own_statistics(call, held.inputs, needs_grad=True)
+            held.share = _local_share(call, held.inputs, held.own, held.kept)
 
     @torch.no_grad()
     def exchange(self, microbatch: int) -> None:
@@ -260,27 +265,6 @@ class LossPasses:
             num_valid_tokens=self._loss.num_valid_tokens,
         )
 
-    def _local_share(self, held: _Microbatch) -> Tensor:
-        """Return this rank's share of dE [N, D] for its local softmax, without the targets' part.
-
-        With nothing at the target: there p + d.target is 0.
-        """
-        call, inputs = held.ready
-        assert held.own is not None
-        local = Statistics(torch.zeros_like(held.own.values), held.own.names)
-        local.lse.fill_(1.0)
-        local.target.copy_(-share_of(held.own.target, held.own.lse))
-        upstream = Upstream(
-            held.own,
-            local,
-            Wanted(True, False, False),
-            ClassifierGrad(inputs.classifier.dtype),
-            held.kept,
-        )
-        share = own_gradients(call, inputs, upstream).hidden
-        dtype = held.own.values.dtype
-        return torch.zeros_like(inputs.hidden, dtype=dtype) if share is None else share.to(dtype)
-
     def _add_targets(self, held: _Microbatch, share: Tensor) -> None:
         """Add the targets' own part of dE: their logits' gradient, in float32, times their rows."""
         call, inputs = held.ready
@@ -341,6 +325,46 @@ class LossPasses:
             held.call = held.inputs = None
         held.labels = held.own = held.joined = held.grads = held.kept = None
         held.arrives = Pending(held.hidden, None, "", None)
+
+
+def _by_chunks(call: Call, inputs: Inputs) -> tuple[Statistics, Tensor]:
+    """Make statistics and share of some tokens at a time, for which the logits are made once.
+
+    T makes them once more: four products, where S and T that know nothing of each other make five.
+    """
+    num_tokens, rows = inputs.hidden.shape[0], call.rows
+    plan = call.impl.plan(
+        call.shard,
+        tokens=num_tokens,
+        even_rows=rows.even_rows,
+        degree=rows.group.degree,
+        backward="gradients",
+        scalar_loss=True,
+    )
+    in_chunks = replace(call, plan=plan)
+    own = Statistics.empty(call.shard.names, num_tokens, inputs.hidden)
+    share = torch.empty_like(inputs.hidden, dtype=own.values.dtype)
+    for tokens in blocks(num_tokens, max(plan.chunk_tokens, 1)):
+        part = inputs.of(tokens)
+        found, kept = own_statistics(in_chunks, part, needs_grad=True)
+        own.values[:, tokens] = found.values
+        share[tokens] = _local_share(in_chunks, part, found, kept)
+    return own, share
+
+
+def _local_share(call: Call, inputs: Inputs, own: Statistics, kept: object) -> Tensor:
+    """Return this rank's share of dE [n, D] for its local softmax, without the targets' part.
+
+    With nothing at the target: there p + d.target is 0.
+    """
+    local = Statistics(torch.zeros_like(own.values), own.names)
+    local.lse.fill_(1.0)
+    local.target.copy_(-share_of(own.target, own.lse))
+    nothing = ClassifierGrad(inputs.classifier.dtype)
+    upstream = Upstream(own, local, Wanted(True, False, False), nothing, kept)
+    share = own_gradients(call, inputs, upstream).hidden
+    dtype = own.values.dtype
+    return torch.zeros_like(inputs.hidden, dtype=dtype) if share is None else share.to(dtype)
 
 
 class _DeferredLoss(torch.autograd.Function):
