@@ -44,6 +44,8 @@ class TrainArguments:
     each rank."""
     impl: str = "auto"
     """How a rank computes the loss over its rows: auto, chunked or reference."""
+    loss_memory: int = 64
+    """MiB that a rank's loss may hold of logits; with more it computes fewer of them twice."""
 
     steps: int = 30
     """Optimizer steps."""
@@ -113,6 +115,7 @@ class TrainArguments:
             "layers",
             "hidden",
             "vocabulary",
+            "loss_memory",
         ]:
             value = getattr(self, name)
             if value < 1:

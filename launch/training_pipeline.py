@@ -173,7 +173,9 @@ def build_pipeline(
     tied = None
     if config.tie_word_embeddings and plan is None:
         tied = _tie(stages, head, groups, v_shaped)
-    settings = {**logit_settings(config), "impl": arguments.impl}
+    settings: dict[str, Any] = {**logit_settings(config), "impl": arguments.impl}
+    if arguments.impl in ("auto", "chunked"):
+        settings["memory_budget"] = arguments.loss_memory * 2**20
     loss = no_loss if head is None else CCEPipelineLoss(head, hidden_layout="sharded", **settings)
     pipeline_stages = [
         PipelineStage(stage, index, num_stages, device, group=groups.pipeline_group)
