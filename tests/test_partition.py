@@ -32,9 +32,7 @@ def highest(loads: Sequence[float], rows: Sequence[int], row_cost: float) -> Fra
 
 
 @given(st.integers(1, 300_000), loads_of_ranks, row_costs, st.sampled_from([1, 7, 128]))
-def test_filled_rows(
-    vocab_size: int, loads: list[float], row_cost: float, multiple: int
-) -> None:
+def test_filled_rows(vocab_size: int, loads: list[float], row_cost: float, multiple: int) -> None:
     rows = filled_rows(vocab_size, loads, row_cost, multiple=multiple)
     assert len(rows) == len(loads)
     assert sum(rows) == vocab_size
@@ -74,12 +72,17 @@ def test_no_partition_is_lower(
     num_blocks, rest = divmod(vocab_size, multiple)
     ranks = range(len(loads))
     best = min(
-        highest(loads, [multiple * n + rest * (rank == last) for rank, n in enumerate(blocks)], row_cost)
+        highest(
+            loads,
+            [multiple * n + rest * (rank == last) for rank, n in enumerate(blocks)],
+            row_cost,
+        )
         for blocks in product(range(num_blocks + 1), repeat=len(loads))
         if sum(blocks) == num_blocks
         for last in ranks
     )
-    assert highest(loads, filled_rows(vocab_size, loads, row_cost, multiple=multiple), row_cost) == best
+    found = filled_rows(vocab_size, loads, row_cost, multiple=multiple)
+    assert highest(loads, found, row_cost) == best
 
 
 @given(st.integers(1, 300_000), st.integers(1, 64), st.floats(0, 50), row_costs)
@@ -117,5 +120,5 @@ def test_refused_arguments(given: dict[str, Any], match: str) -> None:
 @pytest.mark.parametrize("rows", [[7], [9], [], [4, 4], [9, -1], [8.0], "8", 8])
 @pytest.mark.parametrize("cls", [VocabParallelClassifier, VocabParallelEmbedding])
 def test_refused_rows(cls: Any, rows: Any) -> None:
-    with pytest.raises(ValueError, match="rows must be 1 counts .* add up to vocab_size=8, got"):
+    with pytest.raises(ValueError, match=r"rows must be 1 counts .* add up to vocab_size=8, got"):
         cls(4, 8, group=None, rows=rows)

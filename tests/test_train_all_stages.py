@@ -1,5 +1,6 @@
 """launch.train where all stages carry the vocabulary: one process's training, and any mesh's."""
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -26,7 +27,7 @@ def test_meshes_and_checkpoints(tmp_path: Path) -> None:
     held = [rank["rows"] for rank in whole["ranks"]]
     assert held[0][0] == 0
     assert held[-1][1] == VOCABULARY
-    assert all(one[1] == other[0] for one, other in zip(held, held[1:], strict=False))
+    assert all(one[1] == other[0] for one, other in itertools.pairwise(held))
     exported = weights_of(tmp_path / "exported")
     assert exported.keys() == weights_of(source).keys()
     for name, mesh in (("last stage", []), ("V", [*spans, "--schedule", "ZBVZeroBubble"])):

@@ -49,9 +49,7 @@ class _ReplicatedInput(torch.autograd.Function):
 
 class _GatherLogits(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, row_counts: Sequence[int], group: VocabGroup
-    ) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, row_counts: Sequence[int], group: VocabGroup) -> Tensor:
         ctx.own = slice(*row_range(row_counts, group.rank))
         padding = max(row_counts) - logits.shape[-1]
         gathered = group.gather_tokens(F.pad(logits, (0, padding)).unsqueeze(0))  # [V, ..., most]

@@ -336,7 +336,7 @@ def _by_chunks(call: Call, inputs: Inputs) -> tuple[Statistics, Tensor]:
     plan = call.impl.plan(
         call.shard,
         tokens=num_tokens,
-        even_rows=rows.even_rows,
+        most_rows=rows.most_rows,
         degree=rows.group.degree,
         backward="gradients",
         scalar_loss=True,
