@@ -157,7 +157,7 @@ class LossPasses:
         )
         if not held.trains or self._barriers == 2:
             held.own, held.kept = own_statistics(call, held.inputs, needs_grad=held.trains)
-        elif call.plan.backward == "recompute":
+        elif call.plan.backward == "recompute" and call.settings.impl != "reference":
             held.own, held.share = _by_chunks(call, held.inputs)
         else:
             held.own, held.kept = own_statistics(call, held.inputs, needs_grad=True)
