@@ -1,22 +1,9 @@
 """Which rows a rank holds."""
 
-from itertools import pairwise
-
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from vocab_parallel import VocabParallelOptions
-from vocab_parallel.options import ceiling_rows
 from vocab_parallel.sharded.rows import RankRows
-
-
-@given(st.integers(1, 300_000), st.integers(1, 64))
-def test_ceiling_rows_partition(vocab_size: int, degree: int) -> None:
-    ranges = [ceiling_rows(vocab_size, rank, degree) for rank in range(degree)]
-    assert ranges[0][0] == 0
-    assert ranges[-1][1] == vocab_size
-    assert all(left[1] == right[0] for left, right in pairwise(ranges))
 
 
 def test_alone() -> None:

@@ -19,6 +19,7 @@ degree. A call moves nothing when the degree is 1. Bytes are those that one rank
               scatter_sum       [V T, D]              V T D itemsize  (sum_over_group: "replicated")
     backward  gather_tokens     [T, D]                T D itemsize    layout "sharded"
     tied      exchange_with_peer [rows, D]            rows D itemsize, between the pipeline's ends
+    export    gather_rows       [rows, D]             rows D itemsize, V calls
     all stages start_broadcast  [T, D] hidden states  T D itemsize, from the last stage, each
               gather_shards     [k, T] fp32           4 k T         microbatch
               sum_at            [T, D] fp32           4 T D         to the last stage
@@ -30,7 +31,7 @@ beside the products that follow it: `sharded/exchange.py` cuts them. backward="g
 sum in forward.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
@@ -122,6 +123,22 @@ class VocabGroup:
         """`start_gather_shards`, waited for."""
         return self.start_gather_shards(local).wait()
 
+    def gather_rows(self, own: Tensor, row_counts: Sequence[int]) -> Tensor:
+        """Gather the rows [n, ...] of every rank, so many of each, into the whole.
+
+        A call for each rank with rows, into the place of its own: nothing is padded.
+        """
+        whole = own.new_empty((sum(row_counts), *own.shape[1:]))
+        parts = whole.split(list(row_counts))
+        parts[self.rank].copy_(own)
+        if self.degree > 1:
+            ranks = dist.get_process_group_ranks(self.group)
+            with _named("the gathering of rows", self.group):
+                for rank, part in zip(ranks, parts, strict=True):
+                    if part.numel() > 0:
+                        dist.broadcast(part, rank, group=self.group)
+        return whole
+
     def start_sum(self, partial: Tensor) -> Pending:
         """All-reduce a partial gradient, [N, D] for the hidden states.
 
@@ -197,13 +214,13 @@ class VocabGroup:
         return gathered
 
 
-def rank_in(group: ProcessGroup) -> int:
-    """Return this process's rank in a group."""
-    return dist.get_rank(group)
-
-
 def exchange_with_peer(own: Tensor, peer: int, group: ProcessGroup) -> Tensor:
-    """Send a tensor to another rank of the group and return its own of that shape; both call."""
+    """Send a tensor to another rank of the group and return its own of that shape; both call.
+
+    Nothing is sent where the tensors are empty.
+    """
+    if own.numel() == 0:
+        return own
     own = own.contiguous()
     other = torch.empty_like(own)
     there = dist.get_global_rank(group, peer)

@@ -27,6 +27,9 @@ class VocabParallelOptions(SharesGroup):
             rank its own partial sum, for callers that reduce it themselves.
         vocab_size: the true vocabulary. Rows at or beyond it are padding: no probability, no
             smoothing, zero gradient. None means that every row is a token.
+        largest_shard: rows of the rank that has the most, equal on all ranks, where they are not
+            cut evenly: what ``backward="auto"`` does alike on all ranks fits ``memory_budget``
+            there too. None takes ceil(vocab_size / V).
     """
 
     start: int
@@ -34,6 +37,7 @@ class VocabParallelOptions(SharesGroup):
     group: ProcessGroup | None = None
     reduce_e_grad: bool = True
     vocab_size: int | None = None
+    largest_shard: int | None = None
 
     @classmethod
     def from_vocab(
@@ -49,15 +53,6 @@ class VocabParallelOptions(SharesGroup):
         start = rank * share + min(rank, remainder)
         stop = start + share + (rank < remainder)
         return cls(start, stop, group, reduce_e_grad, vocab_size)
-
-
-def ceiling_rows(vocab_size: int, rank: int, degree: int) -> tuple[int, int]:
-    """Return [start, stop) of DTensor's ``Shard(0)``: ceil(vocab_size / degree) rows a rank.
-
-    The last ranks may hold fewer rows, or none.
-    """
-    share = -(-vocab_size // degree)
-    return min(rank * share, vocab_size), min((rank + 1) * share, vocab_size)
 
 
 def generator_of_rows(device: torch.device, start: int) -> torch.Generator:

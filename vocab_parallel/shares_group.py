@@ -34,7 +34,7 @@ class SharesGroup:
         if getattr(self, "group", None) is not None:
             raise ValueError(
                 f"{type(self).__name__} holds a process group, which cannot be pickled: save the "
-                f"state_dict() of a module, or rows_as_dtensor(...) of its rows to load on any "
+                f"state_dict() of a module, or rows_for_checkpoint(...) of its rows to load on any "
                 f"mesh; or use group=None, the default group"
             )
         return super().__reduce_ex__(protocol)

@@ -16,7 +16,7 @@ tile. Where one kernel makes z and its statistics, forward has no tiles.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from torch import Tensor
 
@@ -69,7 +69,7 @@ class ChunkedImpl:
         shard: Shard,
         *,
         tokens: int,
-        even_rows: int | None,
+        most_rows: int | None,
         degree: int,
         backward: str,
         scalar_loss: bool,
@@ -80,12 +80,13 @@ class ChunkedImpl:
         cut into pieces.
         """
         chunk_tokens = self.chunk_tokens
-        if even_rows is None:
+        if most_rows is None:
             backward = "recompute" if backward == "auto" else backward
             chunk_tokens = tokens if backward == "gradients" else chunk_tokens
+        own_rows = max(shard.num_rows, 1)
         planner = Planner(
             tokens=max(tokens, 1),
-            rows=max(shard.num_rows if even_rows is None else even_rows, 1),
+            rows=own_rows if most_rows is None else max(most_rows, 1),
             hidden_size=shard.hidden.shape[1],
             dtype=shard.hidden.dtype,
             device_type=shard.hidden.device.type,
@@ -97,7 +98,11 @@ class ChunkedImpl:
             chunk_rows=self.chunk_rows,
             temporaries=2 + (shard.transform.softcap is not None) + ("expected" in shard.names),
         )
-        return planner.choose(backward, scalar_loss)
+        plan = planner.choose(backward, scalar_loss)
+        if plan.backward == "gradients" or planner.rows == own_rows:
+            return plan
+        # What is left is this rank's own choice; "gradients", which is not, is out.
+        return replace(planner, rows=own_rows).choose(backward, scalar_loss=False)
 
     def forward(
         self, shard: Shard, plan: BackwardPlan, progress: Progress | None = None

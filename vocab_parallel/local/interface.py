@@ -196,17 +196,20 @@ class LocalImpl(Protocol):
         shard: Shard,
         *,
         tokens: int,
-        even_rows: int | None,
+        most_rows: int | None,
         degree: int,
         backward: str,
         scalar_loss: bool,
     ) -> BackwardPlan:
-        """Choose how backward finds the logits, equally on all ranks.
+        """Choose how backward finds the logits, equally on all ranks where ranks notice.
+
+        They do where "gradients" communicates in forward, chunk by chunk. All else is a rank's own
+        choice, by its own rows.
 
         Args:
             shard: this rank's rows, without tokens.
             tokens: N, those of the loss.
-            even_rows: of the largest shard of an even cut; None where the vocabulary is not known.
+            most_rows: of the group's largest shard, equal on all ranks; None where nobody knows.
             degree: V, over how many ranks the rows are spread.
             backward: "auto", or one that the caller names.
             scalar_loss: whether the loss is one number, which nothing else is returned beside.

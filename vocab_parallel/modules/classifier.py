@@ -1,6 +1,7 @@
 """The module that owns one rank's rows of the classifier."""
 
 import math
+from collections.abc import Sequence
 from typing import Self
 
 import torch
@@ -18,10 +19,9 @@ from vocab_parallel.options import VocabParallelOptions, generator_of_rows
 class VocabParallelClassifier(VocabRows):
     """A linear classifier [vocab_size, D] of which this rank holds rows [start, stop).
 
-    The rows are those of DTensor's ``Shard(0)``: ``ceil(vocab_size / V)`` a rank, so that the
-    last ranks may hold fewer, or none, and a checkpoint of the DTensor loads on any mesh. It
-    lives in the last pipeline stage's module, where the stage's gradient scaling, the optimizer
-    and the zero-bubble split find its weight; the loss only reads it.
+    It lives in the last pipeline stage's module, where the stage's gradient scaling, the optimizer
+    and the zero-bubble split find its weight; the loss only reads it. `rows_for_checkpoint` says
+    how a checkpoint of it loads on any mesh, and ``gather_rows(weight)`` gives each rank the whole.
 
         pipeline_mode = True     forward(hidden [..., D]) -> hidden, unchanged
         pipeline_mode = False    forward(hidden [..., D]) -> logits [..., vocab_size]
@@ -36,6 +36,9 @@ class VocabParallelClassifier(VocabRows):
         vocab_size: rows of the whole classifier.
         group: the vocab group; None is the default group, or one rank alone where
             torch.distributed is not initialized.
+        rows: how many rows each rank of the group holds, by rank, `filled_rows` for instance. None
+            are those of DTensor's ``Shard(0)``: ``ceil(vocab_size / V)`` a rank, so that the last
+            ranks may hold fewer, or none.
         bias: whether the rows have a bias.
         device, dtype: of the parameters.
 
@@ -46,7 +49,8 @@ class VocabParallelClassifier(VocabRows):
             adapter, whose logits ``lora_scale`` B A e are added; `from_linear` takes it over.
 
     Raises:
-        ValueError: a size that is not positive, or a rank outside of the group.
+        ValueError: a size that is not positive, counts that are no partition of the vocabulary over
+            the group, or a rank outside of the group.
     """
 
     bias: nn.Parameter | None
@@ -61,11 +65,12 @@ class VocabParallelClassifier(VocabRows):
         vocab_size: int,
         *,
         group: ProcessGroup | None,
+        rows: Sequence[int] | None = None,
         bias: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(hidden_size, vocab_size, group)
+        super().__init__(hidden_size, vocab_size, group, rows)
         self.pipeline_mode = True
         num_rows = self.stop - self.start
         self.weight = nn.Parameter(torch.empty(num_rows, hidden_size, device=device, dtype=dtype))
@@ -78,7 +83,13 @@ class VocabParallelClassifier(VocabRows):
         self.reset_parameters()
 
     @classmethod
-    def from_linear(cls, linear: nn.Module, group: ProcessGroup | None) -> Self:
+    def from_linear(
+        cls,
+        linear: nn.Module,
+        group: ProcessGroup | None,
+        *,
+        rows: Sequence[int] | None = None,
+    ) -> Self:
         """Take this rank's rows of a whole linear layer [vocab_size, D], as a copy.
 
         Communicates nothing; the layer must be the same on every rank, and can be freed after.
@@ -87,9 +98,11 @@ class VocabParallelClassifier(VocabRows):
             linear: nn.Linear, or a LoRA layer of PEFT's over one with one adapter or none: the
                 rows of W and B are this rank's, A is whole.
             group: the vocab group.
+            rows: how many each rank holds; None as in the constructor.
 
         Raises:
-            ValueError: a layer whose logits may be more than that, or several adapters.
+            ValueError: a layer whose logits may be more than that, several adapters, or counts that
+                are no partition of its rows over the group.
         """
         whole = OutputWeight(linear).read()
         if len(whole.adapters) > 1:
@@ -102,17 +115,18 @@ class VocabParallelClassifier(VocabRows):
             hidden_size,
             vocab_size,
             group=group,
+            rows=rows,
             bias=whole.bias is not None,
             device="meta",
             dtype=whole.weight.dtype,
         )
-        rows = slice(classifier.start, classifier.stop)
-        classifier.weight = _copied(whole.weight, rows)
+        own = slice(classifier.start, classifier.stop)
+        classifier.weight = _copied(whole.weight, own)
         if whole.bias is not None:
-            classifier.bias = _copied(whole.bias, rows)
+            classifier.bias = _copied(whole.bias, own)
         for adapter in whole.adapters:
             classifier.lora_A = _copied(adapter.a, slice(None))
-            classifier.lora_B = _copied(adapter.b, rows)
+            classifier.lora_B = _copied(adapter.b, own)
             classifier.lora_scale = adapter.scale
             classifier.lora_dropout = adapter.dropout
         return classifier
@@ -138,7 +152,13 @@ class VocabParallelClassifier(VocabRows):
     @property
     def options(self) -> VocabParallelOptions:
         """The options that tell the loss which rows these are."""
-        return VocabParallelOptions(self.start, self.stop, self.group, vocab_size=self.vocab_size)
+        return VocabParallelOptions(
+            self.start,
+            self.stop,
+            self.group,
+            vocab_size=self.vocab_size,
+            largest_shard=max(self.row_counts),
+        )
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return the hidden states in pipeline mode, else the whole logits."""
@@ -153,7 +173,7 @@ class VocabParallelClassifier(VocabRows):
         group = VocabGroup.of(self.group)
         e, c = OutputWeight(self).read().operands(hidden)
         logits = F.linear(replicated_input(e, group), c, self.bias)
-        return gather_logits(logits, self.start, self.vocab_size, group)
+        return gather_logits(logits, self.row_counts, group)
 
     def extra_repr(self) -> str:
         """Describe the rows in the module's repr."""

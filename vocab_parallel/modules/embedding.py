@@ -1,6 +1,7 @@
 """The module that owns one rank's rows of the input embedding."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -22,8 +23,9 @@ EmbeddingLayout = Literal["sharded", "replicated"]
 class VocabParallelEmbedding(VocabRows):
     """An embedding [vocab_size, D] of which this rank holds rows [start, stop).
 
-    The rows are those of `VocabParallelClassifier`, so that the two ends of a pipeline can hold
-    the same ones of a tied weight (`tied.py`). Every rank of the vocab group calls it:
+    Its partition is by default that of `VocabParallelClassifier`, so that the two ends of a
+    pipeline can hold the same rows of a tied weight (`tied.py`). Every rank of the vocab group
+    calls it:
 
         layout = "sharded"       ids [..., T] are this rank's own, equally many on every rank: they
                                  are gathered (8 bytes a token), and the embeddings, of which each
@@ -38,6 +40,7 @@ class VocabParallelEmbedding(VocabRows):
         hidden_size: D.
         vocab_size: rows of the whole embedding.
         group: the vocab group; None as in `VocabParallelClassifier`.
+        rows: how many each rank of the group holds; None as in `VocabParallelClassifier`.
         layout: see above.
         scale: multiplies the embeddings (Gemma's sqrt(D)).
         validate: agree over the group, at each call, that all its ids are in the vocabulary: an
@@ -50,7 +53,8 @@ class VocabParallelEmbedding(VocabRows):
         weight: Parameter [stop - start, D].
 
     Raises:
-        ValueError: a size that is not positive, an unknown layout, or a rank outside of the group.
+        ValueError: a size that is not positive, counts that are no partition of the vocabulary over
+            the group, an unknown layout, or a rank outside of the group.
     """
 
     def __init__(
@@ -59,13 +63,14 @@ class VocabParallelEmbedding(VocabRows):
         vocab_size: int,
         *,
         group: ProcessGroup | None,
+        rows: Sequence[int] | None = None,
         layout: EmbeddingLayout = "sharded",
         scale: float = 1.0,
         validate: bool | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(hidden_size, vocab_size, group)
+        super().__init__(hidden_size, vocab_size, group, rows)
         if layout not in ("sharded", "replicated"):
             raise ValueError(f'layout must be "sharded" or "replicated", got {layout!r}')
         self.layout, self.scale, self.validate = layout, scale, validate

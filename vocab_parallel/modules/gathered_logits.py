@@ -6,6 +6,7 @@ Backward of the second takes this rank's columns of a gradient that every rank h
 backward of the first sums what the ranks' rows give the hidden states.
 """
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from vocab_parallel.collectives import VocabGroup
 from vocab_parallel.local.statistics import accumulation_dtype
+from vocab_parallel.partition import row_range
 
 
 def replicated_input(hidden: Tensor, group: VocabGroup) -> Tensor:
@@ -24,13 +26,12 @@ def replicated_input(hidden: Tensor, group: VocabGroup) -> Tensor:
 
 
 def gather_logits(
-    logits: Tensor,  # (..., rows) of this rank, by the ceiling partition
-    start: int,
-    vocab_size: int,
+    logits: Tensor,  # (..., rows) of this rank
+    row_counts: Sequence[int],
     group: VocabGroup,
 ) -> Tensor:  # (..., vocab_size)
-    """Gather the columns of every rank; all must call."""
-    return cast(Tensor, _GatherLogits.apply(logits, start, vocab_size, group))
+    """Gather the columns of every rank; all must call, with the rows of each."""
+    return cast(Tensor, _GatherLogits.apply(logits, row_counts, group))
 
 
 class _ReplicatedInput(torch.autograd.Function):
@@ -48,20 +49,13 @@ class _ReplicatedInput(torch.autograd.Function):
 
 class _GatherLogits(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        start: int,
-        vocab_size: int,
-        group: VocabGroup,
-    ) -> Tensor:
-        share = -(-vocab_size // group.degree)
-        own_rows = logits.shape[-1]
-        ctx.own = slice(start, start + own_rows)
-        padded = F.pad(logits, (0, share - own_rows)).unsqueeze(0)
-        gathered = group.gather_tokens(padded)  # [V, ..., share]
-        return gathered.movedim(0, -2).flatten(-2)[..., :vocab_size].contiguous()
+    def forward(ctx: Any, logits: Tensor, row_counts: Sequence[int], group: VocabGroup) -> Tensor:
+        ctx.own = slice(*row_range(row_counts, group.rank))
+        padding = max(row_counts) - logits.shape[-1]
+        gathered = group.gather_tokens(F.pad(logits, (0, padding)).unsqueeze(0))  # [V, ..., most]
+        columns = [of_rank[..., :n] for of_rank, n in zip(gathered, row_counts, strict=True)]
+        return torch.cat(columns, -1)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return grad[..., ctx.own].contiguous(), None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad[..., ctx.own].contiguous(), None, None

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from vocab_parallel.options import VocabParallelOptions, ceiling_rows
+from vocab_parallel.options import VocabParallelOptions
+from vocab_parallel.partition import ceiling_rows, row_range
 
 
 @dataclass(frozen=True)
@@ -252,6 +253,7 @@ def _options_of_dtensor(weight: DTensor) -> VocabParallelOptions:
             "a DTensor classifier that is replicated has no shard of rows: pass "
             "weight.to_local() of a plain module, or shard it by Shard(0)"
         )
-    mesh = weight.device_mesh
-    start, stop = ceiling_rows(weight.shape[0], mesh.get_local_rank(axes[0]), mesh.size(axes[0]))
-    return VocabParallelOptions(start, stop, mesh.get_group(axes[0]), vocab_size=weight.shape[0])
+    mesh, vocab_size = weight.device_mesh, weight.shape[0]
+    counts = ceiling_rows(vocab_size, mesh.size(axes[0]))
+    start, stop = row_range(counts, mesh.get_local_rank(axes[0]))
+    return VocabParallelOptions(start, stop, mesh.get_group(axes[0]), vocab_size=vocab_size)

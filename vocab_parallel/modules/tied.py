@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from vocab_parallel import collectives
+from vocab_parallel.collectives import VocabGroup, exchange_with_peer
 from vocab_parallel.modules.classifier import VocabParallelClassifier
 from vocab_parallel.modules.embedding import VocabParallelEmbedding
+from vocab_parallel.modules.vocab_rows import VocabRows
 from vocab_parallel.shares_group import SharesGroup
 
 
@@ -21,9 +22,10 @@ class TiedRows(SharesGroup):
     """The two ends of a tied weight, as one rank sees them.
 
     Make it on every rank of the pipeline, after the stages are built and their weights loaded:
-    equal rows at both ends are the caller's to provide. The modules' weights are read at each
-    call, so that other parameters may take their place. A deep copy of it together with the
-    modules is of the copied modules and the same group.
+    equal values of the rows at both ends are the caller's to provide. The ranks exchange a few
+    words, to know that the rows are the same. The modules' weights are read at each call, so that
+    other parameters may take their place. A deep copy of it together with the modules is of the
+    copied modules and the same group.
 
     Args:
         embedding, classifier: the modules that this rank runs, or None.
@@ -31,7 +33,8 @@ class TiedRows(SharesGroup):
         first, last: the pipeline ranks, in the group, that run the first and the last stage.
 
     Raises:
-        ValueError: a rank at an end without its module, or both modules with unlike rows.
+        ValueError: on every rank of the pipeline, where an end is without its module, or the two
+            have unlike rows.
     """
 
     def __init__(
@@ -43,23 +46,13 @@ class TiedRows(SharesGroup):
         first: int,
         last: int,
     ) -> None:
-        rank = collectives.rank_in(group)
-        for role, end, module in (("first", first, embedding), ("last", last, classifier)):
-            if (rank == end) != (module is not None):
-                raise ValueError(
-                    f"pipeline rank {rank}: the {role} stage is on rank {end}, which alone has "
-                    f"its end of the tied weight; got {type(module).__name__}"
-                )
+        pipeline = VocabGroup.of(group)
+        _check_ends(pipeline, [("first", first, embedding), ("last", last, classifier)])
         self.group = group
         self._embedding, self._classifier = embedding, classifier
-        self._leads = rank == first
+        self._leads = pipeline.rank == first
         self._peer = last if self._leads else first
         if embedding is not None and classifier is not None:
-            if embedding.weight.shape != classifier.weight.shape:
-                raise ValueError(
-                    f"the ends of a tied weight have the rows {list(embedding.weight.shape)} and "
-                    f"{list(classifier.weight.shape)}: give both the same vocabulary"
-                )
             embedding.weight = classifier.weight
         elif embedding is not None:
             embedding.become_tied_copy()  # the last stage's counts in the norm
@@ -87,7 +80,7 @@ class TiedRows(SharesGroup):
         if parameter is None:
             return
         own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        other = collectives.exchange_with_peer(own, self._peer, self.group)
+        other = exchange_with_peer(own, self._peer, self.group)
         # In one order on both ends: a + b and b + a are the same bits, and this needs no proof.
         first, last = (own, other) if self._leads else (other, own)
         parameter.grad = first + last
@@ -99,7 +92,7 @@ class TiedRows(SharesGroup):
         parameter = self.parameter
         if parameter is None:
             return torch.zeros((), dtype=torch.bool)
-        other = collectives.exchange_with_peer(parameter.detach(), self._peer, self.group)
+        other = exchange_with_peer(parameter.detach(), self._peer, self.group)
         return (parameter != other).any()
 
     def _check_shared(self) -> None:
@@ -112,3 +105,34 @@ class TiedRows(SharesGroup):
                 "to_empty, load_state_dict(assign=True) or an assignment has put another in the "
                 "place of one: make TiedRows, and then the optimizer, after it"
             )
+
+
+def _check_ends(pipeline: VocabGroup, ends: list[tuple[str, int, VocabRows | None]]) -> None:
+    """Raise ValueError on every rank of the pipeline, or on none; see `TiedRows`.
+
+    Args:
+        pipeline: the ranks, which all call.
+        ends: "first" and "last", the pipeline rank of that stage, and this rank's module of it.
+    """
+    problem = None
+    for role, end, module in ends:
+        if (pipeline.rank == end) != (module is not None):
+            problem = (
+                f"pipeline rank {pipeline.rank}: the {role} stage is on rank {end}, which alone "
+                f"has its end of the tied weight; got {type(module).__name__}"
+            )
+    rows = {
+        f"[{module.start}, {module.stop}) of [{module.vocab_size}, {module.hidden_size}]"
+        for _, _, module in ends
+        if module is not None
+    }
+    told = pipeline.exchange_objects((problem, rows))
+    problems = sorted({text for text, _ in told if text is not None})
+    different = sorted(set().union(*(rows for _, rows in told)))
+    if len(different) > 1:
+        problems.append(
+            f"the ends of a tied weight have the rows {' and '.join(different)}: give both the "
+            f"same vocabulary and the same counts of rows"
+        )
+    if problems:
+        raise ValueError("; ".join(problems))

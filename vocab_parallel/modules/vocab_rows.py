@@ -6,14 +6,18 @@ it holds rows. A mark on the parameter alone would not last: ``to_empty``, FSDP2
 the module names its rows, and marks whatever takes their place.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 
-from vocab_parallel.options import ceiling_rows, group_rank_and_size
+from vocab_parallel.collectives import VocabGroup
+from vocab_parallel.options import group_rank_and_size
+from vocab_parallel.partition import ceiling_rows, checked_rows, row_range
+from vocab_parallel.sharded.agreement import Claim, agree
 from vocab_parallel.shares_group import SharesGroup
 
 _ROWS = "holds_vocab_rows"
@@ -33,35 +37,47 @@ def is_tied_copy(parameter: Tensor) -> bool:
 class VocabRows(SharesGroup, nn.Module):
     """A module some of whose parameters are rows [start, stop) of a vocabulary.
 
-    The rows are those of DTensor's ``Shard(0)``: ``ceil(vocab_size / V)`` a rank, so that the
-    last ranks may hold fewer, or none. A deep copy is of the same group; a module is pickled where
-    its group is None.
+    Any partition of the rows over the ranks will do, ranks without rows included. A deep copy is of
+    the same group; a module is pickled where its group is None.
 
     Args:
         hidden_size: D.
         vocab_size: rows of the whole vocabulary.
         group: the vocab group; None is the default group, or one rank alone where
             torch.distributed is not initialized.
+        rows: how many rows each rank of the group holds, by rank. None are those of DTensor's
+            ``Shard(0)``: ``ceil(vocab_size / V)`` a rank, so that the last ranks may hold fewer, or
+            none.
 
     Attributes:
         row_names: the parameters that hold rows, this rank's alone; every other parameter of the
             module is taken for the same on all ranks.
         degree: V, the size of the group.
+        row_counts: the rows of every rank, by rank.
 
     Raises:
-        ValueError: a size that is not positive, or a rank outside of the group.
+        ValueError: a size that is not positive, counts that are no partition of the vocabulary over
+            the group, or a rank outside of the group.
     """
 
     row_names: ClassVar[tuple[str, ...]] = ("weight",)
 
-    def __init__(self, hidden_size: int, vocab_size: int, group: ProcessGroup | None) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        vocab_size: int,
+        group: ProcessGroup | None,
+        rows: Sequence[int] | None = None,
+    ) -> None:
         super().__init__()
         for name, size in (("hidden_size", hidden_size), ("vocab_size", vocab_size)):
             if not isinstance(size, int) or size < 1:
                 raise ValueError(f"{name} must be a positive integer, got {size!r}")
         rank, self.degree = group_rank_and_size(group)
         self.hidden_size, self.vocab_size, self.group = hidden_size, vocab_size, group
-        self.start, self.stop = ceiling_rows(vocab_size, rank, self.degree)
+        counts = ceiling_rows(vocab_size, self.degree) if rows is None else rows
+        self.row_counts = checked_rows(counts, vocab_size, self.degree)
+        self.start, self.stop = row_range(self.row_counts, rank)
         self._is_tied_copy = False
         self.register_load_state_dict_post_hook(_mark_loaded)
 
@@ -72,6 +88,28 @@ class VocabRows(SharesGroup, nn.Module):
                 yield from self.parametrizations[name].parameters(recurse=False)  # type: ignore[union-attr, index]
             elif (parameter := self._parameters.get(name)) is not None:
                 yield parameter
+
+    def gather_rows(self, rows: Tensor) -> Tensor:  # (stop - start, ...) -> (vocab_size, ...)
+        """Return the whole of which each rank gives its rows: weight, bias, a gradient, a moment.
+
+        All ranks of the group call it, each with its own rows, and all get the whole, which has no
+        gradient. Each rank sends its rows to the others, after a small exchange that the host
+        waits for; no more memory than the whole is held.
+
+        Raises:
+            ValueError: on every rank of the group, where on one the tensor has other rows than the
+                module, or the ranks' tensors or partitions are unlike.
+        """
+        group = VocabGroup.of(self.group)
+        problem = None
+        if isinstance(rows, DTensor) or rows.shape[:1] != (self.stop - self.start,):
+            problem = ValueError(
+                f"expected a plain tensor of the rows [{self.start}, {self.stop}), got "
+                f"{type(rows).__name__} {list(rows.shape)}"
+            )
+        alike = {"row": list(rows.shape[1:]), "dtype": rows.dtype, "partition": self.row_counts}
+        agree(problem, Claim(self.start, self.stop, self.vocab_size), alike, group)
+        return group.gather_rows(rows.detach(), self.row_counts)
 
     def mark_rows(self) -> None:
         """Mark the parameters that hold rows now; whatever puts others in their place calls it."""

@@ -183,7 +183,7 @@ def _checked(
     plan = impl.plan(
         shard,
         tokens=copies * hidden.shape[:-1].numel(),
-        even_rows=rows.even_rows,
+        most_rows=rows.most_rows,
         degree=degree,
         backward=settings.backward,
         scalar_loss=settings.scalar_loss and not adds_later,
@@ -239,6 +239,7 @@ def _agreed(settings: LossSettings, operands: Operands, rows: RankRows) -> dict[
     return {
         **settings.agreed(),
         "reduce_e_grad": rows.reduce_e_grad,
+        "largest_shard": rows.largest_shard,
         "tokens of e": hidden.shape[:-1].numel(),
         "hidden size": hidden.shape[-1],
         "dtype of e": hidden.dtype,

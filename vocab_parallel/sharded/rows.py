@@ -10,13 +10,17 @@ from vocab_parallel.collectives import VocabGroup
 
 @dataclass(frozen=True)
 class RankRows:
-    """Rows [start, stop) of this rank, as `VocabParallelOptions` describes them, and its group."""
+    """Rows [start, stop) of this rank, as `VocabParallelOptions` describes them, and its group.
+
+    ``largest_shard`` is what the options tell; who plans asks for `most_rows`.
+    """
 
     start: int
     stop: int
     vocab_size: int | None
     reduce_e_grad: bool
     group: VocabGroup
+    largest_shard: int | None = None
 
     @classmethod
     def whole(cls, num_rows: int) -> Self:
@@ -46,13 +50,25 @@ class RankRows:
         group = VocabGroup.of(options.group)
         if vocab_size is None and group.degree == 1:
             vocab_size = options.stop
-        return cls(options.start, options.stop, vocab_size, bool(options.reduce_e_grad), group)
+        return cls(
+            options.start,
+            options.stop,
+            vocab_size,
+            bool(options.reduce_e_grad),
+            group,
+            getattr(options, "largest_shard", None),
+        )
 
     @property
-    def even_rows(self) -> int | None:
-        """How many the largest shard of an even cut has; None where the vocabulary is not known."""
+    def most_rows(self) -> int | None:
+        """How many rows the group's largest shard has, equal on all ranks.
+
+        As the options tell, else as of an even cut; None where the vocabulary is not known.
+        """
         if self.group.degree == 1:
             return self.num_token_rows
+        if self.largest_shard is not None:
+            return self.largest_shard
         return None if self.vocab_size is None else -(-self.vocab_size // self.group.degree)
 
     @property

@@ -165,6 +165,12 @@ def check_rows(c: Tensor, rows: RankRows, settings: LossSettings) -> None:
             f"c has {c.shape[0]} rows but the options say [{start}, {stop}), which are "
             f"{stop - start}: pass this rank's rows and their own range"
         )
+    largest = rows.largest_shard
+    if largest is not None and not (isinstance(largest, int) and largest >= stop - start):
+        raise ValueError(
+            f"largest_shard must be the rows of the rank that has the most, or None, got "
+            f"{largest!r} where this rank has {stop - start}: pass the same on all ranks"
+        )
     if not rows.reduce_e_grad and settings.hidden_layout != "replicated":
         raise ValueError(
             f"reduce_e_grad=False leaves each rank the partial gradient of the tokens it was "
