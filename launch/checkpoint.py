@@ -21,7 +21,7 @@ from torch.distributed import ProcessGroup
 from launch.arguments import TrainArguments
 from launch.model import CLASSIFIER, EMBEDDING, vocabulary_rows
 from launch.training_pipeline import Pipeline
-from vocab_parallel import rows_as_dtensor
+from vocab_parallel import rows_for_checkpoint
 
 _KEPT = 2
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -131,10 +131,9 @@ class Checkpoints:
         return {name: getattr(config, name, None) for name in names} | data
 
     def _state(self) -> dict[str, Tensor]:
-        """Name every tensor of this rank as it is named in the whole model; rows as DTensors."""
+        """Name every tensor of this rank as it is named in the whole model; rows as parts of it."""
         state: dict[str, Tensor] = {}
-        rows = vocabulary_rows(self._pipeline.stages)
-        mesh = self._pipeline.groups.mesh["vocab"]
+        owners = vocabulary_rows(self._pipeline.stages)
         for name, parameter in self._pipeline.stages.named_parameters():
             if self._pipeline.tied is not None and name == CLASSIFIER:
                 name = EMBEDDING  # one weight, whichever end holds it
@@ -143,9 +142,11 @@ class Checkpoints:
                 ("model", parameter.detach()),
                 *((moment, moments[moment]) for moment in (*_MOMENTS, "step")),
             ):
-                whole = rows.get(id(parameter)) if role != "step" else None
+                owner = owners.get(id(parameter)) if role != "step" else None
                 state[f"{role}.{name}"] = (
-                    tensor if whole is None else rows_as_dtensor(tensor, whole, mesh)
+                    tensor
+                    if owner is None
+                    else rows_for_checkpoint(tensor, owner.start, owner.vocab_size)
                 )
         return state
 

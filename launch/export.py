@@ -10,7 +10,6 @@ from torch import Tensor
 
 from launch.model import CLASSIFIER, EMBEDDING, vocabulary_rows
 from launch.training_pipeline import Pipeline
-from vocab_parallel import rows_as_dtensor
 
 
 def export_model(pipeline: Pipeline, folder: Path) -> None:
@@ -55,15 +54,14 @@ def export_model(pipeline: Pipeline, folder: Path) -> None:
 
 def _whole_tensors(pipeline: Pipeline) -> dict[str, Tensor]:
     """Return this rank's weights on the CPU; a tied weight once, on the first stage's rank."""
-    rows = vocabulary_rows(pipeline.stages)
-    mesh = pipeline.groups.mesh["vocab"]
+    owners = vocabulary_rows(pipeline.stages)
     stored = getattr(pipeline.config, "dtype", None)
     names = dict(pipeline.stages.named_parameters())
     found = {}
     for name, parameter in names.items():
         whole = parameter.detach()
-        if id(parameter) in rows:
-            whole = rows_as_dtensor(whole, rows[id(parameter)], mesh).full_tensor()
+        if id(parameter) in owners:
+            whole = owners[id(parameter)].gather_rows(whole)
         if pipeline.tied is not None and name == CLASSIFIER:
             if 0 not in pipeline.indices:
                 continue

@@ -166,11 +166,11 @@ def layers_of_stage(stage: int, num_stages: int, config: PretrainedConfig) -> ra
     return range(start, start + counts[stage])
 
 
-def vocabulary_rows(stages: Iterator[nn.Module] | nn.Module) -> dict[int, int]:
-    """Return the size of the whole vocabulary for the id of each parameter that holds its rows."""
+def vocabulary_rows(stages: Iterator[nn.Module] | nn.Module) -> dict[int, VocabRows]:
+    """Return the owner of each parameter that holds rows of the vocabulary, by its id."""
     modules = [stages] if isinstance(stages, nn.Module) else list(stages)
     return {
-        id(parameter): module.vocab_size
+        id(parameter): module
         for stage in modules
         for module in stage.modules()
         if isinstance(module, VocabRows)
