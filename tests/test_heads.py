@@ -197,8 +197,8 @@ def check_sharded_adapter() -> None:
     """A pipeline over sharded rows W and B, A whole: losses and every gradient of one process."""
     groups = build_stage_groups(2, 2, device_type="cpu")
     for schedule in ("1F1B", "InterleavedZeroBubble", "ZBVZeroBubble"):
-        for layout in ("replicated", "sharded", "sequence"):
-            setting = Setting(schedule, layout=layout, vocabulary=23, adapter=True)
+        for layout, rows in (("replicated", None), ("sharded", (19, 4)), ("sequence", (0, 23))):
+            setting = Setting(schedule, layout=layout, vocabulary=23, adapter=True, rows=rows)
             batch = draw_batch(setting, groups.vocab_degree if layout == "sharded" else 1, 1)
             losses, expected = one_process(setting, [batch])
             pipeline = Pipeline(setting, groups, torch.device("cpu"))

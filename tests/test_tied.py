@@ -30,11 +30,16 @@ def check_lookup(degree: int) -> None:
     ids = torch.randint(VOCABULARY, (degree, 2, LENGTH), generator=generator)
     upstream = torch.randn(degree, 2, LENGTH, HIDDEN, generator=generator, dtype=torch.float64)
     rank = dist.get_rank()
+    uneven = [[0] * (degree - 1) + [VOCABULARY], [9] + [0] * (degree - 2) + [VOCABULARY - 9]]
     for layout in ("sharded", "replicated"):
-        for vocabulary in (VOCABULARY, degree, 1):  # the last ranks may have no row
+        for vocabulary, rows in (
+            *((size, None) for size in (VOCABULARY, degree, 1)),  # the last ranks may have no row
+            *((VOCABULARY, rows) for rows in uneven if len(rows) == degree),
+        ):
             module = VocabParallelEmbedding(
-                HIDDEN, vocabulary, group=None, layout=layout, scale=1.5, dtype=torch.float64
-            )
+                HIDDEN, vocabulary, group=None, rows=rows, layout=layout, scale=1.5,
+                dtype=torch.float64,
+            )  # fmt: skip
             with torch.no_grad():
                 module.weight.copy_(whole[module.start : module.stop])
             own_ids = ids % vocabulary
@@ -48,7 +53,7 @@ def check_lookup(degree: int) -> None:
             share[0] = upstream[0]
             exact = torch.autograd.grad(expected, leaf, share)[0][module.start : module.stop]
             assert module.weight.grad is not None
-            assert relative_error(module.weight.grad, exact) < 1e-14, (layout, vocabulary)
+            assert relative_error(module.weight.grad, exact) < 1e-14, (layout, vocabulary, rows)
     with pytest.raises(ValueError, match='must be "sharded" or "replicated"'):
         VocabParallelEmbedding(4, 8, group=None, layout="sequence")
     check_shapes()
@@ -128,15 +133,20 @@ def test_lookup(degree: int) -> None:
 
 
 def check_ends() -> None:
-    """50 steps of unlike gradients at both ends: the sum is exact, and the ends stay equal."""
     groups = build_stage_groups(2, 2, device_type="cpu")
+    for rows, steps in ((None, 50), ([VOCABULARY, 0], 5)):
+        check_training_ends(groups, rows, steps)
+
+
+def check_training_ends(groups: StageGroups, rows: list[int] | None, steps: int) -> None:
+    """Unlike gradients at both ends: the sum is exact, and the ends stay equal."""
     group = groups.vocab_group
     torch.manual_seed(7)
     whole = torch.randn(VOCABULARY, HIDDEN)
     is_first = groups.pipeline_rank == 0
-    module = (VocabParallelEmbedding if is_first else VocabParallelClassifier)(
-        HIDDEN, VOCABULARY, group=group, device="meta"
-    )
+    end = VocabParallelEmbedding if is_first else VocabParallelClassifier
+    check_unlike_ends(end, groups)
+    module = end(HIDDEN, VOCABULARY, group=group, device="meta", rows=rows)
     ends = (module, None) if is_first else (None, module)
     tied = TiedRows(*ends, groups.pipeline_group, first=0, last=1)
     module.to_empty(device="cpu")  # another parameter, which both know
@@ -145,7 +155,7 @@ def check_ends() -> None:
     assert tied.parameter is module.weight
     single = whole.clone().requires_grad_()
     optimizers = [torch.optim.AdamW([p], lr=0.01, fused=True) for p in (module.weight, single)]
-    for step in range(50):
+    for step in range(steps):
         uses = torch.randn(2, VOCABULARY, HIDDEN)  # equal on all ranks
         module.weight.grad = uses[int(not is_first), module.start : module.stop].clone()
         if step == 3 and is_first:
@@ -161,11 +171,24 @@ def check_ends() -> None:
     assert relative_error(module.weight, single[module.start : module.stop]) < 1e-5
     with torch.no_grad():
         if is_first:
-            module.weight[0, 0] += 1e-3
-    assert tied.differs(), "an end that strays is seen"
+            module.weight[:1, 0] += 1e-3
+    assert tied.differs() == (module.weight.numel() > 0), "an end that strays is seen"
     check_copied_ends(module, tied, groups)
     with pytest.raises(ValueError, match="which alone has its end"):
         TiedRows(None, None, groups.pipeline_group, first=0, last=1)
+
+
+def check_unlike_ends(end: Any, groups: StageGroups) -> None:
+    """Ends of unlike rows are refused on every rank of the columns that have them."""
+    is_first = groups.pipeline_rank == 0
+    rows = [8, VOCABULARY - 8] if is_first else [9, VOCABULARY - 9]
+    module = end(HIDDEN, VOCABULARY, group=groups.vocab_group, rows=rows)
+    ends = (module, None) if is_first else (None, module)
+    with pytest.raises(ValueError, match=r"have the rows \[.* and \[.*the same counts of rows"):
+        TiedRows(*ends, groups.pipeline_group, first=0, last=1)
+    ends = (module, None) if is_first else (None, None)
+    with pytest.raises(ValueError, match="pipeline rank 1: the last stage is on rank 1, which"):
+        TiedRows(*ends, groups.pipeline_group, first=0, last=1)
 
 
 def check_copied_ends(module: Any, tied: TiedRows, groups: StageGroups) -> None:

@@ -88,6 +88,14 @@ def without_reduction(given: dict[str, Any], rank: int) -> None:
     given["vocab_parallel_options"] = replace(options, reduce_e_grad=False)
 
 
+def largest(size: int) -> Change:
+    def change(given: dict[str, Any], rank: int) -> None:
+        options = given["vocab_parallel_options"]
+        given["vocab_parallel_options"] = replace(options, largest_shard=size)
+
+    return change
+
+
 def on_meta(given: dict[str, Any], rank: int) -> None:
     for name in ("e", "c", "targets"):
         given[name] = given[name].detach().to("meta")
@@ -97,6 +105,8 @@ MISTAKES: list[tuple[Change, str]] = [
     (reshaped("c", 6, 3), "hidden size of e is 4 but that of c is 3"),
     (reshaped("c", 9, HIDDEN), r"c has 9 rows but the options say \[0, 6\)"),
     (on_rank(1, reshaped("c", 9, HIDDEN)), "rank 1 of the vocab group: c has 9 rows"),
+    (largest(5), "largest_shard must be .* got 5 where this rank has 6"),
+    (on_rank(1, largest(7)), r"must agree.*largest_shard: \[None, 7\]"),
     (target(VOCABULARY), r"targets must lie in \[0, 11\).* got 11"),
     (on_rank(1, target(-1)), r"targets must lie in \[0, 11\).* got -1 on rank 1"),
     (cast("targets", torch.float32), "int32 or int64, got torch.float32"),

@@ -26,13 +26,14 @@ from vocab_parallel import (
 from vocab_parallel.modules.vocab_rows import holds_vocab_rows
 
 HIDDEN, VOCABULARY = 6, 11
+ROWS = (8, 3)  # of the two vocab ranks
 
 
 class Head(VocabParallelClassifier):
     """Rows, and beside them a factor that is the same on every rank."""
 
     def __init__(self, group: Any, **options: Any) -> None:
-        super().__init__(HIDDEN, VOCABULARY, group=group, bias=True, **options)
+        super().__init__(HIDDEN, VOCABULARY, group=group, rows=ROWS, bias=True, **options)
         self.factor = nn.Parameter(torch.zeros(2, HIDDEN))
 
 
@@ -40,7 +41,7 @@ class Stage(nn.Module):
     def __init__(self, group: Any, **options: Any) -> None:
         super().__init__()
         self.layer = nn.Linear(HIDDEN, HIDDEN, bias=False)
-        self.embed = VocabParallelEmbedding(HIDDEN, VOCABULARY, group=group, **options)
+        self.embed = VocabParallelEmbedding(HIDDEN, VOCABULARY, group=group, rows=ROWS, **options)
         self.head = Head(group, **options)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -188,7 +189,7 @@ class Everything(nn.Module):
 
     def __init__(self, group: Any) -> None:
         super().__init__()
-        self.head = VocabParallelClassifier(HIDDEN, VOCABULARY, group=group, bias=True)
+        self.head = VocabParallelClassifier(HIDDEN, VOCABULARY, group=group, rows=ROWS, bias=True)
         self.options = VocabParallelOptions.from_vocab(VOCABULARY, group)
         self.loss = CCEPipelineLoss(self.head)
 
@@ -206,6 +207,8 @@ def check_copies() -> None:
     copied = copy.deepcopy(stage)
     assert torch.equal(copied(hidden, labels), expected)
     assert copied.head.group is copied.options.group is group
+    assert copied.head.row_counts == ROWS
+    assert copied.head.options.largest_shard == 8
     assert copied.options == copy.copy(stage.options) == stage.options
     assert holds_vocab_rows(copied.head.weight)
     assert copy.copy(stage.head).weight is stage.head.weight

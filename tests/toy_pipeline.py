@@ -42,6 +42,7 @@ class Setting:
     impl: str = "auto"
     dtype: str = "float64"
     adapter: bool = False  # the classifier is frozen, and has a LoRA adapter of PEFT's
+    rows: tuple[int, ...] | None = None  # of each vocab rank
 
     @property
     def num_stages(self) -> int:
@@ -158,7 +159,9 @@ class Pipeline:
         if self.has_last and setting.dtensor:
             self.head = DTensorHead(whole["head"], groups.mesh["vocab"])
         elif self.has_last:
-            self.head = VocabParallelClassifier.from_linear(whole["head"], groups.vocab_group)
+            self.head = VocabParallelClassifier.from_linear(
+                whole["head"], groups.vocab_group, rows=setting.rows
+            )
         self.modules = {
             index: ToyStage(whole, index, self.head if index == last else None)
             for index in self.indices

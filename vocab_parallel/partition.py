@@ -79,9 +79,9 @@ def checked_rows(rows: Sequence[int], vocab_size: int, degree: int) -> tuple[int
     are_counts = all(isinstance(count, int) and count >= 0 for count in counts)
     if len(counts) != degree or not are_counts or sum(counts) != vocab_size:
         raise ValueError(
-            f"rows must be {degree} counts of at least 0, one for each rank of the vocab group, "
-            f"that add up to vocab_size={vocab_size}, got {rows!r}: pass what filled_rows "
-            f"returns, or None for the ceiling partition"
+            f"expected rows as counts of at least 0, one a rank of the vocab group (of degree "
+            f"{degree}), that add up to vocab_size={vocab_size}, got {rows!r}: pass what "
+            f"filled_rows returns, or None for the ceiling partition"
         )
     return counts
 

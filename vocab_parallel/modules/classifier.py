@@ -21,7 +21,7 @@ class VocabParallelClassifier(VocabRows):
 
     It lives in the last pipeline stage's module, where the stage's gradient scaling, the optimizer
     and the zero-bubble split find its weight; the loss only reads it. `rows_for_checkpoint` says
-    how a checkpoint of it loads on any mesh.
+    how a checkpoint of it loads on any mesh, and ``gather_rows(weight)`` gives each rank the whole.
 
         pipeline_mode = True     forward(hidden [..., D]) -> hidden, unchanged
         pipeline_mode = False    forward(hidden [..., D]) -> logits [..., vocab_size]

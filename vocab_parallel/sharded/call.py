@@ -239,7 +239,7 @@ def _agreed(settings: LossSettings, operands: Operands, rows: RankRows) -> dict[
     return {
         **settings.agreed(),
         "reduce_e_grad": rows.reduce_e_grad,
-        "rows of the largest shard": rows.most_rows,
+        "largest_shard": rows.largest_shard,
         "tokens of e": hidden.shape[:-1].numel(),
         "hidden size": hidden.shape[-1],
         "dtype of e": hidden.dtype,
