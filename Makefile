@@ -59,6 +59,8 @@ bench: $(VENV)/.test  ## what can be measured on this machine
 	$(BIN)/python -m benchmarks.loss
 	if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
 	  $(BIN)/python -m benchmarks.memory; fi
+	if $(BIN)/python -c 'import sys, torch; sys.exit(torch.cuda.device_count() < 2)'; then \
+	  $(TORCHRUN) --nproc-per-node gpu -m benchmarks.several_gpus; fi
 
 docs: $(VENV)/.docs  ## the tables that are made from what passes, and the site in site/
 	WRITE_DOCS=1 $(BIN)/pytest -q tests/test_options_table.py tests/test_schedules.py \

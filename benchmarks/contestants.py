@@ -1,12 +1,14 @@
-"""Who is timed on one shard: the products alone, ours in each way, and others' losses.
+"""Who is timed: the products alone, ours in each way, and others' losses.
 
 Each contestant computes the mean loss of the same hidden states, rows and targets, and returns
 the gradients of hidden states and rows; "into main_grad" adds the latter to a float32 accumulator
-that is there already. A peer that is not installed is left out, with the reason.
+that is there already. The rows are a shard: of a group of one rank, or of a real group, whose
+ranks then call each contestant together and whose collectives are the contestant's own.
+A peer that is not installed is left out, with the reason.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +16,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from vocab_parallel import linear_cross_entropy
+from vocab_parallel import VocabParallelOptions, linear_cross_entropy
+from vocab_parallel.collectives import VocabGroup
+from vocab_parallel.sharded.layout import HiddenLayout
 
 Gradients = tuple[Tensor, Tensor]
 Contestant = Callable[[], Gradients]
@@ -25,16 +29,68 @@ PEERS_OF_A_GROUP = (
     "liger, tensor-parallel",
     "fla, process group",
 )
+# Those, and two that materialise a shard's logits.
+PEERS_OVER_RANKS = (
+    *PEERS_OF_A_GROUP,
+    "cut-cross-entropy torch_compile",
+    "torch, loss_parallel",
+)
 PEERS_OF_ONE_GPU = ("cut-cross-entropy, one GPU", "liger, one GPU", "quack, one GPU")
 
 
 @dataclass(frozen=True)
 class Operands:
-    """One shard: hidden states [T, D], rows [R, D] and targets [T]."""
+    """One rank's part of a call, with V ranks in its group.
+
+        layout          hidden states     rows                  targets
+        "replicated"    [T, D]            [stop - start, D]     [T]
+        "sharded"       [T / V, D]        [stop - start, D]     [T / V]
+        "sequence"      [T / V, D]        [stop - start, D]     [T]
+
+    Attributes:
+        options: which rows these are, of which group; None: all of them, on a rank alone.
+    """
 
     hidden: Tensor
     rows: Tensor
     targets: Tensor
+    options: VocabParallelOptions | None = None
+    layout: HiddenLayout = "replicated"
+
+    @property
+    def shard(self) -> VocabParallelOptions:
+        """The options as a peer wants them: a rank alone is the default group."""
+        return self.options or VocabParallelOptions(0, self.rows.shape[0], dist.group.WORLD)
+
+    @property
+    def group(self) -> VocabGroup:
+        return VocabGroup() if self.options is None else VocabGroup.of(self.options.group)
+
+    @property
+    def own_tokens(self) -> slice:
+        """This rank's hidden states among the T."""
+        count = self.hidden.shape[0]
+        first = 0 if self.layout == "replicated" else self.group.rank * count
+        return slice(first, first + count)
+
+    def laid_out(self, layout: HiddenLayout) -> "Operands":
+        """Return replicated operands in another layout, of the same T tokens together.
+
+        Raises:
+            ValueError: the group's ranks do not divide the tokens.
+        """
+        if layout == "replicated":
+            return self
+        count, remainder = divmod(self.hidden.shape[0], self.group.degree)
+        if remainder:
+            raise ValueError(
+                f'the layout "{layout}" needs equally many tokens on each rank: '
+                f"{self.group.degree} do not divide {self.hidden.shape[0]}"
+            )
+        own = slice(self.group.rank * count, (self.group.rank + 1) * count)
+        hidden = self.hidden.detach()[own].clone().requires_grad_()
+        targets = self.targets[own] if layout == "sharded" else self.targets
+        return replace(self, hidden=hidden, targets=targets, layout=layout)
 
     def gradients(self, loss: Any) -> Gradients:
         found = torch.autograd.grad(loss, (self.hidden, self.rows))
@@ -50,13 +106,39 @@ def draw(tokens: int, hidden: int, rows: int, dtype: torch.dtype, device: torch.
     return Operands(e.requires_grad_(), c.requires_grad_(), targets)
 
 
+def draw_over_group(
+    tokens: int,
+    hidden: int,
+    options: VocabParallelOptions,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Operands:
+    """Draw replicated operands of a group: its ranks have the same tokens and their own rows.
+
+    What is the same is drawn on the host, whatever cards the ranks have.
+    """
+    assert options.vocab_size is not None
+    torch.manual_seed(0)
+    e = torch.randn(tokens, hidden).to(device, dtype)
+    targets = torch.randint(options.vocab_size, (tokens,)).to(device)
+    torch.manual_seed(1 + options.start)
+    c = torch.randn(options.stop - options.start, hidden, device=device) / hidden**0.5
+    return Operands(e.requires_grad_(), c.to(dtype).requires_grad_(), targets, options)
+
+
 def confident(operands: Operands) -> Operands:
-    """Return operands whose every target has most of the probability: a trained model's."""
+    """Return operands whose every target has most of the probability: a trained model's.
+
+    They are replicated; where they are a group's, each of its ranks calls.
+    """
     rows = operands.rows.detach()
-    toward = rows[operands.targets].float()
+    local = operands.targets - operands.shard.start
+    owned = (local >= 0) & (local < rows.shape[0])
+    toward = rows[torch.where(owned, local, 0)].float().masked_fill_(~owned.unsqueeze(1), 0.0)
+    toward = operands.group.sum(toward)
     toward *= 16.0 / toward.square().sum(1, keepdim=True)
     hidden = (0.3 * operands.hidden.detach().float() + toward).to(rows.dtype)
-    return Operands(hidden.requires_grad_(), operands.rows, operands.targets)
+    return replace(operands, hidden=hidden.requires_grad_())
 
 
 def floors(operands: Operands) -> dict[str, Contestant]:
@@ -99,10 +181,40 @@ def _products(operands: Operands, chunk: int) -> Contestant:
     return run
 
 
+def between_collectives(operands: Operands, gathers: bool, products: Contestant) -> Contestant:
+    """Return the products of replicated operands with the collectives of a layout, one call each.
+
+    A layout that gathers gathers [T / V, D] before them and reduce-scatters [T, D] in float32
+    behind; the other all-reduces [T, D] in float32 behind. Nothing is cast.
+    """
+    group = operands.group
+    own = operands.laid_out("sharded" if gathers else "replicated").hidden.detach()
+    partial = torch.zeros_like(operands.hidden, dtype=torch.float32, requires_grad=False)
+
+    def run() -> Gradients:
+        if gathers:
+            group.gather_tokens(own)
+        found = products()
+        if gathers:
+            group.scatter_sum(partial)
+        else:
+            group.sum(partial)
+        return found
+
+    return run
+
+
 def ours(operands: Operands, **options: Any) -> Contestant:
     """Return our loss with some options."""
     return lambda: operands.gradients(
-        linear_cross_entropy(operands.hidden, operands.rows, operands.targets, **options)
+        linear_cross_entropy(
+            operands.hidden,
+            operands.rows,
+            operands.targets,
+            vocab_parallel_options=operands.options,
+            hidden_layout=operands.layout,
+            **options,
+        )
     )
 
 
@@ -136,22 +248,26 @@ def materialised(operands: Operands, compiled: bool) -> Contestant:
 def loss_parallel_logits(operands: Operands) -> Contestant:
     """Return torch's loss over DTensor logits whose rows are sharded, as torchtitan's TP has it.
 
-    The mesh has one rank, whose rows are a shard: what the other ranks' three all-reduces of [N]
-    would add is not in it.
+    DTensor gathers hidden states that are sharded over the sequence, and reduces their gradient.
+    A mesh of one rank, whose rows are a shard, shows what one rank computes.
     """
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import DTensor, Replicate, Shard
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
     from torch.distributed.tensor.parallel import loss_parallel
 
-    mesh = init_device_mesh(operands.hidden.device.type, (1,))
-    targets = DTensor.from_local(operands.targets, mesh, [Replicate()])
+    _need_equal_shards(operands)
+    group = operands.shard.group or dist.group.WORLD
+    mesh = DeviceMesh.from_group(group, operands.hidden.device.type)  # type: ignore[arg-type]
+    replicated: list[Placement] = [Replicate()]
+    placed: list[Placement] = [Shard(0)] if operands.layout == "sequence" else replicated
+    targets = DTensor.from_local(operands.targets, mesh, replicated)
 
     def run() -> Gradients:
+        hidden = DTensor.from_local(operands.hidden, mesh, placed)
+        rows = DTensor.from_local(operands.rows, mesh, [Shard(0)])
         with loss_parallel():
-            logits = F.linear(operands.hidden, operands.rows).float()
-            sharded = DTensor.from_local(logits, mesh, [Shard(-1)])
-            loss = F.cross_entropy(sharded, targets)
-            return operands.gradients(loss)
+            logits = F.linear(hidden.redistribute(placements=replicated), rows).float()
+            return operands.gradients(F.cross_entropy(logits, targets))
 
     return run
 
@@ -166,32 +282,45 @@ def peers(operands: Operands) -> tuple[dict[str, Contestant], dict[str, str]]:
             contestant()  # some fail only when they run
             found[name] = contestant
         except Exception as error:
-            missing[name] = f"{type(error).__name__}: {str(error).strip()[:200]}"
+            missing[name] = in_words(error)
     return found, missing
+
+
+def in_words(error: Exception) -> str:
+    """Return why a contestant is left out."""
+    return f"{type(error).__name__}: {str(error).strip()[:200]}"
 
 
 def peer(operands: Operands, name: str) -> Contestant:
     """Return one peer's loss; ImportError where it is not installed."""
-    group = dist.group.WORLD
     makers: dict[str, Callable[[], Contestant]] = {
-        "cut-cross-entropy cce": lambda: _cut_cross_entropy(operands, "cce", group),
-        "cut-cross-entropy cce_exact": lambda: _cut_cross_entropy(operands, "cce_exact", group),
-        "liger, tensor-parallel": lambda: _liger_parallel(operands, group),
-        "fla, process group": lambda: _fla(operands, group),
-        "cut-cross-entropy, one GPU": lambda: _cut_cross_entropy(operands, "cce", None),
+        "cut-cross-entropy cce": lambda: _cut_cross_entropy(operands, "cce"),
+        "cut-cross-entropy cce_exact": lambda: _cut_cross_entropy(operands, "cce_exact"),
+        "cut-cross-entropy torch_compile": lambda: _cut_cross_entropy(operands, "torch_compile"),
+        "liger, tensor-parallel": lambda: _liger_parallel(operands),
+        "fla, process group": lambda: _fla(operands),
+        "torch, loss_parallel": lambda: loss_parallel_logits(operands),
+        "cut-cross-entropy, one GPU": lambda: _cut_cross_entropy(operands, "cce", alone=True),
         "liger, one GPU": lambda: _liger(operands),
         "quack, one GPU": lambda: _quack(operands),
     }
     return makers[name]()
 
 
-def _cut_cross_entropy(operands: Operands, impl: str, group: Any) -> Contestant:
+def _need_equal_shards(operands: Operands) -> None:
+    whole, degree = operands.shard.vocab_size, operands.group.degree
+    if whole is not None and whole % degree:
+        raise ValueError(f"needs equal shards, and {degree} ranks do not divide {whole} rows")
+
+
+def _cut_cross_entropy(operands: Operands, impl: str, *, alone: bool = False) -> Contestant:
     import cut_cross_entropy as package
 
     options = {}
-    if group is not None:
-        shard = package.VocabParallelOptions(0, operands.rows.shape[0], group)
-        options = {"vocab_parallel_options": shard}
+    if not alone:
+        shard = operands.shard
+        own = package.VocabParallelOptions(shard.start, shard.stop, shard.group)
+        options = {"vocab_parallel_options": own}
     return lambda: operands.gradients(
         package.linear_cross_entropy(
             operands.hidden, operands.rows, operands.targets, impl=impl, **options
@@ -199,10 +328,11 @@ def _cut_cross_entropy(operands: Operands, impl: str, group: Any) -> Contestant:
     )
 
 
-def _liger_parallel(operands: Operands, group: Any) -> Contestant:
+def _liger_parallel(operands: Operands) -> Contestant:
     from liger_kernel.transformers import functional
 
-    count = operands.targets.numel()
+    _need_equal_shards(operands)
+    count, group = operands.targets.numel(), operands.shard.group
     return lambda: operands.gradients(
         functional.liger_fused_linear_scaled_cross_entropy_tp(
             operands.hidden, operands.rows, operands.targets, group
@@ -218,10 +348,11 @@ def _liger(operands: Operands) -> Contestant:
     return lambda: operands.gradients(loss(operands.rows, operands.hidden, operands.targets))
 
 
-def _fla(operands: Operands, group: Any) -> Contestant:
+def _fla(operands: Operands) -> Contestant:
     from fla.modules.fused_linear_cross_entropy import FusedLinearCrossEntropyLoss
 
-    loss = FusedLinearCrossEntropyLoss(process_group=group)
+    _need_equal_shards(operands)
+    loss = FusedLinearCrossEntropyLoss(process_group=operands.shard.group)
     return lambda: operands.gradients(
         loss(operands.hidden[None], operands.targets[None], operands.rows)
     )

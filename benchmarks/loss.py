@@ -22,10 +22,10 @@ import torch.nn.functional as F
 import tyro
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from benchmarks import contestants
 from benchmarks.contestants import Contestant, Operands
+from benchmarks.exact import exact_gradients, relative_errors
 from benchmarks.measure import Measurement, interleaved
 
 MIB = 2**20
@@ -125,11 +125,12 @@ def _measure(
     elements = operands.hidden.shape[0] * operands.rows.shape[0]
     if arguments.errors and elements <= MOST_LOGITS_FOR_ERRORS:
         for kind, case in (("random", operands), ("confident", contestants.confident(operands))):
-            exact = _exact_gradients(case)
+            exact = exact_gradients(case)
             same, _ = _entries(case, arguments, device)
             for name, contestant in same.items():
-                if not name.startswith("products"):
-                    table[name].errors |= _errors(kind, contestant, exact, name)
+                if not name.startswith("products") and "main_grad" not in name:
+                    errors = relative_errors(contestant(), exact, case)
+                    table[name].errors |= {f"{kind} {what}": one for what, one in errors.items()}
     return table, missing
 
 
@@ -188,36 +189,6 @@ def _memory(name: str, one: Measurement, operands: Operands) -> int | None:
     if "main_grad" not in name:
         returned += operands.rows.nbytes
     return one.peak - returned
-
-
-def _exact_gradients(operands: Operands) -> tuple[Tensor, Tensor]:
-    """Compute in float64, some tokens at a time."""
-    count = operands.targets.numel()
-    rows = operands.rows.detach().double()
-    hidden_grad = torch.empty_like(operands.hidden, dtype=torch.float64)
-    rows_grad = torch.zeros_like(rows)
-    for start in range(0, count, 1024):
-        own = slice(start, start + 1024)
-        hidden = operands.hidden.detach()[own].double()
-        logits_grad = torch.softmax(hidden @ rows.T, 1)
-        target = operands.targets[own].unsqueeze(1)
-        # 1 - p of a confident token, without cancellation
-        others = logits_grad.scatter(1, target, 0.0).sum(1, keepdim=True)
-        logits_grad.scatter_(1, target, -others).div_(count)
-        hidden_grad[own] = logits_grad @ rows
-        rows_grad.addmm_(logits_grad.T, hidden)
-    return hidden_grad, rows_grad
-
-
-def _errors(
-    kind: str, contestant: Contestant, exact: tuple[Tensor, Tensor], name: str
-) -> dict[str, float]:
-    if "main_grad" in name:
-        return {}
-    return {
-        f"{kind} {what}": float((got.double() - want).norm() / want.norm())
-        for what, got, want in zip(("dE", "dC"), contestant(), exact, strict=True)
-    }
 
 
 def _print_table(shape: str, tokens: int, found: dict[str, Row], missing: dict[str, str]) -> None:

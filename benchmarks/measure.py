@@ -6,7 +6,7 @@ import json
 import random
 import statistics
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,23 +42,43 @@ def interleaved(
     layer's work is still running when the loss is called: what is measured is the device's time,
     at the clock of a busy device, and the host's time only where it is longer than that.
     """
+    peaks = {name: peak_of(call, device) for name, call in contestants.items()}
+    times = timed_rounds(
+        contestants, device=device, ahead=busy_work(device), rounds=rounds, warmup=warmup
+    )
+    return {name: Measurement(*median_and_spread(times[name]), peaks[name]) for name in contestants}
+
+
+def timed_rounds(
+    contestants: Mapping[str, Callable[[], object]],
+    *,
+    device: torch.device,
+    ahead: Callable[[], object],
+    rounds: int,
+    warmup: int = 2,
+    quiet: bool = False,
+) -> dict[str, list[float]]:
+    """Return each contestant's milliseconds, one a round, behind what ``ahead`` queues.
+
+    The orders are drawn from one seed: ranks that time the same contestants are in step.
+    """
     shuffle = random.Random(0).shuffle
     order = list(contestants)
     times: dict[str, list[float]] = {name: [] for name in contestants}
-    peaks = {name: peak_of(call, device) for name, call in contestants.items()}
-    busy = busy_work(device)
-    for turn in tqdm(range(warmup + rounds), desc="rounds", leave=False):
+    for turn in tqdm(range(warmup + rounds), desc="rounds", leave=False, disable=quiet):
         shuffle(order)
         for name in order:
-            milliseconds = time_of(contestants[name], device, busy)
+            milliseconds = time_of(contestants[name], device, ahead)
             if turn >= warmup:
                 times[name].append(milliseconds)
-    found = {}
-    for name, values in times.items():
-        ordered = sorted(values)
-        inner = ordered[1:-1] if len(ordered) > 2 else ordered
-        found[name] = Measurement(statistics.median(values), inner[-1] - inner[0], peaks[name])
-    return found
+    return times
+
+
+def median_and_spread(values: Sequence[float]) -> tuple[float, float]:
+    """Return the median, and what lies between the second smallest and the second largest."""
+    ordered = sorted(values)
+    inner = ordered[1:-1] if len(ordered) > 2 else ordered
+    return statistics.median(values), inner[-1] - inner[0]
 
 
 def _peak_of_host(call: Callable[[], object]) -> int:

@@ -1,4 +1,4 @@
-"""The figures: time over memory of one shard, the last stage against the others, scaling."""
+"""The figures: one shard, a group of several GPUs, the last stage against the others, scaling."""
 
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,44 @@ def plot_last_stages(document: dict[str, Any], path: Path) -> None:
             axis.grid(axis="x", alpha=0.3)
     axes[0][1].legend(fontsize=8)
     figure.suptitle(f"Equal GPUs, equal global batch; {document['machine']}, {document['date']}")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def plot_several_gpus(document: dict[str, Any], path: Path) -> None:
+    """Draw each contestant's time over the products', a panel a shape; a line is that floor."""
+    shapes = document["shapes"]
+    names = list(dict.fromkeys(name for found in shapes.values() for name in found["rows"]))[::-1]
+    figure, axes = plt.subplots(
+        1,
+        len(shapes),
+        figsize=(4 + 3.4 * len(shapes), 1.5 + 0.24 * len(names)),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for axis, (shape, found) in zip(axes.flat, shapes.items(), strict=True):
+        for place, name in enumerate(names):
+            row = found["rows"].get(name)
+            if row is not None:
+                color = "tab:blue" if name.startswith("ours") else "tab:gray"
+                axis.barh(place, row["over_floor"], color=color)
+                ratio = row["over_floor"]
+                axis.text(ratio, place, f" {ratio:.2f}", va="center", fontsize=7)
+        axis.axvline(1.0, color="black", linewidth=0.8)
+        axis.set_xscale("log")
+        axis.set_xticks([1, 1.5, 2, 3, 5, 8], ["1", "1.5", "2", "3", "5", "8"])
+        axis.minorticks_off()
+        slowest = max((row["over_floor"] for row in found["rows"].values()), default=1.0)
+        axis.set_xlim(0.9, 1.3 * slowest)
+        axis.set_title(f"tokens x hidden x rows\n{shape}", fontsize=9)
+        axis.set_xlabel("time / the three products alone")
+        axis.grid(axis="x", alpha=0.3)
+    axes.flat[0].set_yticks(range(len(names)), names, fontsize=7)
+    figure.suptitle(
+        f"{document['ranks']} x {document['machine']}, {document['dtype'].partition('.')[2]}, "
+        f"{document['date']}, torch {document['torch']}"
+    )
     figure.savefig(path, dpi=130)
     plt.close(figure)
 

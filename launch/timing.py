@@ -29,14 +29,19 @@ def busy_work(device: torch.device) -> Callable[[], object]:
     return products
 
 
-def time_of(call: Callable[[], object], device: torch.device, busy: Callable[[], object]) -> float:
-    """Return the milliseconds of a call that is queued behind what keeps the device busy."""
+def time_of(call: Callable[[], object], device: torch.device, ahead: Callable[[], object]) -> float:
+    """Return the milliseconds of a call that is queued behind what ``ahead`` queues.
+
+    On a GPU that is `busy_work`, so that it is the device's time; over several ranks also what lets
+    them begin together.
+    """
     if device.type != "cuda":
+        ahead()
         began = time.perf_counter()
         call()
         return 1e3 * (time.perf_counter() - began)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    busy()
+    ahead()
     start.record()
     call()
     end.record()
