@@ -1,4 +1,7 @@
-"""How many layers each stage gets, so that the slowest stage is as fast as can be."""
+"""How many layers each stage gets, and how many rows: the slowest is as fast as can be."""
+
+import heapq
+from collections.abc import Sequence
 
 
 def layer_counts(num_layers: int, num_stages: int, classifier: float) -> list[int]:
@@ -26,3 +29,28 @@ def layer_counts(num_layers: int, num_stages: int, classifier: float) -> list[in
     last = min(range(1, num_layers - before + 1), key=slowest)
     share, remainder = divmod(num_layers - last, before)
     return [share + (stage < remainder) for stage in range(before)] + [last]
+
+
+def filled_rows(
+    vocab_size: int, loads: Sequence[float], row_cost: float, *, multiple: int = 128
+) -> list[int]:
+    """Give the rows to the ranks that have the least other work: water-filling.
+
+    Args:
+        vocab_size: rows of all ranks.
+        loads: by rank, what a microbatch takes without the vocabulary, in any unit.
+        row_cost: what one row takes of a microbatch, in the same unit.
+        multiple: all counts but one are multiples of it.
+
+    Returns:
+        The counts by rank.
+    """
+    counts = [0] * len(loads)
+    heights = [(load, rank) for rank, load in enumerate(loads)]
+    heapq.heapify(heights)
+    for start in range(0, vocab_size, multiple):
+        height, rank = heights[0]
+        size = min(multiple, vocab_size - start)
+        counts[rank] += size
+        heapq.heapreplace(heights, (height + size * row_cost, rank))
+    return counts
