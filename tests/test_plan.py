@@ -18,7 +18,7 @@ from launch.planning.hardware import Hardware
 from launch.planning.loss_time import LAUNCHES, loss_seconds, passes_seconds
 from launch.planning.meshes import best_of
 from launch.planning.orders import SCHEDULES, SINGLE, most_in_flight, orders, stages_of
-from launch.planning.rank_work import HELD, RankWork, filling_helps
+from launch.planning.rank_work import HELD, RankWork, Rows, filling_helps
 from launch.planning.shape import ModelShape
 from launch.planning.spanning import SpanningPlanner, tasks_of
 from launch.planning.table import verdict
@@ -259,6 +259,28 @@ def test_fewer_microbatches_and_the_formula(schedule: str) -> None:
         assert again == pytest.approx(
             planner.step(job, wide, rows, simulated=True).seconds, rel=0.02
         )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["qwen3-32b", "qwen3-8b", "gemma-2-2b"])
+@pytest.mark.parametrize("schedule", HELD)
+def test_approximations(schedule: str, model: str) -> None:
+    """What docs/planning.md says of the formula, and of what is left out of a simulation."""
+    hardware = Hardware.load("h100")
+    shapes = ((2, 8, 1), (4, 8, 1), (8, 8, 1), (4, 32, 1), (8, 64, 1), (8, 64, 16), (16, 64, 1))
+    for pipeline, microbatches, vocab in shapes:
+        job, mesh, _ = whole_mesh(model, Mesh(1, pipeline, vocab), microbatches, schedule)
+        if len(stages_of(schedule, pipeline)[0]) * pipeline > job.shape.layers:
+            continue
+        rules: list[Rows] = ["balanced"] + ["filled"] * filling_helps(job, pipeline)
+        for rows in rules:
+            costs = RankWork.of(job, mesh, hardware, rows).costs(job, mesh, hardware)
+            whole = best_order(tasks_of(schedule, pipeline, microbatches), costs).finish
+            expected = SpanningPlanner(hardware).step(job, mesh, rows, simulated=False)
+            found = SpanningPlanner(hardware).step(job, mesh, rows, simulated=True)
+            uneven = rows == "filled" and schedule not in SINGLE
+            assert found.seconds == pytest.approx(whole, rel=0.04 if uneven else 0.01)
+            assert (0.88 if uneven else 0.95) <= expected.seconds / whole <= 1.05
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "interleavedzerobubble", "zbvzerobubble"])
