@@ -8,11 +8,13 @@ A model on pipeline x V GPUs, 1F1B, sequences of 4096 tokens, V columns of M mic
     (b) tensor-parallel groups of V ranks with loss-parallel logits, V x M microbatches
     (c) ours, sharded layout: columns with sequences of their own, the classifier cut over them
     (d) ours, replicated layout: columns with the same sequences, V x M microbatches
+    (e) ours, the vocabulary cut over all P x V ranks, columns with sequences of their own
 
 Layers are spread over the stages for each contestant by what its loss was measured to take. Then
 the last stage (its layers forward, the loss, its layers backward) and the first stage (its layers,
 with its microbatches in flight) are run on this one card, and timed. From that a step of 1F1B is
-simulated; what goes over links is arithmetic: the hardware file's rate, nothing hidden.
+simulated; what goes over links is arithmetic: the hardware file's rate, nothing hidden but by the
+order of (e), whose layers are spread evenly.
 
 The last line of the output is one JSON document.
 """
@@ -30,7 +32,8 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from benchmarks import contestants
+from benchmarks import all_stages, contestants
+from benchmarks.cases import Case, Row
 from benchmarks.contestants import Operands
 from benchmarks.cuts import Cut, cuts_of
 from benchmarks.measure import interleaved
@@ -38,7 +41,6 @@ from benchmarks.plot import plot_last_stages
 from benchmarks.stages import Stage, measure_layers, measure_with_loss, release
 from launch.planning.balance import layer_counts
 from launch.planning.hardware import Hardware
-from launch.planning.published import PUBLISHED
 from launch.planning.timeline import StageTimes, simulate
 
 GB = 1e9
@@ -64,41 +66,6 @@ class Arguments:
     """Whether other packages' losses are timed."""
     out: Path = Path("runs/last_stage")
     """Folder for the numbers (JSON) and the figure (PNG)."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """One model on one mesh."""
-
-    name: str
-    config: dict[str, Any]
-    pipeline: int
-    vocab: int
-    again: bool
-
-    @classmethod
-    def parse(cls, text: str, recompute_from: float) -> "Case":
-        name, _, mesh = text.partition(":")
-        pipeline, _, vocab = mesh.partition("x")
-        if name not in PUBLISHED or not (pipeline.isdigit() and vocab.isdigit()):
-            raise ValueError(f"{text!r} is no model:PxV with one of {sorted(PUBLISHED)}")
-        config = dict(PUBLISHED[name])
-        size = config["num_hidden_layers"] * 12 * config["hidden_size"] ** 2
-        return cls(name, config, int(pipeline), int(vocab), size >= recompute_from)
-
-
-@dataclass
-class Row:
-    """What was found of one contestant; milliseconds are of a microbatch."""
-
-    layers: list[int]
-    loss_milliseconds: float
-    last_milliseconds: float
-    first_milliseconds: float
-    link_milliseconds: float  # arithmetic, in the last stage's
-    last_peak: int
-    first_peak: int
-    step_seconds: float  # simulated
 
 
 def main() -> None:
@@ -157,6 +124,18 @@ def study(
         )
         for name, loss in tqdm(losses.items(), desc=case.name, leave=False)
     }
+    try:
+        found[all_stages.NAME] = all_stages.measure_all_stages(
+            case,
+            layer[1],
+            sequence=arguments.sequence,
+            microbatches=arguments.microbatches,
+            rounds=arguments.rounds,
+            hardware=hardware,
+            device=device,
+        )
+    except Exception as error:
+        missing[all_stages.NAME] = f"{type(error).__name__}: {str(error).strip()[:160]}"
     return found, missing
 
 

@@ -1,4 +1,4 @@
-"""The figures: one shard, a group of several GPUs, the last stage against the others, scaling."""
+"""The figures: one shard, several GPUs, the last stage against the others, scaling, all stages."""
 
 from pathlib import Path
 from typing import Any
@@ -160,5 +160,29 @@ def plot_scaling(document: dict[str, Any], path: Path) -> None:
     figure.suptitle(
         f"{document['tokens']} tokens, {document['machine']}, torch {document['torch']}"
     )
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def plot_spanning(document: dict[str, Any], path: Path) -> None:
+    """Draw how much longer rebalanced layers take than all stages, over P, a line a model."""
+    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    degrees: set[int] = set()
+    for number, (model, found) in enumerate(document["models"].items()):
+        rows = [row for row in found["rows"] if row["schedule"] == "1f1b"]
+        ranks = [row["ranks"] for row in rows]
+        degrees |= set(ranks)
+        for way, line, marker in (("balanced", "--", "o"), ("filled", "-", "^")):
+            ratios = [row["rebalanced"] / row[way]["milliseconds"] for row in rows]
+            label = f"{model}, rows {way}"
+            axis.plot(ranks, ratios, line, marker=marker, color=f"C{number}", label=label)
+    axis.axhline(1.0, color="black", linewidth=0.8)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(sorted(degrees), [str(degree) for degree in sorted(degrees)])
+    axis.set_xlabel("stages P, M = 8 P microbatches, 1F1B")
+    axis.set_ylabel("step with the best rebalanced layers / over all stages")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    figure.suptitle(f"Simulated from pieces measured on {document['machine']}, {document['date']}")
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -29,8 +29,8 @@ from benchmarks.memory_rank import HEADS
 from benchmarks.plot import plot_scaling
 from benchmarks.stages import release
 from launch.planning.calibrate import calibrate
-from launch.planning.estimate import loss_seconds
 from launch.planning.hardware import Hardware
+from launch.planning.loss_time import loss_seconds
 from vocab_parallel import plan_backward
 
 MIB = 2**20

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from benchmarks.contestants import Contestant, Operands
 from benchmarks.measure import peak_of
+from benchmarks.row_passes import RowPasses
 from launch.planning.layers import DecoderLayers
 from launch.timing import busy_work, time_of
 
@@ -125,6 +126,57 @@ def measure_with_loss(
     found = _measure(microbatch, microbatch, device, rounds)
     operands.rows.grad = None
     del state
+    return found
+
+
+def measure_with_passes(
+    stage: Stage,
+    passes: RowPasses,
+    *,
+    in_flight: int,
+    held: int,
+    columns: int,
+    device: torch.device,
+    rounds: int,
+) -> StageMeasurement:
+    """Measure a stage that has its share of the loss, where all stages carry the vocabulary.
+
+    Args:
+        stage: its layers.
+        passes: S and T of its rows.
+        in_flight: microbatches of the stage at the worst moment.
+        held: those of the loss then, between S and T, with their hidden states and shares of dE.
+        columns: V, whose tokens the loss covers; this stage's are the first.
+        device: this one.
+        rounds: timed ones.
+    """
+    moments = [torch.zeros_like(passes.weight) for _ in range(2)]
+
+    def of_all_columns(hidden: Tensor) -> Tensor:
+        gathered = hidden.new_zeros((1, columns * hidden.shape[0], hidden.shape[1]))
+        gathered[0, : hidden.shape[0]].copy_(hidden.detach())
+        return gathered.requires_grad_()
+
+    def microbatch() -> None:
+        hidden = stage.forward()
+        hidden_grad = passes.statistics(0, of_all_columns(hidden))[0, : hidden.shape[0]]
+        passes.gradients(0)
+        passes.finish()
+        hidden.backward(hidden_grad.to(hidden.dtype))
+
+    def all_in_flight() -> None:
+        waiting = [stage.forward() for _ in range(in_flight)]
+        shares = [passes.statistics(number, of_all_columns(waiting[-1])) for number in range(held)]
+        while waiting:
+            hidden = waiting.pop(0)
+            hidden.backward(hidden.detach())
+            while shares:  # T comes after the first of the backwards
+                passes.gradients(held - len(shares))
+                shares.pop(0)
+        passes.finish()
+
+    found = _measure(microbatch, all_in_flight, device, rounds)
+    del moments
     return found
 
 

@@ -2,8 +2,10 @@
 
 import itertools
 import json
+import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,19 @@ import pytest
 
 from launch.planning.balance import layer_counts
 from launch.planning.command import PlanArguments, parse_bytes, plan
-from launch.planning.estimate import Job, Mesh, estimate_stages, loss_seconds
+from launch.planning.estimate import Job, Mesh, estimate_stages
 from launch.planning.hardware import Hardware
+from launch.planning.loss_time import LAUNCHES, loss_seconds, passes_seconds
+from launch.planning.meshes import best_of
 from launch.planning.orders import SCHEDULES, SINGLE, most_in_flight, orders, stages_of
+from launch.planning.rank_work import HELD, RankWork, Rows, filling_helps
 from launch.planning.shape import ModelShape
+from launch.planning.spanning import SpanningPlanner, tasks_of
+from launch.planning.table import verdict
 from launch.planning.timeline import StageTimes, simulate
 from tests.ranks import ROOT
 from vocab_parallel import plan_backward
+from vocab_parallel.pipeline.spanning.order import Costs, best_order, one_forward_one_backward
 
 MIB = 2**20
 MEASURED = ROOT / "benchmarks" / "results" / "2026-11-25-loss-h200.json"
@@ -68,7 +76,10 @@ def test_scaling_study() -> None:
 
 
 def planned(**given: Any) -> Any:
-    values = {"model": "qwen3-32b", "gpus": 64, "gpu_memory": "80GB", "microbatches": 16, **given}
+    values = {
+        "model": "qwen3-32b", "gpus": 64, "gpu_memory": "80GB", "microbatches": 16,
+        "vocab_over": "last-stage", **given,
+    }  # fmt: skip
     return plan(PlanArguments(**values))[0]
 
 
@@ -130,9 +141,222 @@ def test_in_flight() -> None:
     assert sum(found.values()) == 8, "as much as 1F1B's first rank, whose stages are twice as long"
 
 
+def whole_mesh(
+    model: str, mesh: Mesh, microbatches: int, schedule: str = "1f1b", **given: Any
+) -> tuple[Job, Mesh, SpanningPlanner]:
+    job = Job(ModelShape.load(model), 4096, 1, microbatches, schedule, **given)
+    return job, mesh, SpanningPlanner(Hardware.load("h100"))
+
+
+def test_memory_of_all_stages() -> None:
+    """Parameters, microbatches in flight and the loss's bytes, each added up here."""
+    for model, ends in (("qwen3-8b", 2), ("qwen3-1.7b", 1)):  # the second is tied
+        job, mesh, planner = whole_mesh(model, Mesh(1, 4, 2), 8, memory_budget=10**9)
+        step = planner.step(job, mesh, "balanced", simulated=True)
+        shape, rows = job.shape, -(-151_936 // 8)
+        tokens = 2 * 4096
+        for rank, stage in enumerate(step.stages):
+            assert stage.rows == rows
+            norm = shape.hidden if rank == 3 else 0
+            body = stage.layers * shape.layer_parameters + norm
+            assert stage.parameters == body + ends * rows * shape.hidden
+            assert stage.weights == 2 * stage.parameters
+            assert stage.in_flight == 4 - rank + 1, "one more than 1F1B's own"
+            assert stage.loss_way == "probs"
+            # Three microbatches' hidden states, shares of dE and logits, and one dE in float32.
+            numbers = tokens * shape.hidden
+            plan_of_rows = plan_backward(
+                tokens, rows, shape.hidden, backward="probs", microbatches_in_flight=3, degree=8
+            )
+            beside = plan_of_rows.peak_bytes - 2 * rows * shape.hidden
+            assert stage.loss == 3 * numbers * (2 + 4) + beside + plan_of_rows.kept_bytes / 4
+            assert beside >= 3 * plan_of_rows.kept_bytes + 4 * numbers
+        assert step.hidden_held == 3
+        last_stage = estimate_stages(job, mesh, Hardware.load("h100"))
+        if ends == 2:
+            lost = last_stage[0].parameters - step.stages[0].parameters
+            whole = (151_936 - 2 * rows) * shape.hidden
+            own = last_stage[0].layers - step.stages[0].layers
+            assert lost == whole + own * shape.layer_parameters, "no whole embedding"
+
+
+def test_seconds_of_passes() -> None:
+    """Three products where logits are kept, five where they are not, and between for a part."""
+    rates = replace(
+        Hardware.load("h100"),
+        copy_bytes=1e30,
+        loss_overhead={"probs": 1.0, "recompute": 1.0, "gradients": 1.0},
+    )
+    shape = (8192, 16_384, 4096)
+    product = 2.0 * math.prod(shape) / rates.product_flops
+
+    def passes(backward: str, budget: int | None) -> tuple[float, ...]:
+        one = plan_backward(*shape, backward=backward, memory_budget=budget, scalar_loss=False)
+        s, t = passes_seconds(one, *shape, 2, rates)
+        return (s - LAUNCHES) / product, (t - LAUNCHES / 2) / product
+
+    assert passes("probs", 10**9) == pytest.approx((2.0, 1.0))
+    assert passes("recompute", None) == pytest.approx((3.0, 2.0))
+    s, t = passes("auto", 64 * MIB)
+    kept = plan_backward(*shape, scalar_loss=False).kept_rows
+    assert 0 < kept < shape[1]
+    assert (s, t) == pytest.approx((3.0 - kept / shape[1], 2.0))
+
+
+def test_order_of_all_stages() -> None:
+    """What is planned is what `spanning/order.py` orders; its in-flight counts are in the memory."""
+    job, mesh, planner = whole_mesh("qwen3-8b", Mesh(1, 4, 1), 8)
+    step = planner.step(job, mesh, "balanced", simulated=True)
+    first = step.stages[0]
+    link = 4096 * 4096 / 450e9
+    costs = Costs(
+        forward=lambda stage: step.stages[stage].forward_seconds,
+        backward_input=lambda stage: step.stages[stage].forward_seconds,
+        backward_weight=lambda stage: step.stages[stage].forward_seconds,
+        statistics=[stage.statistics_seconds for stage in step.stages],
+        gradients=[stage.gradients_seconds for stage in step.stages],
+        message=2 * link,
+        broadcast=2 * link,
+        exchange=4 * link + 8 * 4 * 4096 / 450e9,
+    )
+    order = best_order(one_forward_one_backward(4, 8), costs)
+    assert step.seconds == pytest.approx(order.finish)
+    assert {n: stage.in_flight for n, stage in enumerate(step.stages)} == order.in_flight
+    assert step.hidden_held == order.hidden_held
+    assert first.statistics_seconds > first.gradients_seconds
+    own = [event for event in order.events if len(event.ranks) == 1]
+    names = {"F": "forward", "B": "backward", "S": "S", "T": "T"}
+    for span, event in zip(step.spans, own, strict=True):
+        found = (span.rank, span.stage, span.kind, span.microbatch)
+        assert found == (event.ranks[0], event.stage, names[event.kind], event.microbatch)
+        assert span.start == pytest.approx(event.start)
+    assert 1 - step.bubble == pytest.approx(sum(order.busy) / 4 / order.finish)
+
+
+@pytest.mark.parametrize("schedule", HELD)
+def test_fewer_microbatches_and_the_formula(schedule: str) -> None:
+    """Against the whole order: what is left out of the simulation, and what stands for it."""
+    for model, rows in (("qwen3-32b", "balanced"), ("qwen3-8b", "filled")):
+        job, mesh, planner = whole_mesh(
+            model, Mesh(1, 4 if rows == "balanced" else 8, 1), 32, schedule
+        )
+        expected = planner.step(job, mesh, rows, simulated=False)
+        found = planner.step(job, mesh, rows, simulated=True)
+        work = RankWork.of(job, mesh, Hardware.load("h100"), rows)
+        order = best_order(
+            tasks_of(schedule, mesh.pipeline, 32), work.costs(job, mesh, Hardware.load("h100"))
+        )
+        assert found.seconds == pytest.approx(order.finish, rel=0.01)
+        # Two stages of a rank with different layers: filled rows do not even both phases out.
+        error = 0.1 if (schedule, rows) == ("loopedbfs", "filled") else 0.05
+        assert expected.seconds == pytest.approx(order.finish, rel=error)
+        assert found.hidden_held == order.hidden_held
+        fullest = max(expected.rank_memory)
+        assert max(found.rank_memory) == pytest.approx(fullest, rel=0.05)
+        # With the ratio that was found, the formula says the same of another vocab degree.
+        wide = Mesh(1, mesh.pipeline, 4)
+        again = planner.step(job, wide, rows, simulated=False).seconds
+        assert again == pytest.approx(
+            planner.step(job, wide, rows, simulated=True).seconds, rel=0.02
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["qwen3-32b", "qwen3-8b", "gemma-2-2b"])
+@pytest.mark.parametrize("schedule", HELD)
+def test_approximations(schedule: str, model: str) -> None:
+    """What docs/planning.md says of the formula, and of what is left out of a simulation."""
+    hardware = Hardware.load("h100")
+    shapes = ((2, 8, 1), (4, 8, 1), (8, 8, 1), (4, 32, 1), (8, 64, 1), (8, 64, 16), (16, 64, 1))
+    for pipeline, microbatches, vocab in shapes:
+        job, mesh, _ = whole_mesh(model, Mesh(1, pipeline, vocab), microbatches, schedule)
+        if len(stages_of(schedule, pipeline)[0]) * pipeline > job.shape.layers:
+            continue
+        rules: list[Rows] = ["balanced"] + ["filled"] * filling_helps(job, pipeline)
+        for rows in rules:
+            costs = RankWork.of(job, mesh, hardware, rows).costs(job, mesh, hardware)
+            whole = best_order(tasks_of(schedule, pipeline, microbatches), costs).finish
+            expected = SpanningPlanner(hardware).step(job, mesh, rows, simulated=False)
+            found = SpanningPlanner(hardware).step(job, mesh, rows, simulated=True)
+            uneven = rows == "filled" and schedule not in SINGLE
+            assert found.seconds == pytest.approx(whole, rel=0.04 if uneven else 0.01)
+            assert (0.88 if uneven else 0.95) <= expected.seconds / whole <= 1.05
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "interleavedzerobubble", "zbvzerobubble"])
+def test_filled_rows_even_out_layers(schedule: str) -> None:
+    for model in ("qwen3-8b", "gemma-2-2b"):
+        job, mesh, planner = whole_mesh(model, Mesh(1, 8, 1), 16, schedule)
+        assert filling_helps(job, 8)
+        steps = [planner.step(job, mesh, rows, simulated=True) for rows in ("balanced", "filled")]
+        assert steps[1].seconds <= 1.001 * steps[0].seconds
+        rows = [steps[1].stages[own[0]].rows for own in steps[1].ranks]
+        layers = [sum(steps[1].stages[n].layers for n in own) for own in steps[1].ranks]
+        assert sum(rows) == job.shape.vocabulary
+        assert min(n for n, own in zip(rows, layers, strict=True) if own == min(layers)) > max(
+            n for n, own in zip(rows, layers, strict=True) if own == max(layers)
+        )
+
+
+@pytest.mark.parametrize("pipeline", [8, 16])
+def test_all_stages_share_the_loss(pipeline: int) -> None:
+    """Qwen3-32B under 1F1B: within 3% of (layers + loss) / P and the schedule's own bubble."""
+    job, mesh, planner = whole_mesh("qwen3-32b", Mesh(1, pipeline, 1), 8 * pipeline)
+    step = planner.step(job, mesh, "balanced", simulated=True)
+    hardware = Hardware.load("h100")
+    whole = estimate_stages(job, mesh, hardware)[-1].loss_seconds
+    layers = 64 * 3 * job.shape.layer_flops(4096, 4096) / hardware.layer_flops
+    ideal = job.microbatches * (layers + whole) / pipeline + (pipeline - 1) * layers / pipeline
+    assert ideal <= step.seconds <= 1.03 * ideal
+
+
+def test_both_places() -> None:
+    """Every mesh stands twice but for those of one stage, and the best is of a simulated order."""
+    plans = planned(vocab_over="both", hardware="h100")
+    places = [(one.mesh, one.vocab_over) for one in plans]
+    assert len(set(places)) == len(places)
+    spanning = {mesh for mesh, place in places if place == "all-stages"}
+    assert spanning == {
+        mesh for mesh, place in places if place == "last-stage" and mesh.pipeline > 1
+    }
+    best = best_of(plans, "all-stages")
+    assert best is plans[0]
+    assert best.step.simulated
+    assert best.spans
+    assert verdict(plans).startswith("Give the vocabulary to all stages, ")
+    again = planned(vocab_over="all-stages", hardware="h100")
+    assert [one.mesh for one in again] == [
+        one.mesh for one in plans if one.vocab_over == "all-stages"
+    ]
+    assert verdict(again) == ""
+    assert not best_of(planned(schedule="gpipe", vocab_over="both"), "all-stages")
+
+
+def test_verdict() -> None:
+    """One sentence, whoever wins and whatever fits."""
+    plans = planned(vocab_over="both", hardware="h100", gpus=16)
+    last, everywhere = best_of(plans, "last-stage"), best_of(plans, "all-stages")
+    assert last
+    assert everywhere
+    slow = replace(everywhere, tokens_per_second=last.tokens_per_second / 1.25)
+    assert verdict([last, slow]).startswith("Rebalance layers instead, 25.0% faster: ")
+    alone = replace(last, mesh=Mesh(16, 1, 1))
+    assert verdict([alone, slow]).startswith("Do without a pipeline, 25.0% faster: ")
+    fast = replace(everywhere, mesh=last.mesh, tokens_per_second=1.5 * last.tokens_per_second)
+    assert verdict([last, fast]).startswith("Give the vocabulary to all stages, 50.0% faster: ")
+    full = replace(last, missing=3e9)
+    assert verdict([everywhere, full]).startswith("Only the vocabulary on all stages fits: ")
+    assert verdict([last, replace(everywhere, missing=1.0)]).startswith(
+        "Only the vocabulary on the last stage fits: "
+    )
+    assert "Nothing fits" in verdict([full, replace(everywhere, missing=1.0)])
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_every_schedule(schedule: str) -> None:
-    plans = planned(schedule=schedule, gpus=16, gpu_memory="141GB")
+    plans = planned(schedule=schedule, gpus=16, gpu_memory="141GB", vocab_over="both")
+    spanning = [one for one in plans if one.vocab_over == "all-stages"]
+    assert bool(spanning) == (schedule in HELD)
     assert any(one.fits for one in plans)
     for one in plans:
         assert sorted(stage for own in one.ranks for stage in own) == list(range(len(one.stages)))
@@ -175,6 +399,8 @@ def test_balance() -> None:
         ({"gpu_memory": "lots"}, "'lots' is no size"),
         ({"hardware": "abacus"}, r"unknown hardware 'abacus': give a file, or one of \['a100'"),
         ({"sequence": 0}, "--sequence must be at least 1"),
+        ({"schedule": "gpipe", "vocab_over": "all-stages"}, "gpipe has the vocabulary on the last"),
+        ({"gpus": 1, "vocab_over": "all-stages"}, "all-stages needs at least 2 pipeline ranks"),
     ],
 )
 def test_refusals(given: dict[str, Any], message: str) -> None:
@@ -211,8 +437,15 @@ def test_command(tmp_path: Path) -> None:
     assert "data x pipeline x vocab" in shown.stdout
     assert "data sheet" in shown.stdout, "what was not measured is told"
     assert picture.stat().st_size > 1000
+    assert "Give the vocabulary to all stages, " in " ".join(shown.stdout.split())
     document = json.loads(command("--model", "qwen3-1.7b", "--gpus", "8", "--json").stdout)
-    assert document[0]["fits"]
+    assert document["verdict"]
+    best = document["meshes"][0]
+    assert best["fits"]
+    assert {one["vocab_over"] for one in document["meshes"]} == {"last-stage", "all-stages"}
+    assert {"rows", "simulated", "hidden_held", "ranks", "bubble", "rank_memory"} <= set(best)
+    for name in ("rows", "in_flight", "memory", "statistics_seconds", "gradients_seconds"):
+        assert all(name in stage for one in document["meshes"] for stage in one["stages"])
     bad = command("--model", "qwen3-32b", "--gpus", "0")
     assert (bad.returncode, bad.stdout) == (2, "")
     assert "--gpus must be at least 1" in bad.stderr

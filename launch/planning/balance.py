@@ -1,4 +1,4 @@
-"""How many layers each stage gets, so that the slowest stage is as fast as can be."""
+"""How many layers each stage gets, and how many rows: the slowest is as fast as can be."""
 
 
 def layer_counts(num_layers: int, num_stages: int, classifier: float) -> list[int]:

@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from launch.planning.estimate import loss_seconds
 from launch.planning.hardware import Hardware
 from launch.planning.layers import DecoderLayers
+from launch.planning.loss_time import loss_seconds
 from launch.planning.published import PUBLISHED
 from launch.planning.shape import ModelShape
 from launch.timing import busy_work, time_of

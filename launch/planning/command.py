@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from launch.planning.estimate import Job
 from launch.planning.hardware import Hardware
-from launch.planning.meshes import MeshPlan, plan_meshes
+from launch.planning.meshes import MeshPlan, VocabOver, plan_meshes
 from launch.planning.shape import ModelShape
-from launch.planning.table import print_table
+from launch.planning.table import print_table, verdict
 
 _UNITS = {"": 1.0, "MB": 1e6, "GB": 1e9, "MIB": 2.0**20, "GIB": 2.0**30}
 
@@ -55,6 +55,9 @@ class PlanArguments:
         "dualpipev",
     ] = "1f1b"
     """Pipeline schedule; all but the first two run two stages on each rank."""
+    vocab_over: Literal["both", "last-stage", "all-stages"] = "both"
+    """Which ranks hold rows of the vocabulary: those of the last stage, whose layers are balanced
+    against the loss, or those of all stages. GPipe and DualPipeV have it on the last stage."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of weights, gradients and activations."""
     state_bytes: int | None = None
@@ -78,10 +81,11 @@ def run(arguments: PlanArguments) -> None:
         print(f"launch.plan: {error}", file=sys.stderr)
         sys.exit(2)
     if arguments.json:
-        print(json.dumps([_document(one) for one in plans]))
+        meshes = [_document(one) for one in plans]
+        print(json.dumps({"verdict": verdict(plans), "meshes": meshes}))
     else:
         title = f"{arguments.model} on {arguments.gpus} x {hardware.name}"
-        print_table(title, plans[: arguments.show], hardware)
+        print_table(title, plans, hardware, arguments.show)
     if arguments.plot is not None:
         from launch.planning.picture import plot_plan
 
@@ -115,7 +119,10 @@ def plan(arguments: PlanArguments) -> tuple[list[MeshPlan], Hardware]:
     memory = hardware.memory
     if arguments.gpu_memory is not None:
         memory = parse_bytes("--gpu-memory", arguments.gpu_memory)
-    return plan_meshes(job, arguments.gpus, hardware, memory), hardware
+    places: tuple[VocabOver, ...] = ("last-stage", "all-stages")
+    if arguments.vocab_over != "both":
+        places = (arguments.vocab_over,)
+    return plan_meshes(job, arguments.gpus, hardware, memory, places), hardware
 
 
 def parse_bytes(flag: str, text: str) -> float:
@@ -132,11 +139,15 @@ def parse_bytes(flag: str, text: str) -> float:
 
 def _document(one: MeshPlan) -> dict[str, Any]:
     found = asdict(one)
-    del found["spans"]
-    for estimate, stage in zip(found["stages"], one.stages, strict=True):
+    step = found.pop("step")
+    for name in ("spans", "drawn", "microbatches", "seconds"):
+        del step[name]
+    for estimate, stage in zip(step["stages"], one.stages, strict=True):
         estimate["memory"] = stage.memory
+        estimate["loss_seconds"] = stage.loss_seconds
     return {
         **found,
+        **step,
         "rank_memory": one.rank_memory,
         "fits": one.fits,
         "imbalance": one.imbalance,

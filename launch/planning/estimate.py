@@ -5,15 +5,11 @@ from dataclasses import dataclass
 import torch
 
 from launch.planning.hardware import Hardware
+from launch.planning.loss_time import loss_seconds
 from launch.planning.orders import most_in_flight, orders, stages_of
 from launch.planning.shape import ModelShape
 from launch.planning.timeline import StageTimes
-from vocab_parallel import BackwardPlan, plan_backward
-
-# Seconds of a microbatch's kernel launches, and what the products of less than 128 rows cost, in
-# bytes for each number of the hidden states; as benchmarks.loss and benchmarks.scaling found them.
-LAUNCHES = 1e-4
-TAIL_BYTES = 56
+from vocab_parallel import plan_backward
 
 
 @dataclass(frozen=True)
@@ -44,6 +40,11 @@ class Job:
         """Of one microbatch of one column."""
         return self.sequence * self.microbatch
 
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Of hidden states and rows."""
+        return {2: torch.bfloat16, 4: torch.float32}[self.itemsize]
+
 
 @dataclass(frozen=True)
 class Mesh:
@@ -52,6 +53,26 @@ class Mesh:
     data: int
     pipeline: int
     vocab: int
+
+
+@dataclass(frozen=True)
+class LossShare:
+    """What one rank does of a microbatch's loss, and holds for it.
+
+    Attributes:
+        rows: of the classifier.
+        memory: bytes, beside the rows' weights, gradients and optimizer state.
+        statistics, gradients: seconds of S and T.
+        way: how backward finds the logits.
+        collective_bytes: that the rank's link moves for the vocab group.
+    """
+
+    rows: int = 0
+    memory: float = 0.0
+    statistics: float = 0.0
+    gradients: float = 0.0
+    way: str = ""
+    collective_bytes: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -70,7 +91,8 @@ class StageEstimate:
     loss: float
     forward_seconds: float
     backward_seconds: float
-    loss_seconds: float
+    statistics_seconds: float  # S of the loss: its forward, where the last stage has all of it
+    gradients_seconds: float  # T
     loss_way: str
     collective_bytes: float  # of the vocab group, a microbatch
     collective_seconds: float
@@ -81,63 +103,90 @@ class StageEstimate:
         return self.weights + self.gradients + self.optimizer + self.activations + self.loss
 
     @property
+    def loss_seconds(self) -> float:
+        """Seconds of this rank's loss."""
+        return self.statistics_seconds + self.gradients_seconds
+
+    @property
     def times(self) -> StageTimes:
-        """Seconds of a microbatch; a third of the loss is forward, a third the weights' half."""
-        third = self.loss_seconds / 3
-        backward = self.backward_seconds + 2 * third + self.collective_seconds
-        return StageTimes(self.forward_seconds + third, backward, self.forward_seconds + third)
+        """Seconds of a microbatch, the loss within it; half of its T is the weights' half."""
+        forward = self.forward_seconds + self.statistics_seconds
+        backward = self.backward_seconds + self.gradients_seconds + self.collective_seconds
+        return StageTimes(forward, backward, self.forward_seconds + self.gradients_seconds / 2)
 
 
 def estimate_stages(job: Job, mesh: Mesh, hardware: Hardware) -> list[StageEstimate]:
     """Estimate every stage of a mesh whose columns have sequences of their own.
 
+    The last stage has the vocabulary, and the first a whole embedding unless it is tied.
+
     Raises:
         ValueError: more stages than layers, or a schedule that cannot run.
     """
+    shape = job.shape
     ranks = stages_of(job.schedule, mesh.pipeline)
-    counts = job.shape.layer_counts(sum(map(len, ranks)))
+    counts = shape.layer_counts(sum(map(len, ranks)))
     waiting: dict[int, int] = {}
     for own, order in zip(
         ranks, orders(job.schedule, mesh.pipeline, job.microbatches), strict=True
     ):
         waiting |= most_in_flight(order, {stage: float(counts[stage]) for stage in own})
+    last = len(counts) - 1
+    rows = -(-shape.vocabulary // mesh.vocab)
+    vocabulary = dict.fromkeys(range(len(counts)), 0)  # rows, by stage
+    vocabulary[0] += rows if shape.tied else shape.vocabulary  # a tied embedding is sharded
     # Where one rank has both ends, a tied weight is one parameter.
-    shares = job.shape.tied and len(counts) - 1 in ranks[0]
+    vocabulary[last] += 0 if shape.tied and last in ranks[0] else rows
+    loss = _loss(job, mesh, hardware, rows, waiting[last])
     return [
-        _estimate(job, mesh, hardware, stage, counts, waiting[stage], shares)
+        estimate_stage(
+            job,
+            hardware,
+            counts,
+            stage,
+            waiting=waiting[stage],
+            vocabulary=vocabulary[stage],
+            loss=loss if stage == last else LossShare(),
+            waits=True,
+        )
         for stage in range(len(counts))
     ]
 
 
-def _estimate(
+def estimate_stage(
     job: Job,
-    mesh: Mesh,
     hardware: Hardware,
-    stage: int,
     counts: list[int],
+    stage: int,
+    *,
     waiting: int,
-    shares: bool,
+    vocabulary: int,
+    loss: LossShare,
+    waits: bool,
 ) -> StageEstimate:
+    """Estimate one stage.
+
+    Args:
+        counts: layers of every stage.
+        waiting: microbatches in flight.
+        vocabulary: rows of all its parameters that have the vocabulary's rows.
+        loss: its rank's share.
+        waits: whether the stage waits while its vocab group communicates.
+    """
     shape, tokens, layers = job.shape, job.tokens, counts[stage]
-    is_last = stage == len(counts) - 1
-    rows = -(-shape.vocabulary // mesh.vocab)
-    parameters = layers * shape.layer_parameters
-    if stage == 0:  # a tied embedding is sharded, another one is whole
-        parameters += (rows if shape.tied else shape.vocabulary) * shape.hidden
-    if is_last:
-        parameters += shape.hidden + (0 if shares else rows * shape.hidden)
+    parameters = layers * shape.layer_parameters + vocabulary * shape.hidden
+    if stage == len(counts) - 1:
+        parameters += shape.hidden  # the norm
     whole = tokens * shape.activation_bytes(job.itemsize)  # of a layer and microbatch
     activations = waiting * layers * whole
     if job.recompute_layers:
         activations = waiting * layers * tokens * shape.hidden * job.itemsize + whole
-    flops = layers * shape.layer_flops(tokens, job.sequence)
-    forward = flops / hardware.layer_flops
-    loss = _Loss.none() if not is_last else _loss(job, mesh, hardware, rows, waiting)
+    forward = layers * shape.layer_flops(tokens, job.sequence) / hardware.layer_flops
     return StageEstimate(
         layers=layers,
         in_flight=waiting,
-        rows=rows if is_last else 0,
-        classifier=rows * shape.hidden * (2 * job.itemsize + job.state_bytes) if is_last else 0.0,
+        rows=loss.rows,
+        classifier=loss.rows * shape.hidden * (2 * job.itemsize + job.state_bytes),
         parameters=parameters,
         weights=parameters * job.itemsize,
         gradients=parameters * job.itemsize,
@@ -146,57 +195,15 @@ def _estimate(
         loss=loss.memory,
         forward_seconds=forward,
         backward_seconds=(3.0 if job.recompute_layers else 2.0) * forward,
-        loss_seconds=loss.seconds,
+        statistics_seconds=loss.statistics,
+        gradients_seconds=loss.gradients,
         loss_way=loss.way,
         collective_bytes=loss.collective_bytes,
-        collective_seconds=loss.collective_bytes / hardware.link_bytes,
+        collective_seconds=loss.collective_bytes / hardware.link_bytes if waits else 0.0,
     )
 
 
-def loss_seconds(
-    backward_plan: BackwardPlan,
-    tokens: int,
-    rows: int,
-    hidden: int,
-    itemsize: int,
-    hardware: Hardware,
-) -> float:
-    """Estimate forward and backward of the loss on one rank's rows.
-
-    The products at the hardware's rate; the passes over logits that are kept, and those over
-    float32 sums that tiles are added to, at its copy's; what was measured above that; the launches
-    of kernels; and where rows are no multiple of 8 the last few, whose products go by themselves.
-    """
-    kept = backward_plan.kept_rows if backward_plan.backward == "recompute" else rows
-    products = tokens * hidden * (6 * rows + 2 * (rows - kept))
-    # Read once in forward and in backward, and written there; those of a part in backward alone.
-    # (On Hopper forward reads none; its time was found the same.)
-    moved = (2 if kept < rows else 3) * tokens * kept * itemsize
-    tile = backward_plan.tile
-    row_tiles, token_tiles = -(-rows // tile.rows), -(-tokens // tile.tokens)
-    if row_tiles > 1:
-        moved += row_tiles * tokens * hidden * 8  # float32, read and written
-    if token_tiles > 1:
-        moved += token_tiles * rows * hidden * 8
-    ideal = products / hardware.product_flops + moved / hardware.copy_bytes
-    if rows % 8:
-        ideal += TAIL_BYTES * tokens * hidden / hardware.copy_bytes
-    return LAUNCHES + ideal * hardware.loss_overhead[backward_plan.backward]
-
-
-@dataclass(frozen=True)
-class _Loss:
-    memory: float
-    seconds: float
-    way: str
-    collective_bytes: float
-
-    @classmethod
-    def none(cls) -> "_Loss":
-        return cls(0.0, 0.0, "", 0.0)
-
-
-def _loss(job: Job, mesh: Mesh, hardware: Hardware, rows: int, waiting: int) -> _Loss:
+def _loss(job: Job, mesh: Mesh, hardware: Hardware, rows: int, waiting: int) -> LossShare:
     """Estimate the loss of one microbatch of every column, on one rank's rows."""
     shape = job.shape
     tokens = job.tokens * mesh.vocab
@@ -204,7 +211,7 @@ def _loss(job: Job, mesh: Mesh, hardware: Hardware, rows: int, waiting: int) -> 
         tokens,
         rows,
         shape.hidden,
-        {2: torch.bfloat16, 4: torch.float32}[job.itemsize],
+        job.torch_dtype,
         memory_budget=job.memory_budget,
         microbatches_in_flight=waiting,
         degree=mesh.vocab,
@@ -215,4 +222,5 @@ def _loss(job: Job, mesh: Mesh, hardware: Hardware, rows: int, waiting: int) -> 
         # Hidden states gathered, statistics, and the float32 gradient scattered.
         gathered = tokens * (shape.hidden * (job.itemsize + 4) + 8) * (1 - 1 / mesh.vocab)
         memory += tokens * shape.hidden * job.itemsize
-    return _Loss(memory, seconds, backward_plan.backward, gathered)
+    way = backward_plan.backward
+    return LossShare(rows, memory, seconds / 3, 2 * seconds / 3, way, gathered)

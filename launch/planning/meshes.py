@@ -1,13 +1,18 @@
 """Every mesh of so many GPUs: which fit, and the fastest first."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from launch.planning.estimate import Job, Mesh, StageEstimate, estimate_stages
 from launch.planning.hardware import Hardware
 from launch.planning.orders import stages_of
+from launch.planning.rank_work import HELD, Rows, filling_helps
+from launch.planning.spanning import SpanningPlanner
+from launch.planning.step import Step, of_ranks
 from launch.planning.timeline import Span, simulate
 
+VocabOver = Literal["last-stage", "all-stages"]
 # What the runtime, the allocator's gaps and the communicators take.
 RESERVED = 0.06  # of a GPU's memory; assumed
 
@@ -17,25 +22,43 @@ class MeshPlan:
     """What one mesh holds, and how long its step takes.
 
     Attributes:
+        vocab_over: whose ranks hold rows of the vocabulary.
+        rows: "filled" where ranks with fewer layers have more of them.
         recompute_layers: whether layers run again in backward, since nothing else fits.
-        stages: one rank's part of each.
-        ranks: the stages that each rank of a column runs.
-        step_seconds: of one optimizer step.
-        bubble: the share of the stages' time in which they wait.
+        step: of a column; its parts can be read here too.
+        step_seconds: of one optimizer step, the replicas' sum of gradients included.
         tokens_per_second: of the whole mesh.
         missing: bytes that the fullest rank lacks; 0 where it fits.
-        spans: the simulated step.
     """
 
     mesh: Mesh
+    vocab_over: VocabOver
+    rows: Rows
     recompute_layers: bool
-    stages: list[StageEstimate]
-    ranks: list[list[int]]
+    step: Step
     step_seconds: float
-    bubble: float
     tokens_per_second: float
     missing: float
-    spans: list[Span]
+
+    @property
+    def stages(self) -> list[StageEstimate]:
+        """One rank's part of each stage."""
+        return self.step.stages
+
+    @property
+    def ranks(self) -> list[list[int]]:
+        """The stages that each rank of a column runs."""
+        return self.step.ranks
+
+    @property
+    def spans(self) -> list[Span]:
+        """The simulated step."""
+        return self.step.spans
+
+    @property
+    def bubble(self) -> float:
+        """The share of the ranks' time in which they wait."""
+        return self.step.bubble
 
     @property
     def fits(self) -> bool:
@@ -45,7 +68,7 @@ class MeshPlan:
     @property
     def rank_memory(self) -> list[float]:
         """Bytes of each rank of a column."""
-        return of_ranks(self.stages, self.ranks, "memory")
+        return self.step.rank_memory
 
     @property
     def imbalance(self) -> float:
@@ -54,12 +77,21 @@ class MeshPlan:
         return times[-1] / max(times[:-1]) if len(times) > 1 else 1.0
 
 
-def plan_meshes(job: Job, gpus: int, hardware: Hardware, gpu_memory: float) -> list[MeshPlan]:
+def plan_meshes(
+    job: Job,
+    gpus: int,
+    hardware: Hardware,
+    gpu_memory: float,
+    vocab_over: tuple[VocabOver, ...] = ("last-stage", "all-stages"),
+) -> list[MeshPlan]:
     """Plan every mesh; those that fit first, by tokens a second, then by what is missing.
+
+    A mesh is planned with the vocabulary on the last stage, its layers balanced against the loss,
+    and on all stages, with equally many rows a rank or filled rows, whichever is better.
 
     Raises:
         ValueError: no GPUs, less memory than one layer's weights and state need, or a schedule
-            that runs on no mesh.
+            that runs on no mesh, or not with the vocabulary on all stages.
     """
     if gpus < 1:
         raise ValueError(f"--gpus must be at least 1, got {gpus}")
@@ -69,15 +101,33 @@ def plan_meshes(job: Job, gpus: int, hardware: Hardware, gpu_memory: float) -> l
             f"--gpu-memory {gpu_memory / 1e9:.2f}GB is below one layer of {job.shape.name}, whose "
             f"weights, gradients and optimizer state are {least / 1e9:.2f} GB"
         )
-    plans = []
-    refused = ""
+    if vocab_over == ("all-stages",) and job.schedule not in HELD:
+        raise ValueError(
+            f"--schedule {job.schedule} has the vocabulary on the last stage alone: --vocab-over "
+            f"all-stages takes one of {list(HELD)}"
+        )
+    planner = _Planner(hardware, gpu_memory * (1 - RESERVED))
+    plans: list[MeshPlan] = []
+    refused = "all-stages needs at least 2 pipeline ranks, and as many layers as stages"
     for mesh in _meshes(gpus, job):
         try:
-            plans.append(_plan(job, mesh, hardware, gpu_memory * (1 - RESERVED)))
+            if "last-stage" in vocab_over:
+                plans.append(planner.on_last_stage(job, mesh))
+            if "all-stages" in vocab_over and job.schedule in HELD and mesh.pipeline > 1:
+                plans.append(planner.on_all_stages(job, mesh))
         except ValueError as error:  # of the schedule, for this pipeline degree
             refused = str(error)
     if not plans:
         raise ValueError(f"--schedule {job.schedule} runs on no mesh of {gpus} GPUs: {refused}")
+    return _best_first(planner.with_own_order(job, _best_first(plans)))
+
+
+def best_of(plans: list[MeshPlan], vocab_over: VocabOver) -> MeshPlan | None:
+    """Return the first of sorted plans that has the vocabulary there."""
+    return next((plan for plan in plans if plan.vocab_over == vocab_over), None)
+
+
+def _best_first(plans: list[MeshPlan]) -> list[MeshPlan]:
     return sorted(plans, key=lambda plan: (max(plan.missing, 0.0), -plan.tokens_per_second))
 
 
@@ -91,39 +141,98 @@ def _meshes(gpus: int, job: Job) -> Iterator[Mesh]:
                 yield Mesh(gpus // pipeline // vocab, pipeline, vocab)
 
 
-def _plan(job: Job, mesh: Mesh, hardware: Hardware, room: float) -> MeshPlan:
-    """Plan one mesh; layers run again where the ranks have no room for what they keep."""
+class _Planner:
+    """Plans meshes on GPUs that have so much room, in bytes."""
+
+    def __init__(self, hardware: Hardware, room: float) -> None:
+        self._hardware, self._room = hardware, room
+        self._spanning = SpanningPlanner(hardware)
+
+    def on_last_stage(self, job: Job, mesh: Mesh) -> MeshPlan:
+        """Plan the vocabulary on the last stage."""
+        return self._plan(
+            job, mesh, "last-stage", "balanced", lambda job: _step(job, mesh, self._hardware)
+        )
+
+    def on_all_stages(self, job: Job, mesh: Mesh, *, simulated: bool = False) -> MeshPlan:
+        """Plan the vocabulary on all stages, with the better of balanced and filled rows."""
+        rules: list[Rows] = ["balanced"]
+        if filling_helps(job, mesh.pipeline):
+            rules.append("filled")
+        plans = []
+        for rows in rules:
+
+            def step(job: Job, rows: Rows = rows) -> Step:
+                return self._spanning.step(job, mesh, rows, simulated=simulated)
+
+            plans.append(self._plan(job, mesh, "all-stages", rows, step))
+        return _best_first(plans)[0]
+
+    def with_own_order(self, job: Job, plans: list[MeshPlan]) -> list[MeshPlan]:
+        """Simulate the best mesh's own order, until it is the best by that.
+
+        Others of its pipeline degree are corrected by what that changes.
+        """
+        while (best := best_of(plans, "all-stages")) is not None and not best.step.simulated:
+            own = self.on_all_stages(job, best.mesh, simulated=True)
+            plans = _best_first(
+                [own if plan is best else self._corrected(job, plan, best.mesh) for plan in plans]
+            )
+        return plans
+
+    def _corrected(self, job: Job, plan: MeshPlan, by: Mesh) -> MeshPlan:
+        spans = plan.vocab_over == "all-stages" and not plan.step.simulated
+        alike = spans and plan.mesh.pipeline == by.pipeline
+        return self.on_all_stages(job, plan.mesh) if alike else plan
+
+    def _plan(
+        self,
+        job: Job,
+        mesh: Mesh,
+        vocab_over: VocabOver,
+        rows: Rows,
+        step_of: Callable[[Job], Step],
+    ) -> MeshPlan:
+        """Plan one mesh; layers run again where the ranks have no room for what they keep."""
+        step = step_of(job)
+        if max(step.rank_memory) > self._room:
+            job = replace(job, recompute_layers=True)
+            step = step_of(job)
+        # Replicas of the body sum their gradients after the step: a ring moves nearly twice the
+        # bytes.
+        replicas = mesh.data * mesh.vocab
+        summed = max(of_ranks(step.stages, step.ranks, "gradients")) * 2 * (1 - 1 / replicas)
+        seconds = step.seconds + summed / self._hardware.link_bytes
+        return MeshPlan(
+            mesh=mesh,
+            vocab_over=vocab_over,
+            rows=rows,
+            recompute_layers=job.recompute_layers,
+            step=step,
+            step_seconds=seconds,
+            tokens_per_second=job.tokens * job.microbatches * replicas / seconds,
+            missing=max(step.rank_memory) - self._room,
+        )
+
+
+def _step(job: Job, mesh: Mesh, hardware: Hardware) -> Step:
+    """Simulate the step of a mesh that has the vocabulary on its last stage."""
     ranks = stages_of(job.schedule, mesh.pipeline)
     stages = estimate_stages(job, mesh, hardware)
-    if max(of_ranks(stages, ranks, "memory")) > room:
-        job = replace(job, recompute_layers=True)
-        stages = estimate_stages(job, mesh, hardware)
     transfer = job.tokens * job.shape.hidden * job.itemsize / hardware.link_bytes
     times = [stage.times for stage in stages]
     spans = simulate(job.schedule, mesh.pipeline, job.microbatches, times, transfer)
-    computed = max(span.stop for span in spans)
-    # Replicas of the body sum their gradients after the step: a ring moves nearly twice the bytes.
-    replicas = mesh.data * mesh.vocab
-    summed = max(of_ranks(stages, ranks, "gradients")) * 2 * (1 - 1 / replicas)
-    step = computed + summed / hardware.link_bytes
+    seconds = max(span.stop for span in spans)
     busy = sum(span.stop - span.start for span in spans)
-    tokens = job.tokens * job.microbatches * replicas
-    return MeshPlan(
-        mesh=mesh,
-        recompute_layers=job.recompute_layers,
+    return Step(
         stages=stages,
         ranks=ranks,
-        step_seconds=step,
-        bubble=1 - busy / (computed * len(ranks)),
-        tokens_per_second=tokens / step,
-        missing=max(of_ranks(stages, ranks, "memory")) - room,
+        seconds=seconds,
+        bubble=1 - busy / (seconds * len(ranks)),
+        microbatches=job.microbatches,
         spans=spans,
+        drawn=job.microbatches,
     )
-
-
-def of_ranks(stages: list[StageEstimate], ranks: list[list[int]], part: str) -> list[float]:
-    """Add up one part of each rank's stages, in bytes."""
-    return [sum(getattr(stages[stage], part) for stage in own) for own in ranks]
 
 
 def _seconds(stage: StageEstimate) -> float:

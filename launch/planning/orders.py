@@ -9,7 +9,7 @@ from torch import nn
 
 Kind = Literal["forward", "backward", "inputs", "weights"]
 # torch's names of them; the last two are the halves of a split backward.
-_KINDS: dict[str, Kind] = {"F": "forward", "B": "backward", "I": "inputs", "W": "weights"}
+KINDS: dict[str, Kind] = {"F": "forward", "B": "backward", "I": "inputs", "W": "weights"}
 SINGLE = ("1f1b", "gpipe")  # one stage a rank; the others run two
 V_SHAPED = ("zbvzerobubble", "dualpipev")
 SCHEDULES = (*SINGLE, "interleaved1f1b", "loopedbfs", "interleavedzerobubble", *V_SHAPED)
@@ -107,6 +107,6 @@ def _entries(actions: Any) -> Iterator[Entry]:
     """Yield what is computed: neither pauses, nor communication; pairs one after the other."""
     for action in actions:
         for one in () if action is None else getattr(action, "sub_actions", None) or (action,):
-            kind = _KINDS.get(one.computation_type.value)
+            kind = KINDS.get(one.computation_type.value)
             if kind is not None:
                 yield Entry(one.stage_index, kind, one.microbatch_index)

@@ -1,14 +1,18 @@
-"""The picture of one mesh: what each stage holds, and a simulated step."""
+"""The picture of one mesh: what each rank holds, and a simulated step."""
 
 from pathlib import Path
+from typing import Any
 
-from launch.planning.meshes import MeshPlan, of_ranks
+from launch.planning.meshes import MeshPlan
+from launch.planning.step import of_ranks
 
 _COLORS = {
     "forward": "tab:blue",
     "backward": "tab:green",
     "inputs": "tab:green",
     "weights": "tab:olive",
+    "S": "gold",
+    "T": "tab:pink",
 }
 _WITH_LOSS = {
     "forward": "tab:orange",
@@ -16,58 +20,77 @@ _WITH_LOSS = {
     "inputs": "tab:red",
     "weights": "tab:purple",
 }
+_NAMES = {"S": "S: statistics and dE of the rows", "T": "T: gradient of the rows"}
 _PARTS = ("weights", "gradients", "optimizer", "activations", "loss")
 
 
 def plot_plan(plan: MeshPlan, path: Path) -> None:
-    """Draw bars of memory, a stage each, over the step's timeline."""
+    """Draw bars of memory, a rank each, over the step's timeline."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    count = len(plan.ranks)
     figure, (bars, line) = pyplot.subplots(
-        2, 1, figsize=(10, 4 + 0.25 * count), layout="constrained"
+        2, 1, figsize=(10, 4 + 0.25 * len(plan.ranks)), layout="constrained"
     )
+    _draw_memory(bars, plan)
+    _draw_step(line, plan)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def _draw_memory(bars: Any, plan: MeshPlan) -> None:
+    count = len(plan.ranks)
     below = [0.0] * count
     for part in _PARTS:
         values = [size / 1e9 for size in of_ranks(plan.stages, plan.ranks, part)]
         bars.bar(range(count), values, bottom=below, label=part)
         below = [low + value for low, value in zip(below, values, strict=True)]
     mesh = plan.mesh
+    place = "on the last stage" if plan.vocab_over == "last-stage" else "on all stages"
+    filled = ", rows filled" if plan.rows == "filled" else ""
     bars.set(
+        xticks=range(count),
         xlabel="pipeline rank",
         ylabel="GB a rank",
-        title=f"data {mesh.data} x pipeline {mesh.pipeline} x vocab {mesh.vocab}",
+        title=f"data {mesh.data} x pipeline {mesh.pipeline} x vocab {mesh.vocab}, vocabulary "
+        f"{place}{filled}",
     )
-    bars.legend(fontsize=8)
+    bars.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+
+
+def _draw_step(line: Any, plan: MeshPlan) -> None:
+    from matplotlib import pyplot
+
+    on_last = len(plan.stages) - 1 if plan.vocab_over == "last-stage" else None
+    shown: dict[str, str] = {}  # colors, by what they are of
     for span in plan.spans:
-        has_loss = span.stage == len(plan.stages) - 1
+        has_loss = span.stage == on_last
+        name = f"{span.kind}, with the loss" if has_loss else _NAMES.get(span.kind, span.kind)
+        shown[name] = (_WITH_LOSS if has_loss else _COLORS)[span.kind]
         line.barh(
             span.rank,
             1e3 * (span.stop - span.start),
             left=1e3 * span.start,
-            color=(_WITH_LOSS if has_loss else _COLORS)[span.kind],
+            color=shown[name],
             edgecolor="white",
             linewidth=0.4,
         )
-    shown: list[tuple[str, str]] = [
-        (kind, _COLORS[kind]) for kind in _COLORS if kind in {s.kind for s in plan.spans}
-    ]
-    shown += [("forward, with the loss", _WITH_LOSS["forward"])]
-    shown += [("backward, with the loss", _WITH_LOSS["backward"])]
     line.legend(
-        handles=[pyplot.Rectangle((0, 0), 1, 1, color=color, label=name) for name, color in shown],
+        handles=[
+            pyplot.Rectangle((0, 0), 1, 1, color=color, label=x) for x, color in shown.items()
+        ],
         fontsize=7,
         ncols=len(shown),
         loc="lower center",
         bbox_to_anchor=(0.5, 1.0),
     )
     line.invert_yaxis()
+    step = plan.step
+    fewer = "" if step.drawn == step.microbatches else f" of {step.drawn} microbatches alone"
     line.set(
-        xlabel=f"ms of a step; {plan.bubble:.0%} of the ranks' time is waiting",
+        yticks=range(len(plan.ranks)),
+        xlabel=f"ms of a step{fewer}; {plan.bubble:.0%} of the ranks' time is waiting",
         ylabel="pipeline rank",
     )
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)

@@ -4,14 +4,22 @@ from rich.console import Console
 from rich.table import Table
 
 from launch.planning.hardware import Hardware
-from launch.planning.meshes import MeshPlan
+from launch.planning.meshes import MeshPlan, best_of
 
 
-def print_table(title: str, plans: list[MeshPlan], hardware: Hardware) -> None:
-    """Print a line a mesh, and below them what was measured and what is assumed."""
+def print_table(title: str, plans: list[MeshPlan], hardware: Hardware, show: int) -> None:
+    """Print a line a mesh, and below them which place of the vocabulary wins, and what is assumed.
+
+    Args:
+        title: above it.
+        plans: all, sorted.
+        hardware: whose rates they have.
+        show: how many have a line.
+    """
     table = Table(title=title)
+    table.add_column("d x p x v", justify="right", no_wrap=True)
+    table.add_column("vocabulary", no_wrap=True)
     for column in (
-        "d x p x v",
         "layers",
         "tokens/s",
         "step s",
@@ -19,20 +27,20 @@ def print_table(title: str, plans: list[MeshPlan], hardware: Hardware) -> None:
         "last / others",
         "layers again",
         "fullest GB",
-        "GB with loss",
-        "classifier GB",
+        "last stage GB",
         "loss GB",
         "loss",
         "missing GB",
     ):
         table.add_column(column, justify="right")
-    for one in plans:
-        last = one.stages[-1]
+    for one in plans[:show]:
         memory = one.rank_memory
         holder = next(rank for rank, own in enumerate(one.ranks) if len(one.stages) - 1 in own)
+        with_loss = max(one.stages, key=lambda stage: stage.rows)
         layers = [stage.layers for stage in one.stages]
         table.add_row(
-            f"{one.mesh.data} x {one.mesh.pipeline} x {one.mesh.vocab}",
+            _mesh(one),
+            _place(one),
             f"{layers[0]}..{layers[-1]}" if len(layers) > 1 else str(layers[0]),
             f"{one.tokens_per_second:,.0f}",
             f"{one.step_seconds:.2f}",
@@ -41,21 +49,74 @@ def print_table(title: str, plans: list[MeshPlan], hardware: Hardware) -> None:
             "yes" if one.recompute_layers else "",
             f"{max(memory) / 1e9:.1f}",
             f"{memory[holder] / 1e9:.1f}",
-            f"{last.classifier / 1e9:.2f}",
-            f"{last.loss / 1e9:.2f}",
-            last.loss_way,
+            f"{with_loss.loss / 1e9:.2f}",
+            with_loss.loss_way,
             "" if one.fits else f"{one.missing / 1e9:.1f}",
         )
     console = Console(width=150)
     console.print(table)
-    console.print("d x p x v: data x pipeline x vocab degrees; memory is a rank's", markup=False)
-    console.print(
+    for line in (
+        verdict(plans),
+        "d x p x v: data x pipeline x vocab degrees; memory is a rank's",
         "Memory is arithmetic, within 1% of what ranks of Qwen3-1.7B held. Nothing of the links' "
-        f"time is hidden. Products {_rate(hardware, 'product_flops', 1e12, 'TFLOP/s')}, layers "
+        f"time is hidden{_hidden(plans)}. Products "
+        f"{_rate(hardware, 'product_flops', 1e12, 'TFLOP/s')}, layers "
         f"{_rate(hardware, 'layer_flops', 1e12, 'TFLOP/s')}, links "
         f"{_rate(hardware, 'link_bytes', 1e9, 'GB/s')}.",
-        markup=False,
+    ):
+        if line:
+            console.print(line, markup=False)
+
+
+def verdict(plans: list[MeshPlan]) -> str:
+    """Say in a sentence where the vocabulary should be; nothing where one place was planned."""
+    last, everywhere = best_of(plans, "last-stage"), best_of(plans, "all-stages")
+    if last is None or everywhere is None:
+        return ""
+    if not (last.fits or everywhere.fits):
+        return "Nothing fits, neither with the vocabulary on the last stage nor on all stages."
+    if last.fits != everywhere.fits:
+        one = last if last.fits else everywhere
+        return f"Only the vocabulary on {_words(one)} fits: {_mesh(one)} at {_speed(one)}."
+    gain = everywhere.tokens_per_second / last.tokens_per_second
+    layers = "its one stage" if last.mesh.pipeline == 1 else "the last stage, layers rebalanced,"
+    compared = (
+        f"{_mesh(everywhere)} with the vocabulary on all stages has {_speed(everywhere)}, "
+        f"{_mesh(last)} with it on {layers} {_speed(last)}"
     )
+    if gain <= 1.0:
+        instead = "Do without a pipeline" if last.mesh.pipeline == 1 else "Rebalance layers instead"
+        return f"{instead}, {1 / gain - 1:.1%} faster: {compared}."
+    alike = (one for one in plans if one.vocab_over == "last-stage")
+    same = next(one for one in alike if one.mesh == everywhere.mesh)
+    lacks = f"; on the last stage of {_mesh(same)} it lacks {same.missing / 1e9:.1f} GB"
+    return (
+        f"Give the vocabulary to all stages, {gain - 1:.1%} faster: {compared}"
+        f"{'' if same.fits else lacks}."
+    )
+
+
+def _mesh(one: MeshPlan) -> str:
+    return f"{one.mesh.data} x {one.mesh.pipeline} x {one.mesh.vocab}"
+
+
+def _place(one: MeshPlan) -> str:
+    if one.vocab_over == "last-stage":
+        return "last stage"
+    return "all, filled" if one.rows == "filled" else "all stages"
+
+
+def _words(one: MeshPlan) -> str:
+    return "the last stage" if one.vocab_over == "last-stage" else "all stages"
+
+
+def _speed(one: MeshPlan) -> str:
+    return f"{one.tokens_per_second:,.0f} tokens/s"
+
+
+def _hidden(plans: list[MeshPlan]) -> str:
+    spans = any(one.vocab_over == "all-stages" for one in plans)
+    return ", but where all stages carry the vocabulary" if spans else ""
 
 
 def _rate(hardware: Hardware, name: str, unit: float, unit_name: str) -> str:

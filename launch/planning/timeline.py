@@ -2,9 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from launch.planning.orders import Entry, Kind, orders
+
+# S and T of the loss, where they are no part of the last stage's forward and backward.
+SpanKind = Kind | Literal["S", "T"]
 
 
 class Span(NamedTuple):
@@ -12,7 +15,7 @@ class Span(NamedTuple):
 
     rank: int
     stage: int
-    kind: Kind
+    kind: SpanKind
     microbatch: int
     start: float
     stop: float

@@ -1,0 +1,246 @@
+"""A mesh whose every stage carries the vocabulary: the order of its step, and what it holds.
+
+Each of the P x V ranks holds rows of the classifier and of the embedding (tied: of one parameter),
+and does its share of every microbatch's loss between its own layers. Two answers for a step:
+
+    formula     the schedule's own step of the layers alone; for each microbatch what the loss adds
+                to the busiest rank; and one microbatch's way through the loss, for nothing else is
+                left to do then
+    simulated   the order that `vocab_parallel.pipeline` would run, with the seconds of this
+                hardware. Of 4 P microbatches or more, 2 P and some are simulated, and P more: what
+                those add, each further round of P adds, for there every round is like the one
+                before
+
+A simulation costs up to seconds, so there is one where it matters, and its ratio to the formula is
+kept for other vocab degrees, whose V columns have a loss of V times the tokens on 1 / V of the
+rows. The vocab group's messages run beside the layers, as the order places them.
+"""
+
+import itertools
+from dataclasses import dataclass
+
+from launch.planning.estimate import Job, LossShare, Mesh, StageEstimate, estimate_stage
+from launch.planning.hardware import Hardware
+from launch.planning.orders import KINDS, Kind, orders
+from launch.planning.rank_work import HELD, RankWork, Rows
+from launch.planning.step import Step
+from launch.planning.timeline import Span, SpanKind, StageTimes, simulate
+from vocab_parallel import BackwardPlan
+from vocab_parallel.pipeline.spanning.order import (
+    Costs,
+    Order,
+    Pass,
+    Task,
+    best_order,
+    more_forwards,
+)
+
+# S leaves kept logits as they are, and makes their gradient beside them in so many parts.
+_PARTS = 4
+
+
+class SpanningPlanner:
+    """Plans meshes whose every stage carries the vocabulary, and remembers what it simulated."""
+
+    def __init__(self, hardware: Hardware) -> None:
+        self._hardware = hardware
+        self._alone: dict[tuple[Job, int], float] = {}  # seconds of the layers' own step
+        self._ratios: dict[tuple[Job, int, Rows], float] = {}
+
+    def step(self, job: Job, mesh: Mesh, rows: Rows, *, simulated: bool) -> Step:
+        """Plan a step.
+
+        Args:
+            job: what is to be trained.
+            mesh: its degrees.
+            rows: ranks have equally many, or those with fewer layers more.
+            simulated: whether this mesh's own order is simulated.
+
+        Raises:
+            ValueError: the schedule cannot run on so many ranks and microbatches.
+        """
+        work = RankWork.of(job, mesh, self._hardware, rows)
+        costs = work.costs(job, mesh, self._hardware)
+        seconds = self._formula(job, mesh, work, costs)
+        key = (job, mesh.pipeline, rows)
+        spans: list[Span] = []
+        if simulated:
+            order, found = simulate_spanning(job.schedule, job.microbatches, costs)
+            self._ratios[key] = found / seconds
+            seconds, held, spans = found, _Held.of_order(order, work), _spans(order)
+        else:
+            seconds *= self._ratios.get(key, 1.0)
+            held = _Held.expected(job, work)
+        moved = _collective_bytes(job, mesh)
+        seconds = max(seconds, job.microbatches * moved / self._hardware.link_bytes)
+        busy = job.microbatches * sum(work.of_ranks)
+        return Step(
+            stages=_stages(job, mesh, self._hardware, work, held, moved),
+            ranks=work.ranks,
+            seconds=seconds,
+            bubble=1 - busy / (seconds * len(work.ranks)),
+            microbatches=job.microbatches,
+            spans=spans,
+            drawn=_fewer(job.microbatches, mesh.pipeline) if simulated else 0,
+            simulated=simulated,
+            hidden_held=held.hidden,
+        )
+
+    def _formula(self, job: Job, mesh: Mesh, work: RankWork, costs: Costs) -> float:
+        """Return a step's seconds without its order."""
+        key = (job, mesh.pipeline)
+        if key not in self._alone:
+            self._alone[key] = _layers_alone(job, work, costs.message)
+        of_loss = max(work.of_ranks) - max(work.layers_of_ranks)
+        through = costs.broadcast + max(costs.statistics) + costs.exchange
+        return self._alone[key] + job.microbatches * of_loss + through
+
+
+def simulate_spanning(schedule: str, microbatches: int, costs: Costs) -> tuple[Order, float]:
+    """Return the order of a step, and the seconds of all its microbatches.
+
+    Args:
+        schedule: one of `HELD`.
+        microbatches: of a column. The order is that of fewer, where there are 4 P or more.
+        costs: of P ranks, in seconds.
+
+    Raises:
+        ValueError: the schedule cannot run on so many ranks and microbatches.
+    """
+    ranks = len(costs.statistics)
+    fewer = _fewer(microbatches, ranks)
+    order = best_order(tasks_of(schedule, ranks, fewer), costs)
+    if fewer == microbatches:
+        return order, order.finish
+    round_more = best_order(tasks_of(schedule, ranks, fewer + ranks), costs).finish - order.finish
+    return order, order.finish + (microbatches - fewer) // ranks * round_more
+
+
+def tasks_of(schedule: str, ranks: int, microbatches: int) -> list[list[Task]]:
+    """Return what a schedule lists for each rank, in the spanning order's words."""
+    letters: dict[Kind, Pass] = {"forward": "F", "backward": "B", "inputs": "I", "weights": "W"}
+    return [
+        [Task(letters[entry.kind], entry.stage, entry.microbatch) for entry in own]
+        for own in orders(schedule, ranks, microbatches)
+    ]
+
+
+def _layers_alone(job: Job, work: RankWork, message: float) -> float:
+    """Return the seconds of the schedule's own step without a loss."""
+    factor = 3 if work.again else 2
+    times = [StageTimes(each, factor * each, each) for each in work.forward]
+    spans = simulate(job.schedule, len(work.ranks), job.microbatches, times, message)
+    return max(span.stop for span in spans)
+
+
+def _fewer(microbatches: int, ranks: int) -> int:
+    """Return of how many microbatches a step is simulated: two rounds of P, and what is over."""
+    return microbatches if microbatches < 4 * ranks else 2 * ranks + microbatches % ranks
+
+
+def _collective_bytes(job: Job, mesh: Mesh) -> float:
+    """Return what a rank's link moves for the vocab group, a microbatch of every column.
+
+    Hidden states, the share of dE in float32, statistics; embeddings and their gradient.
+    """
+    degree = mesh.pipeline * mesh.vocab
+    tokens = mesh.vocab * job.tokens
+    each = job.shape.hidden * (3 * job.itemsize + 4) + 8 * degree
+    return tokens * each * (1 - 1 / degree)
+
+
+@dataclass(frozen=True)
+class _Held:
+    """What a rank holds at its worst moment, in microbatches.
+
+    Attributes:
+        waiting: of each stage, between forward and backward.
+        hidden: between the broadcast of hidden states and T.
+        shares: between S and T.
+    """
+
+    waiting: dict[int, int]
+    hidden: int
+    shares: int
+
+    @classmethod
+    def of_order(cls, order: Order, work: RankWork) -> "_Held":
+        """Count in an order."""
+        waiting: dict[int, int] = {}
+        shares = 0
+        for rank in range(len(work.ranks)):
+            own = order.of_rank(rank)
+            waiting |= work.waiting(rank, [(event.kind, *event[1:3]) for event in own])
+            changes = ((event.kind == "S") - (event.kind == "T") for event in own)
+            shares = max(shares, *itertools.accumulate(changes))
+        return cls(waiting, order.hidden_held, shares)
+
+    @classmethod
+    def expected(cls, job: Job, work: RankWork) -> "_Held":
+        """Count what the schedule's own order has with a forward more."""
+        waiting: dict[int, int] = {}
+        fewer = _fewer(job.microbatches, len(work.ranks))
+        for rank, own in enumerate(tasks_of(job.schedule, len(work.ranks), fewer)):
+            waiting |= work.waiting(rank, more_forwards(own, 1))
+        most = min(HELD[job.schedule], job.microbatches)
+        return cls(waiting, most, most)
+
+
+def _stages(
+    job: Job, mesh: Mesh, hardware: Hardware, work: RankWork, held: _Held, moved: float
+) -> list[StageEstimate]:
+    """Estimate every stage; a rank's rows belong to its first one."""
+    found: dict[int, StageEstimate] = {}
+    for rank, own in enumerate(work.ranks):
+        rows = work.rows[rank]
+        plan = work.plans[rank]
+        share = LossShare(
+            rows=rows,
+            memory=_loss_bytes(job, mesh, plan, rows, held),
+            statistics=work.passes[rank][0],
+            gradients=work.passes[rank][1],
+            way="" if plan is None else plan.backward,
+            collective_bytes=moved,
+        )
+        for stage in own:
+            has_rows = stage == own[0]
+            found[stage] = estimate_stage(
+                job,
+                hardware,
+                work.counts,
+                stage,
+                waiting=held.waiting[stage],
+                vocabulary=rows * (1 if job.shape.tied else 2) if has_rows else 0,
+                loss=share if has_rows else LossShare(),
+                waits=False,
+            )
+    return [found[stage] for stage in range(len(work.counts))]
+
+
+def _loss_bytes(
+    job: Job, mesh: Mesh, backward_plan: BackwardPlan | None, rows: int, held: _Held
+) -> float:
+    """Return what a rank holds for the loss beside its rows and their gradient.
+
+    Hidden states from their broadcast to T, the float32 share of dE from S to T, what the loss's
+    own plan says; T adds to the rows' gradient, which the plan has a second time.
+    """
+    numbers = mesh.vocab * job.tokens * job.shape.hidden
+    found = float(held.hidden * numbers * job.itemsize + held.shares * numbers * 4)
+    if backward_plan is None:
+        return found
+    found += (held.shares - HELD[job.schedule]) * backward_plan.kept_bytes
+    if backward_plan.backward == "probs":
+        found += backward_plan.kept_bytes / _PARTS
+    return found + backward_plan.peak_bytes - rows * job.shape.hidden * job.itemsize
+
+
+def _spans(order: Order) -> list[Span]:
+    kinds: dict[str, SpanKind] = {**KINDS, "S": "S", "T": "T"}
+    return [
+        Span(
+            event.ranks[0], event.stage, kinds[event.kind], event.microbatch, event.start, event.end
+        )
+        for event in order.events
+        if event.kind in kinds
+    ]

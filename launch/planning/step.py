@@ -1,0 +1,43 @@
+"""One step of a column on paper: what both places of the vocabulary are planned as."""
+
+from dataclasses import dataclass
+
+from launch.planning.estimate import StageEstimate
+from launch.planning.timeline import Span
+
+
+@dataclass(frozen=True)
+class Step:
+    """A column's step, without what its replicas communicate after it.
+
+    Attributes:
+        stages: one rank's part of each.
+        ranks: the stages that each rank runs.
+        seconds: until the last rank has done its part.
+        bubble: the share of the ranks' time in which they wait.
+        microbatches: of it.
+        spans: who does what when, in a step of ``drawn`` microbatches; none where no order was
+            simulated.
+        simulated: whether this mesh's own order was simulated.
+        hidden_held: microbatches whose hidden states a rank holds for the loss at the worst moment.
+    """
+
+    stages: list[StageEstimate]
+    ranks: list[list[int]]
+    seconds: float
+    bubble: float
+    microbatches: int
+    spans: list[Span]
+    drawn: int
+    simulated: bool = True
+    hidden_held: int = 0
+
+    @property
+    def rank_memory(self) -> list[float]:
+        """Bytes of each rank."""
+        return of_ranks(self.stages, self.ranks, "memory")
+
+
+def of_ranks(stages: list[StageEstimate], ranks: list[list[int]], part: str) -> list[float]:
+    """Add up one part of each rank's stages, in bytes."""
+    return [sum(getattr(stages[stage], part) for stage in own) for own in ranks]
