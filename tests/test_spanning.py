@@ -83,7 +83,9 @@ def check_case(groups: StageGroups, span: SpanGroups, case: dict[str, Any]) -> l
     device = rank_device()
     tokens, labels = tokens.to(device), labels.to(device)
     whole = toy(num_stages, vocabulary, case.get("bias", False)).to(device)
-    rows = VocabParallelClassifier.from_linear(whole["head"], span.statistics.group)
+    rows = VocabParallelClassifier.from_linear(
+        whole["head"], span.statistics.group, rows=case.get("rows")
+    )
     indices = groups.stages(num_stages, style)
     modules = [Stage(whole, i, rows if i == indices[0] else None) for i in indices]
     stages = [
@@ -135,6 +137,7 @@ CASES: list[dict[str, Any]] = [
     {"schedule": "InterleavedZeroBubble", "microbatches": 8, "vocabulary": 24},
     {"schedule": "ZBVZeroBubble", "microbatches": 8, "vocabulary": 23},
     {"schedule": "1F1B", "microbatches": 4, "vocabulary": 9},  # a rank without rows
+    {"schedule": "ZBVZeroBubble", "microbatches": 8, "vocabulary": 23, "rows": [0, 17, 1, 5]},
     {"schedule": "1F1B", "microbatches": 4, "vocabulary": 23, "bias": True,
      "options": {"softcap": 2.0, "temperature": 0.7, "z_loss": 0.01}},
     {"schedule": "ZBVZeroBubble", "microbatches": 8, "vocabulary": 23, "bias": True,
