@@ -204,7 +204,7 @@ def test_seconds_of_passes() -> None:
 
 
 def test_order_of_all_stages() -> None:
-    """What is planned is what `spanning/order.py` orders; its in-flight counts are in the memory."""
+    """What is planned is what `spanning/order.py` orders; its counts in flight are in the memory."""
     job, mesh, planner = whole_mesh("qwen3-8b", Mesh(1, 4, 1), 8)
     step = planner.step(job, mesh, "balanced", simulated=True)
     first = step.stages[0]

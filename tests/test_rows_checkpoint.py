@@ -1,5 +1,7 @@
 """Checkpoints of rows: saved on any partition of the vocabulary, loaded on any other."""
 
+import copy
+import pickle
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,6 +13,12 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import (
+    BlockingAsyncStager,
+    DefaultStager,
+    StagingOptions,
+)
+from torch.distributed.checkpoint.utils import find_tensor_shard
 from torch.distributed.device_mesh import DeviceMesh
 
 from tests.oracle import relative_error
@@ -163,6 +171,28 @@ def test_what_it_is_good_for() -> None:
     for compute in (lambda: told + 1.0, lambda: told.sum(), lambda: torch.cat([told, told])):
         with pytest.raises(ValueError, match=r"torch\.distributed\.checkpoint alone: compute"):
             compute()
+
+
+def test_copies() -> None:
+    """Whatever stages a save in the background has the rows as they were, and where they lie."""
+    rows = torch.arange(6.0).view(3, 2)
+    told = {"rows": rows_for_checkpoint(rows, 4, 16)}
+    options = StagingOptions(*[False] * 4)  # as async_save has them
+    copies = [
+        stage(told)["rows"]
+        for stage in (
+            DefaultStager(options).stage,
+            BlockingAsyncStager().stage,
+            copy.deepcopy,
+            lambda state: pickle.loads(pickle.dumps(state)),
+        )
+    ]
+    before = rows.clone()
+    rows.zero_()
+    for copied in copies:
+        (item,) = copied.__create_write_items__("rows", copied)
+        assert (item.tensor_data.size, item.index.offset) == ((16, 2), (4, 0))
+        assert torch.equal(find_tensor_shard(copied, item.index), before)
 
 
 def test_refused_rows() -> None:

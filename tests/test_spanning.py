@@ -89,12 +89,19 @@ class Run:
         device, spans = rank_device(), case.get("embedding")
         whole = toy(case, self.num_stages).to(device)
         rows: dict[str, nn.Module] = {
-            "head": VocabParallelClassifier.from_linear(whole["head"], groups.vocab_group)
+            "head": VocabParallelClassifier.from_linear(
+                whole["head"], groups.vocab_group, rows=case.get("rows")
+            )
         }
         embedding = None
         if spans:
             embedding = rows["embedding"] = VocabParallelEmbedding(
-                HIDDEN, case["vocabulary"], group=groups.vocab_group, scale=SCALE, device=device
+                HIDDEN,
+                case["vocabulary"],
+                group=groups.vocab_group,
+                scale=SCALE,
+                rows=case.get("rows"),
+                device=device,
             ).double()
             if spans == "tied":
                 embedding.weight = rows["head"].weight  # type: ignore[assignment]
@@ -252,7 +259,8 @@ CASES: list[dict[str, Any]] = [
     {"schedule": "Interleaved1F1B", "microbatches": 8, "vocabulary": 23, "embedding": "tied"},
     {"schedule": "LoopedBFS", "microbatches": 4, "vocabulary": 23, "embedding": "own"},
     {"schedule": "InterleavedZeroBubble", "microbatches": 8, "vocabulary": 24},
-    {"schedule": "ZBVZeroBubble", "microbatches": 8, "vocabulary": 23, "embedding": "tied"},
+    {"schedule": "ZBVZeroBubble", "microbatches": 8, "vocabulary": 23, "embedding": "tied",
+     "rows": [0, 17, 1, 5]},
     {"schedule": "1F1B", "microbatches": 4, "vocabulary": 9},  # a rank without rows
     {"schedule": "1F1B", "microbatches": 4, "vocabulary": 23, "bias": True, "whole_step": True,
      "options": {"softcap": 2.0, "temperature": 0.7, "z_loss": 0.01}},

@@ -61,7 +61,7 @@ def filled_rows(
     def height(rank: int) -> Fraction:
         return base[rank] + blocks[rank] * cost
 
-    # Fewer blocks are left than ranks are under water, and one more lifts none above all others.
+    # What is left are fewer blocks than there are ranks under water: one each, to the lowest.
     for rank in sorted(range(len(base)), key=height)[: num_blocks - sum(blocks)]:
         blocks[rank] += 1
     rows = [count * multiple for count in blocks]

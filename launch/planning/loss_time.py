@@ -51,18 +51,15 @@ def passes_seconds(
         S   the logits, their statistics, and dE of the local softmax
         T   dC
 
-    Logits that are kept serve both: three products. What is not kept is made anew by each of the
-    three that read it: the statistics, dE, and dC; five products. Of a part that is kept, S alone
-    has the use.
+    Logits that are kept serve both: three products. Otherwise S works on some tokens at a time,
+    makes their logits once, and T makes them again: four products.
     """
     whole = backward_plan.backward == "probs"
-    kept = rows if whole else backward_plan.kept_rows
     one = 2.0 * tokens * rows * hidden
-    again = 2.0 * tokens * (rows - kept) * hidden
-    s_products, t_products = 2 * one + again, one if whole else 2 * one
+    s_products, t_products = 2 * one, one if whole else 2 * one
     # S leaves them as they are, and writes the gradient of a part of the tokens beside them.
-    passes = (3, 2) if whole else (2, 0)
-    logits = tokens * kept * itemsize
+    passes = (3, 2 if whole else 0)
+    logits = tokens * rows * itemsize
     s_sums, t_sums = _moved_sums(backward_plan, tokens, rows, hidden)
     s_moved = passes[0] * logits + s_sums + SHARE_BYTES * tokens * hidden
     t_moved = passes[1] * logits + t_sums

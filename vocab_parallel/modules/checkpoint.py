@@ -101,8 +101,9 @@ def rows_as_dtensor(rows: Tensor, vocab_size: int, mesh: DeviceMesh) -> DTensor:
 class _RowsOfWhole(Tensor):
     """Rows [start, start + n) of a tensor [vocab_size, ...], of which nothing else is here.
 
-    The three methods of the name of DTensor's are what torch.distributed.checkpoint asks a tensor
-    for; an asynchronous save copies it besides, by its attributes and a few operations.
+    torch.distributed.checkpoint asks a tensor by three methods, which DTensor has too, what there
+    is to write and where to read to. A save in the background copies it first, by its attributes
+    or by a few operations.
     """
 
     _rows: Tensor
@@ -123,12 +124,12 @@ class _RowsOfWhole(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Copy it, as a save in the background does; refuse to compute."""
+        """Copy it for a save in the background; refuse to compute."""
         self, *rest = args
         kwargs = kwargs or {}
         if func is _aten.new_empty.default and rest == [list(self.shape)]:
             return self._of(self._rows.new_empty(self._rows.shape, **kwargs))
-        if func in (_aten.clone.default, _aten.detach.default, _aten.zeros_like.default):
+        if func in (_aten.clone.default, _aten.zeros_like.default):
             return self._of(func(self._rows, **kwargs))
         if func is _aten.copy_.default and isinstance(rest[0], cls):
             self._rows.copy_(rest[0]._rows, *rest[1:], **kwargs)
