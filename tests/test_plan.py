@@ -181,7 +181,7 @@ def test_memory_of_all_stages() -> None:
 
 
 def test_seconds_of_passes() -> None:
-    """Three products where logits are kept, five where they are not, and between for a part."""
+    """Three products where logits are kept, four where T makes them again."""
     rates = replace(
         Hardware.load("h100"),
         copy_bytes=1e30,
@@ -196,15 +196,11 @@ def test_seconds_of_passes() -> None:
         return (s - LAUNCHES) / product, (t - LAUNCHES / 2) / product
 
     assert passes("probs", 10**9) == pytest.approx((2.0, 1.0))
-    assert passes("recompute", None) == pytest.approx((3.0, 2.0))
-    s, t = passes("auto", 64 * MIB)
-    kept = plan_backward(*shape, scalar_loss=False).kept_rows
-    assert 0 < kept < shape[1]
-    assert (s, t) == pytest.approx((3.0 - kept / shape[1], 2.0))
+    assert passes("recompute", None) == pytest.approx((2.0, 2.0))
 
 
 def test_order_of_all_stages() -> None:
-    """What is planned is what `spanning/order.py` orders; its counts in flight are in the memory."""
+    """What is planned is what `order.py` orders; its counts in flight are in the memory."""
     job, mesh, planner = whole_mesh("qwen3-8b", Mesh(1, 4, 1), 8)
     step = planner.step(job, mesh, "balanced", simulated=True)
     first = step.stages[0]
