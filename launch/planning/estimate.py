@@ -36,6 +36,13 @@ class Job:
     recompute_layers: bool = False
 
     @property
+    def layer_bytes(self) -> float:
+        """What a layer keeps of one microbatch for its backward."""
+        if self.recompute_layers:
+            return float(self.tokens * self.shape.hidden * self.itemsize)
+        return float(self.tokens * self.shape.activation_bytes(self.itemsize))
+
+    @property
     def tokens(self) -> int:
         """Of one microbatch of one column."""
         return self.sequence * self.microbatch
@@ -177,10 +184,9 @@ def estimate_stage(
     parameters = layers * shape.layer_parameters + vocabulary * shape.hidden
     if stage == len(counts) - 1:
         parameters += shape.hidden  # the norm
-    whole = tokens * shape.activation_bytes(job.itemsize)  # of a layer and microbatch
-    activations = waiting * layers * whole
-    if job.recompute_layers:
-        activations = waiting * layers * tokens * shape.hidden * job.itemsize + whole
+    activations = waiting * layers * job.layer_bytes
+    if job.recompute_layers:  # the layer that runs again
+        activations += tokens * shape.activation_bytes(job.itemsize)
     forward = layers * shape.layer_flops(tokens, job.sequence) / hardware.layer_flops
     return StageEstimate(
         layers=layers,

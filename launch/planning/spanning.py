@@ -16,7 +16,6 @@ kept for other vocab degrees, whose V columns have a loss of V times the tokens 
 rows. The vocab group's messages run beside the layers, as the order places them.
 """
 
-import itertools
 from dataclasses import dataclass
 
 from launch.planning.estimate import Job, LossShare, Mesh, StageEstimate, estimate_stage
@@ -28,6 +27,7 @@ from launch.planning.timeline import Span, SpanKind, StageTimes, simulate
 from vocab_parallel import BackwardPlan
 from vocab_parallel.pipeline.spanning.order import (
     Costs,
+    Event,
     Order,
     Pass,
     Task,
@@ -67,7 +67,7 @@ class SpanningPlanner:
         if simulated:
             order, found = simulate_spanning(job.schedule, job.microbatches, costs)
             self._ratios[key] = found / seconds
-            seconds, held, spans = found, _Held.of_order(order, work), _spans(order)
+            seconds, held, spans = found, _Held.of_order(order, work, job, mesh), _spans(order)
         else:
             seconds *= self._ratios.get(key, 1.0)
             held = _Held.expected(job, work)
@@ -156,23 +156,26 @@ class _Held:
     Attributes:
         waiting: of each stage, between forward and backward.
         hidden: between the broadcast of hidden states and T.
-        shares: between S and T.
+        shares: of each rank, between S and T.
     """
 
     waiting: dict[int, int]
     hidden: int
-    shares: int
+    shares: list[int]
 
     @classmethod
-    def of_order(cls, order: Order, work: RankWork) -> "_Held":
-        """Count in an order."""
+    def of_order(cls, order: Order, work: RankWork, job: Job, mesh: Mesh) -> "_Held":
+        """Count in an order: what a rank keeps of layers is most when it keeps less of the loss."""
         waiting: dict[int, int] = {}
-        shares = 0
-        for rank in range(len(work.ranks)):
-            own = order.of_rank(rank)
-            waiting |= work.waiting(rank, [(event.kind, *event[1:3]) for event in own])
-            changes = ((event.kind == "S") - (event.kind == "T") for event in own)
-            shares = max(shares, *itertools.accumulate(changes))
+        shares = []
+        numbers = mesh.vocab * job.tokens * job.shape.hidden
+        for rank, own in enumerate(work.ranks):
+            plan = work.plans[rank]
+            share = numbers * 4 + (0 if plan is None else plan.kept_bytes)
+            sizes = {stage: work.counts[stage] * job.layer_bytes for stage in own}
+            counted = _worst_moment(order.of_rank(rank), sizes, share)
+            shares.append(counted.pop(-1))
+            waiting |= counted
         return cls(waiting, order.hidden_held, shares)
 
     @classmethod
@@ -183,7 +186,24 @@ class _Held:
         for rank, own in enumerate(tasks_of(job.schedule, len(work.ranks), fewer)):
             waiting |= work.waiting(rank, more_forwards(own, 1))
         most = min(HELD[job.schedule], job.microbatches)
-        return cls(waiting, most, most)
+        return cls(waiting, most, [most] * len(work.ranks))
+
+
+def _worst_moment(events: list[Event], sizes: dict[int, float], share: float) -> dict[int, int]:
+    """Count the microbatches of each stage, and under -1 of the loss, when a rank holds most."""
+    size_of = {**sizes, -1: share}
+    now = dict.fromkeys(size_of, 0)
+    worst, most = dict(now), -1.0
+    for event in events:
+        key = -1 if event.kind in ("S", "T") else event.stage
+        if event.kind in ("F", "S"):
+            now[key] += 1
+        elif event.kind in ("B", "W", "T"):
+            now[key] -= 1
+        held = sum(size_of[each] * count for each, count in now.items())
+        if held > most:
+            worst, most = dict(now), held
+    return worst
 
 
 def _stages(
@@ -196,7 +216,7 @@ def _stages(
         plan = work.plans[rank]
         share = LossShare(
             rows=rows,
-            memory=_loss_bytes(job, mesh, plan, rows, held),
+            memory=_loss_bytes(job, mesh, plan, rows, held.hidden, held.shares[rank]),
             statistics=work.passes[rank][0],
             gradients=work.passes[rank][1],
             way="" if plan is None else plan.backward,
@@ -218,7 +238,12 @@ def _stages(
 
 
 def _loss_bytes(
-    job: Job, mesh: Mesh, backward_plan: BackwardPlan | None, rows: int, held: _Held
+    job: Job,
+    mesh: Mesh,
+    backward_plan: BackwardPlan | None,
+    rows: int,
+    hidden: int,
+    shares: int,
 ) -> float:
     """Return what a rank holds for the loss beside its rows and their gradient.
 
@@ -226,10 +251,10 @@ def _loss_bytes(
     own plan says; T adds to the rows' gradient, which the plan has a second time.
     """
     numbers = mesh.vocab * job.tokens * job.shape.hidden
-    found = float(held.hidden * numbers * job.itemsize + held.shares * numbers * 4)
+    found = float(hidden * numbers * job.itemsize + shares * numbers * 4)
     if backward_plan is None:
         return found
-    found += (held.shares - HELD[job.schedule]) * backward_plan.kept_bytes
+    found += (shares - HELD[job.schedule]) * backward_plan.kept_bytes
     if backward_plan.backward == "probs":
         found += backward_plan.kept_bytes / _PARTS
     return found + backward_plan.peak_bytes - rows * job.shape.hidden * job.itemsize
