@@ -1,10 +1,16 @@
-"""The options of ``launch.train``: one dataclass, from which the command line is made."""
+"""The options of ``launch.train`` and ``launch.evaluate``: dataclasses that make command lines.
+
+Nothing here imports torch or transformers: ``--help`` answers at once.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+
+from launch.data.sources import find_source
+from launch.planning.published import find_model
 
 ScheduleName = Literal[
     "1F1B",
@@ -17,8 +23,38 @@ ScheduleName = Literal[
 ]
 
 
+@dataclass(frozen=True, kw_only=True)
+class DataArguments:
+    """What is read, and how it becomes tokens."""
+
+    text: Annotated[Path | None, tyro.conf.arg(metavar="FILE_OR_FOLDER")] = None
+    """Text, .jsonl or .json, .parquet, a folder of one of these or saved by `datasets`, or token
+    ids as .npy; by default the Python standard library's own sources."""
+    text_field: str = "text"
+    """Column of a data set that has the text, or a conversation; without such a column a
+    conversation is looked for in "messages"."""
+    tokenizer: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """Folder of the tokenizer; by default the --model folder's own, and without a --model folder
+    the vocabulary of Qwen2.5 and Qwen3."""
+    packed: Literal["auto", "yes", "no"] = "auto"
+    """Whether documents that share a sequence neither attend to nor predict one another; auto is
+    yes for the entries of a data set, and no for plain text, which is one stream."""
+    chat_labels: Literal["assistant", "all"] = "assistant"
+    """Which tokens of a conversation count in the loss: the assistant's, as the chat template
+    marks them, or all."""
+
+    def validate_paths(self) -> None:
+        """Raise ValueError for a file or folder that is not there, or is of no known kind."""
+        find_source(self.text)
+        if self.tokenizer is not None and not self.tokenizer.is_dir():
+            raise ValueError(
+                f"--tokenizer {self.tokenizer} is no folder here: give one with a tokenizer's "
+                f"files, such as tokenizer.json"
+            )
+
+
 @dataclass(frozen=True)
-class TrainArguments:
+class TrainArguments(DataArguments):
     """Train a Qwen3 model on text, on a pipeline x vocab mesh of ranks.
 
     Start it with torchrun; the number of ranks is pipeline x vocab:
@@ -66,9 +102,9 @@ class TrainArguments:
     """Seed of the model's initial weights."""
 
     model: str | None = None
-    """A Hugging Face folder (config.json and safetensors), or a published model with random
-    weights: qwen3-1.7b, qwen3-8b, qwen3-32b, llama-3.1-8b, llama-3.1-70b or gemma-2-2b. By default
-    a small Qwen3 of the next three sizes."""
+    """A Hugging Face folder (config.json and safetensors); where there is no folder of that name,
+    a published model with random weights: qwen3-1.7b, qwen3-8b, qwen3-32b, llama-3.1-8b,
+    llama-3.1-70b or gemma-2-2b. By default a small Qwen3 of the next three sizes."""
     layers: int = 4
     """Decoder layers, at least as many as stages."""
     hidden: int = 128
@@ -85,10 +121,8 @@ class TrainArguments:
     resume: bool = False
     """Go on from the newest checkpoint of --checkpoint, if there is one."""
     export: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
-    """Write a Hugging Face model folder here at the end."""
+    """Write a Hugging Face model folder here at the end, with the tokenizer."""
 
-    text: Annotated[Path | None, tyro.conf.arg(metavar="FILE_OR_FOLDER")] = None
-    """Text to train on; by default the Python standard library's own sources."""
     out: Path = Path("runs/train")
     """Folder for the loss curve (loss.png) and the numbers (run.json)."""
     check: bool = False
@@ -134,8 +168,6 @@ class TrainArguments:
             raise ValueError(f"--checkpoint-every must be at least 0, got {self.checkpoint_every}")
         if self.checkpoint is None and (self.resume or self.checkpoint_every):
             raise ValueError("--resume and --checkpoint-every need --checkpoint FOLDER")
-        if self.export is not None and self.export.exists() and any(self.export.iterdir()):
-            raise ValueError(f"--export {self.export} is not empty: give a new folder")
         if self.check and (self.dtype != "float32" or self.resume):
             raise ValueError("--check compares float32 runs from their first step")
         if self.vocab_over == "all-stages" and self.schedule in ("GPipe", "DualPipeV"):
@@ -153,6 +185,23 @@ class TrainArguments:
                 f"x {self.microbatches} x {self.accumulate} = {pieces}, got {self.batch}"
             )
 
+    def validate_ranks(self, ranks: int) -> None:
+        """Raise ValueError where the mesh has another number of ranks than torchrun started."""
+        if ranks != self.world:
+            raise ValueError(
+                f"--pipeline {self.pipeline} x --vocab {self.vocab} is a mesh of {self.world} "
+                f"ranks, but torchrun started {ranks}: give it --nproc-per-node {self.world}, or "
+                f"choose another mesh"
+            )
+
+    def validate_paths(self) -> None:
+        """See `DataArguments.validate_paths`; the model's folder and --export too."""
+        super().validate_paths()
+        if self.model is not None:
+            find_model(self.model)
+        if self.export is not None and self.export.exists() and any(self.export.iterdir()):
+            raise ValueError(f"--export {self.export} is not empty: give a new folder")
+
     def _validate_model(self) -> None:
         if self.model is None:
             if self.hidden % 32:
@@ -161,3 +210,47 @@ class TrainArguments:
         for name in ("layers", "hidden", "vocabulary"):
             if getattr(self, name) != getattr(TrainArguments, name):
                 raise ValueError(f"--{name} is given by --model {self.model}: leave it out")
+
+
+@dataclass(frozen=True)
+class EvaluateArguments(DataArguments):
+    """Score a model on text, its classifier's rows over all ranks that torchrun started.
+
+        torchrun --nproc-per-node 2 -m launch.evaluate --model FOLDER --text FILE
+
+    Each rank runs the whole body on its own sequences; the logits never exist. The last line of
+    the output is one JSON document.
+    """
+
+    model: str
+    """A Hugging Face folder, or a published model with random weights, as in launch.train."""
+    batches: int = 8
+    """Batches to score."""
+    batch: int = 4
+    """Sequences of one batch over all ranks; a multiple of their number."""
+    sequence: int = 512
+    """Tokens of one sequence."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the weights."""
+    timeout: float = 300.0
+    """Seconds after which a rank gives up waiting for another."""
+
+    def validate(self) -> None:
+        """Raise ValueError for values that cannot be; the same on every rank."""
+        for name in ("batches", "batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
+        if self.sequence < 2:
+            raise ValueError(f"--sequence must be at least 2, got {self.sequence}")
+        if self.timeout <= 0:
+            raise ValueError(f"--timeout must be positive seconds, got {self.timeout}")
+
+    def validate_ranks(self, ranks: int) -> None:
+        """Raise ValueError where the ranks cannot share a batch."""
+        if self.batch % ranks:
+            raise ValueError(f"--batch must be a multiple of {ranks} ranks, got {self.batch}")
+
+    def validate_paths(self) -> None:
+        """See `DataArguments.validate_paths`; the model's folder too."""
+        super().validate_paths()
+        find_model(self.model)

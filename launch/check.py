@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tqdm import trange
 
 from launch.arguments import TrainArguments
+from launch.data.batches import IGNORED, Batch, Batches
 from launch.gradients import named_gradients
 from launch.model import CLASSIFIER, EMBEDDING, Stage, build_stage
 from launch.training_pipeline import model_of
@@ -42,7 +43,7 @@ class Comparison:
 
 def compare_with_one_process(
     arguments: TrainArguments,
-    batches: Tensor,  # (steps, batch, sequence)
+    batches: Batches,
     losses: list[float],
     gradients: dict[str, Tensor],
     device: torch.device,
@@ -51,7 +52,7 @@ def compare_with_one_process(
 
     Args:
         arguments: of the run.
-        batches: the run's token ids.
+        batches: the run's.
         losses: the run's loss of each step.
         gradients: the run's gradients of step 1: the classifier's joined, every other by name.
         device: where to run.
@@ -86,16 +87,19 @@ def compare_with_one_process(
     return comparison
 
 
-def _backward(model: Stage, batch: Tensor, settings: LogitSettings) -> float:
+def _backward(model: Stage, batch: Batch, settings: LogitSettings) -> float:
     """Accumulate the gradients of one step, a sequence at a time; return the mean loss."""
     total = 0.0
     softcap = settings["softcap"]
-    for tokens in batch.split(1):
-        logits = F.linear(model.hidden_states(tokens)[0, :-1], model.lm_head.weight)
+    count = max(1, int((batch.labels[:, 1:] != IGNORED).sum()))
+    for one in batch.chunk(len(batch.ids)):
+        hidden = model.hidden_states(one.ids, one.position_ids)
+        logits = F.linear(hidden[0, :-1], model.lm_head.weight)
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
         logits = logits / settings["temperature"]
-        loss = F.cross_entropy(logits, tokens[0, 1:]) / len(batch)
+        labels = one.labels[0, 1:]
+        loss = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum") / count
         loss.backward()
         total += float(loss.detach())
     return total

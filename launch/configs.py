@@ -5,7 +5,7 @@ from pathlib import Path
 
 from transformers import AutoConfig, PretrainedConfig
 
-from launch.planning.published import PUBLISHED
+from launch.planning.published import find_model
 
 HEAD_SIZE = 32  # of a model given by sizes
 
@@ -34,19 +34,13 @@ def load_config(model: str) -> tuple[PretrainedConfig, Path | None]:
     """Return the configuration of ``--model``, and the folder of its weights if it has some.
 
     Raises:
-        ValueError: neither a published name nor a folder with a config.json that can be read and
-            has a vocabulary.
+        ValueError: neither a folder with a config.json that can be read and has a vocabulary, nor
+            a published name.
     """
-    published = PUBLISHED.get(model.lower())
-    if published is not None:
-        return AutoConfig.for_model(**published), None
-    folder = Path(model)
-    path = folder / "config.json"
-    if not folder.is_dir():
-        raise ValueError(
-            f"--model {model} is neither a folder nor a published model: known are "
-            f"{sorted(PUBLISHED)}"
-        )
+    found = find_model(model)
+    if not isinstance(found, Path):
+        return AutoConfig.for_model(**found), None
+    folder, path = found, found / "config.json"
     if not path.is_file():
         raise ValueError(f"--model {model} has no config.json: give a Hugging Face model folder")
     try:
@@ -56,4 +50,5 @@ def load_config(model: str) -> tuple[PretrainedConfig, Path | None]:
     for name in ("vocab_size", "hidden_size", "num_hidden_layers"):
         if not isinstance(raw.get(name), int):
             raise ValueError(f"{path} has no {name}: give a causal language model's config.json")
-    return AutoConfig.from_pretrained(folder), folder
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    return config, folder

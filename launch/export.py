@@ -1,6 +1,7 @@
 """Write a trained model as a Hugging Face folder, one file for each pipeline rank."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,8 +13,8 @@ from launch.model import CLASSIFIER, EMBEDDING, vocabulary_rows
 from launch.training_pipeline import Pipeline
 
 
-def export_model(pipeline: Pipeline, folder: Path) -> None:
-    """Write config.json and safetensors that `AutoModelForCausalLM.from_pretrained` opens.
+def export_model(pipeline: Pipeline, folder: Path, write_tokenizer: Callable[[Path], None]) -> None:
+    """Write a folder that transformers opens: config.json, safetensors and the tokenizer.
 
     All ranks call it. The rows of a vocabulary are gathered over its group, one weight at a time;
     the first vocab rank of each pipeline rank writes what that one holds. Weights are stored in
@@ -40,6 +41,7 @@ def export_model(pipeline: Pipeline, folder: Path) -> None:
     dist.all_gather_object(told, (file, sizes))
     if dist.get_rank() == 0:
         pipeline.config.save_pretrained(partial)
+        write_tokenizer(partial)
         if not single:
             index = {
                 "metadata": {"total_size": sum(sum(own.values()) for _, own in told)},

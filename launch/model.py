@@ -33,6 +33,8 @@ class Stage(nn.Module):
 
     forward: token ids [b, T] on the first stage, or their embeddings [b, T, D] where all stages
     hold rows of them; hidden states [b, T, D] on the others; returns hidden states [b, T, D].
+    Position ids [b, T] that begin again mark documents, which do not attend to one another; without
+    them a sequence is one document.
     """
 
     model: Any
@@ -43,17 +45,19 @@ class Stage(nn.Module):
         self.model = model
         self.lm_head = lm_head
 
-    def hidden_states(self, inputs: Tensor) -> Tensor:
+    def hidden_states(self, inputs: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """Run the stage's layers."""
         embedding = self.model.embed_tokens
         given = embedding is None or inputs.is_floating_point()
         hidden = inputs if given else embedding(inputs)
-        result: Tensor = self.model(inputs_embeds=hidden, use_cache=False).last_hidden_state
+        result: Tensor = self.model(
+            inputs_embeds=hidden, position_ids=position_ids, use_cache=False
+        ).last_hidden_state
         return result
 
-    def forward(self, inputs: Tensor) -> Tensor:
+    def forward(self, inputs: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """Run the stage's layers, and on the last stage whatever the classifier does in it."""
-        hidden = self.hidden_states(inputs)
+        hidden = self.hidden_states(inputs, position_ids)
         return hidden if self.lm_head is None else self.lm_head(hidden)
 
 

@@ -8,25 +8,29 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
 import tyro
 
-from launch.planning.calibrate import calibrate
-from launch.planning.command import PlanArguments, run
-from launch.runtime import process_group
+from launch.planning.arguments import PlanArguments
 
 
 def main() -> None:
     """Parse the command line and plan; a user's mistake ends with a message and code 2."""
-    arguments = tyro.cli(PlanArguments)
+    arguments = tyro.cli(PlanArguments, prog="python -m launch.plan")
     if arguments.calibrate:
         _calibrate(arguments.out)
     else:
+        from launch.planning.command import run  # after --help, which need not wait for torch
+
         run(arguments)
 
 
 def _calibrate(path: Path) -> None:
     """Write the hardware file of this rank's device; of several ranks, the first one's."""
+    import torch
+
+    from launch.planning.calibrate import calibrate
+    from launch.runtime import process_group
+
     if "RANK" in os.environ:
         with process_group(timeout=60.0) as device:
             found, writes = calibrate(device), os.environ["RANK"] == "0"

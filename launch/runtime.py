@@ -4,6 +4,7 @@ import gc
 import os
 import resource
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -11,22 +12,17 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from launch.command import UserError
+
 
 @contextmanager
 def process_group(timeout: float) -> Iterator[torch.device]:
     """Join the ranks that torchrun started, and leave them in order; yields this rank's device.
 
     A reference to a group that outlives the interpreter's shutdown may abort it: whatever holds
-    one is collected, and the ranks meet, before the groups are destroyed.
-
-    Raises:
-        ValueError: the process was not started by torchrun.
+    one is collected, and the ranks meet, before the groups are destroyed; after a `UserError` too,
+    which every rank raises.
     """
-    if "RANK" not in os.environ:
-        raise ValueError(
-            "start this with torchrun, e.g. torchrun --nproc-per-node 4 -m launch.train "
-            "--pipeline 2 --vocab 2"
-        )
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
@@ -44,11 +40,20 @@ def process_group(timeout: float) -> Iterator[torch.device]:
         device_id=device if device.type == "cuda" else None,
     )
     try:
-        yield device
-        gc.collect()
-        dist.barrier()
+        try:
+            yield device
+        except UserError as error:
+            traceback.clear_frames(error.__traceback__)  # whose variables hold groups
+            _meet()
+            raise
+        _meet()
     finally:
         dist.destroy_process_group()
+
+
+def _meet() -> None:
+    gc.collect()
+    dist.barrier()
 
 
 def peak_memory(device: torch.device) -> int:

@@ -16,7 +16,9 @@ from torch.distributed.pipelining.schedules import (
 from transformers import PretrainedConfig
 
 from launch.arguments import TrainArguments
+from launch.command import raised_on_all
 from launch.configs import config_of_sizes, load_config
+from launch.data.batches import Batch
 from launch.model import EMBEDDING, SpanningRows, Stage, build_stage, vocabulary_rows
 from launch.spanning import SpanningPlan, spanning_plan
 from launch.weights import FolderWeights, RandomWeights, WeightSource
@@ -84,7 +86,7 @@ class Pipeline:
         rows = vocabulary_rows(self.stages)
         return [parameter for parameter in self.parameters() if id(parameter) not in rows]
 
-    def accumulate(self, tokens: Tensor, pieces: int) -> float | None:
+    def accumulate(self, batch: Batch, pieces: int) -> float | None:
         """Run forward and backward over this column's sequences [b, T], in schedule steps.
 
         Gradients and the returned loss are those of the mean over all valid tokens of all
@@ -92,15 +94,16 @@ class Pipeline:
         """
         if self.head is not None:
             columns = [self.groups.columns_group]
-            self.loss.num_valid_tokens = count_valid_tokens(tokens, columns, shift=1)
+            self.loss.num_valid_tokens = count_valid_tokens(batch.labels, columns, shift=1)
         losses: list[Tensor] = []
-        for piece in tokens.chunk(pieces):
+        for piece in batch.chunk(pieces):
             of_piece: list[Tensor] = []
             self.schedule.step(
-                *([piece] if 0 in self.indices or self.spans else []),
-                target=piece if self.has_last or self.spans else None,
+                *([piece.ids] if 0 in self.indices or self.spans else []),
+                target=piece.labels if self.has_last or self.spans else None,
                 losses=of_piece if self.has_last else None,
                 return_outputs=False,
+                **piece.for_stages(),
             )
             losses += [loss.detach() for loss in of_piece]
         return float(torch.stack(losses).sum()) if losses else None
@@ -156,19 +159,20 @@ def build_pipeline(
     num_stages = arguments.pipeline * (1 if single else 2)
     indices = groups.stages(num_stages, style)
     plan = spanning_plan(arguments, config, groups) if groups.message_groups is not None else None
-    stages = [
-        build_stage(
-            config,
-            source,
-            index,
-            num_stages,
-            groups.vocab_group,
-            device=device,
-            dtype=getattr(torch, arguments.dtype),
-            spanning=None if plan is None else SpanningRows(plan.rows, index == indices[0]),
-        )
-        for index in indices
-    ]
+    with raised_on_all():  # a rank reads the files of its own stages
+        stages = [
+            build_stage(
+                config,
+                source,
+                index,
+                num_stages,
+                groups.vocab_group,
+                device=device,
+                dtype=getattr(torch, arguments.dtype),
+                spanning=None if plan is None else SpanningRows(plan.rows, index == indices[0]),
+            )
+            for index in indices
+        ]
     head = next((stage.lm_head for stage in stages if stage.lm_head is not None), None)
     tied = None
     if config.tie_word_embeddings and plan is None:

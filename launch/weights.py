@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 from pathlib import Path
 from typing import Protocol
 
@@ -63,6 +64,17 @@ class RandomWeights:
         text = f"{self._seed} {name} {block}"
         seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
         return torch.Generator(like.device).manual_seed(seed)
+
+
+def say_random(model: str | None, source: WeightSource) -> None:
+    """Say that a published model's name has brought no weights; one rank calls it."""
+    if model is not None and isinstance(source, RandomWeights):
+        print(
+            f"RANDOM WEIGHTS: there is no folder {model} here, and the name {model} stands for a "
+            f"configuration alone; for trained weights give --model FOLDER",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 class FolderWeights:

@@ -1,5 +1,6 @@
 """A Hugging Face folder in, training on a mesh, checkpoints over meshes, and a folder out."""
 
+import itertools
 import json
 import os
 import shutil
@@ -12,13 +13,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from launch.arguments import TrainArguments
-from launch.text import load_batches
 from launch.training_pipeline import model_of
 from launch.weights import FolderWeights
 from tests.ranks import ROOT, torchrun, torchrun_command
+from tests.small_tokenizer import END, WORDS, write_tokenizer
 
 VOCABULARY, HIDDEN, LAYERS = 151_936, 32, 4
 SIZES = [
@@ -29,7 +30,7 @@ FOLDER_SIZES = SIZES[:-4]
 
 
 def write_model(folder: Path, tied: bool, shards: str = "5GB") -> Path:
-    """Let transformers write a tiny Qwen3."""
+    """Let transformers write a tiny Qwen3 and a small tokenizer."""
     torch.manual_seed(int(tied))
     config = Qwen3Config(
         vocab_size=VOCABULARY,
@@ -42,6 +43,7 @@ def write_model(folder: Path, tied: bool, shards: str = "5GB") -> Path:
         tie_word_embeddings=tied,
     )
     Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder, max_shard_size=shards)
+    write_tokenizer(folder)
     return folder
 
 
@@ -83,6 +85,8 @@ def test_in_and_out(tied: bool, tmp_path: Path) -> None:
     with torch.no_grad():
         expected = AutoModelForCausalLM.from_pretrained(source)(ids).logits
         assert torch.equal(again(ids).logits, expected)
+    tokenizers = [AutoTokenizer.from_pretrained(folder) for folder in (source, tmp_path / "b")]
+    assert tokenizers[0](WORDS).input_ids == tokenizers[1](WORDS).input_ids
 
     total = sum(tensor.nbytes for tensor in before.values())
     rows = VOCABULARY * HIDDEN * 2
@@ -241,10 +245,11 @@ def test_more_stages_than_layers(tmp_path: Path) -> None:
 
 
 def test_evaluate(tmp_path: Path) -> None:
-    """Perplexity and accuracy of a folder on 2 ranks are those of its logits in one process."""
+    """Perplexity and accuracy of packed documents on 2 ranks: those of each one's logits alone."""
     source = write_model(tmp_path / "a", tied=True)
-    text = tmp_path / "text.txt"
-    text.write_text("the quick brown fox jumps over the lazy dog " * 40)
+    texts = ["the quick brown fox jumps over the lazy dog " * (1 + n % 3) for n in range(16)]
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": one}) + "\n" for one in texts))
     code, output = torchrun(
         2,
         [
@@ -255,12 +260,20 @@ def test_evaluate(tmp_path: Path) -> None:
     )  # fmt: skip
     assert code == 0, output[-3000:]
     found = json.loads(output.strip().splitlines()[-1])
-    batches = load_batches(text, steps=2, batch=4, sequence=24, vocabulary=VOCABULARY).flatten(0, 1)
+    encode = AutoTokenizer.from_pretrained(source)
+    stream = [(n, t) for n, one in enumerate(texts) for t in [*encode(one).input_ids, END]]
+    rows = [stream[start : start + 24] for start in range(0, 2 * 4 * 24, 24)]
+    pieces = [
+        torch.tensor([[token for _, token in piece]])
+        for row in rows
+        for _, piece in itertools.groupby(row, key=lambda pair: pair[0])
+    ]
+    assert len(pieces) > 8
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     with torch.no_grad():
-        logits = model(batches).logits[:, :-1]
-    wanted = batches[:, 1:]
-    nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten())
+        logits = torch.cat([model(piece).logits[0, :-1] for piece in pieces])
+    wanted = torch.cat([piece[0, 1:] for piece in pieces])
+    nll = torch.nn.functional.cross_entropy(logits, wanted)
     assert found["tokens"] == wanted.numel()
     assert found["perplexity"] == pytest.approx(float(nll.exp()), rel=1e-4)
     assert found["accuracy"] == pytest.approx(float((logits.argmax(-1) == wanted).float().mean()))

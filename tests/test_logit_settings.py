@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
-from launch import evaluate as evaluation
-from launch.arguments import TrainArguments
+from launch import evaluation
+from launch.arguments import EvaluateArguments, TrainArguments
 from launch.check import compare_with_one_process
+from launch.data.batches import Batches
 from launch.gradients import named_gradients
 from launch.model import build_stage
 from launch.training_pipeline import build_pipeline, model_of
@@ -110,6 +111,7 @@ def check_launch(folders: list[str]) -> None:
     """Two stages, the check in one process and the evaluation, against the model's own loss."""
     groups, device = build_stage_groups(2, 1, device_type="cpu"), torch.device("cpu")
     ids = batch()["input_ids"]
+    batches = Batches(ids[None])
     for folder in folders:
         whole: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         loss_of_whole = whole(ids, labels=ids).loss
@@ -119,17 +121,17 @@ def check_launch(folders: list[str]) -> None:
             pipeline=2, vocab=1, microbatches=2, batch=2, sequence=8, steps=1, model=folder
         )
         pipeline = build_pipeline(arguments, *model_of(arguments), groups, device)
-        loss = pipeline.accumulate(ids, 1)
+        loss = pipeline.accumulate(batches[0], 1)
         assert (loss is None) == (not pipeline.has_last)
         exact = named_gradients(whole)
         for name, gradient in named_gradients(pipeline.stages).items():
             assert relative_error(gradient, exact[name]) < 1e-4, name
         if loss is not None:
             assert abs(loss / expected - 1) < 1e-5
-            assert compare_with_one_process(arguments, ids[None], [loss], exact, device).passed
+            assert compare_with_one_process(arguments, batches, [loss], exact, device).passed
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(evaluation, "load_batches", lambda *_, **__: ids[None])
-            scores = evaluation.evaluate(evaluation.EvaluateArguments(folder), device)
+            patch.setattr(evaluation, "load_batches", lambda *_, **__: batches)
+            scores = evaluation.evaluate(EvaluateArguments(folder), device)
         assert abs(scores.perplexity / math.exp(expected) - 1) < 1e-5
 
 

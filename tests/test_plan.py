@@ -402,7 +402,7 @@ def test_balance() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"model": "qwen4"}, "unknown model 'qwen4': give a config.json"),
+        ({"model": "qwen4"}, "--model qwen4 is neither a folder nor a published model"),
         ({"model": None}, "--model and --gpus are needed"),
         ({"schedule": "dualpipev", "microbatches": 1}, "dualpipev runs on no mesh of 64 GPUs"),
         ({"gpus": 0}, "--gpus must be at least 1, got 0"),

@@ -1,6 +1,5 @@
 """The loss in torchtitan's place for one, where torchtitan 0.3 is installed."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -8,20 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from tests.oracle import relative_error
-from vocab_parallel.adapters import HiddenStatesLoss
+from tests.test_adapter_snippets import run_snippet
 
 titan: Any = pytest.importorskip("torchtitan.components.loss", reason="needs torchtitan 0.3")
-
-
-class VocabParallelLoss(HiddenStatesLoss, titan.ChunkedLossWrapper):
-    """As docs/adapters.md has it."""
-
-    @dataclass(kw_only=True, slots=True)
-    class Config(titan.ChunkedLossWrapper.Config):
-        pass
-
-    def __init__(self, config: Any, *, compile_config: Any = None) -> None:
-        HiddenStatesLoss.__init__(self)
 
 
 class Decoder(nn.Module):
@@ -41,6 +29,7 @@ class Decoder(nn.Module):
 
 def test_in_place_of_the_chunked_loss() -> None:
     """Built by its configuration and called by the trainer's contract: equal loss and gradients."""
+    ours: Any = run_snippet("VocabParallelLoss")["VocabParallelLoss"]  # as docs/adapters.md has it
     ids = torch.randint(97, (2, 16))
     labels = ids.roll(-1, 1)
     labels[0, 9:] = -100
@@ -48,7 +37,7 @@ def test_in_place_of_the_chunked_loss() -> None:
     found: dict[str, tuple[Tensor, list[Tensor]]] = {}
     for name, config in (
         ("theirs", titan.ChunkedLossWrapper.Config(num_chunks=4)),
-        ("ours", VocabParallelLoss.Config()),
+        ("ours", ours.Config()),
     ):
         model = Decoder()
         loss_fn = config.build(compile_config=None)

@@ -1,18 +1,21 @@
 """launch.train as torchrun starts it, on small models."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from launch.arguments import TrainArguments
 from launch.configs import config_of_sizes, load_config
 from launch.model import layers_of_stage
 from launch.planning.shape import ModelShape
-from launch.text import load_batches
-from tests.ranks import torchrun
+from tests.ranks import ROOT, torchrun
+from tests.small_tokenizer import write_tokenizer
 
 SMALL = [
     *("--hidden", "32", "--layers", "4", "--batch", "24", "--sequence", "16"),
@@ -52,43 +55,85 @@ def test_equals_one_process(pipeline: int, vocab: int, schedule: str, tmp_path: 
     assert (tmp_path / "loss.png").stat().st_size > 1000
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--pipeline", "2", "--vocab", "2"], "1 x 2 x 2 = 4, but the world has 2 ranks"),
-        (["--pipeline", "1", "--text", "no/such/file"], "no/such/file does not exist"),
-        pytest.param(
-            ["--pipeline", "1", "--text", "LICENSE", "--sequence", "4096"],
-            "fewer than one batch",
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(
-            ["--pipeline", "1", "--batch", "5"],
-            "--batch must be a multiple of vocab x microbatches",
-            marks=pytest.mark.slow,
-        ),
-    ],
-)
-def test_bad_input(arguments: list[str], message: str, tmp_path: Path) -> None:
-    mesh = ["--vocab", "2", "--microbatches", "1", "--out", str(tmp_path / "out")]
+MISTAKES = [
+    (
+        ["--vocab", "3", "--batch", "9"],
+        "--pipeline 1 x --vocab 3 is a mesh of 3 ranks, but torchrun started 2",
+    ),
+    pytest.param(
+        ["--vocab", "2", "--batch", "5"],
+        "--batch must be a multiple of vocab x microbatches",
+        marks=pytest.mark.slow,
+    ),
+    pytest.param(
+        ["--bacth", "5"], "the command line cannot be read, as said above", marks=pytest.mark.slow
+    ),
+    # Known when the text has been read.
+    (["--vocab", "2", "--text", "LICENSE", "--sequence", "4096"], "fewer than one batch"),
+]
+
+
+def assert_one_sentence(code: int, output: str, words: str) -> None:
+    """Check that the mistake is said once by rank 0 and once by torchrun, without a traceback."""
+    assert code == 1  # torchrun's own, whatever a rank's is
+    assert "exitcode  : 2 (" in output
+    sentences = [line for line in output.splitlines() if words in line]
+    assert len(sentences) == 2, output
+    assert sentences[0].startswith("launch.train: ")
+    assert sentences[1] == f"  traceback : {sentences[0]}"
+    assert output.splitlines()[-2] == sentences[1], "what the user sees last"
+    assert output.count("Traceback") == 1, "torchrun's own"
+    assert "launch/" not in output.partition("Traceback")[2], "none of ours"
+    assert len(output.splitlines()) < 55
+
+
+@pytest.mark.parametrize(("arguments", "words"), MISTAKES)
+def test_mistakes(arguments: list[str], words: str, tmp_path: Path) -> None:
+    mesh = ["--pipeline", "1", "--microbatches", "1", "--out", str(tmp_path / "out")]
     code, output = torchrun(2, ["-m", "launch.train", *mesh, *arguments])
-    assert code == 1
-    assert message in output
-    assert "ValueError" in output
+    assert_one_sentence(code, output, words)
     assert not (tmp_path / "out").exists()
 
 
-def test_text_in_order(tmp_path: Path) -> None:
-    (tmp_path / "b.txt").write_text("one two three four five six seven eight nine ten")
-    (tmp_path / "a.txt").write_text("alpha beta gamma")
-    batches = load_batches(tmp_path, steps=3, batch=1, sequence=4, vocabulary=151_936)
-    assert batches.shape == (3, 1, 4)
-    alone = load_batches(tmp_path / "a.txt", steps=1, batch=1, sequence=3, vocabulary=151_936)
-    assert batches[0, 0, :3].tolist() == alone[0, 0].tolist()
-    repeated = load_batches(tmp_path / "a.txt", steps=2, batch=1, sequence=3, vocabulary=151_936)
-    assert repeated[0].tolist() == repeated[1].tolist()
-    with pytest.raises(ValueError, match="--vocabulary is 10"):
-        load_batches(tmp_path, steps=1, batch=1, sequence=4, vocabulary=10)
+def test_a_mistake_that_one_rank_finds(tmp_path: Path) -> None:
+    """The last stage's weights are missing: its rank tells the other, which says it."""
+    write_tokenizer(tmp_path / "a")
+    config = config_of_sizes(vocabulary=300, hidden=32, layers=2, sequence=16)
+    model = AutoModelForCausalLM.from_config(config)
+    weights = {name: w for name, w in model.state_dict().items() if name != "model.norm.weight"}
+    save_file(weights, tmp_path / "a" / "model.safetensors")
+    config.save_pretrained(tmp_path / "a")
+    mesh = ["--pipeline", "2", "--vocab", "1", "--out", str(tmp_path / "out")]
+    code, output = torchrun(2, ["-m", "launch.train", *mesh, "--model", str(tmp_path / "a")])
+    assert_one_sentence(code, output, "has no weight model.norm.weight")
+
+
+def python(*command: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_without_torchrun() -> None:
+    """The command lines load neither torch nor transformers, and say what starts them."""
+    for program in ("train", "evaluate", "plan"):
+        code = (
+            "import sys, runpy\n"
+            f"sys.argv = ['{program}', '--help']\n"
+            "try:\n"
+            f"    runpy.run_module('launch.{program}', run_name='__main__')\n"
+            "except SystemExit as end:\n"
+            "    assert not end.code\n"
+            "print({'torch', 'transformers', 'datasets', 'numpy'} & set(sys.modules))"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert f"usage: python -m launch.{program}" in done.stdout
+        assert done.stdout.splitlines()[-1] == "set()"
+    done = python("-m", "launch.train")
+    assert done.returncode == 2
+    assert done.stderr.startswith("launch.train: start this with torchrun")
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_layers_are_spread() -> None:

@@ -1,12 +1,12 @@
-"""The planner's command: its arguments, what they ask for, and what it prints."""
+"""The planner's command: what its arguments ask for, and what it prints."""
 
 import json
 import re
 import sys
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import asdict
+from typing import Any
 
+from launch.planning.arguments import PlanArguments
 from launch.planning.estimate import Job
 from launch.planning.hardware import Hardware
 from launch.planning.meshes import MeshPlan, VocabOver, plan_meshes
@@ -14,63 +14,6 @@ from launch.planning.shape import ModelShape
 from launch.planning.table import print_table, verdict
 
 _UNITS = {"": 1.0, "MB": 1e6, "GB": 1e9, "MIB": 2.0**20, "GIB": 2.0**30}
-
-
-@dataclass(frozen=True)
-class PlanArguments:
-    """Plan a data x pipeline x vocab mesh: memory and time of each stage, the best meshes first.
-
-    Memory is that of plain weights, gradients and AdamW, and of activations as transformers keeps
-    them; where that does not fit, each layer keeps its input alone and runs again in backward.
-    Times are arithmetic over a hardware file; what is measured and what is assumed is said below
-    the table. Starts no ranks and needs no GPU.
-    """
-
-    model: str | None = None
-    """A published model, or a Hugging Face config.json or its folder."""
-    gpus: int | None = None
-    """How many GPUs there are."""
-    gpu_memory: str | None = None
-    """Of each, such as 80GB; by default the hardware's."""
-    hardware: str = "h200"
-    """h200, h100, a100, or a file of your own: see --calibrate."""
-    calibrate: bool = False
-    """Measure this device, and under torchrun the links of its ranks, write a hardware file to
-    --out, and plan nothing."""
-    out: Path = Path("hardware.json")
-    """Where --calibrate writes."""
-    sequence: int = 4096
-    """Tokens of a sequence."""
-    microbatch: int = 1
-    """Sequences of a microbatch of one column."""
-    microbatches: int = 8
-    """Microbatches of a column in a step."""
-    schedule: Literal[
-        "1f1b",
-        "gpipe",
-        "interleaved1f1b",
-        "loopedbfs",
-        "interleavedzerobubble",
-        "zbvzerobubble",
-        "dualpipev",
-    ] = "1f1b"
-    """Pipeline schedule; all but the first two run two stages on each rank."""
-    vocab_over: Literal["both", "last-stage", "all-stages"] = "both"
-    """Which ranks hold rows of the vocabulary: those of the last stage, whose layers are balanced
-    against the loss, or those of all stages. GPipe and DualPipeV have it on the last stage."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of weights, gradients and activations."""
-    state_bytes: int | None = None
-    """Of the optimizer for each parameter: 2 moments in dtype by default, 12 with float32 moments
-    and master weights."""
-    memory_budget: str | None = None
-    """Of the loss, such as 64MiB; by default the loss's own, 64MiB."""
-    show: int = 8
-    """Meshes in the table."""
-    json: bool = False
-    """Print one JSON document in place of the table."""
-    plot: Path | None = None
-    """Write a picture of the best mesh here: memory of each stage, and the simulated step."""
 
 
 def run(arguments: PlanArguments) -> None:

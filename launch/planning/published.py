@@ -1,6 +1,8 @@
 """Published models' configurations: data alone, so that a planner need not load transformers."""
 
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 _LLAMA_3_1: Mapping[str, Any] = {
@@ -91,3 +93,27 @@ PUBLISHED: Mapping[str, Mapping[str, Any]] = {
         "tie_word_embeddings": True,
     },
 }
+
+
+def find_model(model: str) -> Path | Mapping[str, Any]:
+    """Return what ``--model`` names: a path that exists, or else a published configuration.
+
+    What is on the disk wins: who has a folder Qwen3-1.7B means its weights.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    path = Path(model)
+    if path.exists():
+        return path
+    if model.lower() in PUBLISHED:
+        return PUBLISHED[model.lower()]
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+        name = path.name
+        raise ValueError(
+            f"--model {model} is no folder here, and nothing is downloaded: get it with `hf "
+            f"download {model} --local-dir {name}`, then give --model {name}"
+        )
+    raise ValueError(
+        f"--model {model} is neither a folder nor a published model: known are {sorted(PUBLISHED)}"
+    )

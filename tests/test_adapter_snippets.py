@@ -1,0 +1,118 @@
+"""What docs/adapters.md prints runs as it is printed, given what it says is the reader's."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+from transformers import TrainingArguments
+
+from stage_groups import build_stage_groups
+from tests.oracle import relative_error
+from tests.ranks import ROOT, run_ranks
+from tests.test_adapters import TinyCausalLM, split_by_deletion, tiny
+from tests.test_examples import python_blocks
+from vocab_parallel import VocabParallelClassifier, no_loss, validate_pipeline_loss
+
+PAGE = (ROOT / "docs" / "adapters.md").read_text()
+RUN = ("Schedule1F1B", "VocabParallelLoss", "shard_output_embeddings", "VocabParallelTrainer")
+
+
+def run_snippet(word: str, **given: Any) -> dict[str, Any]:
+    """Run the page's one snippet that has the word, and return its names."""
+    (snippet,) = (block for block in python_blocks(PAGE) if word in block)
+    names: dict[str, Any] = {"__name__": "snippet", **given}
+    exec(compile(snippet, "docs/adapters.md", "exec"), names)
+    return names
+
+
+def test_every_snippet_is_run() -> None:
+    """By the tests below, and torchtitan's by tests/test_torchtitan.py."""
+    blocks = python_blocks(PAGE)
+    assert len(blocks) == len(RUN)
+    for block in blocks:
+        assert sum(word in block for word in RUN) == 1
+
+
+def check_pipelining() -> None:
+    groups, device = build_stage_groups(2, 1, device_type="cpu"), torch.device("cpu")
+    torch.manual_seed(0)
+    first, model = nn.Embedding(97, 16), nn.Module()
+    model.lm_head = nn.Linear(16, 97)
+    last_stage_module = nn.Sequential(nn.Tanh())
+    last_stage_module.lm_head = nn.Identity()
+    labels = torch.randint(97, (8, 6))
+    logits = model.lm_head(first(labels).tanh())
+    expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    own = groups.pipeline_rank
+    group = groups.pipeline_group
+    stage = PipelineStage([first, last_stage_module][own], own, 2, device, group=group)
+    if own == 0:
+        schedule = Schedule1F1B(stage, n_microbatches=8, loss_fn=no_loss, scale_grads=False)
+        validate_pipeline_loss(schedule, no_loss)
+        schedule.step(labels)
+        assert first.weight.grad is not None
+    else:
+        names = run_snippet(
+            "Schedule1F1B", model=model, groups=groups, stage=stage, labels=labels,
+            last_stage_module=last_stage_module,
+        )  # fmt: skip
+        assert relative_error(torch.stack(names["losses"]).sum(), expected) < 1e-6
+
+
+def check_splitter() -> None:
+    groups = build_stage_groups(2, 1, device_type="cpu")
+    names = run_snippet(
+        "shard_output_embeddings",
+        groups=groups,
+        create_manual_causal_lm_splitter=lambda: split_by_deletion,
+    )
+    device, indices = torch.device("cpu"), [(0,), (1,)]
+    modules = names["splitter"](TinyCausalLM(), (), {}, indices, True, device, 0, None)[1]
+    is_last = groups.pipeline_rank == 1
+    assert isinstance(modules[0].output_decoder, VocabParallelClassifier) == is_last
+
+
+def check_over_ranks() -> None:
+    check_pipelining()
+    check_splitter()
+
+
+def test_over_ranks() -> None:
+    run_ranks(check_over_ranks, 2)
+
+
+class Ids(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """Eight sequences, each its own labels."""
+
+    def __init__(self) -> None:
+        self.ids = torch.randint(97, (8, 12), generator=torch.Generator().manual_seed(0))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.ids[index], "labels": self.ids[index]}
+
+
+@pytest.mark.filterwarnings("ignore")  # of Trainer's and accelerate's own
+def test_trainer(tmp_path: Path) -> None:
+    """A step of training and an evaluation: the losses of the model's own forward."""
+    pytest.importorskip("accelerate", reason="Trainer needs it")
+    cls = run_snippet("VocabParallelTrainer")["VocabParallelTrainer"]
+    model, ids = tiny("llama", tie_word_embeddings=False), Ids()
+    with torch.no_grad():
+        expected = model(input_ids=ids.ids, labels=ids.ids).loss
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=8, use_cpu=True,
+        per_device_eval_batch_size=8, report_to=[], save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    trainer = cls(model=model, args=arguments, train_dataset=ids, eval_dataset=ids)
+    before = trainer.evaluate()["eval_loss"]
+    assert before == pytest.approx(float(expected), rel=1e-5)
+    found = trainer.train().training_loss
+    assert found == pytest.approx(float(expected), rel=1e-5)
+    assert trainer.evaluate()["eval_loss"] < before
