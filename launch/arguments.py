@@ -53,6 +53,9 @@ class DataArguments:
             )
 
 
+_SPLIT = ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
+
+
 @dataclass(frozen=True)
 class TrainArguments(DataArguments):
     """Train a Qwen3 model on text, on a pipeline x vocab mesh of ranks.
@@ -80,6 +83,9 @@ class TrainArguments(DataArguments):
     each rank."""
     impl: str = "auto"
     """How a rank computes the loss over its rows: auto, chunked or reference."""
+    recompute: Literal["none", "first", "all"] = "none"
+    """Which stages' layers keep their input alone and run again in backward; the first stage has
+    the most microbatches in flight."""
     loss_memory: int = 64
     """MiB that a rank's loss may hold of logits; with more it computes fewer of them twice."""
 
@@ -174,6 +180,12 @@ class TrainArguments(DataArguments):
             raise ValueError(
                 f"--schedule {self.schedule} cannot let all stages carry the vocabulary: use 1F1B, "
                 f"Interleaved1F1B, LoopedBFS, InterleavedZeroBubble or ZBVZeroBubble"
+            )
+        if self.recompute != "none" and self.schedule in _SPLIT:
+            raise ValueError(
+                f"--recompute {self.recompute} would run layers in both halves of a backward, "
+                f"which --schedule {self.schedule} splits: use 1F1B, Interleaved1F1B, GPipe or "
+                f"LoopedBFS"
             )
         if self.rows == "filled" and self.vocab_over == "last-stage":
             raise ValueError("--rows filled is of --vocab-over all-stages: give that too")

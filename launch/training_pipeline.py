@@ -173,6 +173,9 @@ def build_pipeline(
             )
             for index in indices
         ]
+    for stage, index in zip(stages, indices, strict=True):
+        if arguments.recompute == "all" or (arguments.recompute == "first" and index == 0):
+            stage.model.gradient_checkpointing_enable({"use_reentrant": False})
     head = next((stage.lm_head for stage in stages if stage.lm_head is not None), None)
     tied = None
     if config.tie_word_embeddings and plan is None:
