@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import pytest
 from torch import nn
-from torch.distributed.pipelining.schedules import get_schedule_class
 
 from vocab_parallel.pipeline.spanning.order import (
     Costs,
@@ -19,6 +18,7 @@ from vocab_parallel.pipeline.spanning.order import (
     one_forward_one_backward,
     order_of,
 )
+from vocab_parallel.pipeline.spanning.schedule import tasks_of
 
 
 def even(ranks: int, stages: int, layers: float, loss: float) -> Costs:
@@ -45,18 +45,7 @@ def order_of_torch(name: str, ranks: int, microbatches: int) -> list[list[Task]]
         )
         for index in (0, num_stages - 1 if v_shaped else ranks)
     ]  # fmt: skip
-    made = get_schedule_class(name)(stages, n_microbatches=microbatches, loss_fn=lambda *_: None)
-    listed = []
-    for rank in range(ranks):
-        actions = [action for action in made.pipeline_order[rank] if action is not None]
-        single = [one for action in actions for one in (action.sub_actions or (action,))]
-        listed.append(
-            [
-                Task(one.computation_type.value, one.stage_index, one.microbatch_index)
-                for one in single
-            ]
-        )
-    return listed
+    return tasks_of(stages, name, microbatches)
 
 
 def comes_to_an_end(order: Order, ranks: int) -> bool:

@@ -140,7 +140,7 @@ class SpanningSchedule(_PipelineScheduleRuntime):
         self._hidden: Tensor | None = None  # of the shape of the last stage's hidden states
         self._shapes_of: bool | None = None  # whether they are those of training
 
-        listed = _listed(own, schedule, n_microbatches)
+        listed = tasks_of(own, schedule, n_microbatches)
         costs = costs or _even(len(listed))
         spans = embedding is not None
         self.order = best_order(listed, costs, barriers=barriers, embedding=spans)
@@ -279,8 +279,13 @@ class SpanningSchedule(_PipelineScheduleRuntime):
         return acts
 
 
-def _listed(stages: list[Any], schedule: str, num_microbatches: int) -> list[list[Task]]:
+def tasks_of(stages: list[Any], schedule: str, num_microbatches: int) -> list[list[Task]]:
     """Return the order of every rank that torch's own schedule of that name has.
+
+    Args:
+        stages: of one rank.
+        schedule: its name.
+        num_microbatches: M.
 
     What torch lists of 1F1B starts the last rank at microbatch 1, so that it is written out.
     """
