@@ -1,5 +1,7 @@
 """A pipeline whose every rank carries rows of the vocabulary, against one process in float64."""
 
+import itertools
+import random
 from typing import Any
 
 import pytest
@@ -61,20 +63,36 @@ def one_process(
 ) -> tuple[list[Tensor], nn.ModuleDict]:
     """Return the losses and the gradients of microbatches [n b, T], all columns' together."""
     whole, losses = toy(case, num_stages), []
-    options = {"shift": 1, **case.get("options", {})}
+    options = {"shift": 1, **options_of(case)}
     for name in ("backward", "memory_budget", "impl"):  # how, not what
         options.pop(name, None)
+    if "token_weight" in options:  # every column's
+        options["token_weight"] = options["token_weight"].repeat(tokens.shape[1] // 2, 1)
     if case.get("whole_step"):
-        options["num_valid_tokens"] = int((labels[:, :, 1:] != -100).sum())
+        ignored = options.get("ignore_index", -100)
+        options["num_valid_tokens"] = int((labels[:, :, options["shift"] :] != ignored).sum())
     for own, target in zip(tokens, labels, strict=True):
         hidden = SCALE * whole["embedding"](own)
         for index in range(num_stages):
             hidden = torch.tanh(whole[f"layer{index}"](hidden))
         head: Any = whole["head"]
         loss, _ = oracle(hidden, head.weight, target, head.bias, **options)
-        (loss if case.get("whole_step") else loss / len(tokens)).backward()
+        (loss / len(tokens) if scales(case) else loss).backward()
         losses.append(loss.detach())
     return losses, whole
+
+
+def options_of(case: dict[str, Any]) -> dict[str, Any]:
+    """Return the loss's options; cases travel as JSON."""
+    options = dict(case.get("options", {}))
+    if "token_weight" in options:
+        options["token_weight"] = torch.tensor(options["token_weight"], dtype=torch.float64)
+    return options
+
+
+def scales(case: dict[str, Any]) -> bool:
+    """Whether the schedule divides gradients by the number of microbatches."""
+    return not case.get("whole_step") and case.get("options", {}).get("reduction") != "sum"
 
 
 class Run:
@@ -117,8 +135,11 @@ class Run:
             for module, i in zip(self.modules, self.indices, strict=True)
         ]
         layout = "sharded" if case.get("columns") == "apart" else "replicated"
+        self.options = options_of(case)
+        if "token_weight" in self.options:
+            self.options["token_weight"] = self.options["token_weight"].to(device)
         self.loss = CCEPipelineLoss(
-            rows["head"], hidden_layout=layout, **case.get("options", {}), **case.get("impl", {})
+            rows["head"], hidden_layout=layout, **self.options, **case.get("impl", {})
         )
         self.schedule = SpanningSchedule(
             stages,
@@ -128,7 +149,7 @@ class Run:
             self.name,
             embedding=embedding,
             barriers=case.get("barriers"),
-            scale_grads=not case.get("whole_step"),
+            scale_grads=scales(case),
         )
         validate_pipeline_loss(self.schedule, self.loss)
 
@@ -142,7 +163,12 @@ class Run:
         run = self.schedule.step if trains else self.schedule.eval
         if self.case.get("whole_step"):
             columns = [self.groups.columns_group] if self.case.get("columns") == "apart" else []
-            self.loss.num_valid_tokens = count_valid_tokens(labels, columns, shift=1)
+            self.loss.num_valid_tokens = count_valid_tokens(
+                labels,
+                columns,
+                shift=self.options.get("shift", 1),
+                ignore_index=self.options.get("ignore_index", -100),
+            )
         needs = 0 in self.indices or self.case.get("embedding")
         run(
             *([tokens] if needs else []),
@@ -168,9 +194,10 @@ def drawn(groups: StageGroups, case: dict[str, Any]) -> tuple[Tensor, Tensor]:
     columns, count = groups.column_degree if apart else 1, case["microbatches"]
     tokens = torch.randint(case["vocabulary"], (columns, count, 2, LENGTH), generator=generator)
     labels = tokens.clone()
-    labels[torch.rand(labels.shape, generator=generator) < 0.3] = -100
+    ignored = case.get("options", {}).get("ignore_index", -100)
+    labels[torch.rand(labels.shape, generator=generator) < 0.3] = ignored
     if count > 2:
-        labels[:, 1] = -100  # a microbatch of padding alone
+        labels[:, 1] = ignored  # a microbatch of padding alone
     return tokens, labels
 
 
@@ -288,6 +315,38 @@ COLUMN_CASES: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
+def drawn_cases(count: int) -> list[dict[str, Any]]:
+    """Draw schedules, rows and options of the loss together, fresh ones each time."""
+    draw = random.Random()
+    found = []
+    for _ in range(count):
+        vocabulary = draw.choice((9, 23, 31))
+        cuts = sorted(draw.randint(0, vocabulary) for _ in range(RANKS - 1))
+        weight = [[draw.uniform(0.0, 2.0) for _ in range(LENGTH)] for _ in range(2)]
+        options = {
+            "label_smoothing": 0.1, "softcap": 2.0, "temperature": 0.7, "z_loss": 0.01,
+            "shift": draw.choice((0, 1, 2)), "ignore_index": -7, "token_weight": weight,
+            "backward": draw.choice(("recompute", "probs")), "memory_budget": 300,
+            "reduction": "sum",
+        }  # fmt: skip
+        kept = {name: value for name, value in options.items() if draw.random() < 0.5}
+        found.append(
+            {
+                "schedule": draw.choice(("1F1B", "Interleaved1F1B", "ZBVZeroBubble")),
+                "microbatches": 4,
+                "vocabulary": vocabulary,
+                "bias": draw.random() < 0.5,
+                "embedding": draw.choice((None, "own", "tied")),
+                "barriers": draw.choice((None, 2)),
+                "columns": draw.choice((None, "apart")),
+                "whole_step": "reduction" not in kept and draw.random() < 0.5,
+                "rows": [b - a for a, b in itertools.pairwise([0, *cuts, vocabulary])],
+                "options": kept,
+            }
+        )
+    return found
+
+
 def check_all(pipeline: int, columns: int, cases: list[dict[str, Any]]) -> None:
     groups = build_stage_groups(
         pipeline, columns, device_type=rank_device().type, vocab_over="all_stages"
@@ -301,7 +360,8 @@ def test_every_rank_carries_the_vocabulary() -> None:
 
 
 def test_columns() -> None:
-    run_ranks(check_all, RANKS, timeout=110, pipeline=2, columns=2, cases=COLUMN_CASES)
+    cases = COLUMN_CASES + drawn_cases(12)
+    run_ranks(check_all, RANKS, timeout=110, pipeline=2, columns=2, cases=cases)
 
 
 def check_refusals() -> None:
