@@ -121,7 +121,8 @@ class TrainArguments(DataArguments):
     """Of weights, activations and optimizer state."""
 
     checkpoint: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
-    """Save checkpoints here, which load on any mesh; the two newest are kept."""
+    """Save checkpoints here, which load on any mesh; the two newest are kept. A folder that has
+    some already is of another run: --resume it."""
     checkpoint_every: int = 0
     """Save after every so many steps; 0 saves after the last one alone."""
     resume: bool = False

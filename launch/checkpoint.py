@@ -7,6 +7,7 @@ replaces.
 """
 
 import json
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,6 +91,19 @@ class Checkpoints:
                 shutil.rmtree(old)
         dist.barrier(self._group)
 
+    def begin(self) -> None:
+        """See that a run from its first step does not mix with another one's checkpoints.
+
+        Raises:
+            ValueError: the folder has finished checkpoints.
+        """
+        complete = _complete(self._folder)
+        if complete:
+            raise ValueError(
+                f"--checkpoint {self._folder} has the checkpoint {complete[-1].name} of a run "
+                f"before this one: go on from it with --resume, or give another folder"
+            )
+
     def resume(self) -> int:
         """Load the newest checkpoint and return its step; 0 where there is none.
 
@@ -161,5 +175,11 @@ class Checkpoints:
 
 
 def _complete(folder: Path) -> list[Path]:
-    """Return the finished checkpoints, oldest first."""
-    return sorted(path for path in folder.glob(f"{_STEP}*") if path.suffix != ".partial")
+    """Return the finished checkpoints, oldest first, and nothing else that lies beside them."""
+    found = [
+        (int(match[1]), path)
+        for path in folder.glob(f"{_STEP}*")
+        if (match := re.fullmatch(rf"{_STEP}(\d{{6,}})", path.name))
+        and (path / "run.json").is_file()
+    ]
+    return [path for _, path in sorted(found)]

@@ -94,7 +94,7 @@ def write_run(
     }
     path = arguments.out / "run.json"
     path.write_text(json.dumps(document, indent=1) + "\n")
-    _plot(arguments, losses)
+    _plot(arguments, max(report.rows[1] for report in reports), losses)
     Console().print(
         f"loss {losses[0]:.3f} -> {losses[-1]:.3f} in {len(losses)} steps, "
         f"{sum(reports[0].seconds):.0f} s, {tokens / median:.0f} tokens/s; "
@@ -107,7 +107,7 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, int | float | str) else str(value)
 
 
-def _plot(arguments: TrainArguments, losses: list[float]) -> None:
+def _plot(arguments: TrainArguments, rows: int, losses: list[float]) -> None:
     import matplotlib
 
     matplotlib.use("agg")
@@ -118,7 +118,7 @@ def _plot(arguments: TrainArguments, losses: list[float]) -> None:
     axes.set(
         xlabel="step",
         ylabel="loss (nats per token)",
-        title=f"{arguments.pipeline} x {arguments.vocab} ranks, {arguments.vocabulary:,} rows, "
+        title=f"{arguments.pipeline} x {arguments.vocab} ranks, {rows:,} rows, "
         f"{arguments.schedule}",
     )
     axes.grid(alpha=0.3)

@@ -101,9 +101,11 @@ def train(
     checkpoints = None
     if arguments.checkpoint is not None:
         checkpoints = Checkpoints(arguments, pipeline, optimizer, build_host_group())
-        if arguments.resume:
-            with raised_on_all():
+        with raised_on_all():
+            if arguments.resume:
                 trained.first_step = checkpoints.resume()
+            else:
+                checkpoints.begin()
     shown = pipeline.has_last and groups.column_rank == 0
     with tqdm(
         total=arguments.steps,

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from launch.arguments import TrainArguments
+from launch.checkpoint import Checkpoints
 from launch.training_pipeline import model_of
 from launch.weights import FolderWeights
 from tests.ranks import ROOT, torchrun, torchrun_command
@@ -129,11 +130,28 @@ def test_resume_on_another_mesh(
         "--checkpoint-every", "2",
     )  # fmt: skip
     assert sorted(os.listdir(folder)) == ["step-000002", "step-000004"]
-    shutil.rmtree(Path(folder) / "step-000004")
+    (Path(folder) / "step-000004").rename(Path(folder) / "step-000004.bak")  # a user's own copy
+    (Path(folder) / "step-notes").write_text("the loss looked odd here")
     rest = train(
         second, tmp_path / "rest", *SIZES, "--steps", "4", "--checkpoint", folder, "--resume"
     )
     assert rest["losses"] == pytest.approx(whole["losses"][2:], rel=1e-5)
+    there = ["step-000002", "step-000004", "step-000004.bak", "step-notes"]
+    assert sorted(os.listdir(folder)) == there
+
+
+def test_another_run_starts_elsewhere(tmp_path: Path) -> None:
+    """A folder with a checkpoint is refused without --resume, and what is none does not count."""
+    checkpoints = Checkpoints.__new__(Checkpoints)
+    checkpoints._folder = tmp_path
+    checkpoints.begin()
+    for name in ("step-000003.bak", "step-000003.partial", "step-3", "step-000002"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "step-000004").write_text("no folder")
+    checkpoints.begin()  # none of them is a finished checkpoint
+    (tmp_path / "step-000002" / "run.json").write_text("{}")
+    with pytest.raises(ValueError, match="has the checkpoint step-000002 of a run before"):
+        checkpoints.begin()
 
 
 REFUSED = [
