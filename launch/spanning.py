@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from transformers import PretrainedConfig
 
-from launch.arguments import TrainArguments
 from launch.model import layers_of_stage
 from launch.planning.shape import ModelShape
 from stage_groups import StageGroups
@@ -26,13 +25,23 @@ class SpanningPlan:
 
 
 def spanning_plan(
-    arguments: TrainArguments, config: PretrainedConfig, groups: StageGroups
+    config: PretrainedConfig,
+    groups: StageGroups,
+    num_stages: int,
+    style: StageStyle,
+    *,
+    fills: bool,
 ) -> SpanningPlan:
-    """Plan the rows and the order of a step from the model's sizes; equal on every rank."""
+    """Plan the rows and the order of a step from the model's sizes; equal on every rank.
+
+    Args:
+        config: of the model.
+        groups: whose vocab group is that of all stages.
+        num_stages, style: of the pipeline.
+        fills: whether ranks with fewer layers get more rows.
+    """
     shape = ModelShape.of(config.model_type, config.to_dict())
     ranks, columns = groups.pipeline_degree, groups.column_degree
-    num_stages = ranks * (1 if arguments.schedule == "1F1B" else 2)
-    style: StageStyle = "v" if arguments.schedule == "ZBVZeroBubble" else "loop"
     layers = [
         float(len(layers_of_stage(stage, num_stages, config, spans=True)))
         for stage in range(num_stages)
@@ -45,7 +54,7 @@ def spanning_plan(
     # A rank's rows meet the tokens of all columns, its layers those of one.
     row = columns * shape.hidden / shape.layer_products
     counts = None
-    if arguments.rows == "filled":
+    if fills:
         counts = filled_rows(shape.vocabulary, loads, row)
     held = counts or [shape.vocabulary // (ranks * columns)] * (ranks * columns)
     most = [row * max(held[rank * columns : (rank + 1) * columns]) for rank in range(ranks)]

@@ -151,14 +151,15 @@ def build_pipeline(
             schedule cannot run, or a model whose loss is not that of its logits alone.
     """
     refuse_other_losses(config)
-    single = issubclass(get_schedule_class(arguments.schedule), PipelineScheduleSingle)
-    v_shaped = issubclass(
-        get_schedule_class(arguments.schedule), ScheduleZBVZeroBubble | ScheduleDualPipeV
-    )
+    cls = get_schedule_class(arguments.schedule)
+    single = issubclass(cls, PipelineScheduleSingle)
+    v_shaped = issubclass(cls, ScheduleZBVZeroBubble | ScheduleDualPipeV)
     style: StageStyle = "v" if v_shaped else "loop"
     num_stages = arguments.pipeline * (1 if single else 2)
     indices = groups.stages(num_stages, style)
-    plan = spanning_plan(arguments, config, groups) if groups.message_groups is not None else None
+    plan = None
+    if groups.message_groups is not None:
+        plan = spanning_plan(config, groups, num_stages, style, fills=arguments.rows == "filled")
     with raised_on_all():  # a rank reads the files of its own stages
         stages = [
             build_stage(

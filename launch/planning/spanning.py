@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from launch.planning.estimate import Job, LossShare, Mesh, StageEstimate, estimate_stage
 from launch.planning.hardware import Hardware
-from launch.planning.orders import KINDS, Kind, orders
+from launch.planning.orders import KINDS, Entry, Kind, most_in_flight, orders
 from launch.planning.rank_work import HELD, RankWork, Rows
 from launch.planning.step import Step
 from launch.planning.timeline import Span, SpanKind, StageTimes, simulate
@@ -37,6 +37,9 @@ from vocab_parallel.pipeline.spanning.order import (
 
 # S leaves kept logits as they are, and makes their gradient beside them in so many parts.
 _PARTS = 4
+# What a rank keeps of the loss from S to T is counted like a stage, under this index.
+_LOSS = -1
+_COUNTED = (*KINDS, "S", "T")
 
 
 class SpanningPlanner:
@@ -173,8 +176,9 @@ class _Held:
             plan = work.plans[rank]
             share = numbers * 4 + (0 if plan is None else plan.kept_bytes)
             sizes = {stage: work.counts[stage] * job.layer_bytes for stage in own}
-            counted = _worst_moment(order.of_rank(rank), sizes, share)
-            shares.append(counted.pop(-1))
+            entries = [_entry(event) for event in order.of_rank(rank) if event.kind in _COUNTED]
+            counted = most_in_flight(entries, {**sizes, _LOSS: share})
+            shares.append(counted.pop(_LOSS))
             waiting |= counted
         return cls(waiting, order.hidden_held, shares)
 
@@ -189,21 +193,11 @@ class _Held:
         return cls(waiting, most, [most] * len(work.ranks))
 
 
-def _worst_moment(events: list[Event], sizes: dict[int, float], share: float) -> dict[int, int]:
-    """Count the microbatches of each stage, and under -1 of the loss, when a rank holds most."""
-    size_of = {**sizes, -1: share}
-    now = dict.fromkeys(size_of, 0)
-    worst, most = dict(now), -1.0
-    for event in events:
-        key = -1 if event.kind in ("S", "T") else event.stage
-        if event.kind in ("F", "S"):
-            now[key] += 1
-        elif event.kind in ("B", "W", "T"):
-            now[key] -= 1
-        held = sum(size_of[each] * count for each, count in now.items())
-        if held > most:
-            worst, most = dict(now), held
-    return worst
+def _entry(event: Event) -> Entry:
+    """Return a pass as the schedules' own counts have it: S begins what T ends."""
+    if event.kind in ("S", "T"):
+        return Entry(_LOSS, "forward" if event.kind == "S" else "backward", event.microbatch)
+    return Entry(event.stage, KINDS[event.kind], event.microbatch)
 
 
 def _stages(

@@ -47,6 +47,7 @@ class CCEPipelineLoss:
             to another value: the tokens of the whole step, from `count_valid_tokens`, set before
             each step of a schedule that was built with ``scale_grads=False``. A schedule that
             knows ``step(loss_kwargs={"num_valid_tokens": ...})`` may pass it so instead.
+        settings: all that is asked of the loss beside its tensors and rows, but for the divisor.
 
     Raises:
         ValueError: an unknown option or a value that cannot be, a reduction that gives no scalar,
@@ -88,6 +89,7 @@ class CCEPipelineLoss:
             **loss_options,
         }
         _check_options(self._options)
+        self.settings = _settings_of(self._options)
         self._validated = False
         self._keeps_graph = loses_nodes()
 
@@ -142,11 +144,7 @@ class CCEPipelineLoss:
         self._last_stage, self._scaled_by_schedule = last_stage, scale_grads
         if self._options["impl"] in ("auto", "chunked"):
             self._options.setdefault("microbatches_in_flight", microbatches_in_flight)
-
-    @property
-    def settings(self) -> LossSettings:
-        """All that is asked of the loss beside its tensors and rows, but for the divisor."""
-        return _settings_of(self._options)
+            self.settings = _settings_of(self._options)
 
     @property
     def token_weight(self) -> Tensor | None:

@@ -49,7 +49,7 @@ class ScheduleArguments:
 def agree_on_schedule(given: ScheduleArguments) -> None:
     """Refuse on every rank what cannot be right on one; all ranks of the pipeline call.
 
-    Communicates one small object a rank, over the vocab group.
+    Communicates what `agree` does, over the vocab group.
 
     Raises:
         ValueError: groups whose vocab group is not that of all stages (on the ranks that were
@@ -63,21 +63,12 @@ def agree_on_schedule(given: ScheduleArguments) -> None:
             "groups must be built with vocab_over='all_stages', so that the vocab group is that of "
             "all stages: build_stage_groups(pipeline, vocab, vocab_over='all_stages')"
         )
-    problem = next(filter(None, _problems(given)), None)
-    alike = None if problem else _alike(given)
-    told = VocabGroup.of(groups.vocab_group).exchange_objects((problem, alike))
-    found = {text: rank for rank, (text, _) in reversed(list(enumerate(told))) if text}
-    if found:
-        raise ValueError(
-            "; ".join(f"on rank {rank} of the vocab group: {text}" for text, rank in found.items())
-        )
-    names = [name for name in told[0][1] if len({str(own[name]) for _, own in told}) > 1]
-    if names:
-        unlike = "; ".join(f"{name}: {[own[name] for _, own in told]}" for name in names)
-        raise ValueError(
-            f"the ranks of all stages must build the same schedule, but rank by rank they have "
-            f"{unlike}; pass the same on each"
-        )
+    group = VocabGroup.of(groups.vocab_group)
+    text = next(filter(None, _problems(given)), None)
+    if text is not None:
+        agree(ValueError(text), Claim(), {}, group)
+    rows = given.loss.output_weight.owner
+    agree(None, Claim(rows.start, rows.stop, rows.vocab_size), _alike(given), group)
 
 
 def _problems(given: ScheduleArguments) -> Any:
