@@ -12,7 +12,7 @@ from tests.ranks import run_ranks
 from tests.test_kernels import CASES, INTERPRETED, drawn_bias, drawn_shard
 from vocab_parallel import linear_cross_entropy
 from vocab_parallel.local import tile_ops
-from vocab_parallel.local.interface import Transform
+from vocab_parallel.local.interface import Shard, Transform
 from vocab_parallel.local.statistics import Statistics
 from vocab_parallel.local.tile_ops import HopperOps, TileOps
 
@@ -22,13 +22,18 @@ HALF = torch.float16  # the interpreter has no bfloat16
 class InterpretedOps(HopperOps):
     """A CPU widens operands before its products, these kernels do not."""
 
+    keeps = True
+
     def widened(self, operand: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return operand
+
+    def keeps_probabilities(self, shard: Shard) -> bool:
+        return self.keeps
 
 
 def check_product_kernels() -> None:
     """Every option, several tiles with ragged edges, a hidden size that no step divides."""
-    from vocab_parallel.kernels import product, product_statistics
+    from vocab_parallel.kernels import product
 
     product.num_programs = lambda device, num_tiles: min(num_tiles, 2)
     generator = torch.Generator().manual_seed(0)
@@ -53,12 +58,12 @@ def check_product_kernels() -> None:
         whole = plain.block(shard, slice(0, num_rows))
         plain.add_statistics(want, raw, whole, tokens, first=True, keep=True)
         found = Statistics(torch.full_like(want.values, torch.nan), names)
-        num_kept = min(num_rows, 128)
+        num_kept = min(num_rows, 256)
         kept = torch.zeros(num_tokens, 320, dtype=HALF)
         memory = 4 * 64 * len(names)  # some tokens at a time
         # several launches, and groups of several widths
-        product_statistics._TILES_A_PROGRAM, product.SWIZZLE = 1 + turn % 2, 1 + turn % 3
-        ours.put_statistics(found, shard, tokens, kept[:, :num_kept], memory)
+        product._TILES_A_PROGRAM, product.SWIZZLE = 1 + turn % 2, 1 + turn % 3
+        ours.put_statistics(found, shard, tokens, None, kept[:, :num_kept], memory)
         finite = want.values.isfinite()
         assert torch.equal(finite, found.values.isfinite()), case
         assert relative_error(found.values[finite], want.values[finite]) < 1e-6, case
@@ -70,7 +75,7 @@ def check_product_kernels() -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the interpreter says so, too
             ours.put_statistics(
-                found, replace(shard, hidden=spoiled), tokens, kept[:, :num_kept], memory
+                found, replace(shard, hidden=spoiled), tokens, None, kept[:, :num_kept], memory
             )
         assert found.lse.isnan().tolist() == [token == 0 for token in range(num_tokens)], case
 
@@ -96,6 +101,76 @@ def check_product_kernels() -> None:
                 assert relative_error(got[known], sums[known]) < 1e-5, case
 
 
+def check_kept_probabilities() -> None:
+    """Statistics and gradients of tokens near their reference, far from it, and of one alone."""
+    from vocab_parallel.kernels.product_probabilities import product_probabilities
+
+    generator = torch.Generator().manual_seed(1)
+    ours, plain = InterpretedOps(), TileOps()
+    for turn, (softcap, temperature, has_bias) in enumerate(
+        ((None, 1.0, False), (30.0, 0.7, True), (None, 0.7, True), (None, 1.0, True))
+    ):
+        num_tokens, num_rows = (70, 1, 130, 70)[turn], (600, 5, 150, 300)[turn]
+        case = (("lse", "target"), softcap, temperature, has_bias)
+        shard = drawn_shard(
+            generator,
+            num_tokens,
+            num_rows,
+            hidden=torch.randn(num_tokens, 72, generator=generator).to(HALF),
+            classifier=(torch.randn(num_rows, 72, generator=generator) / 8).to(HALF),
+            transform=Transform(softcap, temperature),
+            names=("lse", "target"),
+            bias=drawn_bias(generator, num_rows, case),
+        )
+        # Nobody's reference is near these tokens' logits, above or below.
+        shard.hidden[1::40] *= 300.0
+        reference = ours.reference(shard)
+        assert reference is not None
+        reference[::7] -= 200.0
+        reference[3::7] += 200.0
+        tokens, whole = slice(0, num_tokens), slice(0, num_rows)
+        raw = shard.hidden.float() @ shard.classifier.float().T
+        want = Statistics.empty(shard.names, num_tokens, shard.hidden)
+        block = plain.block(shard, whole)
+        plain.add_statistics(want, raw, block, tokens, first=True, keep=True)
+        found = Statistics(torch.full_like(want.values, torch.nan), shard.names)
+        kept = torch.full((num_tokens, 640), torch.nan)  # float32: the interpreter's bfloat16
+        product_probabilities(
+            shard.hidden, shard.classifier, shard.bias, shard.targets, reference, found.values,
+            kept[:, :num_rows], shard.transform,
+        )  # fmt: skip
+        finite = want.values.isfinite()
+        assert torch.equal(finite, found.values.isfinite()), case
+        tolerance = 1e-6 if softcap is None else 1e-5  # a sigmoid's, times the cap
+        assert relative_error(found.values[finite], want.values[finite]) < tolerance, case
+        assert kept[:, num_rows:].isnan().all(), "others are not touched"
+
+        grads = Statistics(torch.randn(2, num_tokens, generator=generator), shard.names)
+        grads.lse[::5] = 0.0  # the target's logit alone receives something
+        grads.values[:, 2::5] = 0.0  # nothing does
+        plain.put_gradient(raw, block, tokens, want, grads, logits=raw, sum_tokens=False)
+        known = raw.isfinite()
+        for with_targets in (False, True):  # as the two products ask
+            scale, own_entry = ours.settle(
+                kept[:, :num_rows], reference, shard, found, grads, with_targets=with_targets
+            )
+            gradient = kept[:, :num_rows] * scale[:, None]
+            if not with_targets:  # what one token gives to its target's row is that row's entry
+                eye = torch.eye(num_tokens)
+                own = torch.zeros(num_rows, num_tokens)
+                ours.add_to_target_rows(own, eye, own_entry, shard.targets)
+                assert not (gradient.T * own)[known.T].any(), case
+                gradient += own.T
+            assert gradient[known].isfinite().all(), case
+            for token in range(num_tokens):
+                own = known[token]
+                error = relative_error(gradient[token][own], raw[token][own], 1e-6)
+                assert error < 2e-4, (case, token, error)
+        out = torch.empty(num_tokens, num_rows, dtype=HALF)
+        ours.scale_tokens(kept[:, :num_rows], scale, out)
+        assert relative_error(out[known], raw[known]) < 1e-3
+
+
 def check_whole_loss() -> None:
     """Every way, in float16, no worse than float16 can be."""
     tile_ops.choose = lambda hidden, classifier: InterpretedOps()
@@ -107,12 +182,15 @@ def check_whole_loss() -> None:
     exact_loss, _ = oracle(leaves[0], leaves[1], targets, softcap=3.0, z_loss=0.01)
     exact = torch.autograd.grad(exact_loss, leaves)
     extra: dict[str, Any]
-    for backward, extra in (
-        ("auto", {"memory_budget": 140 * 200 * 2 * 3, "chunk_rows": 128}),
-        ("recompute", {}),
-        ("recompute", {"chunk_rows": 128, "chunk_tokens": 100}),
-        ("probs", {}),
+    for backward, extra, keeps in (
+        ("auto", {"memory_budget": 140 * 300 * 2, "chunk_rows": 128}, False),
+        ("auto", {"memory_budget": 140 * 300 * 2, "chunk_rows": 128}, True),
+        ("recompute", {}, True),
+        ("recompute", {"chunk_rows": 128, "chunk_tokens": 100}, True),
+        ("probs", {}, False),
+        ("probs", {}, True),
     ):
+        InterpretedOps.keeps = keeps
         own = [t.clone().requires_grad_() for t in (e, c)]
         loss = linear_cross_entropy(
             own[0], own[1], targets, backward=backward, softcap=3.0, z_loss=0.01, **extra
@@ -141,6 +219,9 @@ def check_benchmark() -> None:
 def check_kernels() -> None:
     check_benchmark()
     check_product_kernels()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the interpreter says of each overflow
+        check_kept_probabilities()
     check_whole_loss()
 
 

@@ -8,7 +8,11 @@ degree. A call moves nothing when the degree is 1. Bytes are those that one rank
               gather_tokens     [T] fp32 weights      4 T          layout "sharded", token_weight
               gather_tokens     [T, D] hidden states  T D itemsize layouts "sharded", "sequence"
               gather_shards     [k, N] fp32           4 k N        always
-    backward  sum_over_group    [N, D] fp32           4 N D        layout "replicated"
+    backward  scatter_sum       [N, D] fp32           4 N D        layout "replicated", and then
+              gather_tokens     [N / V, D]            N D itemsize / V
+              sum               [N, D] fp32           4 N D        in their place where nothing is
+                                                                   rounded, V does not divide N, or
+                                                                   it goes in pieces
               scatter_sum       [N, D] fp32           4 N D        layouts "sharded", "sequence"
               sum_at            [T, D] fp32           4 T D        in its place, V calls, from 2048
                                                                    tokens a rank on
@@ -28,9 +32,9 @@ degree. A call moves nothing when the degree is 1. Bytes are those that one rank
 
 (float64 inputs keep float64 throughout; ``e_grad_reduce_dtype`` sets the dtype of the two sums.)
 
-The statistics and the sum may go in several calls, of the same bytes together, so that each runs
-beside the products that follow it: `sharded/exchange.py` cuts them. backward="gradients" makes the
-sum in forward.
+The statistics and the sum may go in several calls, of the same bytes together, where the link is
+slow: `sharded/exchange.py` cuts them, and `sharded/rates.py` measures a link, once. With
+backward="gradients" the sum is made in forward.
 """
 
 from collections.abc import Iterator, Sequence

@@ -131,7 +131,8 @@ def gradient_of(  # type: ignore[no-untyped-def]
 
     The statistics and what they receive are those of the logits' tokens, and broadcast with z.
     """
-    p = tl.exp(z - lse)
+    LOG2E: tl.constexpr = 1.4426950408889634
+    p = tl.exp2(z * LOG2E - lse * LOG2E)
     gradient = p * lse_grad
     own = lse_grad * expm1(at_target - lse) + (lse_grad + target_grad)
     if EXPECTED > 0:
@@ -146,3 +147,10 @@ def gradient_of(  # type: ignore[no-untyped-def]
     if HAS_SLOPE:
         gradient *= slope
     return gradient
+
+
+@triton.jit
+def load_reference(reference, tokens, num_tokens):  # type: ignore[no-untyped-def]
+    """Tokens' references; 0 where the sample that they are of was masked whole."""
+    found = tl.load(reference + tokens, mask=tokens < num_tokens, other=0.0)
+    return tl.where(found == -float("inf"), 0.0, found)

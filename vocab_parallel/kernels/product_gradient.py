@@ -106,12 +106,13 @@ def _product_gradient(  # type: ignore[no-untyped-def]
     HALF: tl.constexpr = ROWS // 2
     for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=True):
         token, row = tile_origin(tile, num_tokens, num_rows, TOKENS, ROWS, SWIZZLE)
-        first, second = multiply(hidden, classifier, token, row, DEPTHS, TOKENS, ROWS, DEPTH)
         tokens = token + tl.arange(0, TOKENS)
+        # Before the product, which hides the wait for them.
         target, lse, at, lse_grad, target_grad, sum_grad, expected, expected_grad = load_tokens(
             tokens, num_tokens, targets, row_start, statistics, statistics_stride, grads,
             grads_stride, SUM, EXPECTED,
         )  # fmt: skip
+        first, second = multiply(hidden, classifier, token, row, DEPTHS, TOKENS, ROWS, DEPTH)
         for half in tl.static_range(2):
             z = first if half == 0 else second
             start = row + half * HALF

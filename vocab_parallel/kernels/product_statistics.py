@@ -1,8 +1,8 @@
 """The product and each token's statistics in one kernel: raw logits never leave the chip.
 
-A tile's statistics, k - 1 float32 a token and block of 128 rows, are joined by a second kernel; the
-target's logit is written by the tile that has it. The logits of the first rows are written too,
-where somebody wants to keep them. One exponential a logit.
+A tile's statistics, k - 1 float32 a token and block of rows, are joined by a second kernel. The
+logits of the first rows are written too, where somebody wants to keep them. One exponential a
+logit. Where the loss reads lse and the target's logit alone, `product_probabilities.py` is faster.
 """
 
 import torch
@@ -11,20 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from vocab_parallel.kernels import product
-from vocab_parallel.kernels.logit import (
-    Transform,
-    cdiv,
-    logit_arguments,
-    statistic_places,
-    to_logit,
-)
+from vocab_parallel.kernels.join_blocks import join_blocks
+from vocab_parallel.kernels.logit import Transform, cdiv, logit_arguments, to_logit
 from vocab_parallel.kernels.product import multiply, tile_origin
-
-# Tiles of each program in one launch, at most. Programs that share blocks of rows drift apart, and
-# the rows leave the cache: one launch over 151,936 rows took 17% longer than launches of 40.
-_TILES_A_PROGRAM = 40
-# What a program of the second kernel joins at a time: blocks of rows by tokens.
-_JOINED_BLOCKS, _JOINED_TOKENS = 32, 32
 
 
 def bytes_a_token(num_rows: int, names: tuple[str, ...]) -> int:
@@ -39,7 +28,7 @@ def product_statistics(
     targets: Tensor,  # (n,)
     statistics: Tensor,  # (k, n) float32; written
     names: tuple[str, ...],
-    kept: Tensor | None,  # (n, r), r a multiple of 128 or R; raw logits, written
+    kept: Tensor | None,  # (n, r), r a multiple of 256 or R; raw logits, written
     transform: Transform,
 ) -> None:
     """Write the statistics of the logits of all rows, and keep those of the first rows.
@@ -50,53 +39,35 @@ def product_statistics(
         names: "lse", "target", then "sum" and "expected" where wanted; see `local/statistics.py`.
     """
     (num_tokens, depth), num_rows = hidden.shape, classifier.shape[0]
-    assert statistics.stride(1) == 1
     blocks = cdiv(num_rows, product.ROWS)
     parts = statistics.new_empty((len(names) - 1, blocks, num_tokens))
     tiles = cdiv(num_tokens, product.TOKENS) * blocks
     programs = product.num_programs(hidden.device, tiles)
     rows_kept = 0 if kept is None else kept.shape[1]
-    turns = cdiv(tiles, programs)
-    launched = programs * cdiv(turns, cdiv(turns, _TILES_A_PROGRAM))
-    of_hidden = product.describe(hidden, product.TOKENS, product.DEPTH)
-    of_classifier = product.describe(classifier, product.ROWS, product.DEPTH)
-    of_kept = None if kept is None else product.describe(kept, product.TOKENS, product.ROWS // 2)
+    operands = (
+        product.describe(hidden, product.TOKENS, product.DEPTH),
+        product.describe(classifier, product.ROWS, product.DEPTH),
+        None if kept is None else product.describe(kept, product.TOKENS, product.ROWS // 2),
+    )
     options = {
         **logit_arguments(bias, transform, names),
         **product.tile_arguments(depth, programs),
     }
     with torch.cuda.device_of(hidden):
-        for first in range(0, tiles, launched):
+        for first, last in product.launches(tiles, programs):
             _product_statistics[(programs,)](
-                of_hidden,
-                of_classifier,
-                of_kept,
+                *operands,
                 rows_kept,
                 bias,
-                targets,
                 parts,
-                statistics,
-                statistics.stride(0),
                 num_tokens,
                 num_rows,
                 first,
-                min(first + launched, tiles),
+                last,
                 KEEPS=rows_kept > 0,
                 **options,
             )
-        _join_blocks[(cdiv(num_tokens, _JOINED_TOKENS),)](
-            parts,
-            targets,
-            statistics,
-            statistics.stride(0),
-            blocks,
-            num_tokens,
-            num_rows,
-            **statistic_places(names),
-            BLOCKS=_JOINED_BLOCKS,
-            TOKENS=_JOINED_TOKENS,
-            num_warps=4,
-        )
+    join_blocks(parts, hidden, classifier, bias, targets, statistics, names, transform)
 
 
 # One binary for all launches, and no constant 1.
@@ -107,10 +78,7 @@ def _product_statistics(  # type: ignore[no-untyped-def]
     kept,
     rows_kept,
     bias,
-    targets,
     parts,
-    statistics,
-    statistics_stride,
     num_tokens,
     num_rows,
     first_tile,
@@ -139,12 +107,10 @@ def _product_statistics(  # type: ignore[no-untyped-def]
         first, second = multiply(hidden, classifier, token, row, DEPTHS, TOKENS, ROWS, DEPTH)
         tokens = token + tl.arange(0, TOKENS)
         inside = tokens < num_tokens
-        target = tl.load(targets + tokens, mask=inside, other=-1).to(tl.int32)
         peak = tl.full((TOKENS,), -float("inf"), tl.float32)
         total = tl.zeros((TOKENS,), tl.float32)
         plain = tl.zeros((TOKENS,), tl.float32)
         weighted = tl.zeros((TOKENS,), tl.float32)
-        at_target = tl.zeros((TOKENS,), tl.float32)
         for half in tl.static_range(2):
             z = first if half == 0 else second
             start = row + half * HALF
@@ -155,7 +121,6 @@ def _product_statistics(  # type: ignore[no-untyped-def]
             if HAS_BIAS:
                 z += tl.load(bias + columns, mask=columns < num_rows, other=0.0).to(tl.float32)
             z = to_logit(z, softcap, temperature, HAS_SOFTCAP, HAS_TEMPERATURE)
-            at_target += tl.sum(tl.where(columns[None, :] == target[:, None], z, 0.0), 1)
             if start + HALF > num_rows:
                 z = tl.where(columns[None, :] < num_rows, z, -float("inf"))
             larger = tl.maximum(peak, tl.max(z, 1))
@@ -175,68 +140,8 @@ def _product_statistics(  # type: ignore[no-untyped-def]
         divisor = tl.where(total == 0.0, 1.0, total)
         lse = tl.where(total == 0.0, peak, peak + tl.log(divisor))
         tl.store(out, lse, mask=inside)
-        owned = (target >= row) & (target < row + ROWS)
-        tl.store(statistics + statistics_stride + tokens, at_target, mask=inside & owned)
         if SUM > 0:
             tl.store(out + (SUM - 1) * part, plain, mask=inside)
         if EXPECTED > 0:
             expected = weighted / divisor
             tl.store(out + (EXPECTED - 1) * part, expected, mask=inside)
-
-
-@triton.jit(do_not_specialize=["blocks", "num_rows"])  # neither is to be a constant 1
-def _join_blocks(  # type: ignore[no-untyped-def]
-    parts,
-    targets,
-    statistics,
-    statistics_stride,
-    blocks,
-    num_tokens,
-    num_rows,
-    SUM: tl.constexpr,
-    EXPECTED: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    TOKENS: tl.constexpr,
-):
-    LOG2E: tl.constexpr = 1.4426950408889634
-    tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    inside = tokens < num_tokens
-    part = blocks.to(tl.int64) * num_tokens
-    block = tl.arange(0, BLOCKS)
-    own = parts + block[:, None].to(tl.int64) * num_tokens + tokens[None, :]
-    # Lane by lane until the end: lane i has the blocks i, i + BLOCKS and so on.
-    peak = tl.full((BLOCKS, TOKENS), -float("inf"), tl.float32)
-    total = tl.zeros((BLOCKS, TOKENS), tl.float32)
-    plain = tl.zeros((BLOCKS, TOKENS), tl.float32)
-    weighted = tl.zeros((BLOCKS, TOKENS), tl.float32)
-    for start in range(0, blocks, BLOCKS):
-        here = (start + block < blocks)[:, None] & inside[None, :]
-        at = own + tl.cast(start, tl.int64) * num_tokens
-        lse = tl.load(at, mask=here, other=-float("inf"))
-        larger = tl.maximum(peak, lse)
-        shift = tl.where(larger == -float("inf"), 0.0, larger)
-        rescale = tl.exp2((peak - shift) * LOG2E)
-        share = tl.exp2((lse - shift) * LOG2E)
-        total = total * rescale + share
-        if SUM > 0:
-            plain += tl.load(at + (SUM - 1) * part, mask=here, other=0.0)
-        if EXPECTED > 0:
-            expected = tl.load(at + (EXPECTED - 1) * part, mask=here, other=0.0)
-            weighted = weighted * rescale + share * expected
-        peak = larger
-    top = tl.max(peak, 0)
-    shift = tl.where(top == -float("inf"), 0.0, top)
-    rescale = tl.exp2((peak - shift[None, :]) * LOG2E)
-    sums = tl.sum(total * rescale, 0)
-    divisor = tl.where(sums == 0.0, 1.0, sums)
-    lse = tl.where(sums == 0.0, top, top + tl.log(divisor))
-    out = statistics + tokens
-    tl.store(out, lse, mask=inside)
-    target = tl.load(targets + tokens, mask=inside, other=-1).to(tl.int32)
-    nowhere = (target < 0) | (target >= num_rows)
-    tl.store(out + statistics_stride, 0.0, mask=inside & nowhere)
-    if SUM > 0:
-        tl.store(out + SUM * statistics_stride, tl.sum(plain, 0), mask=inside)
-    if EXPECTED > 0:
-        expected = tl.sum(weighted * rescale, 0) / divisor
-        tl.store(out + EXPECTED * statistics_stride, expected, mask=inside)

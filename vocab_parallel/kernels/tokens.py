@@ -1,4 +1,4 @@
-"""Small passes around the loss of each token: labels, losses and their gradient, a last scale.
+"""Small passes around the loss of each token: labels, losses and their gradient, scales.
 
 Labels are shifted and marked in one pass, each token's loss is made from its statistics in one and
 differentiated in another, and gradients are multiplied by what the loss receives.
@@ -13,6 +13,7 @@ from vocab_parallel.kernels.logit import cdiv
 
 # What a program works on at a time.
 _LABELS, _TOKENS, _NUMBERS = 1024, 512, 4096
+_ROWS, _WIDTH = 4, 512
 
 
 def mark_and_shift(
@@ -195,3 +196,41 @@ def _scale(tensor, factor, size, BLOCK: tl.constexpr):  # type: ignore[no-untype
         inside = index < size
         value = tl.load(tensor + index, mask=inside).to(tl.float32)
         tl.store(tensor + index, (value * by).to(tensor.dtype.element_ty), mask=inside)
+
+
+def scale_tokens(matrix: Tensor, scale: Tensor, out: Tensor) -> Tensor:
+    """Write a matrix [n, m], each token's numbers times its scale [n], to ``out`` and return it.
+
+    ``out`` may be the matrix, or of another dtype.
+    """
+    assert matrix.stride(1) == out.stride(1) == scale.stride(0) == 1
+    num_tokens, width = matrix.shape
+    with torch.cuda.device_of(matrix):
+        _scale_tokens[(cdiv(width, _WIDTH), cdiv(num_tokens, _ROWS))](
+            matrix,
+            matrix.stride(0),
+            scale,
+            out,
+            out.stride(0),
+            num_tokens,
+            width,
+            ROWS=_ROWS,
+            WIDTH=_WIDTH,
+            num_warps=4,
+        )
+    return out
+
+
+@triton.jit
+def _scale_tokens(  # type: ignore[no-untyped-def]
+    matrix, matrix_stride, scale, out, out_stride, num_tokens, width,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    tokens = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    columns = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
+    inside = (tokens < num_tokens)[:, None] & (columns < width)[None, :]
+    by = tl.load(scale + tokens, mask=tokens < num_tokens, other=0.0)
+    at = tokens.to(tl.int64)[:, None]
+    value = tl.load(matrix + at * matrix_stride + columns[None, :], mask=inside).to(tl.float32)
+    value = (value * by[:, None]).to(out.dtype.element_ty)
+    tl.store(out + at * out_stride + columns[None, :], value, mask=inside)

@@ -17,7 +17,9 @@ tile. Where one kernel makes z and its statistics, forward has no tiles.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from vocab_parallel.local.backward_plan import (
@@ -45,22 +47,23 @@ class ChunkedImpl:
         chunk_tokens, chunk_rows: the tile's sides, in place of those that the budget gives; on a
             GPU rows go by 16.
         microbatches_in_flight: how many forwards may wait for their backward, for the choice.
-        overlap: whether communication may run beside the products; False is a plain order, for
-            debugging.
+        overlap: whether communication runs behind the products in pieces. False is one call after
+            the other; "auto" one call each, beside the products that follow, or pieces where the
+            link is slow: `sharded/exchange.py`.
     """
 
     memory_budget: int | None = None
     chunk_tokens: int | None = None
     chunk_rows: int | None = None
     microbatches_in_flight: int = 1
-    overlap: bool = True
+    overlap: bool | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
             if field.name == "overlap":
-                if not isinstance(value, bool):
-                    raise ValueError(f"overlap must be True or False, got {value!r}")
+                if not (isinstance(value, bool) or value == "auto"):
+                    raise ValueError(f'overlap must be True, False or "auto", got {value!r}')
             elif value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{field.name} must be a positive integer, got {value!r}")
 
@@ -106,26 +109,33 @@ class ChunkedImpl:
 
     def forward(
         self, shard: Shard, plan: BackwardPlan, progress: Progress | None = None
-    ) -> tuple[Statistics, "KeptLogits | None"]:
+    ) -> tuple[Statistics, "Kept | None"]:
         """See `LocalImpl.forward`."""
         num_kept = _rows_to_keep(shard, plan)
         kept: Tensor | None = None
         if num_kept:
             kept = shard.ops.buffer(shard, TileShape(shard.num_tokens, num_kept))
         found = Statistics.empty(shard.names, shard.num_tokens, shard.hidden)
+        reference: Tensor | None = None
         if isinstance(shard.ops, HopperOps):
+            reference = shard.ops.reference(shard)
             memory = budget_bytes(self.memory_budget)
             for tokens in _token_blocks(shard.num_tokens, shard.num_tokens, progress):
                 own = None if kept is None else kept[:, :num_kept]
-                shard.ops.put_statistics(found, shard, tokens, own, memory)
+                shard.ops.put_statistics(found, shard, tokens, reference, own, memory)
                 if progress is not None:
                     progress.complete(found.values, tokens.stop)
+            if not shard.ops.keeps_probabilities(shard):
+                reference = None
         else:
             _put_by_tiles(found, shard, plan, kept, num_kept, progress)
-        return found, None if kept is None else KeptLogits(kept, num_kept)
+        return found, None if kept is None else Kept(kept, num_kept, reference)
 
     def backward(self, shard: Shard, plan: BackwardPlan, upstream: Upstream) -> Gradients:
         """See `LocalImpl.backward`."""
+        exponentials = _whole_exponentials(shard, upstream)
+        if exponentials is not None:
+            return _gradients_of_exponentials(exponentials, shard, upstream)
         source = _GradientTiles(shard, plan, upstream)
         tile = source.tile
         row_slices = _row_slices(shard, tile, source.num_kept)
@@ -158,28 +168,31 @@ class ChunkedImpl:
         return Gradients(hidden_grad, row_grads.classifier, row_grads.bias)
 
 
-class KeptLogits:
-    """Raw logits [N, r] of a forward, for backward to turn into their gradient in place, once.
+class Kept:
+    """What forward kept of the logits [N, r] of a shard's first rows, for backward to use once.
 
-    Under a split backward the inputs' half leaves them as they are, and the weights' half pops
-    them. Who comes later (a backward that is run again) makes them anew.
+    Raw logits are turned into their gradient in place: under a split backward the inputs' half
+    leaves them as they are, and the weights' half pops them. Exponentials of whole shards stay as
+    they are. Who comes later (a backward that is run again) makes logits anew.
 
     Attributes:
-        num_rows: r, those of the shard's first rows; the buffer may be wider.
+        num_rows: r; the buffer may be wider.
+        reference: [N], what exponentials are relative to, or None: raw logits are kept.
     """
 
-    def __init__(self, logits: Tensor, num_rows: int) -> None:
-        self._logits: Tensor | None = logits
+    def __init__(self, values: Tensor, num_rows: int, reference: Tensor | None) -> None:
+        self._values: Tensor | None = values
         self.num_rows = num_rows
+        self.reference = reference
 
     def peek(self) -> Tensor | None:
-        """Return the logits, not to be changed; None where they are gone."""
-        return self._logits
+        """Return what was kept, not to be used up; None where it is gone."""
+        return self._values
 
     def pop(self) -> Tensor | None:
-        """Return the logits and forget them; None where they are gone."""
-        logits, self._logits = self._logits, None
-        return logits
+        """Return what was kept and forget it; None where it is gone."""
+        values, self._values = self._values, None
+        return values
 
 
 class _GradientTiles:
@@ -192,7 +205,7 @@ class _GradientTiles:
     """
 
     def __init__(self, shard: Shard, plan: BackwardPlan, upstream: Upstream) -> None:
-        kept: KeptLogits | None = upstream.kept
+        kept: Kept | None = upstream.kept
         wanted = upstream.wanted
         self._shard, self._upstream = shard, upstream
         self.num_kept = 0 if kept is None else kept.num_rows
@@ -212,12 +225,24 @@ class _GradientTiles:
             self._scratch = self._kept
         self._grads, self.unit = well_scaled(upstream.grads, shard.classifier, peak=2.0**10)
         self._sums_tokens = wanted.bias and shard.bias is not None
+        # Exponentials of some rows become gradients at once: all others are made as such.
+        self._is_gradient = False
+        if kept is not None and self._kept is not None and kept.reference is not None:
+            assert isinstance(shard.ops, HopperOps)
+            own = self._kept[:, : self.num_kept]
+            scale, _ = shard.ops.settle(
+                own, kept.reference, shard, upstream.statistics, upstream.grads, with_targets=True
+            )
+            shard.ops.scale_tokens(own, scale, own)
+            self._is_gradient = True
 
     def make(self, block: Block, tokens: slice, rows: slice) -> tuple[Tensor, Tensor | None]:
         """Return a tile's gradient [n, r], until the next call, and its sum over tokens [r]."""
         logits = None
         if self._kept is not None and rows.stop <= self.num_kept:
             logits = self._kept[tokens, rows]
+        if logits is not None and self._is_gradient:
+            return logits, logits.sum(0, dtype=self._shard.dtype) if self._sums_tokens else None
         if logits is not None and self._pops:
             out = logits
         else:
@@ -290,6 +315,89 @@ class _RowGradients:
             destination.add_(self._sums)
         else:
             destination.copy_(self._sums)
+
+
+def _whole_exponentials(shard: Shard, upstream: Upstream) -> "_Exponentials | None":
+    """Return what forward kept of all rows, where it is exponentials and still there.
+
+    The weights' half is the last to come.
+    """
+    kept: Kept | None = upstream.kept
+    if kept is None or kept.reference is None or kept.num_rows < shard.num_rows:
+        return None
+    last = upstream.wanted.classifier or upstream.wanted.bias
+    values = kept.pop() if last else kept.peek()
+    return None if values is None else _Exponentials(values[:, : shard.num_rows], kept.reference)
+
+
+class _Exponentials(NamedTuple):
+    """Of all of a shard's logits [N, R], relative to each token's reference [N]."""
+
+    values: Tensor
+    reference: Tensor
+
+
+def _gradients_of_exponentials(kept: _Exponentials, shard: Shard, upstream: Upstream) -> Gradients:
+    """Multiply what forward kept as it is, and scale what goes in or comes out."""
+    row_grads = _RowGradients(shard, upstream, None, one_tile=True)
+    hidden_grad = None
+    if upstream.wanted.hidden:
+        hidden_grad = _hidden_grad_of_exponentials(kept, shard, upstream)
+    if upstream.wanted.classifier or upstream.wanted.bias:
+        _put_row_grads_of_exponentials(row_grads, kept, shard, upstream)
+    return Gradients(hidden_grad, row_grads.classifier, row_grads.bias)
+
+
+def _hidden_grad_of_exponentials(kept: _Exponentials, shard: Shard, upstream: Upstream) -> Tensor:
+    """Return dE = s (Q c) [N, D], the partial sum over this rank's rows."""
+    ops, progress = shard.ops, upstream.progress
+    assert isinstance(ops, HopperOps)
+    scale, _ = ops.settle(
+        kept.values, kept.reference, shard, upstream.statistics, upstream.grads, with_targets=True
+    )
+    found = shard.hidden.new_empty(shard.hidden.shape, dtype=shard.sum_dtype)
+    sums = found if found.dtype == shard.dtype else torch.empty_like(found, dtype=shard.dtype)
+    for tokens in _token_blocks(shard.num_tokens, shard.num_tokens, progress):
+        for rows in row_blocks(shard.num_rows, shard.num_rows, aligned=True):
+            part = kept.values[tokens, rows]
+            put_product(sums[tokens], part, shard.classifier[rows], add=rows.start > 0)
+        ops.scale_tokens(sums[tokens], scale[tokens], found[tokens])
+        if progress is not None:
+            progress.complete(found, tokens.stop)
+    return found
+
+
+def _put_row_grads_of_exponentials(
+    row_grads: "_RowGradients", kept: _Exponentials, shard: Shard, upstream: Upstream
+) -> None:
+    """Put dC = Q^T (s e), and the bias's sums of Q^T s, and to both what the targets receive."""
+    ops = shard.ops
+    assert isinstance(ops, HopperOps)
+    scale, own = ops.settle(
+        kept.values, kept.reference, shard, upstream.statistics, upstream.grads, with_targets=False
+    )
+    if row_grads.classifier is not None:
+        scaled = ops.scale_tokens(shard.hidden, scale, torch.empty_like(shard.hidden))
+        for rows in row_blocks(shard.num_rows, shard.num_rows, aligned=True):
+            row_grads.begin(rows)
+            row_grads.add(kept.values[:, rows], scaled, None)
+        ops.add_to_target_rows(row_grads.classifier, shard.hidden, own, shard.targets)
+    if row_grads.bias is not None:
+        row_grads.bias.copy_(_weighted_sum(kept.values, scale))
+        ones = torch.ones_like(own)[:, None]
+        ops.add_to_target_rows(row_grads.bias[:, None], ones, own, shard.targets)
+
+
+def _weighted_sum(values: Tensor, weight: Tensor) -> Tensor:
+    """Return the sum [R] of bfloat16 values [N, R] by float32 weights [N], as a product.
+
+    A weight goes as two numbers of the values' dtype, which together have its precision.
+    """
+    high = weight.to(values.dtype)
+    low = (weight - high).to(values.dtype)
+    found = weight.new_empty((2, values.shape[1]))
+    put_product(found, torch.stack((high, low)), values, add=False)
+    return found.sum(0)
 
 
 def _rows_to_keep(shard: Shard, plan: BackwardPlan) -> int:

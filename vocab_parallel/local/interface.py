@@ -14,7 +14,7 @@ d.lse p + d.target nearly cancels, keeps its precision.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -182,12 +182,12 @@ class LocalImpl(Protocol):
     """One way to do the local work.
 
     Attributes:
-        overlap: whether communication may run beside the work; only an implementation that
-            reports its progress gains from it.
+        overlap: whether communication runs behind the work in pieces, "auto" where whoever
+            communicates may choose; only an implementation that reports its progress gains from it.
     """
 
     @property
-    def overlap(self) -> bool:
+    def overlap(self) -> bool | Literal["auto"]:
         """See above."""
         ...
 

@@ -22,6 +22,8 @@ from vocab_parallel.local.interface import Shard, owned_targets
 from vocab_parallel.local.statistics import Statistics, share_of
 
 _HOPPER = 9
+# Rows whose logits tell about where a token's largest lie.
+_SAMPLE = 256
 
 
 def choose(hidden: Tensor, classifier: Tensor) -> "TileOps":
@@ -241,26 +243,94 @@ class TritonOps(TileOps):
 class HopperOps(TritonOps):
     """The product and what follows it in one kernel, where logits are made."""
 
+    def reference(self, shard: Shard) -> Tensor | None:
+        """Return a number near each token's largest logits [N], or None where none is of use.
+
+        It is the largest of some of the shard's rows. Whatever it is the results are right; the
+        farther it lies from a token's lse, the more of its logits are done twice.
+        """
+        if shard.names != ("lse", "target"):
+            return None
+        sample = slice(None, None, max(shard.num_rows // _SAMPLE, 1))
+        rows = shard.classifier[sample][:_SAMPLE]
+        logits = shard.hidden.new_empty((shard.num_tokens, len(rows)), dtype=shard.dtype)
+        put_product(logits, shard.hidden, rows.T, add=False)
+        bias = None if shard.bias is None else shard.bias[sample][:_SAMPLE]
+        return finish_logits_(logits, Block(shard, 0, rows, bias)).amax(1)
+
+    def keeps_probabilities(self, shard: Shard) -> bool:
+        """Tell whether forward keeps exponentials; float16 has no room for them."""
+        return shard.hidden.dtype == torch.bfloat16
+
     def put_statistics(
-        self, found: Statistics, shard: Shard, tokens: slice, kept: Tensor | None, memory: int
+        self,
+        found: Statistics,
+        shard: Shard,
+        tokens: slice,
+        reference: Tensor | None,
+        kept: Tensor | None,
+        memory: int,
     ) -> None:
         """Write some tokens' statistics of all rows, within some bytes of memory.
 
         Args:
             found: [k, N]; those of the tokens are written.
-            kept: [N, r]; the raw logits of the first rows, written; or None.
+            reference: [N], that of `reference`; with None, or for a dtype that does not keep
+                exponentials, what is kept are raw logits.
+            kept: [N, r]; what is kept of the first rows, written; or None.
             memory: bytes for what is held of tokens until their statistics are joined.
         """
         from vocab_parallel.kernels.product import TOKENS
+        from vocab_parallel.kernels.product_probabilities import product_probabilities
         from vocab_parallel.kernels.product_statistics import bytes_a_token, product_statistics
 
         most = memory // bytes_a_token(shard.num_rows, found.names)
         for part in _evenly(tokens, most, TOKENS):
-            product_statistics(
-                shard.hidden[part], shard.classifier, shard.bias, shard.targets[part],
-                found.of(part).values, found.names, None if kept is None else kept[part],
-                shard.transform,
-            )  # fmt: skip
+            operands = (shard.hidden[part], shard.classifier, shard.bias, shard.targets[part])
+            values = found.of(part).values
+            own = None if kept is None else kept[part]
+            if reference is not None and (kept is None or self.keeps_probabilities(shard)):
+                product_probabilities(*operands, reference[part], values, own, shard.transform)
+            else:
+                product_statistics(*operands, values, found.names, own, shard.transform)
+
+    def settle(
+        self,
+        kept: Tensor,
+        reference: Tensor,
+        shard: Shard,
+        statistics: Statistics,
+        grads: Statistics,
+        *,
+        with_targets: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Make kept exponentials [N, r] of the first rows ready for products.
+
+        Returns each token's scale [N], and what its target's entry receives [N]; see
+        `kernels/kept_probabilities.py`.
+        """
+        from vocab_parallel.kernels.kept_probabilities import settle
+
+        rows = slice(0, kept.shape[1])
+        bias = None if shard.bias is None else shard.bias[rows]
+        return settle(
+            kept, shard.hidden, shard.classifier[rows], bias, shard.targets, reference,
+            statistics.values, grads.values, shard.transform, with_targets=with_targets,
+        )  # fmt: skip
+
+    def add_to_target_rows(
+        self, matrix: Tensor, values: Tensor, weight: Tensor, targets: Tensor
+    ) -> None:
+        """Add tokens' values [N, m], times their weights [N], to their targets' rows [R, m]."""
+        from vocab_parallel.kernels.target_rows import add_to_target_rows
+
+        add_to_target_rows(matrix, values, weight, targets)
+
+    def scale_tokens(self, matrix: Tensor, scale: Tensor, out: Tensor) -> Tensor:
+        """Write each token's numbers [N, m] times its scale [N] to ``out``, and return it."""
+        from vocab_parallel.kernels.tokens import scale_tokens
+
+        return scale_tokens(matrix, scale, out)
 
     def put_gradient(
         self,

@@ -1,10 +1,20 @@
-"""Communication behind the products: a result goes out piece by piece, as it becomes complete.
+"""When the loss communicates: at once, beside the products that follow, or in pieces behind them.
+
+    WAITING   one call, waited for before anything else is done
+    BESIDE    one call, waited for where its result is read: the sum of the hidden states' gradient
+              runs beside the classifier's product
+    PIECES    piece by piece, as tokens become complete: beside the product that makes them, too
+
+Over NVLink the sum takes a few percent of the loss in any order, since it takes from the products
+what it saves them; pieces make these slower and the calls more. Over a slow link they hide most of
+it. `rates.py` measures which it is.
 
 Every rank of a group cuts the same number of tokens in the same way, whatever rows it holds: the
 pieces are the calls that it makes, and all must make the same.
 """
 
 from collections.abc import Callable, Sequence
+from enum import Enum
 from itertools import pairwise
 
 import torch
@@ -21,6 +31,14 @@ _STATISTICS_PIECES, _GRADIENT_PIECES = 2, 4
 Start = Callable[[Tensor, slice], Pending]
 
 
+class Order(Enum):
+    """See above."""
+
+    WAITING = "waiting"
+    BESIDE = "beside"
+    PIECES = "pieces"
+
+
 def even_pieces(num_tokens: int, most: int) -> list[slice]:
     """Cut [0, N) into at most so many slices of about equal length, none of few tokens."""
     count = max(1, min(most, num_tokens // _FEWEST_TOKENS))
@@ -34,12 +52,12 @@ class Pieces:
     Args:
         pieces: consecutive slices of the tokens [0, N).
         start: starts the collective of one piece of a result.
-        overlap: False waits for each before anything else is done.
+        waits: whether each is waited for before anything else is done.
     """
 
-    def __init__(self, pieces: Sequence[slice], start: Start, *, overlap: bool) -> None:
+    def __init__(self, pieces: Sequence[slice], start: Start, *, waits: bool) -> None:
         self.pieces = pieces
-        self._start, self._overlap = start, overlap
+        self._start, self._waits = start, waits
         self._pending: list[Pending] = []
 
     def complete(self, result: Tensor, stop: int) -> None:
@@ -49,7 +67,7 @@ class Pieces:
             if piece.stop > stop:
                 return
             self._pending.append(self._start(result, piece))
-            if not self._overlap:
+            if self._waits:
                 self._pending[-1].wait()
 
     def finish(self, result: Tensor) -> list[Tensor]:
@@ -66,14 +84,14 @@ class StatisticsExchange(Pieces):
         num_tokens: int,
         names: StatisticNames,
         group: VocabGroup,
-        *,
-        overlap: bool,
+        order: Order,
     ) -> None:
         def start(statistics: Tensor, piece: slice) -> Pending:
             return group.start_gather_shards(statistics[:, piece])
 
-        most = _STATISTICS_PIECES if group.degree > 1 else 1
-        super().__init__(even_pieces(num_tokens, most), start, overlap=overlap)
+        cut = group.degree > 1 and order is Order.PIECES
+        pieces = even_pieces(num_tokens, _STATISTICS_PIECES if cut else 1)
+        super().__init__(pieces, start, waits=order is Order.WAITING)
         self._names = names
 
     def join(self, own: Tensor) -> Tensor:
@@ -85,45 +103,60 @@ class StatisticsExchange(Pieces):
 class HiddenGradSum(Pieces):
     """Sums the shards' partial gradients [N, D] of the hidden states.
 
-    Where every rank wants all tokens the pieces are all-reduced, in place. Where each wants its
-    own, a piece has tokens of one rank and is summed there; one of all tokens is reduce-scattered.
+    Where every rank wants all tokens, each sums its share of them, and the sums are gathered in the
+    dtype that is wanted: as an all-reduce does it, with fewer bytes. Pieces, and what is not
+    rounded after its sum, are all-reduced, in place. Where each wants its own tokens, a piece has
+    those of one rank and is summed there; one of all tokens is reduce-scattered.
+
+    Args:
+        scatters: whether each rank wants its own tokens.
+        dtype: in which they are summed.
+        out_dtype: of the result.
+        pieces: consecutive slices of [0, N), in place of those that the order cuts.
     """
 
     def __init__(
         self,
         num_tokens: int,
         group: VocabGroup,
+        order: Order,
         *,
         scatters: bool,
         dtype: torch.dtype,
-        overlap: bool,
+        out_dtype: torch.dtype,
         pieces: Sequence[slice] | None = None,
     ) -> None:
+        self._group, self._out_dtype = group, out_dtype
         self._own_tokens = num_tokens // group.degree if scatters else num_tokens
         self._owner_here = group.rank if scatters else 0
         if pieces is None:
-            pieces = even_pieces(num_tokens, group.degree if scatters else _GRADIENT_PIECES)
-        if scatters:
-            few = self._own_tokens < _FEWEST_TOKENS
-            pieces = [slice(0, num_tokens)] if few else _cut_at(pieces, self._own_tokens)
+            most = group.degree if scatters else _GRADIENT_PIECES
+            pieces = even_pieces(num_tokens, most if order is Order.PIECES else 1)
+        if scatters and self._own_tokens < _FEWEST_TOKENS:
+            pieces = [slice(0, num_tokens)]
+        elif scatters and len(pieces) > 1:
+            pieces = _cut_at(pieces, self._own_tokens)
         in_one = len(pieces) == 1
+        rounds = out_dtype.itemsize < dtype.itemsize
+        shares = num_tokens > 0 and num_tokens % group.degree == 0
+        self._gathers = not scatters and in_one and rounds and shares
 
         def start(partial: Tensor, piece: slice) -> Pending:
             own = partial[piece].to(dtype)
-            if not scatters:
-                return group.start_sum(own)
-            if in_one:
+            if self._gathers or (scatters and in_one):
                 return group.start_scatter_sum(own)
-            return group.start_sum_at(own, self._owner(piece))
+            return group.start_sum_at(own, self._owner(piece)) if scatters else group.start_sum(own)
 
-        super().__init__(pieces, start, overlap=overlap)
+        super().__init__(pieces, start, waits=order is Order.WAITING)
 
-    def total(self, partial: Tensor, out_dtype: torch.dtype) -> Tensor:
+    def total(self, partial: Tensor) -> Tensor:
         """Return the summed gradient, of this rank's own tokens where it is scattered."""
         sums = self.finish(partial)
         if len(sums) == 1:
-            return sums[0].to(out_dtype)
-        total = partial.new_empty((self._own_tokens, *partial.shape[1:]), dtype=out_dtype)
+            total = sums[0].to(self._out_dtype)
+            return self._group.gather_tokens(total) if self._gathers else total
+        shape = (self._own_tokens, *partial.shape[1:])
+        total = partial.new_empty(shape, dtype=self._out_dtype)
         first = self._owner_here * self._own_tokens
         for piece, part in zip(self.pieces, sums, strict=True):
             if self._owner(piece) == self._owner_here:

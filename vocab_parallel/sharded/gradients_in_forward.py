@@ -59,7 +59,7 @@ class LossWithGradients:
     def run(self) -> Tensor:
         """Return the loss; afterwards `gradients` and `statistics` are there."""
         # With one rank there is nothing to hide, and one buffer of logits is enough.
-        ahead = self._call.rows.group.degree > 1 and self._call.impl.overlap
+        ahead = self._call.rows.group.degree > 1 and self._call.impl.overlap is not False
         parts: list[Tensor] = []
         waiting: list[_Chunk] = []
         for tokens in self._chunks:

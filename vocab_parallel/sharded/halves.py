@@ -23,7 +23,8 @@ from vocab_parallel.local.interface import (
 )
 from vocab_parallel.local.statistics import Statistics
 from vocab_parallel.sharded.call import Call
-from vocab_parallel.sharded.exchange import HiddenGradSum, StatisticsExchange
+from vocab_parallel.sharded.exchange import HiddenGradSum, Order, StatisticsExchange
+from vocab_parallel.sharded.rates import rates_of
 
 
 class Inputs(NamedTuple):
@@ -67,10 +68,11 @@ def joined_statistics(call: Call, inputs: Inputs, needs_grad: bool) -> tuple[Sta
 
     Communicates [k, N] float32 of each rank, behind the products where the implementation can.
     """
-    names, overlap = call.shard.names, call.impl.overlap
-    num_tokens, group = inputs.hidden.shape[0], call.rows.group
-    exchange = StatisticsExchange(num_tokens, names, group, overlap=overlap)
-    own, kept = own_statistics(call, inputs, needs_grad, exchange if overlap else None)
+    names, group, num_tokens = call.shard.names, call.rows.group, inputs.hidden.shape[0]
+    order = order_of(call, num_tokens)
+    exchange = StatisticsExchange(num_tokens, names, group, order)
+    progress = exchange if order is Order.PIECES else None
+    own, kept = own_statistics(call, inputs, needs_grad, progress)
     return Statistics(exchange.join(own.values), names), kept
 
 
@@ -98,7 +100,7 @@ def summed_gradients(
     """
     reduction = hidden_grad_sum(call, inputs.hidden) if wanted.hidden else None
     target = classifier_grad(call, inputs.classifier)
-    progress = reduction if call.impl.overlap else None
+    progress = None if call.impl.overlap is False else reduction
     upstream = Upstream(statistics, grads, wanted, target, kept, progress)
     found = own_gradients(call, inputs, upstream)
     hidden = None
@@ -122,11 +124,32 @@ def hidden_grad_sum(
     return HiddenGradSum(
         hidden.shape[0],
         call.rows.group,
+        order_of(call, hidden.shape[0]),
         scatters=call.layout.gathers,
         dtype=call.shard.sum_dtype,
-        overlap=call.impl.overlap,
+        out_dtype=hidden.dtype,
         pieces=pieces,
     )
+
+
+def order_of(call: Call, num_tokens: int) -> Order:
+    """Return when a call over so many tokens communicates; all ranks call, and get the same.
+
+    Where nobody has said it, the sum of the hidden states' gradient goes in pieces if it would
+    take longer than the product that it runs beside. Two rates are measured for that, once for a
+    group.
+    """
+    overlap, group = call.impl.overlap, call.rows.group
+    if isinstance(overlap, bool):
+        return Order.PIECES if overlap else Order.WAITING
+    most_rows, device = call.rows.most_rows, call.operands.classifier.device
+    if group.degree == 1 or most_rows is None or device.type == "cpu":
+        return Order.BESIDE
+    rates = rates_of(group, call.operands.classifier.dtype, device)
+    hidden_size = call.operands.classifier.shape[1]
+    summing = num_tokens * hidden_size * call.shard.sum_dtype.itemsize / rates.bytes_a_second
+    product = 2.0 * num_tokens * hidden_size * most_rows / rates.flops_a_second
+    return Order.PIECES if summing > product else Order.BESIDE
 
 
 def total_hidden_grad(
@@ -135,10 +158,7 @@ def total_hidden_grad(
     """Sum the shards' partial gradients [N, D] and return this rank's [T, D]."""
     if partial is None:
         partial = hidden.new_zeros(hidden.shape)
-    if reduction is None:
-        total = partial.to(hidden.dtype)
-    else:
-        total = reduction.total(partial, hidden.dtype)
+    total = partial.to(hidden.dtype) if reduction is None else reduction.total(partial)
     scale = call.settings.hidden_grad_scale
     return total if scale == 1.0 else total * scale
 

@@ -1,0 +1,170 @@
+"""Makes what forward kept ready for the products of backward, without a pass over it.
+
+Forward kept q = exp(z - r) (`product_probabilities.py`). Where lse receives a and the target's
+logit b, a raw entry receives s q with s = a exp(r - lse), a number of the token, but for the
+target's, which receives o = a (p - 1) + (a + b). With o / s in the targets' places of Q, and with 0
+there,
+
+    dE = s (Q c)      dC = Q^T (s e) + the sum of o e over each row's tokens
+
+The largest terms of dC, its targets', are so added up in float32 (`target_rows.py`); rounding s e
+once more costs less than rounding those did.
+
+Tokens whose reference was too far from their lse for q to hold their probabilities get q anew,
+with lse for a reference. Nobody knows of them but the device: a program that finds none has done
+its work with a few numbers of each token.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vocab_parallel.kernels.logit import (
+    Transform,
+    cdiv,
+    expm1,
+    load_reference,
+    logit_arguments,
+    to_logit_and_slope,
+)
+from vocab_parallel.kernels.product import describe
+
+_TOKENS, _ROWS, _DEPTH = 128, 64, 64
+# Programs that share a block of tokens, should its rows have to be done anew.
+_SHARES = 8
+# How far a token's lse may lie from its reference: exp of it, and of it over a gradient of 1e-12,
+# are floats.
+_FARTHEST = 60.0
+
+
+def settle(
+    kept: Tensor,  # (n, r) bfloat16, of the shard's first rows; the targets' places are written
+    hidden: Tensor,  # (n, D)
+    classifier: Tensor,  # (r, D), those rows
+    bias: Tensor | None,  # (r,)
+    targets: Tensor,  # (n,), counted from the first row
+    reference: Tensor,  # (n,) float32, that of forward
+    statistics: Tensor,  # (2, n) float32, of the whole vocabulary
+    grads: Tensor,  # (2, n) float32, what each statistic receives
+    transform: Transform,
+    *,
+    with_targets: bool,  # whether o / s, or 0, is written to the targets' places
+) -> tuple[Tensor, Tensor]:  # (n,) float32 both
+    """Return s and o of each token; may be called again, with targets and without."""
+    (num_tokens, depth), num_rows = hidden.shape, classifier.shape[0]
+    assert kept.stride(1) == statistics.stride(1) == grads.stride(1) == 1
+    scale, own = torch.empty_like(reference), torch.empty_like(reference)
+    with torch.cuda.device_of(hidden):
+        _settle[(cdiv(num_tokens, _TOKENS), _SHARES)](
+            describe(hidden, _TOKENS, _DEPTH),
+            describe(classifier, _ROWS, _DEPTH),
+            describe(kept, _TOKENS, _ROWS),
+            kept,
+            kept.stride(0),
+            bias,
+            targets,
+            reference,
+            statistics,
+            statistics.stride(0),
+            grads,
+            grads.stride(0),
+            scale,
+            own,
+            num_tokens,
+            num_rows,
+            **logit_arguments(bias, transform, ("lse", "target")),
+            WITH_TARGETS=with_targets,
+            FARTHEST=_FARTHEST,
+            DEPTHS=cdiv(depth, _DEPTH),
+            SHARES=_SHARES,
+            TOKENS=_TOKENS,
+            ROWS=_ROWS,
+            DEPTH=_DEPTH,
+            num_warps=4,
+        )
+    return scale, own
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _settle(  # type: ignore[no-untyped-def]
+    hidden,
+    classifier,
+    kept,
+    kept_numbers,  # the same, to write single numbers
+    kept_stride,
+    bias,
+    targets,
+    reference,
+    statistics,
+    statistics_stride,
+    grads,
+    grads_stride,
+    scales,
+    owns,
+    num_tokens,
+    num_rows,
+    softcap,
+    temperature,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_TEMPERATURE: tl.constexpr,
+    SUM: tl.constexpr,
+    EXPECTED: tl.constexpr,
+    WITH_TARGETS: tl.constexpr,
+    FARTHEST: tl.constexpr,
+    DEPTHS: tl.constexpr,
+    SHARES: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    token = tl.program_id(0) * TOKENS
+    share = tl.program_id(1)
+    tokens = token + tl.arange(0, TOKENS)
+    here = tokens < num_tokens
+    target = tl.load(targets + tokens, mask=here, other=-1).to(tl.int32)
+    lse = tl.load(statistics + tokens, mask=here, other=0.0)
+    at_target = tl.load(statistics + statistics_stride + tokens, mask=here, other=0.0)
+    lse_grad = tl.load(grads + tokens, mask=here, other=0.0)
+    target_grad = tl.load(grads + grads_stride + tokens, mask=here, other=0.0)
+    shift = load_reference(reference, tokens, num_tokens)
+
+    own = lse_grad * expm1(at_target - lse) + (lse_grad + target_grad)
+    if HAS_SOFTCAP:  # d tanh = 1 - tanh^2
+        tanh = at_target * temperature / softcap
+        own *= 1.0 - tanh * tanh
+    # Who uses the target's logit alone: no other entry receives anything.
+    alone = (lse_grad == 0.0) & (own != 0.0)
+    far = here & (alone | (tl.abs(lse - shift) > FARTHEST))
+    shift = tl.where(far, lse, shift)
+    scale = tl.where(alone, own, lse_grad * tl.exp(shift - lse))
+    scale = tl.where((lse_grad == 0.0) & (own == 0.0), 0.0, scale)
+    entry = tl.zeros((TOKENS,), tl.float32)
+    if WITH_TARGETS:
+        entry = tl.where(scale == 0.0, 0.0, own / tl.where(scale == 0.0, 1.0, scale))
+    if share == 0:
+        slope = 1.0
+        if HAS_TEMPERATURE:
+            slope = 1.0 / temperature
+        tl.store(scales + tokens, scale * slope, mask=here)
+        tl.store(owns + tokens, own * slope, mask=here)
+        owned = here & (target >= 0) & (target < num_rows)
+        at = kept_numbers + tokens.to(tl.int64) * kept_stride + target
+        tl.store(at, entry.to(kept_numbers.dtype.element_ty), mask=owned)
+    if tl.max(far.to(tl.int32)) > 0:
+        others = tl.where(alone, 0.0, 1.0)
+        for row in range(share * ROWS, num_rows, SHARES * ROWS):
+            z = tl.zeros((TOKENS, ROWS), dtype=tl.float32)
+            for step in range(DEPTHS):
+                e = hidden.load([token, step * DEPTH])
+                z = tl.dot(e, classifier.load([row, step * DEPTH]).T, z)
+            columns = row + tl.arange(0, ROWS)
+            if HAS_BIAS:
+                z += tl.load(bias + columns, mask=columns < num_rows, other=0.0).to(tl.float32)
+            z, slope = to_logit_and_slope(z, softcap, 1.0, HAS_SOFTCAP, False)
+            if HAS_TEMPERATURE:
+                z = z / temperature
+            anew = tl.exp(z - shift[:, None]) * slope * others[:, None]
+            anew = tl.where(columns[None, :] == target[:, None], entry[:, None], anew)
+            kept.store([token, row], anew.to(kept.dtype))

@@ -1,0 +1,178 @@
+"""The product and its exponentials in one kernel: what is kept needs no pass in backward.
+
+With r a number of each token, its reference, the kernel writes exp(z - r) where others write z. The
+probability is that times exp(r - lse), a number of the token, so that both gradients are products
+of what was kept (`kept_probabilities.py`). No maximum is looked for: the sum over a tile is that of
+the same numbers. bfloat16 and float32 have room for 88 nats on either side of r; a tile in which a
+token's sum has left them is done again by its maximum, in registers.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vocab_parallel.kernels import product
+from vocab_parallel.kernels.join_blocks import join_blocks
+from vocab_parallel.kernels.logit import (
+    Transform,
+    cdiv,
+    load_reference,
+    logit_arguments,
+    to_logit,
+    to_logit_and_slope,
+)
+from vocab_parallel.kernels.product import multiply, tile_origin
+
+# Exponents of 2 beyond which a sum of a tile's exponentials is not trusted.
+_FARTHEST = 86.0
+_NAMES = ("lse", "target")
+
+
+def product_probabilities(
+    hidden: Tensor,  # (n, D)
+    classifier: Tensor,  # (R, D)
+    bias: Tensor | None,  # (R,)
+    targets: Tensor,  # (n,)
+    reference: Tensor,  # (n,) float32
+    statistics: Tensor,  # (2, n) float32: lse and target; written
+    kept: Tensor | None,  # (n, r), r a multiple of 256 or R; written
+    transform: Transform,
+) -> None:
+    """Write the statistics of the logits of all rows, and keep the first rows' exponentials.
+
+    What is kept is exp(z - reference), times the slope of the logit z in its raw entry where there
+    is a softcap.
+
+    Args:
+        hidden, classifier: bfloat16, as `product.operands_fit` wants them; float16 too where
+            nothing is kept.
+        targets: int32 or int64; a token whose target is none of the rows has a target logit of 0.
+        reference: near the largest logits of the token; -inf counts as 0.
+    """
+    (num_tokens, depth), num_rows = hidden.shape, classifier.shape[0]
+    blocks = cdiv(num_rows, product.ROWS)
+    parts = statistics.new_empty((1, blocks, num_tokens))
+    tiles = cdiv(num_tokens, product.TOKENS) * blocks
+    programs = product.num_programs(hidden.device, tiles)
+    rows_kept = 0 if kept is None else kept.shape[1]
+    operands = (
+        product.describe(hidden, product.TOKENS, product.DEPTH),
+        product.describe(classifier, product.ROWS, product.DEPTH),
+        None if kept is None else product.describe(kept, product.TOKENS, product.ROWS // 2),
+    )
+    options = {
+        **logit_arguments(bias, transform, _NAMES),
+        **product.tile_arguments(depth, programs, stages=4),
+    }
+    with torch.cuda.device_of(hidden):
+        for first, last in product.launches(tiles, programs):
+            _product_probabilities[(programs,)](
+                *operands,
+                rows_kept,
+                bias,
+                reference,
+                parts,
+                num_tokens,
+                num_rows,
+                first,
+                last,
+                KEEPS=rows_kept > 0,
+                FARTHEST=_FARTHEST,
+                **options,
+            )
+    join_blocks(parts, hidden, classifier, bias, targets, statistics, _NAMES, transform)
+
+
+# One binary for all launches, and no constant 1.
+@triton.jit(do_not_specialize=["num_rows", "rows_kept", "first_tile", "last_tile"])
+def _product_probabilities(  # type: ignore[no-untyped-def]
+    hidden,
+    classifier,
+    kept,
+    rows_kept,
+    bias,
+    reference,
+    parts,
+    num_tokens,
+    num_rows,
+    first_tile,
+    last_tile,
+    softcap,
+    temperature,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_TEMPERATURE: tl.constexpr,
+    SUM: tl.constexpr,  # neither is wanted
+    EXPECTED: tl.constexpr,
+    KEEPS: tl.constexpr,
+    FARTHEST: tl.constexpr,
+    DEPTHS: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    SWIZZLE: tl.constexpr,
+):
+    HALF: tl.constexpr = ROWS // 2
+    LOG2E: tl.constexpr = 1.4426950408889634
+    for tile in tl.range(first_tile + tl.program_id(0), last_tile, PROGRAMS, flatten=True):
+        token, row = tile_origin(tile, num_tokens, num_rows, TOKENS, ROWS, SWIZZLE)
+        tokens = token + tl.arange(0, TOKENS)
+        # Before the product, which hides the wait for them.
+        shift = load_reference(reference, tokens, num_tokens) * LOG2E
+        first, second = multiply(hidden, classifier, token, row, DEPTHS, TOKENS, ROWS, DEPTH)
+        total = tl.zeros((TOKENS,), tl.float32)
+        for half in tl.static_range(2):
+            z = first if half == 0 else second
+            start = row + half * HALF
+            columns = start + tl.arange(0, HALF)
+            if HAS_BIAS:
+                z += tl.load(bias + columns, mask=columns < num_rows, other=0.0).to(tl.float32)
+            z, slope = to_logit_and_slope(z, softcap, 1.0, HAS_SOFTCAP, False)
+            if HAS_TEMPERATURE:
+                z = z / temperature
+            exponential = tl.exp2(z * LOG2E - shift[:, None])
+            if start + HALF > num_rows:
+                exponential = tl.where(columns[None, :] < num_rows, exponential, 0.0)
+            total += tl.sum(exponential, 1)
+            if KEEPS:  # noqa: SIM102 (one is known to the compiler)
+                if start < rows_kept:
+                    kept.store([token, start], (exponential * slope).to(kept.dtype))
+        exponent = tl.log2(total)
+        lse = (shift + exponent) / LOG2E
+        if tl.max(tl.abs(exponent)) > FARTHEST:
+            lse = _lse_by_maximum(
+                first, second, row, num_rows, bias, softcap, temperature,
+                HAS_BIAS, HAS_SOFTCAP, HAS_TEMPERATURE, HALF,
+            )  # fmt: skip
+        out = parts + (row // ROWS).to(tl.int64) * num_tokens + tokens
+        tl.store(out, lse, mask=tokens < num_tokens)
+
+
+@triton.jit
+def _lse_by_maximum(  # type: ignore[no-untyped-def]
+    first, second, row, num_rows, bias, softcap, temperature,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_TEMPERATURE: tl.constexpr,
+    HALF: tl.constexpr,
+):  # fmt: skip
+    """The lse of each token's raw entries in two halves, however far apart they lie."""
+    LOG2E: tl.constexpr = 1.4426950408889634
+    TOKENS: tl.constexpr = first.shape[0]
+    peak = tl.full((TOKENS,), -float("inf"), tl.float32)
+    total = tl.zeros((TOKENS,), tl.float32)
+    for half in tl.static_range(2):
+        z = first if half == 0 else second
+        columns = row + half * HALF + tl.arange(0, HALF)
+        if HAS_BIAS:
+            z += tl.load(bias + columns, mask=columns < num_rows, other=0.0).to(tl.float32)
+        z = to_logit(z, softcap, temperature, HAS_SOFTCAP, HAS_TEMPERATURE)
+        z = tl.where(columns[None, :] < num_rows, z, -float("inf"))
+        larger = tl.maximum(peak, tl.max(z, 1))
+        shift = tl.where(larger == -float("inf"), 0.0, larger) * LOG2E
+        total = total * tl.exp2(peak * LOG2E - shift)
+        total += tl.sum(tl.exp2(z * LOG2E - shift[:, None]), 1)
+        peak = larger
+    # Compared with 0 and not by >: a NaN stays one.
+    divisor = tl.where(total == 0.0, 1.0, total)
+    return tl.where(total == 0.0, peak, peak + tl.log(divisor))
