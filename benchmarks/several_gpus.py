@@ -60,6 +60,8 @@ WAYS: Mapping[str, dict[str, Any]] = {
     "recompute": {"backward": "recompute"},
     "auto 64 MiB": {},
 }
+# When ours communicates; see `vocab_parallel/sharded/exchange.py`.
+ORDERS: Mapping[str, bool | str] = {"": "auto", ", in pieces": True, ", no overlap": False}
 # The name of each layout's floor: the products alone, and with the collectives that it needs.
 PRODUCTS = "products"
 FLOOR_OF: Mapping[HiddenLayout, str] = {
@@ -206,10 +208,9 @@ def entries(arguments: Arguments, liger: Liger) -> list[Entry]:
     found = []
     for layout in arguments.layouts:
         for way, options in WAYS.items():
-            for overlap in (True, False):
-                name = f"ours, {way}" + ("" if overlap else ", no overlap")
+            for order, overlap in ORDERS.items():
                 make = partial(contestants.ours, **options, overlap=overlap)
-                found.append(Entry(name, layout, make))
+                found.append(Entry(f"ours, {way}{order}", layout, make))
         for peer in contestants.PEERS_OVER_RANKS if arguments.peers else ():
             if layout in LAYOUTS_OF_PEERS.get(peer, ("replicated",)):
                 name = f"{peer}, {liger.kind}" if peer.startswith("liger") else peer
