@@ -245,6 +245,7 @@ def check_mistakes(degree: int) -> None:
         ([e[0], e[1], e[2, :1]], {}, r"of one shape, dtype and device.*\[1, 6, 5\]"),
         ([e[0], e[1], None], {}, "of one shape, dtype and device.*NoneType"),
         (7, {}, "several hidden states.*got int"),
+        ([], {}, "several hidden states.*got none"),
         (e[:2], {}, "one hidden state for each of shift"),
         (e[0, 0], {}, r"expected hidden states e \[H, ..., T, D\]"),
         (e, {"shift": (1, 2, 6)}, "shift must be an integer in"),

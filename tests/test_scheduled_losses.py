@@ -15,7 +15,8 @@ from torch.distributed.pipelining.schedules import get_schedule_class
 from stage_groups import StageGroups, build_stage_groups
 from tests.oracle import multi_token_oracle, relative_error
 from tests.ranks import run_ranks
-from tests.toy_pipeline import SINGLE, V_SHAPED
+from tests.recording import CollectiveRecorder
+from tests.toy_pipeline import SINGLE, V_SHAPED, adapted
 from vocab_parallel import (
     CCEPipelineLoss,
     LogprobsPipelineLoss,
@@ -139,12 +140,16 @@ class Step:
         """Return the sum of the microbatches' losses, on the last stage."""
         losses: list[Tensor] = []
         has_last = self.head is not None
-        self.schedule.step(
-            *([tokens] if 0 in self.indices else []),
-            target=target,
-            losses=losses if has_last else None,
-            return_outputs=False,
-        )
+        with CollectiveRecorder() as recorded:
+            self.schedule.step(
+                *([tokens] if 0 in self.indices else []),
+                target=target,
+                losses=losses if has_last else None,
+                return_outputs=False,
+            )
+        if has_last and self.layout == "replicated":  # and once more where shapes are inferred
+            sums = [call for call in recorded.calls if call.name == "all_reduce"]
+            assert len(sums) == MICROBATCHES + 1, (self.case, sums)
         return torch.stack(losses).sum().detach() if has_last else None
 
     def check(self, found: Tensor | None, want: Tensor, whole: nn.ModuleDict) -> None:
@@ -284,6 +289,26 @@ def check_mistakes() -> None:
 
 def test_mistakes() -> None:
     run_ranks(check_mistakes, 2)
+
+
+def test_several_predictions_of_an_adapted_classifier() -> None:
+    pytest.importorskip("peft")
+    torch.manual_seed(0)
+    layer = adapted(nn.Linear(HIDDEN, VOCABULARY, bias=False).double())
+    e = torch.randn(2, 3, LENGTH, HIDDEN, dtype=torch.float64)
+    labels = torch.randint(VOCABULARY, (3, LENGTH))
+    loss = CCEPipelineLoss(layer, shift=(1, 2))
+    want, _ = multi_token_oracle(
+        e, layer.base_layer.weight + layer.get_delta_weight("default"), labels, shift=(1, 2)
+    )
+    for output in (e, (e[0], e[1])):
+        assert relative_error(loss(output, labels), want) < 1e-12
+    with pytest.raises(ValueError, match="of one shape, dtype and device"):
+        loss((e[0], e[1, :2]), labels)
+    with pytest.raises(
+        ValueError, match=r"got tuple: of several predictions give shift one number"
+    ):
+        CCEPipelineLoss(nn.Linear(HIDDEN, VOCABULARY).double())((e[0], e[1]), labels)
 
 
 def test_unknown_options() -> None:

@@ -113,7 +113,11 @@ def multi_token_cross_entropy(
         ValueError: as `linear_cross_entropy`; hidden states that are unlike, or not one for each
             of ``shift``.
     """
-    hidden, problem = _stacked(e, c)
+    problem: ValueError | None = None
+    try:
+        hidden = stacked(e)
+    except ValueError as error:
+        hidden, problem = c, error
     others = [name for name in _OTHER_RESULTS if options.pop(name, False)]
     if others:
         problem = ValueError(
@@ -186,7 +190,7 @@ class _Heads:
 
     def _spread(self, per_head: Tensor) -> Tensor:  # (H,) -> (N,)
         length = self._labels.shape[0] // (self._parts * self._count)
-        return per_head.view(1, -1, 1).expand(self._parts, -1, length).reshape(-1)
+        return per_head.view(1, -1, 1).expand(self._parts, -1, length).reshape(-1).contiguous()
 
     def _factors(self, weighted: bool) -> Tensor:
         """Return what each head's tokens are multiplied by, [H]."""
@@ -206,28 +210,27 @@ class _Heads:
         return factors
 
 
-def _stacked(e: Any, c: Tensor) -> tuple[Tensor, ValueError | None]:
-    """Return hidden states as one tensor, and what is wrong where they cannot be."""
+def stacked(e: Any) -> Tensor:
+    """Return one tensor [H, ..., T, D] of several hidden states, as it is where it is one already.
+
+    Raises:
+        ValueError: they are not alike.
+    """
     if isinstance(e, Tensor):
-        return e, None
-    heads = list(e) if isinstance(e, Sequence) else []
+        return e
+    heads = list(e) if isinstance(e, Sequence) else [e]
     kinds = {
-        (tuple(head.shape), head.dtype, head.device) if isinstance(head, Tensor) else type(head)
-        for head in heads
-    }
-    if len(kinds) == 1 and isinstance(heads[0], Tensor):
-        return torch.stack(heads), None
-    found = [
         f"{list(head.shape)} in {head.dtype} on {head.device}"
         if isinstance(head, Tensor)
         else type(head).__name__
         for head in heads
-    ] or type(e).__name__
-    problem = ValueError(
+    }
+    if len(kinds) == 1 and isinstance(heads[0], Tensor):
+        return torch.stack(heads)
+    raise ValueError(
         f"e must be several hidden states [..., T, D] of one shape, dtype and device, or one "
-        f"tensor [H, ..., T, D] of them, got {found}"
+        f"tensor [H, ..., T, D] of them, got {' and '.join(sorted(kinds)) or 'none'}"
     )
-    return c, problem
 
 
 def _as_tuple(values: Any) -> Any:

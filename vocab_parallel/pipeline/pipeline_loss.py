@@ -4,13 +4,12 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from vocab_parallel.local.registry import create_impl
 from vocab_parallel.loss import linear_cross_entropy
 from vocab_parallel.modules.heads import Rows
-from vocab_parallel.multi_token import multi_token_cross_entropy
+from vocab_parallel.multi_token import multi_token_cross_entropy, stacked
 from vocab_parallel.pipeline.scheduled_loss import ScheduledLoss
 from vocab_parallel.sharded.layout import HiddenLayout
 from vocab_parallel.sharded.settings import LossSettings
@@ -89,8 +88,9 @@ class CCEPipelineLoss(ScheduledLoss):
             "hidden_layout": hidden_layout,
             **loss_options,
         }
-        if options.get("head_weights") is not None:
-            options["head_weights"] = tuple(options["head_weights"])
+        weights = options.pop("head_weights", None)
+        if weights is not None:
+            options["head_weights"] = tuple(weights)
         super().__init__(output_weight, output_bias, vocab_parallel_options, options)
         _check_options(options)
         self.settings = _settings_of(options)
@@ -192,7 +192,9 @@ def _settings_of(options: Mapping[str, Any]) -> LossSettings:
 
 def _operands(rows: Rows, hidden_states: Any) -> tuple[Any, Tensor]:
     """Return hidden states, or several of them, and the rows that they are multiplied by."""
-    if not rows.adapters:  # the loss checks them
+    if not rows.adapters:
         return hidden_states, rows.weight
-    several = isinstance(hidden_states, list | tuple)
-    return rows.operands(torch.stack(list(hidden_states)) if several else hidden_states)
+    try:
+        return rows.operands(stacked(hidden_states))
+    except ValueError:  # the loss refuses them too, on every rank
+        return hidden_states, rows.weight

@@ -308,7 +308,11 @@ def check_token_divisor(
 
 def _check_plain_tensor(name: str, tensor: Tensor | None, e: Tensor) -> None:
     if not isinstance(tensor, Tensor):
-        raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        several = name == "e" and isinstance(tensor, list | tuple)
+        way_out = ": of several predictions give shift one number each, such as (1, 2)"
+        raise ValueError(
+            f"{name} must be a tensor, got {type(tensor).__name__}{way_out if several else ''}"
+        )
     if isinstance(tensor, DTensor):
         raise ValueError(
             f"{name} is a DTensor: pass {name}.to_local(), or give the DTensor weight to "
