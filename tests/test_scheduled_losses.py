@@ -318,6 +318,8 @@ def test_unknown_options() -> None:
         ({"head_weights": (1.0, 2.0)}, "give shift one number for each"),
         ({"shift": ()}, "at least one prediction"),
         ({"shift": (1, 2), "colour": 1}, "colour"),
+        ({"shift": (1, 2), "head_weights": 1.0}, "head_weights must be 2 finite numbers"),
+        ({"shift": (1, 2), "return_heads": True}, "return_heads is not an option"),
     ):
         with pytest.raises(ValueError, match=words):
             CCEPipelineLoss(head, **given)

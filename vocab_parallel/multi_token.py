@@ -131,8 +131,8 @@ def multi_token_cross_entropy(
     settings = LossSettings.of(
         {
             **options,
-            "shift": _as_tuple(shift),
-            "head_weights": None if head_weights is None else _as_tuple(head_weights),
+            "shift": as_tuple(shift),
+            "head_weights": None if head_weights is None else as_tuple(head_weights),
             "return_heads": return_heads,
             "reduction": reduction,
             "num_valid_tokens": num_valid_tokens,
@@ -233,6 +233,6 @@ def stacked(e: Any) -> Tensor:
     )
 
 
-def _as_tuple(values: Any) -> Any:
+def as_tuple(values: Any) -> Any:
     """Return a tuple of what can be one; what cannot is refused with all other settings."""
     return tuple(values) if isinstance(values, Sequence) else (values,)

@@ -9,12 +9,13 @@ from torch import Tensor, nn
 from vocab_parallel.local.registry import create_impl
 from vocab_parallel.loss import linear_cross_entropy
 from vocab_parallel.modules.heads import Rows
-from vocab_parallel.multi_token import multi_token_cross_entropy, stacked
+from vocab_parallel.multi_token import as_tuple, multi_token_cross_entropy, stacked
 from vocab_parallel.pipeline.scheduled_loss import ScheduledLoss
 from vocab_parallel.sharded.layout import HiddenLayout
 from vocab_parallel.sharded.settings import LossSettings
 
-_NOT_OPTIONS = ("e", "c", "targets", "bias", "return_lse", "num_valid_tokens", "validate")
+_RESULTS = ("return_lse", "return_heads", "return_entropy")  # a schedule takes one number
+_NOT_OPTIONS = ("e", "c", "targets", "bias", *_RESULTS, "num_valid_tokens", "validate")
 
 
 class CCEPipelineLoss(ScheduledLoss):
@@ -83,14 +84,14 @@ class CCEPipelineLoss(ScheduledLoss):
             "impl": impl,
             "ignore_index": ignore_index,
             "softcap": softcap,
-            "shift": shift if isinstance(shift, int) else tuple(shift),
+            "shift": as_tuple(shift) if isinstance(shift, Sequence) else shift,
             "reduction": reduction,
             "hidden_layout": hidden_layout,
             **loss_options,
         }
         weights = options.pop("head_weights", None)
         if weights is not None:
-            options["head_weights"] = tuple(weights)
+            options["head_weights"] = as_tuple(weights)
         super().__init__(output_weight, output_bias, vocab_parallel_options, options)
         _check_options(options)
         self.settings = _settings_of(options)
@@ -146,7 +147,7 @@ class CCEPipelineLoss(ScheduledLoss):
 
     @head_weights.setter
     def head_weights(self, weights: Sequence[float]) -> None:
-        options = {**self._options, "head_weights": tuple(weights)}
+        options = {**self._options, "head_weights": as_tuple(weights)}
         _check_options(options)
         self._options, self.settings = options, _settings_of(options)
 
