@@ -1,5 +1,8 @@
 """The loss in one process, in float64, written in the most obvious way."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -48,6 +51,31 @@ def oracle(
         count = int(valid.sum()) if num_valid_tokens is None else num_valid_tokens
         loss = loss.sum() / max(count, 1)
     return loss, lse
+
+
+def multi_token_oracle(
+    e: Tensor,  # (H, ..., T, D)
+    c: Tensor,  # (rows, D)
+    targets: Tensor,  # (..., T)
+    bias: Tensor | None = None,
+    *,
+    shift: Sequence[int],
+    head_weights: Sequence[float] | None = None,
+    reduction: str = "mean",
+    num_valid_tokens: Any = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """Return (loss, heads): the weighted sum of heads [H], or (H, ..., T) of both for "none"."""
+    weights = [1.0] * len(shift) if head_weights is None else head_weights
+    divisors = torch.as_tensor(0 if num_valid_tokens is None else num_valid_tokens)
+    heads = []
+    for hidden, own, divisor in zip(e, shift, divisors.expand(len(shift)).tolist(), strict=True):
+        given = None if num_valid_tokens is None else divisor
+        options.update(shift=own, reduction=reduction, num_valid_tokens=given)
+        loss, _ = oracle(hidden, c, targets, bias, **options)
+        heads.append(torch.nn.functional.pad(loss, (0, own)) if reduction == "none" else loss)
+    parts = torch.stack([weight * loss for weight, loss in zip(weights, heads, strict=True)])
+    return parts if reduction == "none" else parts.sum(), torch.stack(heads)
 
 
 def relative_error(actual: Tensor, expected: Tensor, floor: float = 0.0) -> float:

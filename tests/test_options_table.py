@@ -16,9 +16,9 @@ from torch import Tensor
 
 from tests.cases import TOLERANCE, Case, differences
 from tests.interpreter import INTERPRETED, prepare
-from tests.oracle import relative_error
+from tests.oracle import multi_token_oracle, relative_error
 from tests.ranks import ROOT, run_ranks
-from vocab_parallel import VocabParallelOptions, token_logprobs
+from vocab_parallel import VocabParallelOptions, multi_token_cross_entropy, token_logprobs
 
 pytest.importorskip("triton")
 pytest.importorskip("cut_cross_entropy")
@@ -98,6 +98,24 @@ def entropy_errors(impl: str) -> dict[str, float]:
     return {"entropy": relative_error(entropy, exact), "e": relative_error(leaf.grad, wide.grad)}
 
 
+def heads_errors(impl: str) -> dict[str, float]:
+    options = VocabParallelOptions.from_vocab(sum(ROWS))
+    torch.manual_seed(0)
+    e, c = torch.randn(3, 12, 24).half(), torch.randn(sum(ROWS), 24).half()
+    leaf, shift = e.clone().requires_grad_(), (1, 2, 3)
+    extra: dict[str, Any] = {"filter_eps": 1e-7} if impl == "cce" else {}
+    loss = multi_token_cross_entropy(
+        leaf, c[options.start : options.stop], torch.arange(12), shift=shift, impl=impl,
+        vocab_parallel_options=options, **extra,
+    )  # fmt: skip
+    loss.backward()
+    wide = e.double().requires_grad_()
+    exact, _ = multi_token_oracle(wide, c, torch.arange(12), shift=shift)
+    exact.backward()
+    assert isinstance(wide.grad, Tensor)
+    return {"loss": relative_error(loss, exact), "e": relative_error(leaf.grad, wide.grad)}
+
+
 def make_page(path: str) -> None:
     prepare()
     lines = [
@@ -116,6 +134,8 @@ def make_page(path: str) -> None:
     for name, case in OPTIONS.items():
         cells = [entry(lambda case=case, impl=impl: option_errors(case, impl)) for impl in IMPLS]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    cells = [entry(lambda impl=impl: heads_errors(impl)) for impl in IMPLS]
+    lines.append("| several predictions, `multi_token_cross_entropy` | " + " | ".join(cells) + " |")
     cells = [entry(lambda impl=impl: entropy_errors(impl)) for impl in IMPLS]
     lines.append("| entropy, `token_logprobs` | " + " | ".join(cells) + " |")
     if dist.get_rank() == 0:

@@ -20,9 +20,15 @@ from vocab_parallel.modules.classifier import VocabParallelClassifier
 from vocab_parallel.modules.embedding import VocabParallelEmbedding
 from vocab_parallel.modules.gradient_norm import clip_grad_norm_
 from vocab_parallel.modules.tied import TiedRows
+from vocab_parallel.multi_token import multi_token_cross_entropy
 from vocab_parallel.options import VocabParallelOptions
 from vocab_parallel.partition import filled_rows
-from vocab_parallel.pipeline import CCEPipelineLoss, no_loss, validate_pipeline_loss
+from vocab_parallel.pipeline import (
+    CCEPipelineLoss,
+    LogprobsPipelineLoss,
+    no_loss,
+    validate_pipeline_loss,
+)
 
 if TYPE_CHECKING:
     from vocab_parallel.pipeline.spanning.schedule import SpanningSchedule
@@ -30,6 +36,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BackwardPlan",
     "CCEPipelineLoss",
+    "LogprobsPipelineLoss",
     "Prediction",
     "SpanningSchedule",
     "TiedRows",
@@ -42,6 +49,7 @@ __all__ = [
     "count_valid_tokens",
     "filled_rows",
     "linear_cross_entropy",
+    "multi_token_cross_entropy",
     "no_loss",
     "plan_backward",
     "predict",

@@ -1,8 +1,9 @@
 """Every torch.distributed call that the loss makes; no other file of the library makes one.
 
 N is the number of tokens that the loss covers, T those of this rank (N = V T in the gathering
-layouts, N = T otherwise), k the number of statistics (2, or 3 with label smoothing), V the vocab
-degree. A call moves nothing when the degree is 1. Bytes are those that one rank contributes:
+layouts, N = T otherwise; of H predictions of each position all are counted), k the number of
+statistics (2, or 3 with label smoothing), V the vocab degree. A call moves nothing when the degree
+is 1. Bytes are those that one rank contributes:
 
     forward   gather_tokens     [T] int32 targets     4 T          layout "sharded"
               gather_tokens     [T] fp32 weights      4 T          layout "sharded", token_weight
@@ -17,6 +18,7 @@ degree. A call moves nothing when the degree is 1. Bytes are those that one rank
               sum_at            [T, D] fp32           4 T D        in its place, V calls, from 2048
                                                                    tokens a rank on
               gather_tokens     [T] fp32              4 T          per-token results, gathering
+    logprobs  sum               one fp32              4            `LogprobsPipelineLoss`, gathering
     predict   gather_shards     [N, m] fp32, int64    12 m N       m candidates of each token
               gather_shards     [N] fp32              4 N          and its lse
     embedding gather_tokens     [T] int64 ids         8 T          layout "sharded"

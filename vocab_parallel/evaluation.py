@@ -3,7 +3,7 @@
 None of it holds the logits, and none has a gradient.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -195,7 +195,7 @@ def score_tokens(
 def count_valid_tokens(
     labels: Tensor | Iterable[Tensor],  # (..., T), each
     groups: Iterable[ProcessGroup | None] = (),
-    shift: int = 0,
+    shift: int | Sequence[int] = 0,
     ignore_index: int = -100,
 ) -> Tensor:
     """Count the valid labels of a step over its microbatches and over groups of ranks.
@@ -212,10 +212,12 @@ def count_valid_tokens(
         labels: this rank's labels of the step, whole or as microbatches.
         groups: sum over the ranks of each of these, which must all call; None is skipped.
         shift: as the loss has it; the first ``shift`` labels of a sequence count for nothing.
+            Several, as `multi_token_cross_entropy` has them, give one count for each, [H].
         ignore_index: labels that count for nothing.
 
     Returns:
-        An int64 tensor without dimensions, on the labels' device, equal on all ranks of the groups.
+        An int64 tensor without dimensions, or [H], on the labels' device, equal on all ranks of
+        the groups.
 
     Raises:
         ValueError: no labels, or a negative shift.
@@ -223,9 +225,17 @@ def count_valid_tokens(
     parts = [labels] if isinstance(labels, Tensor) else list(labels)
     if not parts:
         raise ValueError("count_valid_tokens needs at least one tensor of labels, got none")
-    if not isinstance(shift, int) or shift < 0:
-        raise ValueError(f"shift must be an integer of at least 0, got {shift!r}")
-    count = torch.stack([(part[..., shift:] != ignore_index).sum() for part in parts]).sum()
+    shifts = [shift] if isinstance(shift, int) else list(shift)
+    if not all(isinstance(each, int) and each >= 0 for each in shifts):
+        raise ValueError(f"shift must be an integer of at least 0, or several, got {shift!r}")
+    count = torch.stack(
+        [
+            torch.stack([(part[..., each:] != ignore_index).sum() for part in parts]).sum()
+            for each in shifts
+        ]
+    )
+    if isinstance(shift, int):
+        count = count.squeeze(0)
     for group in groups:
         if group is not None:
             count = VocabGroup.of(group).sum(count)

@@ -16,10 +16,9 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from vocab_parallel.local.statistics import accumulation_dtype
 from vocab_parallel.sharded.autograd import scalar_loss, vocab_statistics
 from vocab_parallel.sharded.call import Call, Operands, prepare
-from vocab_parallel.sharded.layout import IGNORED, OUT_OF_RANGE, HiddenLayout, shifted
+from vocab_parallel.sharded.layout import IGNORED, OUT_OF_RANGE, HiddenLayout
 from vocab_parallel.sharded.settings import LossSettings
 from vocab_parallel.sharded.token_loss import TokenLoss
 from vocab_parallel.sharded.uncompiled import uncompiled
@@ -165,7 +164,7 @@ def linear_cross_entropy(
     labels = call.labels()
     losses = token_losses(call, labels)
     if call.plan.backward == "gradients":
-        return scalar_loss(call, labels, losses)
+        return scalar_loss(call, labels, losses)[0]
     statistics = vocab_statistics(call, labels)
     per_token = reduction == "none"
     loss = call.own(losses(statistics.values)) if per_token else losses.total(statistics.values)
@@ -270,7 +269,7 @@ def token_losses(call: Call, labels: Tensor) -> TokenLoss:
     """
     return TokenLoss(
         labels,
-        _arranged_weight(call),
+        call.token_weight(),
         call.settings.label_smoothing,
         call.rows.vocab_size or 0,
         call.settings.z_loss,
@@ -279,26 +278,18 @@ def token_losses(call: Call, labels: Tensor) -> TokenLoss:
     )
 
 
-def _arranged_weight(call: Call) -> Tensor | None:
-    """Return the tokens' weights [N] in the loss's order; gathers those of a "sharded" layout."""
-    weight = call.operands.token_weight
-    if weight is None:
-        return None
-    weight = weight.detach().to(accumulation_dtype(call.operands.hidden.dtype))
-    return call.layout.arrange(shifted(weight, call.settings.shift, 0.0))
-
-
 def _divisor(call: Call, labels: Tensor) -> int | Tensor | None:
     """Return what the sum of the tokens' losses is divided by."""
     if call.settings.reduction != "mean":
         return None
     given = call.settings.num_valid_tokens
-    return _at_least_one((labels != IGNORED).sum() if given is None else given)
+    if given is None:
+        given = (labels != IGNORED).sum()
+    return at_least_one(given.reshape(()) if isinstance(given, Tensor) else given)
 
 
-def _at_least_one(divisor: int | Tensor) -> int | Tensor:
+def at_least_one(divisor: int | Tensor) -> int | Tensor:
     """Return the divisor of a mean; no tokens at all have the mean 0, fewer are nobody's."""
     if isinstance(divisor, int):
         return max(divisor, 1)
-    divisor = divisor.reshape(())
     return torch.where(divisor < 0, torch.nan, divisor.clamp(min=1))

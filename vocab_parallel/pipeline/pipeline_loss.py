@@ -1,24 +1,24 @@
 """The loss as a pipeline schedule calls it."""
 
 import inspect
-import warnings
-from collections.abc import Mapping
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from vocab_parallel.local.registry import create_impl
 from vocab_parallel.loss import linear_cross_entropy
-from vocab_parallel.modules.heads import OutputWeight
-from vocab_parallel.sharded.backward import keep_graph, loses_nodes
+from vocab_parallel.modules.heads import Rows
+from vocab_parallel.multi_token import as_tuple, multi_token_cross_entropy, stacked
+from vocab_parallel.pipeline.scheduled_loss import ScheduledLoss
 from vocab_parallel.sharded.layout import HiddenLayout
 from vocab_parallel.sharded.settings import LossSettings
 
-_NOT_OPTIONS = ("e", "c", "targets", "bias", "return_lse", "num_valid_tokens", "validate")
+_RESULTS = ("return_lse", "return_heads", "return_entropy")  # a schedule takes one number
+_NOT_OPTIONS = ("e", "c", "targets", "bias", *_RESULTS, "num_valid_tokens", "validate")
 
 
-class CCEPipelineLoss:
+class CCEPipelineLoss(ScheduledLoss):
     """``loss_fn`` of a pipeline schedule: the linear cross-entropy of the last stage's output.
 
     Every rank of the last stage's vocab group calls it, once for each microbatch. It only reads
@@ -40,14 +40,18 @@ class CCEPipelineLoss:
             DTensor's placement; a plain tensor is the whole vocabulary.
         ignore_index, softcap, shift, reduction, hidden_layout, **loss_options: as in
             `linear_cross_entropy`; ``shift`` is 1 by default, since a schedule's labels are
-            usually its inputs.
+            usually its inputs. Several, such as (1, 2, 3), are those of
+            `multi_token_cross_entropy`: the last stage returns a tuple of as many hidden states,
+            or one tensor of them [H, ..., T, D], and **loss_options may have ``head_weights``.
 
     Attributes:
         num_valid_tokens: divides the mean in place of each microbatch's own count, until it is set
             to another value: the tokens of the whole step, from `count_valid_tokens`, set before
-            each step of a schedule that was built with ``scale_grads=False``. A schedule that
+            each step of a schedule that was built with ``scale_grads=False``; of several
+            predictions one number, or a tensor of one for each. A schedule that
             knows ``step(loss_kwargs={"num_valid_tokens": ...})`` may pass it so instead.
         settings: all that is asked of the loss beside its tensors and rows, but for the divisor.
+        head_weights: of several predictions, or None; may be set between two steps.
 
     Raises:
         ValueError: an unknown option or a value that cannot be, a reduction that gives no scalar,
@@ -63,7 +67,7 @@ class CCEPipelineLoss:
         vocab_parallel_options: Any = None,
         ignore_index: int = -100,
         softcap: float | None = None,
-        shift: int = 1,
+        shift: int | Sequence[int] = 1,
         reduction: str = "mean",
         hidden_layout: HiddenLayout = "replicated",
         **loss_options: Any,
@@ -73,29 +77,28 @@ class CCEPipelineLoss:
                 f'a schedule needs a scalar loss: reduction must be "mean" or "sum", got '
                 f"{reduction!r}"
             )
-        self.output_weight = OutputWeight(output_weight, output_bias, vocab_parallel_options)
         self.reduction = reduction
         self.accumulate_into = loss_options.get("accumulate_into")
         self.num_valid_tokens: int | Tensor | None = None
-        self._scaled_by_schedule = False
-        self._last_stage: Any = None
-        self._options: dict[str, Any] = {
+        options: dict[str, Any] = {
             "impl": impl,
             "ignore_index": ignore_index,
             "softcap": softcap,
-            "shift": shift,
+            "shift": as_tuple(shift) if isinstance(shift, Sequence) else shift,
             "reduction": reduction,
             "hidden_layout": hidden_layout,
             **loss_options,
         }
-        _check_options(self._options)
-        self.settings = _settings_of(self._options)
-        self._validated = False
-        self._keeps_graph = loses_nodes()
+        weights = options.pop("head_weights", None)
+        if weights is not None:
+            options["head_weights"] = as_tuple(weights)
+        super().__init__(output_weight, output_bias, vocab_parallel_options, options)
+        _check_options(options)
+        self.settings = _settings_of(options)
 
     def __call__(
         self,
-        hidden_states: Tensor,  # (..., T, D), or (..., T / V, D) in the "sequence" layout
+        hidden_states: Tensor | tuple[Tensor, ...],  # (..., T, D); "sequence": (..., T / V, D)
         labels: Tensor,  # (..., T)
         *,
         num_valid_tokens: int | Tensor | None = None,
@@ -107,7 +110,7 @@ class CCEPipelineLoss:
         uninitialised hidden states to infer shapes: nothing is kept of a call.
         """
         divisor = self.num_valid_tokens if num_valid_tokens is None else num_valid_tokens
-        if divisor is not None and self._scaled_by_schedule:
+        if divisor is not None and self.scaled_by_schedule:
             raise ValueError(
                 "num_valid_tokens already divides by the tokens of the whole step, but the "
                 "schedule was built with scale_grads=True and divides by the number of "
@@ -115,56 +118,44 @@ class CCEPipelineLoss:
             )
         self.warn_of_kept_outputs()
         rows = self.output_weight.read()
-        e, c = rows.operands(hidden_states)
-        loss = linear_cross_entropy(
+        e, c = _operands(rows, hidden_states)
+        several = self.settings.num_heads is not None
+        loss = (multi_token_cross_entropy if several else linear_cross_entropy)(
             e,
             c,
             labels,
             rows.bias,
             vocab_parallel_options=rows.options,
             num_valid_tokens=divisor,
-            validate=None if self._validated else True,
+            validate=self.validates(),
             **self._options,
         )
-        self._validated = True
-        if self._keeps_graph:
-            keep_graph(loss)
-        return loss
+        return self.finished(loss)
 
     def bind(self, last_stage: Any, *, scale_grads: bool, microbatches_in_flight: int) -> None:
-        """Tell the loss in which schedule it is; `validate_pipeline_loss` does.
+        """See `ScheduledLoss.bind`."""
+        super().bind(
+            last_stage, scale_grads=scale_grads, microbatches_in_flight=microbatches_in_flight
+        )
+        self.settings = _settings_of(self._options)
 
-        Args:
-            last_stage: the schedule's, whose outputs the loss is given.
-            scale_grads: whether the schedule divides gradients by the number of microbatches, so
-                that a divisor of the whole step is refused.
-            microbatches_in_flight: how many wait between forward and backward on the last stage,
-                which ``backward="auto"`` counts on.
-        """
-        self._last_stage, self._scaled_by_schedule = last_stage, scale_grads
-        if self._options["impl"] in ("auto", "chunked"):
-            self._options.setdefault("microbatches_in_flight", microbatches_in_flight)
-            self.settings = _settings_of(self._options)
+    @property
+    def head_weights(self) -> tuple[float, ...] | None:
+        """See above."""
+        weights: tuple[float, ...] | None = self._options.get("head_weights")
+        return weights
+
+    @head_weights.setter
+    def head_weights(self, weights: Sequence[float]) -> None:
+        options = {**self._options, "head_weights": as_tuple(weights)}
+        _check_options(options)
+        self._options, self.settings = options, _settings_of(options)
 
     @property
     def token_weight(self) -> Tensor | None:
         """The weights [..., T] of every microbatch's tokens."""
         weight: Tensor | None = self._options.get("token_weight")
         return weight
-
-    def warn_of_kept_outputs(self) -> None:
-        """Warn once where the schedule keeps the last stage's outputs; see `bind`."""
-        stage, self._last_stage = self._last_stage, None
-        if stage is None:
-            return
-        if not getattr(stage, "fwd_cache", True):  # shapes are being inferred: ask again
-            self._last_stage = stage
-        elif getattr(stage, "output_chunks", None):
-            warnings.warn(
-                "the schedule keeps the last stage's hidden states of every microbatch alive: "
-                "call its step with return_outputs=False",
-                stacklevel=3,
-            )
 
 
 def no_loss(*_: Any, **__: Any) -> Tensor:
@@ -184,7 +175,7 @@ def no_loss(*_: Any, **__: Any) -> Tensor:
 def _check_options(options: Mapping[str, Any]) -> None:
     """Raise ValueError for an option that the loss does not know, before any microbatch."""
     parameters = inspect.signature(linear_cross_entropy).parameters
-    known = parameters.keys() - set(_NOT_OPTIONS) - {"impl_options"}
+    known = {*parameters, "head_weights"} - {*_NOT_OPTIONS, "impl_options"}
     for name in options.keys() & set(_NOT_OPTIONS):
         raise ValueError(f"{name} is not an option of a pipeline loss: known are {sorted(known)}")
     settings = _settings_of(options)
@@ -196,9 +187,15 @@ def _check_options(options: Mapping[str, Any]) -> None:
 
 
 def _settings_of(options: Mapping[str, Any]) -> LossSettings:
-    """Tell the loss's own options from those of its implementation."""
-    parameters = inspect.signature(linear_cross_entropy).parameters
-    own = {each.name for each in fields(LossSettings)}
-    of_impl = {name: value for name, value in options.items() if name not in parameters}
-    named = {name: value for name, value in options.items() if name in own}
-    return LossSettings(**named, impl_options=of_impl)
+    """Return all options but a tensor of the tokens'."""
+    return LossSettings.of({name: each for name, each in options.items() if name != "token_weight"})
+
+
+def _operands(rows: Rows, hidden_states: Any) -> tuple[Any, Tensor]:
+    """Return hidden states, or several of them, and the rows that they are multiplied by."""
+    if not rows.adapters:
+        return hidden_states, rows.weight
+    try:
+        return rows.operands(stacked(hidden_states))
+    except ValueError:  # the loss refuses them too, on every rank
+        return hidden_states, rows.weight

@@ -7,8 +7,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from vocab_parallel.collectives import VocabGroup
-from vocab_parallel.pipeline.pipeline_loss import CCEPipelineLoss
 from vocab_parallel.pipeline.problems import problem_of_loss, problem_of_stages
+from vocab_parallel.pipeline.scheduled_loss import ScheduledLoss
 
 
 def validate_pipeline_loss(schedule: Any, loss: Any) -> None:
@@ -18,7 +18,8 @@ def validate_pipeline_loss(schedule: Any, loss: Any) -> None:
     schedule as ``loss_fn``: each rank tells the others what is wrong, so that all of them raise.
     Communicates one small object a rank. Where ``loss_fn`` is a function of yours that adds
     something to a `CCEPipelineLoss` (a router's auxiliary loss, several losses over one
-    classifier), give the `CCEPipelineLoss` here, once for each. It also tells the loss how many
+    classifier), give the `CCEPipelineLoss` here, once for each. A `LogprobsPipelineLoss` is checked
+    likewise, but for its function's scale, which nobody knows. It also tells the loss how many
     microbatches the schedule has in flight on the last stage, for its choice of ``backward``.
 
     Raises:
@@ -72,8 +73,9 @@ def validate_pipeline_loss(schedule: Any, loss: Any) -> None:
     members: list[int] = []
     if problem is None and last is not None:
         problem = problem_of_loss(loss, schedule.scale_grads, splits)
-        if problem is None and not isinstance(loss, CCEPipelineLoss):
-            problem = f"loss must be a CCEPipelineLoss, got {type(loss).__name__}"
+        if problem is None and not isinstance(loss, ScheduledLoss):
+            kind = type(loss).__name__
+            problem = f"loss must be a CCEPipelineLoss or a LogprobsPipelineLoss, got {kind}"
         if problem is None:
             problem = _problem_of_weight(loss.output_weight.tensors, last.submod)
             members = _vocab_group_ranks(loss.output_weight.read().options)

@@ -27,9 +27,15 @@ def vocab_statistics(call: Call, labels: Tensor) -> Statistics:
     return Statistics(cast(Tensor, values), call.shard.names)
 
 
-def scalar_loss(call: Call, labels: Tensor, loss: TokenLoss) -> Tensor:
-    """Return the loss of all tokens, its gradients computed already; all ranks call."""
-    return cast(Tensor, _VocabLoss.apply(*_tensors(call, labels), call, loss))
+def scalar_loss(call: Call, labels: Tensor, loss: TokenLoss) -> tuple[Tensor, Statistics]:
+    """Return the loss of all tokens, its gradients computed already; all ranks call.
+
+    The second of the pair are the statistics [k, N] that it is made of, without a gradient: no
+    output of the Function, which has one alone.
+    """
+    statistics = Statistics.empty(call.shard.names, labels.shape[0], call.operands.hidden)
+    value = _VocabLoss.apply(*_tensors(call, labels), call, loss, statistics)
+    return cast(Tensor, value), statistics
 
 
 def _tensors(call: Call, labels: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
@@ -90,13 +96,14 @@ class _VocabLoss(torch.autograd.Function):
         targets: Tensor,  # (N,), rows of this shard, or outside of them
         call: Call,
         loss: TokenLoss,
+        statistics: Statistics,
     ) -> Tensor:
         inputs = Inputs(gathered_hidden(call, hidden), classifier, bias, targets)
         wanted = Wanted(*(need and call.records for need in ctx.needs_input_grad[:3]))
-        work = LossWithGradients(call, inputs, wanted, loss)
+        work = LossWithGradients(call, inputs, wanted, loss, statistics)
         value = work.run()
         ctx.gradients = work.gradients()
-        ctx.save_for_backward(*inputs, work.statistics.values)
+        ctx.save_for_backward(*inputs, statistics.values)
         ctx.call, ctx.loss = call.without_tokens(), loss
         return value
 
@@ -118,12 +125,13 @@ class _VocabLoss(torch.autograd.Function):
                     for gradient, want in zip(made, wanted, strict=True)
                 )
             )
-            return (*_accumulated(call, inputs, found), None, None, None)
+            return (*_accumulated(call, inputs, found), None, None, None, None)
         # A graph that is run again makes them again.
         statistics = Statistics(values, call.shard.names)
         _, grads = ctx.loss.part(values, slice(0, inputs.hidden.shape[0]))
         upstream = Statistics(grads * grad, statistics.names)
-        return (*summed_gradients(call, inputs, statistics, upstream, wanted), None, None, None)
+        found = summed_gradients(call, inputs, statistics, upstream, wanted)
+        return (*found, None, None, None, None)
 
 
 def _accumulated(call: Call, inputs: Inputs, found: Gradients) -> Gradients:

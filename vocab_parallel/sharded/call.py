@@ -1,5 +1,6 @@
 """One call of the loss or of a relative: arguments in, checked and agreed on over the group."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -10,9 +11,10 @@ from vocab_parallel.local import tile_ops
 from vocab_parallel.local.backward_plan import BackwardPlan
 from vocab_parallel.local.interface import LocalImpl, Shard
 from vocab_parallel.local.registry import create_impl
+from vocab_parallel.local.statistics import accumulation_dtype
 from vocab_parallel.sharded import settings as rules
 from vocab_parallel.sharded.agreement import Claim, agree
-from vocab_parallel.sharded.layout import TokenLayout, mark_labels
+from vocab_parallel.sharded.layout import TokenLayout, mark_labels, shifted
 from vocab_parallel.sharded.rows import RankRows
 from vocab_parallel.sharded.settings import LossSettings
 
@@ -22,7 +24,7 @@ class Operands:
     """The tensors of a call; autocast has been applied to the first two.
 
     Attributes:
-        hidden: [..., T, D].
+        hidden: [..., T, D]; [H, ..., T, D] where each position makes H predictions.
         classifier: [rows, D].
         targets: [..., T], or None where a call has none.
         bias: [rows] or None.
@@ -97,18 +99,35 @@ class Call:
         """Return the labels [N] in the loss's order; gathers those of a "sharded" layout."""
         targets, settings = self.operands.targets, self.settings
         assert targets is not None
-        labels = mark_labels(
-            targets,
-            settings.ignore_index,
-            self.rows.vocab_size,
-            settings.shift,
-            kernels=self.shard.ops.kernels,
-        )
-        return self.layout.arrange(labels)
+        vocab_size, kernels = self.rows.vocab_size, self.shard.ops.kernels
+
+        def marked(shift: int) -> Tensor:
+            return mark_labels(targets, settings.ignore_index, vocab_size, shift, kernels=kernels)
+
+        return self._arranged(marked)
+
+    def token_weight(self) -> Tensor | None:
+        """Return the tokens' weights [N] in that order; gathers those of a "sharded" layout."""
+        weight = self.operands.token_weight
+        if weight is None:
+            return None
+        wide = weight.detach().to(accumulation_dtype(self.operands.hidden.dtype))
+        return self._arranged(lambda shift: shifted(wide, shift, 0.0))
+
+    def _arranged(self, of_shift: Callable[[int], Tensor]) -> Tensor:
+        """Bring what is [..., T] of one shift, or several of them, to the loss's order."""
+        shift = self.settings.shift
+        if isinstance(shift, int):
+            return self.layout.arrange(of_shift(shift))
+        return self.layout.arrange(torch.stack([of_shift(each) for each in shift]))
 
     def own(self, per_token: Tensor) -> Tensor:
-        """Return this rank's part of a result [N]; see `TokenLayout.own`."""
-        return self.layout.own(per_token, self.operands.hidden.shape[:-1], self.settings.shift)
+        """Return this rank's part of a result [N]; see `TokenLayout.own`.
+
+        Several predictions keep their [H, ..., T]: each has another tail without a target.
+        """
+        tail = self.settings.shift if isinstance(self.settings.shift, int) else 0
+        return self.layout.own(per_token, self.operands.hidden.shape[:-1], tail)
 
 
 def prepare(
@@ -118,8 +137,16 @@ def prepare(
     *,
     validate: bool | None,
     needs_targets: bool = True,
+    problem: ValueError | None = None,
 ) -> Call:
     """Check the arguments, agree on them over the group where asked, and return the call.
+
+    Args:
+        operands, settings: what the caller gave.
+        options: which rows these are.
+        validate: see `linear_cross_entropy`.
+        needs_targets: whether it cannot be without.
+        problem: what the caller has found wrong already.
 
     Raises:
         ValueError: bad input; on every rank of the group where ``validate`` holds, or where it is
@@ -129,8 +156,9 @@ def prepare(
     on_gpu = isinstance(operands.hidden, Tensor) and operands.hidden.is_cuda
     reads_values = bool(validate or not on_gpu)
     call: Call | None = None
-    problem: ValueError | None = None
     try:
+        if problem is not None:
+            raise problem
         if needs_targets and operands.targets is None:
             raise ValueError("targets must be a tensor of class ids, got None")
         call = _checked(operands, settings, rows, reads_values=reads_values)
@@ -171,7 +199,11 @@ def _checked(
         rows.group.degree,
     )
     rules.check_token_divisor(
-        settings.num_valid_tokens, hidden, settings.reduction, reads_values=reads_values
+        settings.num_valid_tokens,
+        hidden,
+        settings.reduction,
+        reads_values=reads_values,
+        num_heads=settings.num_heads,
     )
     rules.check_rows(classifier, rows, settings)
     rules.check_accumulation(classifier, settings.accumulate_into)

@@ -40,15 +40,22 @@ class LossWithGradients:
     """One forward's way through its chunks; all ranks of the group make it and call alike.
 
     Attributes:
-        statistics: [k, N], of the whole vocabulary, once `run` is done.
+        statistics: [k, N], which `run` fills with those of the whole vocabulary.
     """
 
-    def __init__(self, call: Call, inputs: Inputs, wanted: Wanted, loss: TokenLoss) -> None:
+    def __init__(
+        self,
+        call: Call,
+        inputs: Inputs,
+        wanted: Wanted,
+        loss: TokenLoss,
+        statistics: Statistics,
+    ) -> None:
         self._call, self._inputs, self._wanted, self._loss = call, inputs, wanted, loss
         num_tokens = inputs.hidden.shape[0]
         size = max(call.plan.chunk_tokens, 1)
         self._chunks = list(blocks(num_tokens, size)) or [slice(0, 0)]
-        self.statistics = Statistics.empty(call.shard.names, num_tokens, inputs.hidden)
+        self.statistics = statistics
         self._reduction: HiddenGradSum | None = None
         if wanted.hidden:
             self._reduction = hidden_grad_sum(call, inputs.hidden, pieces=self._chunks)

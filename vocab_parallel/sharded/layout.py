@@ -8,6 +8,9 @@ rank's hidden states have. The loss works on N flat tokens:
     "sharded"     [..., T, D]          [..., T]     V n    rank by rank
     "sequence"    [..., T / V, D]      [..., T]     V n    rank by rank
 
+Where each position makes H predictions, hidden states are [H, ..., T, D] and n counts all of them:
+every rank's tokens go head by head.
+
 Labels are put in the order of the gathered hidden states, never the reverse, so that no [N, D]
 tensor is permuted. A shift moves the labels alone: the last ``shift`` positions of a sequence get
 no target, instead of being cut off the hidden states, which would copy them.

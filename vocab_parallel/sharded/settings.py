@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, get_args
+from typing import Any, Self, get_args
 
 import torch
 from torch import Tensor
@@ -26,12 +26,17 @@ class LossSettings:
 
     Every rank of a group passes the same: many of them decide what the ranks communicate, and the
     others what each of them returns. So all are agreed on (`agreed`), a new one too.
+
+    ``shift`` is a tuple where each position makes several predictions: hidden states then have an
+    axis of their own for them, the first one.
     """
 
     ignore_index: int = -100
     softcap: float | None = None
     reduction: str = "none"
-    shift: int = 0
+    shift: int | tuple[int, ...] = 0
+    head_weights: tuple[float, ...] | None = None
+    return_heads: bool = False
     return_lse: bool = False
     return_entropy: bool = False
     label_smoothing: float = 0.0
@@ -47,6 +52,14 @@ class LossSettings:
     impl: str = "auto"
     impl_options: Mapping[str, Any] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> Self:
+        """Tell the loss's own options from those of its implementation."""
+        names = {each.name for each in fields(cls)} - {"impl_options"}
+        own = {name: value for name, value in options.items() if name in names}
+        rest = {name: value for name, value in options.items() if name not in names}
+        return cls(**own, impl_options=rest)
+
     def agreed(self) -> dict[str, Any]:
         """Return every setting by name, for a comparison over the group; reads a tensor's value."""
         values = {each.name: getattr(self, each.name) for each in fields(self)}
@@ -54,6 +67,11 @@ class LossSettings:
         if isinstance(self.num_valid_tokens, Tensor):
             values["num_valid_tokens"] = self.num_valid_tokens.tolist()
         return values
+
+    @property
+    def num_heads(self) -> int | None:
+        """H, how many predictions a position makes, or None where there is no axis for them."""
+        return len(self.shift) if isinstance(self.shift, tuple) else None
 
     @property
     def transform(self) -> Transform:
@@ -70,7 +88,7 @@ class LossSettings:
 
     @property
     def scalar_loss(self) -> bool:
-        """Whether the result is one number."""
+        """Whether the result that has a gradient is one number."""
         return self.reduction != "none" and not (self.return_lse or self.return_entropy)
 
     @property
@@ -99,10 +117,28 @@ class LossSettings:
             raise ValueError(
                 f"hidden_grad_scale must be a finite number, got {self.hidden_grad_scale!r}"
             )
+        self._check_heads()
         if self.e_grad_reduce_dtype not in (torch.float32, torch.bfloat16, torch.float64):
             raise ValueError(
                 f"e_grad_reduce_dtype must be torch.float32, torch.float64 or torch.bfloat16, "
                 f"got {self.e_grad_reduce_dtype!r}"
+            )
+
+    def _check_heads(self) -> None:
+        weights = self.head_weights
+        if self.num_heads == 0:
+            raise ValueError("shift must name at least one prediction, such as (1, 2), got ()")
+        if weights is None:
+            return
+        if self.num_heads is None:
+            raise ValueError(
+                f"head_weights {weights!r} are of several predictions: give shift one number for "
+                f"each, such as (1, 2), got {self.shift!r}"
+            )
+        if len(weights) != self.num_heads or not all(map(_number, weights)):
+            raise ValueError(
+                f"head_weights must be {self.num_heads} finite numbers, one for each of shift "
+                f"{self.shift}, got {weights!r}"
             )
 
 
@@ -125,9 +161,11 @@ def check_tensors(
     for name, tensor in named.items():
         if tensor is not None or name not in optional:
             _check_plain_tensor(name, tensor, e)
-    if e.dim() < 2 or c.dim() != 2:
+    several = settings.num_heads is not None
+    if e.dim() < 2 + several or c.dim() != 2:
+        axes = "H, ..., T, D" if several else "..., T, D"
         raise ValueError(
-            f"expected hidden states e [..., T, D] and classifier c [rows, D], got e "
+            f"expected hidden states e [{axes}] and classifier c [rows, D], got e "
             f"{list(e.shape)} and c {list(c.shape)}"
         )
     if e.shape[-1] != c.shape[1]:
@@ -231,11 +269,17 @@ def target_digest(targets: Tensor) -> int:
 
 
 def check_token_divisor(
-    num_valid_tokens: Any, e: Tensor, reduction: str, *, reads_values: bool
+    num_valid_tokens: Any,
+    e: Tensor,
+    reduction: str,
+    *,
+    reads_values: bool,
+    num_heads: int | None = None,
 ) -> None:
     """Raise ValueError where ``num_valid_tokens`` is no divisor for the reduction.
 
     Args:
+        num_heads: where a tensor may hold one number for each prediction.
         reads_values: whether a tensor's value may be read, which waits for a GPU.
     """
     if num_valid_tokens is None:
@@ -245,14 +289,16 @@ def check_token_divisor(
             f'num_valid_tokens divides reduction="mean"; with {reduction!r} leave it out'
         )
     if isinstance(num_valid_tokens, Tensor):
-        if num_valid_tokens.numel() != 1 or num_valid_tokens.device != e.device:
+        fits = num_valid_tokens.numel() in (1, num_heads or 1)
+        if not fits or num_valid_tokens.device != e.device:
+            each = "" if num_heads is None else f", or {num_heads} (one a prediction),"
             raise ValueError(
-                f"a num_valid_tokens tensor must hold one number on {e.device}, got "
+                f"a num_valid_tokens tensor must hold one number{each} on {e.device}, got "
                 f"{list(num_valid_tokens.shape)} on {num_valid_tokens.device}"
             )
-        if reads_values and not num_valid_tokens >= 0:
+        if reads_values and not (num_valid_tokens >= 0).all():
             raise ValueError(
-                f"num_valid_tokens must count tokens, at least 0, got {num_valid_tokens.item()!r}"
+                f"num_valid_tokens must count tokens, at least 0, got {num_valid_tokens.tolist()!r}"
             )
     elif not _count(num_valid_tokens):
         raise ValueError(
@@ -262,7 +308,11 @@ def check_token_divisor(
 
 def _check_plain_tensor(name: str, tensor: Tensor | None, e: Tensor) -> None:
     if not isinstance(tensor, Tensor):
-        raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        several = name == "e" and isinstance(tensor, list | tuple)
+        way_out = ": of several predictions give shift one number each, such as (1, 2)"
+        raise ValueError(
+            f"{name} must be a tensor, got {type(tensor).__name__}{way_out if several else ''}"
+        )
     if isinstance(tensor, DTensor):
         raise ValueError(
             f"{name} is a DTensor: pass {name}.to_local(), or give the DTensor weight to "
@@ -286,6 +336,11 @@ def _check_token_shapes(
     e: Tensor, targets: Tensor, token_weight: Tensor | None, settings: LossSettings, degree: int
 ) -> None:
     expected = list(e.shape[:-1])
+    if settings.num_heads is not None and expected.pop(0) != settings.num_heads:
+        raise ValueError(
+            f"e must have one hidden state for each of shift {settings.shift}, on its first axis "
+            f"where it is one tensor, got {e.shape[0]} of {list(e.shape[1:])}"
+        )
     if settings.hidden_layout == "sequence":
         expected[-1] *= degree
     if list(targets.shape) != expected:
@@ -299,12 +354,12 @@ def _check_token_shapes(
             f"{list(token_weight.shape)}"
         )
     length = expected[-1]
-    shift = settings.shift
-    if not isinstance(shift, int) or not 0 <= shift < max(length, 1):
-        raise ValueError(
-            f"shift must be an integer in [0, {max(length, 1)}) for sequences of {length} "
-            f"tokens, got {shift!r}"
-        )
+    for shift in settings.shift if isinstance(settings.shift, tuple) else (settings.shift,):
+        if not isinstance(shift, int) or not 0 <= shift < max(length, 1):
+            raise ValueError(
+                f"shift must be an integer in [0, {max(length, 1)}) for sequences of {length} "
+                f"tokens, got {settings.shift!r}"
+            )
 
 
 def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:

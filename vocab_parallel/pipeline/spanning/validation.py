@@ -122,6 +122,7 @@ def _problem_of_options(given: ScheduleArguments) -> str | None:
     """Say which of the loss's options cannot span, or None."""
     settings = given.loss.settings
     for name, wrong in (
+        ("shift", settings.num_heads is not None),
         ("backward", settings.backward == "gradients"),
         ("hidden_layout", settings.hidden_layout == "sequence"),
         ("impl", settings.impl not in _IMPLS),

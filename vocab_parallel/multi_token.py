@@ -1,0 +1,238 @@
+"""Several predictions of each position over one classifier: their losses in one pass.
+
+The H predictions of T positions are H T tokens of one call: one pass over the rows, one exchange of
+statistics, one reduction of dE. Head h of position t predicts the token at t + shift[h], and with
+n_h its valid tokens
+
+    loss = sum_h head_weights[h] mean_h        mean_h = (sum of its tokens' losses) / n_h
+
+so that what tells this loss from a plain one is a factor for each token.
+
+Source: multi-token prediction, arXiv 2404.19737, section 2 (heads side by side); arXiv 2412.19437,
+section 2.2 (one after the other, over the main model's classifier, weighted).
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from vocab_parallel.local.statistics import Statistics
+from vocab_parallel.loss import at_least_one
+from vocab_parallel.sharded.autograd import scalar_loss, vocab_statistics
+from vocab_parallel.sharded.call import Call, Operands, prepare
+from vocab_parallel.sharded.layout import IGNORED
+from vocab_parallel.sharded.settings import LossSettings
+from vocab_parallel.sharded.token_loss import TokenLoss
+from vocab_parallel.sharded.uncompiled import uncompiled
+
+_OTHER_RESULTS = ("return_lse", "return_entropy")
+
+
+# For type checkers: what is returned hangs on one argument. The rest is below.
+@overload
+def multi_token_cross_entropy(
+    e: Tensor | Sequence[Tensor],
+    c: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    shift: Sequence[int],
+    return_heads: Literal[True],
+    **options: Any,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def multi_token_cross_entropy(
+    e: Tensor | Sequence[Tensor],
+    c: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    shift: Sequence[int],
+    **options: Any,
+) -> Tensor: ...
+
+
+@uncompiled
+def multi_token_cross_entropy(
+    e: Tensor | Sequence[Tensor],  # H of (..., T, D), or (H, ..., T, D)
+    c: Tensor,  # (stop - start, D)
+    targets: Tensor,  # (..., T) global ids
+    bias: Tensor | None = None,  # (stop - start,)
+    *,
+    shift: Sequence[int],
+    head_weights: Sequence[float] | None = None,
+    return_heads: bool = False,
+    reduction: str = "mean",
+    num_valid_tokens: int | Tensor | None = None,
+    token_weight: Tensor | None = None,
+    vocab_parallel_options: Any = None,
+    validate: bool | None = None,
+    **options: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Cross-entropy of several predictions of each position, without their logits.
+
+        multi_token_cross_entropy([e1, e2, e3], c, targets, shift=(1, 2, 3),
+                                  head_weights=(1.0, 0.15, 0.15))
+
+    The value and the gradients are those of the weighted sum of H calls of `linear_cross_entropy`,
+    in one pass over the rows. Every rank of the vocab group calls it; it communicates what one
+    call of H times the tokens does, in as many calls.
+
+    One tensor [H, ..., T, D] is read in place. A sequence of tensors is copied into one first,
+    H T D numbers of e's dtype that live until backward (in the gathering layouts until they are
+    gathered): let the model write its hidden states into one tensor where that is too much. Their
+    gradient is one tensor, which each hidden state gets a view of.
+
+    Args:
+        e: the hidden states that predict, one for each of ``shift``: a sequence of [..., T, D], or
+            one tensor [H, ..., T, D]. In the "sequence" layout each is [..., T / V, D].
+        c, targets, bias: as in `linear_cross_entropy`.
+        shift: position t of head h predicts ``targets[..., t + shift[h]]``; each in
+            [0, max(T, 1)).
+        head_weights: multiply the heads' losses; None: 1 for each.
+        return_heads: return (loss, heads), heads [H] being each head's own loss, without its
+            weight and without a gradient. Equal on every rank of the group.
+        reduction: "mean", each head's over its own valid tokens of the whole group; "sum"; or
+            "none" for [H, ..., T] of this rank's own tokens ([H, ..., T / V] in the "sequence"
+            layout), each times its head's weight, 0 where the shift leaves no target.
+        num_valid_tokens: divides each head's mean in place of its count of valid tokens: a number
+            for all heads, or a tensor [H], as ``count_valid_tokens(labels, groups, shift=shift)``
+            returns it.
+        token_weight: [..., T], aligned with targets; moves with each head's shift.
+        vocab_parallel_options, validate: as in `linear_cross_entropy`.
+        **options: every other option of `linear_cross_entropy`, but for ``return_lse``.
+
+    Returns:
+        The loss in float32 (float64 for float64 inputs); with return_heads a pair.
+
+    Raises:
+        ValueError: as `linear_cross_entropy`; hidden states that are unlike, or not one for each
+            of ``shift``.
+    """
+    problem: ValueError | None = None
+    try:
+        hidden = stacked(e)
+    except ValueError as error:
+        hidden, problem = c, error
+    others = [name for name in _OTHER_RESULTS if options.pop(name, False)]
+    if others:
+        problem = ValueError(
+            f"multi_token_cross_entropy has no {others[0]}: leave it out, or call "
+            f"linear_cross_entropy or token_logprobs for that head"
+        )
+    if return_heads and reduction == "none":
+        problem = ValueError(
+            'reduction="none" returns the losses of each head by itself: leave out return_heads'
+        )
+    settings = LossSettings.of(
+        {
+            **options,
+            "shift": as_tuple(shift),
+            "head_weights": None if head_weights is None else as_tuple(head_weights),
+            "return_heads": return_heads,
+            "reduction": reduction,
+            "num_valid_tokens": num_valid_tokens,
+        }
+    )
+    operands = Operands.of(hidden, c, targets, bias, token_weight)
+    call = prepare(operands, settings, vocab_parallel_options, validate=validate, problem=problem)
+    labels = call.labels()
+    heads = _Heads(call, labels)
+    losses = heads.losses(weighted=True)
+    if call.plan.backward == "gradients":
+        loss, statistics = scalar_loss(call, labels, losses)
+    else:
+        statistics = vocab_statistics(call, labels)
+        per_token = reduction == "none"
+        loss = call.own(losses(statistics.values)) if per_token else losses.total(statistics.values)
+    return (loss, heads.own_losses(statistics)) if return_heads else loss
+
+
+class _Heads:
+    """The H predictions among the tokens [N] of a call, which are [parts, H, n].
+
+    Parts are the ranks whose tokens are gathered, one after the other, or one part.
+    """
+
+    def __init__(self, call: Call, labels: Tensor) -> None:
+        self._call, self._labels, self._token_weight = call, labels, call.token_weight()
+        self._count = call.settings.num_heads or 1
+        self._parts = call.rows.group.degree if call.layout.gathers else 1
+
+    def losses(self, *, weighted: bool) -> TokenLoss:
+        """Return what makes each token's part of the loss, or of its head's own loss."""
+        call, settings = self._call, self._call.settings
+        weight = self._spread(self._factors(weighted))
+        if self._token_weight is not None:
+            weight = weight * self._token_weight
+        return TokenLoss(
+            self._labels,
+            weight,
+            settings.label_smoothing,
+            call.rows.vocab_size or 0,
+            settings.z_loss,
+            None,
+            call.shard.ops.kernels,
+        )
+
+    def own_losses(self, statistics: Statistics) -> Tensor:
+        """Return each head's own loss [H], without a gradient."""
+        per_token = self.losses(weighted=False).values(statistics.values.detach())
+        return self._by_head(per_token).sum((0, 2))
+
+    def _by_head(self, per_token: Tensor) -> Tensor:  # (N,) -> (parts, H, n)
+        length = per_token.shape[0] // (self._parts * self._count)
+        return per_token.view(self._parts, self._count, length)
+
+    def _spread(self, per_head: Tensor) -> Tensor:  # (H,) -> (N,)
+        length = self._labels.shape[0] // (self._parts * self._count)
+        return per_head.view(1, -1, 1).expand(self._parts, -1, length).reshape(-1).contiguous()
+
+    def _factors(self, weighted: bool) -> Tensor:
+        """Return what each head's tokens are multiplied by, [H]."""
+        settings, dtype = self._call.settings, self._call.shard.dtype
+        factors = torch.ones(self._count, dtype=dtype, device=self._labels.device)
+        if settings.reduction == "mean":
+            given = settings.num_valid_tokens
+            if given is None:
+                given = (self._by_head(self._labels) != IGNORED).sum((0, 2))
+            factors = factors / at_least_one(
+                given.reshape(-1) if isinstance(given, Tensor) else given
+            )
+        if weighted and settings.head_weights is not None:
+            # Numbers of Python's, one by one: a tensor of them would wait for the GPU.
+            for head, weight in enumerate(settings.head_weights):
+                factors[head] *= weight
+        return factors
+
+
+def stacked(e: Any) -> Tensor:
+    """Return one tensor [H, ..., T, D] of several hidden states, as it is where it is one already.
+
+    Raises:
+        ValueError: they are not alike.
+    """
+    if isinstance(e, Tensor):
+        return e
+    heads = list(e) if isinstance(e, Sequence) else [e]
+    kinds = {
+        f"{list(head.shape)} in {head.dtype} on {head.device}"
+        if isinstance(head, Tensor)
+        else type(head).__name__
+        for head in heads
+    }
+    if len(kinds) == 1 and isinstance(heads[0], Tensor):
+        return torch.stack(heads)
+    raise ValueError(
+        f"e must be several hidden states [..., T, D] of one shape, dtype and device, or one "
+        f"tensor [H, ..., T, D] of them, got {' and '.join(sorted(kinds)) or 'none'}"
+    )
+
+
+def as_tuple(values: Any) -> Any:
+    """Return a tuple of what can be one; what cannot is refused with all other settings."""
+    return tuple(values) if isinstance(values, Sequence) else (values,)

@@ -1,0 +1,228 @@
+"""A pipeline loss that is the user's own function of log-probabilities and entropies."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vocab_parallel.collectives import VocabGroup
+from vocab_parallel.local.registry import create_impl
+from vocab_parallel.loss import token_logprobs
+from vocab_parallel.pipeline.scheduled_loss import ScheduledLoss
+from vocab_parallel.sharded.agreement import Claim, agree
+from vocab_parallel.sharded.layout import HiddenLayout
+from vocab_parallel.sharded.rows import RankRows
+from vocab_parallel.sharded.settings import LossSettings
+
+# Of log-probabilities, entropies or None, and the microbatch by name.
+LogprobsFunction = Callable[[Tensor, Tensor | None, dict[str, Tensor]], Tensor]
+
+_NOT_OPTIONS = ("e", "c", "targets", "bias", "vocab_parallel_options", "validate", "impl_options")
+
+
+class LogprobsPipelineLoss(ScheduledLoss):
+    """``loss_fn`` of a pipeline schedule: a function of the targets' log-probabilities.
+
+    What reinforcement learning minimises, under any schedule that takes a `CCEPipelineLoss`; every
+    rank of the last stage's vocab group makes it and calls it alike. A schedule of torch's splits
+    one tensor, its ``target``, into microbatches, and a function may need several (advantages,
+    older log-probabilities), of any shape and dtype. So `load` takes them by name before each step
+    and returns the target to give to it: the positions of the sequences, by which each microbatch
+    finds its own.
+
+        def policy_loss(logprobs, entropy, batch):
+            ratio = (logprobs - batch["old"]).exp()
+            return -(ratio * batch["advantage"]).sum() / number_of_tokens
+
+        loss = LogprobsPipelineLoss(last_stage_module.classifier, policy_loss, shift=1)
+        schedule = Schedule1F1B(stage, n_microbatches=8, loss_fn=loss, scale_grads=False)
+        validate_pipeline_loss(schedule, loss)
+        target = loss.load(targets, old=old, advantage=advantage)
+        schedule.step(target=target, losses=losses, return_outputs=False)
+
+    Args:
+        output_weight, output_bias, vocab_parallel_options: as in `CCEPipelineLoss`.
+        function: called as ``function(logprobs, entropy, batch)`` for each microbatch, with this
+            rank's log-probabilities [b, T - shift] ([b, T / V] in the "sequence" layout), 0 where
+            the target is ignored; its entropies in nats, likewise, or None; and its sequences'
+            part of what `load` was given, with "targets" [b, T] among it. It returns a scalar that
+            is differentiable in the first two, and adds up over microbatches (with
+            ``scale_grads=True`` the schedule averages it). It must not communicate over the
+            pipeline's group, and may be called on uninitialised hidden states.
+        return_entropy: whether it is given entropies.
+        **loss_options: of `token_logprobs`: hidden_layout, softcap, temperature, backward, ...
+
+    In the gathering layouts each rank's function sees its own tokens: the loss is the sum over the
+    group of what they return, so divide by counts of the whole group. That sum is one number, one
+    all-reduce for each microbatch. In the "replicated" layout all functions see the same tokens and
+    must return the same.
+
+    Raises:
+        ValueError: an unknown option or a value that cannot be, or an ``output_weight`` whose
+            logits may be more than its rows'.
+    """
+
+    def __init__(
+        self,
+        output_weight: nn.Module | Tensor,
+        function: LogprobsFunction,
+        *,
+        output_bias: Tensor | None = None,
+        vocab_parallel_options: Any = None,
+        return_entropy: bool = False,
+        impl: str = "auto",
+        hidden_layout: HiddenLayout = "replicated",
+        **loss_options: Any,
+    ) -> None:
+        if not callable(function):
+            raise ValueError(
+                f"function must be callable as function(logprobs, entropy, batch), got {function!r}"
+            )
+        options = {
+            "return_entropy": bool(return_entropy),
+            "impl": impl,
+            "hidden_layout": hidden_layout,
+            **loss_options,
+        }
+        _check_options(options)
+        super().__init__(output_weight, output_bias, vocab_parallel_options, options)
+        self._function = function
+        self._batch: dict[str, Tensor] = {}
+
+    def load(self, targets: Tensor, **extras: Tensor) -> Tensor:
+        """Keep the batch of the next steps, and return the ``target`` to give to them.
+
+        Every rank of the vocab group calls it. The first call, and each with tensors on the CPU,
+        agrees over the group that the arguments are right. The tensors are read at the step, not
+        copied here.
+
+        Args:
+            targets: [B, T] ids of the whole vocabulary, as `token_logprobs` takes them.
+            **extras: tensors [B, ...] on the targets' device, without a gradient, by the names
+                that the function finds them under.
+
+        Returns:
+            the positions [B] of the sequences, int64 on the targets' device.
+
+        Raises:
+            ValueError: no tensor, or not B sequences of each; on every rank of the group.
+        """
+        batch = {"targets": targets, **extras}
+        self._agree_on_batch(batch)
+        self._batch = batch
+        return torch.arange(targets.shape[0], device=targets.device)
+
+    def __call__(self, hidden_states: Tensor, target: Tensor) -> Tensor:
+        """Return the scalar loss of one microbatch, equal on every rank of the vocab group.
+
+        Args:
+            hidden_states: [b, T, D], or [b, T / V, D] in the "sequence" layout.
+            target: what the schedule has split off what `load` returned, [b].
+
+        Raises:
+            ValueError: another target, or a function that returns no scalar.
+        """
+        if not self._batch or target.dim() != 1:
+            raise ValueError(
+                "a LogprobsPipelineLoss finds its microbatch by what load(targets, ...) returns: "
+                "call it before the step, and give the step its result as target"
+            )
+        self.warn_of_kept_outputs()
+        batch = {name: tensor.index_select(0, target) for name, tensor in self._batch.items()}
+        rows = self.output_weight.read()
+        e, c = rows.operands(hidden_states)
+        found = token_logprobs(
+            e,
+            c,
+            batch["targets"],
+            rows.bias,
+            vocab_parallel_options=rows.options,
+            validate=self.validates(),
+            **self._options,
+        )
+        logprobs, entropy = found if isinstance(found, tuple) else (found, None)
+        loss = self._function(logprobs, entropy, batch)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            kind = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"function must return a scalar tensor, got {kind}: reduce it")
+        group = RankRows.whole(0).group
+        if rows.options is not None and self._options["hidden_layout"] != "replicated":
+            group = RankRows.from_options(rows.options).group
+        return self.finished(_SumOfRanks.apply(loss.reshape(()), group))
+
+    def _agree_on_batch(self, batch: Mapping[str, Any]) -> None:
+        """Refuse on every rank of the group what cannot be a batch."""
+        rows = RankRows.whole(0)
+        options = self.output_weight.read().options
+        if options is not None:
+            rows = RankRows.from_options(options)
+        problem = _problem_of_batch(batch)
+        on_gpu = self.output_weight.tensors[0].is_cuda
+        if rows.group.degree == 1 or (self._validated and on_gpu):
+            if problem is not None:
+                raise problem
+            return
+        vocab_size = -1 if rows.vocab_size is None else rows.vocab_size
+        shapes = {
+            name: (list(tensor.shape), tensor.dtype) if isinstance(tensor, Tensor) else None
+            for name, tensor in batch.items()
+        }
+        agree(problem, Claim(rows.start, rows.stop, vocab_size), {"batch": shapes}, rows.group)
+
+
+class _SumOfRanks(torch.autograd.Function):
+    """Add up a number of each rank; each rank's own receives what the sum does."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, group: VocabGroup) -> Tensor:
+        return group.sum(own.clone())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def _problem_of_batch(batch: Mapping[str, Any]) -> ValueError | None:
+    targets = batch["targets"]
+    if not isinstance(targets, Tensor) or targets.dim() < 2:
+        kind = list(targets.shape) if isinstance(targets, Tensor) else type(targets).__name__
+        return ValueError(f"targets must be a tensor [B, T] of ids, got {kind}")
+    for name, tensor in batch.items():
+        if not isinstance(tensor, Tensor):
+            return ValueError(
+                f"{name} must be a tensor [B, ...] of a value a sequence, got "
+                f"{type(tensor).__name__}: bind what is no tensor to the function"
+            )
+        if tensor.dim() == 0 or tensor.shape[0] != targets.shape[0]:
+            return ValueError(
+                f"{name} must have the {targets.shape[0]} sequences of the targets on its first "
+                f"axis, got {list(tensor.shape)}"
+            )
+        if tensor.device != targets.device or tensor.requires_grad:
+            return ValueError(
+                f"{name} must be on {targets.device} as the targets are, and require no gradient, "
+                f"got one on {tensor.device} with requires_grad={tensor.requires_grad}"
+            )
+    return None
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    """Raise ValueError for an option that `token_logprobs` does not know."""
+    known = inspect.signature(token_logprobs).parameters.keys() - set(_NOT_OPTIONS)
+    settings = LossSettings.of(options)
+    unknown = [
+        name
+        for name in options
+        if name not in known and (name in _NOT_OPTIONS or name not in settings.impl_options)
+    ]
+    if unknown:
+        raise ValueError(
+            f"{unknown[0]} is not an option of token_logprobs: known are {sorted(known)}"
+        )
+    settings.check()
+    try:
+        create_impl(settings.impl, settings.memory_budget, settings.impl_options)
+    except ValueError as error:
+        raise ValueError(f"{error}; options of the loss are {sorted(known)}") from None
