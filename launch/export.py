@@ -9,7 +9,8 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
-from launch.model import CLASSIFIER, EMBEDDING, vocabulary_rows
+from launch.conversion import stored_form
+from launch.model import CLASSIFIER, EMBEDDING, stored_buffers, vocabulary_rows
 from launch.training_pipeline import Pipeline
 
 
@@ -72,4 +73,6 @@ def _whole_tensors(pipeline: Pipeline) -> dict[str, Tensor]:
             name = EMBEDDING
         dtype = stored if isinstance(stored, torch.dtype) else whole.dtype
         found[name] = whole.to("cpu", dtype).contiguous()
-    return found
+    for stage in pipeline.stages:
+        found |= {name: buffer.cpu() for name, buffer in stored_buffers(stage).items()}
+    return stored_form(pipeline.config, found)

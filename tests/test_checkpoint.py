@@ -240,7 +240,7 @@ def test_bad_folders(tmp_path: Path) -> None:
     file.unlink()
     refused(tmp_path / "short", "does not exist")
 
-    weights = FolderWeights(source)
+    weights = FolderWeights(source, Qwen3Config.from_pretrained(source))
     with pytest.raises(ValueError, match=r"has no weight model\.layers\.9"):
         weights.fill("model.layers.9", torch.empty(1), None, torch.nn.Identity())
     with pytest.raises(ValueError, match=r"config\.json is of another model"), torch.no_grad():
