@@ -24,9 +24,9 @@ from launch.planning.orders import SCHEDULES, SINGLE, most_in_flight, orders, st
 from launch.planning.rank_work import HELD, RankWork, Rows, filling_helps
 from launch.planning.shape import ModelShape
 from launch.planning.spanning import SpanningPlanner, tasks_of
-from launch.planning.start import start_command
 from launch.planning.table import verdict
 from launch.planning.timeline import StageTimes, simulate
+from launch.start_command import start_command
 from tests.ranks import ROOT
 from vocab_parallel import plan_backward
 from vocab_parallel.pipeline.spanning.order import Costs, best_order, one_forward_one_backward

@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -11,14 +12,20 @@ from launch.planning.estimate import Job
 from launch.planning.hardware import Hardware
 from launch.planning.meshes import MeshPlan, VocabOver, plan_meshes
 from launch.planning.shape import ModelShape
-from launch.planning.start import start_command
 from launch.planning.table import print_table, verdict
 
 _UNITS = {"": 1.0, "MB": 1e6, "GB": 1e9, "MIB": 2.0**20, "GIB": 2.0**30}
 
 
-def run(arguments: PlanArguments) -> None:
-    """Plan and print; a user's mistake ends with a message and code 2."""
+def run(
+    arguments: PlanArguments, start_command: Callable[[MeshPlan, Job, PlanArguments], str]
+) -> None:
+    """Plan and print; a user's mistake ends with a message and code 2.
+
+    Args:
+        arguments: of the command line.
+        start_command: says how to start what was planned; of a trainer, which no planner knows.
+    """
     try:
         job, plans, hardware = plan(arguments)
     except ValueError as error:
