@@ -11,7 +11,7 @@ export OMP_NUM_THREADS := 1
 # A start of torchrun that takes no fixed port.
 TORCHRUN := $(BIN)/torchrun --rdzv-backend c10d --rdzv-endpoint localhost:0
 
-.PHONY: help demo test test-all test-gpu bench docs fuzz lint clean
+.PHONY: help demo test test-all test-gpu bench package docs fuzz lint clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -38,6 +38,10 @@ $(VENV)/.lint: $(VENV)/.test
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt ruff mypy
 	touch $@
 
+$(VENV)/.package: $(VENV)/.test
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt build twine
+	touch $@
+
 $(VENV)/.docs: $(VENV)/.test
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	touch $@
@@ -62,6 +66,12 @@ bench: $(VENV)/.test  ## what can be measured on this machine
 	if $(BIN)/python -c 'import sys, torch; sys.exit(torch.cuda.device_count() < 2)'; then \
 	  $(TORCHRUN) --nproc-per-node gpu -m benchmarks.several_gpus; fi
 
+package: $(VENV)/.package  ## the wheel and the sdist in dist/, checked and tried
+	rm -rf dist
+	$(BIN)/python -m build --quiet .
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/python -m tests.package dist
+
 docs: $(VENV)/.docs  ## the tables that are made from what passes, and the site in site/
 	WRITE_DOCS=1 $(BIN)/pytest -q tests/test_options_table.py tests/test_schedules.py \
 	  tests/test_causal_families.py
@@ -76,4 +86,4 @@ lint: $(VENV)/.lint  ## formatting, lint and types
 	$(BIN)/mypy
 
 clean:  ## remove the virtual environment and what runs left
-	rm -rf $(VENV) runs build site *.egg-info
+	rm -rf $(VENV) runs build dist site *.egg-info

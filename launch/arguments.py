@@ -128,7 +128,10 @@ class TrainArguments(DataArguments):
     resume: bool = False
     """Go on from the newest checkpoint of --checkpoint, if there is one."""
     export: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
-    """Write a Hugging Face model folder here at the end, with the tokenizer."""
+    """Write a Hugging Face model folder here at the end, with the tokenizer and the --model
+    folder's generation config; with --resume and no step left, that alone is done."""
+    export_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the exported weights; auto is that of the --model folder, else --dtype."""
 
     out: Path = Path("runs/train")
     """Folder for the loss curve (loss.png) and the numbers (run.json)."""
@@ -175,6 +178,8 @@ class TrainArguments(DataArguments):
             raise ValueError(f"--checkpoint-every must be at least 0, got {self.checkpoint_every}")
         if self.checkpoint is None and (self.resume or self.checkpoint_every):
             raise ValueError("--resume and --checkpoint-every need --checkpoint FOLDER")
+        if self.export is None and self.export_dtype != "auto":
+            raise ValueError("--export-dtype needs --export FOLDER")
         if self.check and (self.dtype != "float32" or self.resume):
             raise ValueError("--check compares float32 runs from their first step")
         if self.vocab_over == "all-stages" and self.schedule in ("GPipe", "DualPipeV"):

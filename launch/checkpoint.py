@@ -121,9 +121,10 @@ class Checkpoints:
                     f"{newest} is of another run: its {name} is {run.get(name)}, but this one's "
                     f"is {own}; resume with the same, or give another --checkpoint folder"
                 )
-        if run["step"] >= self._arguments.steps:
+        if run["step"] >= self._arguments.steps and self._arguments.export is None:
             raise ValueError(
-                f"{newest} has done all of --steps {self._arguments.steps}: ask for more steps"
+                f"{newest} has done all of --steps {self._arguments.steps}: ask for more steps, or "
+                f"for --export FOLDER alone"
             )
         self._make_moments()
         dcp.load(self._state(), checkpoint_id=str(newest), process_group=self._group)

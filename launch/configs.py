@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from transformers import AutoConfig, PretrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from launch.planning.published import find_model
 
@@ -47,8 +47,15 @@ def load_config(model: str) -> tuple[PretrainedConfig, Path | None]:
         raw = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
+    if raw.get("quantization_config"):
+        raise ValueError(
+            f"{path} says that the weights are quantised (quantization_config), and quantised "
+            f"weights do not train: give a folder with the model in bfloat16 or float32"
+        )
+    model_type = raw.get("model_type")
+    names = CONFIG_MAPPING[model_type].attribute_map if model_type in CONFIG_MAPPING else {}
     for name in ("vocab_size", "hidden_size", "num_hidden_layers"):
-        if not isinstance(raw.get(name), int):
+        if not any(isinstance(raw.get(one), int) for one in (name, names.get(name))):
             raise ValueError(f"{path} has no {name}: give a causal language model's config.json")
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     return config, folder

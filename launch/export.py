@@ -1,7 +1,8 @@
 """Write a trained model as a Hugging Face folder, one file for each pipeline rank."""
 
+import copy
 import json
-from collections.abc import Callable
+import shutil
 from pathlib import Path
 
 import torch
@@ -9,24 +10,31 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
-from launch.model import CLASSIFIER, EMBEDDING, vocabulary_rows
+from launch.arguments import TrainArguments
+from launch.conversion import stored_form
+from launch.data.tokenizers import save_tokenizer
+from launch.model import CLASSIFIER, EMBEDDING, stored_buffers, vocabulary_rows
 from launch.training_pipeline import Pipeline
 
+_GENERATION = "generation_config.json"
 
-def export_model(pipeline: Pipeline, folder: Path, write_tokenizer: Callable[[Path], None]) -> None:
-    """Write a folder that transformers opens: config.json, safetensors and the tokenizer.
+
+def export_model(pipeline: Pipeline, arguments: TrainArguments) -> None:
+    """Write ``--export``, a folder that transformers opens: all that ``save_pretrained`` writes.
 
     All ranks call it. The rows of a vocabulary are gathered over its group, one weight at a time;
-    the first vocab rank of each pipeline rank writes what that one holds. Weights are stored in
-    the dtype that the model's configuration names, else in the one that they were trained in. The
-    folder appears when it is whole.
+    the first vocab rank of each pipeline rank writes what that one holds. The tokenizer, and the
+    generation config of the --model folder, lie beside the weights. The folder appears when it is
+    whole.
     """
-    groups = pipeline.groups
+    folder, groups = arguments.export, pipeline.groups
+    assert folder is not None
+    dtype = _stored_dtype(pipeline, arguments)
     partial = folder.with_name(folder.name + ".partial")
     if dist.get_rank() == 0:
         partial.mkdir(parents=True, exist_ok=True)
     dist.barrier()
-    tensors = _whole_tensors(pipeline)
+    tensors = _whole_tensors(pipeline, dtype)
     single = groups.pipeline_degree == 1
     file = (
         "model.safetensors"
@@ -40,8 +48,12 @@ def export_model(pipeline: Pipeline, folder: Path, write_tokenizer: Callable[[Pa
     told: list[tuple[str, dict[str, int]]] = [("", {})] * dist.get_world_size()
     dist.all_gather_object(told, (file, sizes))
     if dist.get_rank() == 0:
-        pipeline.config.save_pretrained(partial)
-        write_tokenizer(partial)
+        config = copy.deepcopy(pipeline.config)
+        config.dtype = dtype
+        config.save_pretrained(partial)
+        save_tokenizer(arguments.tokenizer, arguments.model, partial)
+        if arguments.model is not None and (Path(arguments.model) / _GENERATION).is_file():
+            shutil.copyfile(Path(arguments.model) / _GENERATION, partial / _GENERATION)
         if not single:
             index = {
                 "metadata": {"total_size": sum(sum(own.values()) for _, own in told)},
@@ -54,10 +66,19 @@ def export_model(pipeline: Pipeline, folder: Path, write_tokenizer: Callable[[Pa
     dist.barrier()
 
 
-def _whole_tensors(pipeline: Pipeline) -> dict[str, Tensor]:
+def _stored_dtype(pipeline: Pipeline, arguments: TrainArguments) -> torch.dtype:
+    """Return ``--export-dtype``: by default the configuration's, else that of training."""
+    asked = arguments.export_dtype
+    own = getattr(pipeline.config, "dtype", None)
+    if asked == "auto" and isinstance(own, torch.dtype):
+        return own
+    found: torch.dtype = getattr(torch, arguments.dtype if asked == "auto" else asked)
+    return found
+
+
+def _whole_tensors(pipeline: Pipeline, dtype: torch.dtype) -> dict[str, Tensor]:
     """Return this rank's weights on the CPU; a tied weight once, on the first stage's rank."""
     owners = vocabulary_rows(pipeline.stages)
-    stored = getattr(pipeline.config, "dtype", None)
     names = dict(pipeline.stages.named_parameters())
     found = {}
     for name, parameter in names.items():
@@ -70,6 +91,7 @@ def _whole_tensors(pipeline: Pipeline) -> dict[str, Tensor]:
             if 0 not in pipeline.indices:
                 continue
             name = EMBEDDING
-        dtype = stored if isinstance(stored, torch.dtype) else whole.dtype
         found[name] = whole.to("cpu", dtype).contiguous()
-    return found
+    for stage in pipeline.stages:
+        found |= {name: buffer.cpu() for name, buffer in stored_buffers(stage).items()}
+    return stored_form(pipeline.config, found)

@@ -6,7 +6,6 @@ norm and a classifier off the last. Masks and rotary positions are made by the m
 built without memory, and then filled with its own weights alone.
 """
 
-import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
 from launch.planning.balance import layer_counts
 from launch.planning.shape import ModelShape
 from launch.weights import WeightSource
+from launch.whole import model_without_memory
 from vocab_parallel import VocabParallelClassifier, VocabParallelEmbedding
 from vocab_parallel.modules.vocab_rows import VocabRows
 
@@ -109,15 +109,8 @@ def build_stage(
             f"again: it runs on a pipeline of one stage alone"
         )
     own = layers_of_stage(stage, num_stages, config, spans=spanning is not None)
-    with torch.device("meta"):
-        # A copy, since building writes the dtype into the configuration.
-        whole = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
-    model: Any = getattr(whole, "model", None)
-    if not all(hasattr(model, part) for part in ("embed_tokens", "layers", "norm", "rotary_emb")):
-        raise ValueError(
-            f"{type(whole).__name__} is not built of embed_tokens, layers, norm and rotary_emb, "
-            f"as Qwen3, Llama and Gemma 2 are: it cannot be cut into stages"
-        )
+    whole = model_without_memory(config, dtype)
+    model: Any = whole.model
     for index in range(config.num_hidden_layers):
         if index not in own:
             model.layers[index] = PassThrough()
@@ -155,25 +148,36 @@ def _fill(
 ) -> None:
     """Give every parameter memory and its weight, and every buffer its value."""
     owners = dict(stage.named_modules())
+    stored = stored_buffers(stage)
     for name, _ in stage.named_buffers():
-        if not name.startswith("model.rotary_emb.") and name != "model.embed_tokens.embed_scale":
+        computed = name.startswith("model.rotary_emb.") or name == "model.embed_tokens.embed_scale"
+        if not computed and name not in stored:
             raise ValueError(
                 f"{type(stage.model).__name__} has a buffer {name}, whose values neither the "
-                f"configuration nor the parameters give: a model of this family cannot be cut into "
+                f"configuration nor the weights give: a model of this family cannot be cut into "
                 f"stages"
             )
     stage.to_empty(device=device)
     with torch.no_grad():
-        for name, parameter in stage.named_parameters():
+        for name, tensor in (*stage.named_parameters(), *stored_buffers(stage).items()):
             owner = owners[name.rpartition(".")[0]]
             rows = slice(owner.start, owner.stop) if hasattr(owner, "start") else None
-            stored = EMBEDDING if config.tie_word_embeddings and name == CLASSIFIER else name
-            source.fill(stored, parameter, rows, owner)
-    # Buffers are computed from the configuration and no part of the weights.
+            in_files = EMBEDDING if config.tie_word_embeddings and name == CLASSIFIER else name
+            source.fill(in_files, tensor, rows, owner)
+    # The other buffers are computed from the configuration and no part of the weights.
     stage.model.rotary_emb = type(stage.model.rotary_emb)(config=config).to(device)
     embedding = stage.model.embed_tokens
     if hasattr(embedding, "embed_scale"):
         embedding.embed_scale.fill_(embedding.scalar_embed_scale)
+
+
+def stored_buffers(stage: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers that are saved with the weights, by name: training leaves them alone.
+
+    Such are DeepSeek-V3's corrections of its routers' scores.
+    """
+    saved = stage.state_dict()
+    return {name: buffer for name, buffer in stage.named_buffers() if name in saved}
 
 
 def layers_of_stage(

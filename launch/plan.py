@@ -20,8 +20,9 @@ def main() -> None:
         _calibrate(arguments.out)
     else:
         from launch.planning.command import run  # after --help, which need not wait for torch
+        from launch.start_command import start_command
 
-        run(arguments)
+        run(arguments, start_command)
 
 
 def _calibrate(path: Path) -> None:

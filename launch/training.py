@@ -16,7 +16,6 @@ from launch.checkpoint import Checkpoints
 from launch.command import raised_on_all
 from launch.data.batches import Batches
 from launch.data.load import load_batches
-from launch.data.tokenizers import save_tokenizer
 from launch.export import export_model
 from launch.gradients import named_gradients, sum_gradients
 from launch.model import CLASSIFIER, EMBEDDING
@@ -80,13 +79,16 @@ def run(arguments: TrainArguments, device: torch.device) -> bool:
     passed = torch.ones((), dtype=torch.int32, device=device)
     joined = _gather_gradients(trained) if arguments.check else None
     if dist.get_rank() == 0:
-        losses = next(report.losses for report in reports if report.losses)
+        losses = next((report.losses for report in reports if report.losses), [])
         print_ranks(reports)
         comparison = None
         if joined is not None:
             comparison = compare_with_one_process(arguments, batches, losses, joined, device)
             passed.fill_(comparison.passed)
-        write_run(arguments, reports, losses, comparison)
+        if losses:
+            write_run(arguments, reports, losses, comparison)
+        else:  # of a checkpoint that had done them all
+            print(f"no step was left of --steps {arguments.steps}: exported {arguments.export}")
     dist.broadcast(passed, 0)
     return bool(passed)
 
@@ -139,11 +141,7 @@ def train(
     if checkpoints is not None:
         checkpoints.finish()
     if arguments.export is not None:
-        export_model(
-            pipeline,
-            arguments.export,
-            lambda folder: save_tokenizer(arguments.tokenizer, arguments.model, folder),
-        )
+        export_model(pipeline, arguments)
     return trained
 
 

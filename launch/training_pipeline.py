@@ -22,6 +22,7 @@ from launch.data.batches import Batch
 from launch.model import EMBEDDING, SpanningRows, Stage, build_stage, vocabulary_rows
 from launch.spanning import SpanningPlan, spanning_plan
 from launch.weights import FolderWeights, RandomWeights, WeightSource
+from launch.whole import model_without_memory
 from stage_groups import StageGroups, StageStyle
 from vocab_parallel import (
     CCEPipelineLoss,
@@ -125,9 +126,10 @@ def model_of(arguments: TrainArguments) -> tuple[PretrainedConfig, WeightSource]
         )
     else:
         config, folder = load_config(arguments.model)
+        model_without_memory(config, torch.float32)  # or it is refused, with what it is built of
     if folder is None:
         return config, RandomWeights(arguments.seed, config.initializer_range)
-    weights = FolderWeights(folder)
+    weights = FolderWeights(folder, config)
     rows = weights.stored_rows(EMBEDDING)
     if rows != config.vocab_size:
         raise ValueError(

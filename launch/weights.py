@@ -3,12 +3,18 @@
 import hashlib
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from launch.conversion import Conversion
 
 _BLOCK = 4096  # rows of a vocabulary that one seed draws
 
@@ -43,7 +49,7 @@ class RandomWeights:
 
     def fill(self, name: str, into: Tensor, rows: slice | None, module: nn.Module) -> None:
         """See `WeightSource.fill`."""
-        if name.endswith(".bias"):
+        if name.endswith("bias"):
             into.zero_()
         elif "norm" in type(module).__name__.lower():
             # Gemma's norm multiplies by 1 + weight
@@ -80,40 +86,35 @@ def say_random(model: str | None, source: WeightSource) -> None:
 class FolderWeights:
     """The safetensors of a Hugging Face folder, one file or several with an index.
 
-    Reads what is asked for and nothing else: ``bytes_read`` counts it.
+    Reads what is asked for and nothing else: ``bytes_read`` counts it. A weight that the files have
+    under another name or in parts, as most folders have experts, is made as transformers makes it.
+
+    Args:
+        folder: of the model.
+        config: of the model.
 
     Raises:
         ValueError: no safetensors in the folder, or an index that names files which are not there.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, config: PretrainedConfig) -> None:
         self.bytes_read = 0
         self._files = _files_of_weights(folder)
-        self._folder = folder
+        self._folder, self._config = folder, config
 
     def fill(self, name: str, into: Tensor, rows: slice | None, module: nn.Module) -> None:
         """See `WeightSource.fill`."""
-        file = self._files.get(name)
-        if file is None:
-            raise ValueError(
-                f"{self._folder} has no weight {name}: its config.json and its safetensors are "
-                f"not of one model"
-            )
-        try:
-            with safe_open(file, framework="pt") as opened:
-                stored = opened.get_slice(name)
-                shape = list(stored.get_shape())
-                wanted = list(into.shape)
-                whole_rows = rows is None or (shape[1:] == wanted[1:] and rows.stop <= shape[0])
-                if (rows is None and shape != wanted) or not whole_rows:
-                    raise ValueError(
-                        f"{file}: {name} is {shape}, but the model wants "
-                        f"{wanted if rows is None else f'rows [{rows.start}, {rows.stop})'}"
-                        f" of {wanted[1:]}: its config.json is of another model"
-                    )
-                found: Tensor = opened.get_tensor(name) if rows is None else stored[rows]
-        except SafetensorError as error:
-            raise ValueError(f"{file} cannot be read: {error}") from error
+        plain = self._plain_name(name)
+        if plain is None:
+            made = self._conversion.convert(name, self._read)
+            _refuse_other_shape(self._folder, name, list(made.shape), list(into.shape), rows)
+            into.copy_(made if rows is None else made[rows])
+            return
+        with self._opened(plain) as opened:
+            stored = opened.get_slice(plain)
+            shape = list(stored.get_shape())
+            _refuse_other_shape(self._files[plain], name, shape, list(into.shape), rows)
+            found: Tensor = opened.get_tensor(plain) if rows is None else stored[rows]
         self.bytes_read += found.nbytes
         into.copy_(found)
 
@@ -121,14 +122,66 @@ class FolderWeights:
         """Return how many rows a weight has in the files.
 
         Raises:
-            ValueError: the files have no such weight.
+            ValueError: the files have no such weight, or have it in parts.
         """
-        file = self._files.get(name)
-        if file is None:
-            raise ValueError(f"{self._folder} has no weight {name}")
-        with safe_open(file, framework="pt") as opened:
-            rows: int = opened.get_slice(name).get_shape()[0]
+        plain = self._plain_name(name)
+        if plain is None:
+            raise ValueError(f"{self._folder} has {name} in parts, which is not known here")
+        with self._opened(plain) as opened:
+            rows: int = opened.get_slice(plain).get_shape()[0]
         return rows
+
+    @cached_property
+    def _conversion(self) -> Conversion:
+        return Conversion(self._config, self._files)
+
+    def _plain_name(self, name: str) -> str | None:
+        """Return a weight's name in the files; None where it is made of several or of others.
+
+        Raises:
+            ValueError: the files do not have it in any form.
+        """
+        if name in self._files:
+            return name
+        stored = self._conversion.stored(name)
+        if stored is None:
+            raise ValueError(
+                f"{self._folder} has no weight {name}: its config.json and its safetensors are "
+                f"not of one model"
+            )
+        return stored.names[0] if stored.rule is None else None
+
+    def _read(self, name: str) -> Tensor:
+        """Return a stored weight."""
+        with self._opened(name) as opened:
+            found: Tensor = opened.get_tensor(name)
+        self.bytes_read += found.nbytes
+        return found
+
+    @contextmanager
+    def _opened(self, name: str) -> Iterator[Any]:
+        """Open the file of a stored weight."""
+        file = self._files[name]
+        try:
+            with safe_open(file, framework="pt") as opened:
+                yield opened
+        except SafetensorError as error:
+            raise ValueError(f"{file} cannot be read: {error}") from error
+
+
+def _refuse_other_shape(
+    origin: Path, name: str, shape: list[int], wanted: list[int], rows: slice | None
+) -> None:
+    """Raise ValueError where a weight is not what the model wants, or lacks the rows."""
+    fits = shape == wanted
+    if rows is not None:
+        fits = shape[1:] == wanted[1:] and rows.stop <= shape[0]
+    if not fits:
+        raise ValueError(
+            f"{origin}: {name} is {shape}, but the model wants "
+            f"{wanted if rows is None else f'rows [{rows.start}, {rows.stop})'}"
+            f" of {wanted[1:]}: its config.json is of another model"
+        )
 
 
 def _files_of_weights(folder: Path) -> dict[str, Path]:

@@ -13,7 +13,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from launch.arguments import TrainArguments
 from launch.checkpoint import Checkpoints
@@ -71,6 +77,7 @@ def train(ranks: tuple[int, int], out: Path, *arguments: str) -> dict[str, Any]:
 def test_in_and_out(tied: bool, tmp_path: Path) -> None:
     """Bitwise where nothing is computed, and each rank reads its own alone."""
     source = write_model(tmp_path / "a", tied, shards="5MB")
+    GenerationConfig(temperature=0.3, do_sample=True).save_pretrained(source)
     assert (source / "model.safetensors.index.json").exists()
     run = train(
         (2, 2), tmp_path / "run", *FOLDER_SIZES, "--model", str(source), "--learning-rate", "0",
@@ -86,6 +93,8 @@ def test_in_and_out(tied: bool, tmp_path: Path) -> None:
     with torch.no_grad():
         expected = AutoModelForCausalLM.from_pretrained(source)(ids).logits
         assert torch.equal(again(ids).logits, expected)
+    assert again.dtype == torch.bfloat16, "config.json says what is stored"
+    assert again.generation_config.temperature == 0.3
     tokenizers = [AutoTokenizer.from_pretrained(folder) for folder in (source, tmp_path / "b")]
     assert tokenizers[0](WORDS).input_ids == tokenizers[1](WORDS).input_ids
 
@@ -133,11 +142,32 @@ def test_resume_on_another_mesh(
     (Path(folder) / "step-000004").rename(Path(folder) / "step-000004.bak")  # a user's own copy
     (Path(folder) / "step-notes").write_text("the loss looked odd here")
     rest = train(
-        second, tmp_path / "rest", *SIZES, "--steps", "4", "--checkpoint", folder, "--resume"
-    )
+        second, tmp_path / "rest", *SIZES, "--steps", "4", "--checkpoint", folder, "--resume",
+        "--export", str(tmp_path / "trained"),
+    )  # fmt: skip
     assert rest["losses"] == pytest.approx(whole["losses"][2:], rel=1e-5)
     there = ["step-000002", "step-000004", "step-000004.bak", "step-notes"]
     assert sorted(os.listdir(folder)) == there
+
+    # No step is left: what is saved is exported, as it is, in the dtype asked for.
+    code, output = torchrun(
+        1,
+        [
+            "-m", "launch.train", *SIZES, "--pipeline", "1", "--vocab", "1", "--steps", "3",
+            "--checkpoint", folder, "--resume", "--export", str(tmp_path / "saved"),
+            "--export-dtype", "bfloat16", "--out", str(tmp_path / "rest"),
+        ],
+    )  # fmt: skip
+    assert code == 0, output[-4000:]
+    assert "no step was left of --steps 3: exported " in output
+    assert json.loads((tmp_path / "rest" / "run.json").read_text()) == rest, "left alone"
+    trained, saved = weights_of(tmp_path / "trained"), weights_of(tmp_path / "saved")
+    assert trained.keys() == saved.keys()
+    for name, tensor in trained.items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(saved[name], tensor.bfloat16()), name
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "saved").dtype == torch.bfloat16
+    assert sorted(os.listdir(folder)) == there, "nothing was saved again"
 
 
 def test_another_run_starts_elsewhere(tmp_path: Path) -> None:
@@ -240,7 +270,7 @@ def test_bad_folders(tmp_path: Path) -> None:
     file.unlink()
     refused(tmp_path / "short", "does not exist")
 
-    weights = FolderWeights(source)
+    weights = FolderWeights(source, Qwen3Config.from_pretrained(source))
     with pytest.raises(ValueError, match=r"has no weight model\.layers\.9"):
         weights.fill("model.layers.9", torch.empty(1), None, torch.nn.Identity())
     with pytest.raises(ValueError, match=r"config\.json is of another model"), torch.no_grad():

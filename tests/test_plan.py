@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tyro
 
+from launch.arguments import TrainArguments
 from launch.planning.balance import layer_counts
 from launch.planning.command import PlanArguments, parse_bytes, plan
 from launch.planning.estimate import Job, Mesh, estimate_stages
@@ -23,6 +26,7 @@ from launch.planning.shape import ModelShape
 from launch.planning.spanning import SpanningPlanner, tasks_of
 from launch.planning.table import verdict
 from launch.planning.timeline import StageTimes, simulate
+from launch.start_command import start_command
 from tests.ranks import ROOT
 from vocab_parallel import plan_backward
 from vocab_parallel.pipeline.spanning.order import Costs, best_order, one_forward_one_backward
@@ -80,7 +84,7 @@ def planned(**given: Any) -> Any:
         "model": "qwen3-32b", "gpus": 64, "gpu_memory": "80GB", "microbatches": 16,
         "vocab_over": "last-stage", **given,
     }  # fmt: skip
-    return plan(PlanArguments(**values))[0]
+    return plan(PlanArguments(**values))[1]
 
 
 def test_every_mesh() -> None:
@@ -409,6 +413,10 @@ def test_balance() -> None:
         ({"gpu_memory": "2GB"}, "below one layer of qwen3-32b"),
         ({"gpu_memory": "lots"}, "'lots' is no size"),
         ({"hardware": "abacus"}, r"unknown hardware 'abacus': give a file, or one of \['a100'"),
+        (
+            {"gpu_memory": "200GB"},
+            "200GB is more than the 141GB of the NVIDIA H200: give --hardware",
+        ),
         ({"sequence": 0}, "--sequence must be at least 1"),
         ({"schedule": "gpipe", "vocab_over": "all-stages"}, "gpipe has the vocabulary on the last"),
         ({"gpus": 1, "vocab_over": "all-stages"}, "all-stages needs at least 2 pipeline ranks"),
@@ -417,6 +425,70 @@ def test_balance() -> None:
 def test_refusals(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         planned(**given)
+
+
+@pytest.mark.parametrize(
+    ("memory", "name"),
+    [(None, "NVIDIA H200"), ("80GB", "NVIDIA H100 SXM"), ("64GiB", "NVIDIA H100 SXM"),
+     ("96GB", "NVIDIA H200")],
+)  # fmt: skip
+def test_hardware_has_the_memory(memory: str | None, name: str) -> None:
+    _, _, hardware = plan(PlanArguments(model="qwen3-1.7b", gpus=2, gpu_memory=memory))
+    assert hardware.name == name
+
+
+STARTED = [
+    {"model": "qwen3-32b", "gpus": 16, "state_bytes": 12, "microbatch": 2},
+    {"model": "qwen3-8b", "gpus": 8, "schedule": "zbvzerobubble", "vocab_over": "last-stage"},
+    {"model": "qwen3-1.7b", "gpus": 2, "dtype": "float32", "memory_budget": "32MiB"},
+]
+
+
+@pytest.mark.parametrize("given", STARTED)
+def test_command_line_of_every_mesh(given: dict[str, Any]) -> None:
+    """What is printed is read by launch.train as the plan's mesh and work; or it says why not."""
+    arguments = PlanArguments(**{"gpu_memory": "80GB", "sequence": 512, **given})
+    job, plans, _ = plan(arguments)
+    run = 0
+    for one in plans:
+        line = start_command(one, job, arguments)
+        if line.startswith("launch.train does not do this: "):
+            assert one.recompute_layers, "--recompute of a backward that is split"
+            continue
+        replicas, _, command = line.rpartition("torchrun ")
+        assert replicas.startswith("one of ") == (one.mesh.data > 1)
+        torchrun, options = command.split(" -m launch.train ")
+        found = tyro.cli(TrainArguments, args=options.split())
+        found.validate()
+        assert (found.pipeline, found.vocab) == (one.mesh.pipeline, one.mesh.vocab)
+        assert (found.vocab_over, found.rows) == (one.vocab_over, one.rows)
+        assert found.schedule.lower() == job.schedule
+        assert found.model == arguments.model
+        assert (found.recompute == "all") == one.recompute_layers
+        assert found.batch == one.mesh.vocab * job.microbatches * job.microbatch
+        assert (found.sequence, found.dtype) == (512, arguments.dtype)
+        assert found.loss_memory == (32 if "memory_budget" in given else 64)
+        counts = [int(n) for n in re.findall(r"--n(?:nodes|proc-per-node) (\d+)", torchrun)]
+        found.validate_ranks(math.prod(counts))
+        run += 1
+    assert run
+
+
+def test_the_example_of_the_page() -> None:
+    """docs/planning.md shows a mesh whose vocab degree is above 1, with what is printed of it."""
+    page = (ROOT / "docs" / "planning.md").read_text()
+    shown = re.search(r"python -m launch\.plan (.*--state-bytes.*)\n", page)
+    assert shown is not None
+    arguments = tyro.cli(PlanArguments, args=shown[1].split())
+    job, plans, _ = plan(arguments)
+    best = plans[0]
+    assert best.fits
+    assert best.mesh.vocab > 1
+    without = next(one for one in plans if one.mesh.vocab == 1 and one.fits)
+    assert best.tokens_per_second > 1.1 * without.tokens_per_second
+    text = " ".join(page.split())
+    assert verdict(plans) in text
+    assert start_command(best, job, arguments) in text
 
 
 def test_config_files(tmp_path: Path) -> None:
@@ -446,7 +518,7 @@ def test_command(tmp_path: Path) -> None:
     )  # fmt: skip
     assert shown.returncode == 0, shown.stderr
     assert "data x pipeline x vocab" in shown.stdout
-    assert "data sheet" in shown.stdout, "what was not measured is told"
+    assert "data sheet" in " ".join(shown.stdout.split()), "what was not measured is told"
     assert picture.stat().st_size > 1000
     assert "Give the vocabulary to all stages, " in " ".join(shown.stdout.split())
     document = json.loads(command("--model", "qwen3-1.7b", "--gpus", "8", "--json").stdout)
@@ -457,6 +529,10 @@ def test_command(tmp_path: Path) -> None:
     assert {"rows", "simulated", "hidden_held", "ranks", "bubble", "rank_memory"} <= set(best)
     for name in ("rows", "in_flight", "memory", "statistics_seconds", "gradients_seconds"):
         assert all(name in stage for one in document["meshes"] for stage in one["stages"])
+    assert document["hardware"] == "NVIDIA H200"
+    assert document["command"].count("torchrun ") == 1
+    full = command("--model", "qwen3-32b", "--gpus", "2", "--gpu-memory", "80GB", "--show", "1")
+    assert full.stdout.endswith("No mesh fits: give more GPUs, or more memory to each.\n")
     bad = command("--model", "qwen3-32b", "--gpus", "0")
     assert (bad.returncode, bad.stdout) == (2, "")
     assert "--gpus must be at least 1" in bad.stderr

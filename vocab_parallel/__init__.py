@@ -59,6 +59,7 @@ __all__ = [
     "token_logprobs",
     "validate_pipeline_loss",
 ]
+__version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:

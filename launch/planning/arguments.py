@@ -21,8 +21,9 @@ class PlanArguments:
     """How many GPUs there are."""
     gpu_memory: str | None = None
     """Of each, such as 80GB; by default the hardware's."""
-    hardware: str = "h200"
-    """h200, h100, a100, or a file of your own: see --calibrate."""
+    hardware: str | None = None
+    """h200, h100, a100, or a file of your own: see --calibrate. By default the fastest of the least
+    memory that has --gpu-memory, and h200 without one."""
     calibrate: bool = False
     """Measure this device, and under torchrun the links of its ranks, write a hardware file to
     --out, and plan nothing."""

@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -16,27 +17,38 @@ from launch.planning.table import print_table, verdict
 _UNITS = {"": 1.0, "MB": 1e6, "GB": 1e9, "MIB": 2.0**20, "GIB": 2.0**30}
 
 
-def run(arguments: PlanArguments) -> None:
-    """Plan and print; a user's mistake ends with a message and code 2."""
+def run(
+    arguments: PlanArguments, start_command: Callable[[MeshPlan, Job, PlanArguments], str]
+) -> None:
+    """Plan and print; a user's mistake ends with a message and code 2.
+
+    Args:
+        arguments: of the command line.
+        start_command: says how to start what was planned; of a trainer, which no planner knows.
+    """
     try:
-        plans, hardware = plan(arguments)
+        job, plans, hardware = plan(arguments)
     except ValueError as error:
         print(f"launch.plan: {error}", file=sys.stderr)
         sys.exit(2)
+    start = start_command(plans[0], job, arguments) if plans[0].fits else None
     if arguments.json:
         meshes = [_document(one) for one in plans]
-        print(json.dumps({"verdict": verdict(plans), "meshes": meshes}))
+        document = {"hardware": hardware.name, "verdict": verdict(plans), "command": start}
+        print(json.dumps({**document, "meshes": meshes}))
     else:
         title = f"{arguments.model} on {arguments.gpus} x {hardware.name}"
         print_table(title, plans, hardware, arguments.show)
+        # A command line is printed whole, whatever the width.
+        print(f"\n{start or 'No mesh fits: give more GPUs, or more memory to each.'}")
     if arguments.plot is not None:
         from launch.planning.picture import plot_plan
 
         plot_plan(plans[0], arguments.plot)
 
 
-def plan(arguments: PlanArguments) -> tuple[list[MeshPlan], Hardware]:
-    """Return every mesh's plan, the best first, and the hardware.
+def plan(arguments: PlanArguments) -> tuple[Job, list[MeshPlan], Hardware]:
+    """Return what is to be done, every mesh's plan, the best first, and the hardware.
 
     Raises:
         ValueError: a value that cannot be.
@@ -46,7 +58,10 @@ def plan(arguments: PlanArguments) -> tuple[list[MeshPlan], Hardware]:
     for name in ("sequence", "microbatch", "microbatches", "show"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"--{name} must be at least 1, got {getattr(arguments, name)}")
-    hardware = Hardware.load(arguments.hardware)
+    memory = None
+    if arguments.gpu_memory is not None:
+        memory = parse_bytes("--gpu-memory", arguments.gpu_memory)
+    hardware = _hardware(arguments.hardware, memory)
     itemsize = {"bfloat16": 2, "float32": 4}[arguments.dtype]
     budget = arguments.memory_budget
     job = Job(
@@ -59,13 +74,18 @@ def plan(arguments: PlanArguments) -> tuple[list[MeshPlan], Hardware]:
         state_bytes=2 * itemsize if arguments.state_bytes is None else arguments.state_bytes,
         memory_budget=None if budget is None else int(parse_bytes("--memory-budget", budget)),
     )
-    memory = hardware.memory
-    if arguments.gpu_memory is not None:
-        memory = parse_bytes("--gpu-memory", arguments.gpu_memory)
+    memory = hardware.memory if memory is None else memory
     places: tuple[VocabOver, ...] = ("last-stage", "all-stages")
     if arguments.vocab_over != "both":
         places = (arguments.vocab_over,)
-    return plan_meshes(job, arguments.gpus, hardware, memory, places), hardware
+    return job, plan_meshes(job, arguments.gpus, hardware, memory, places), hardware
+
+
+def _hardware(name: str | None, memory: float | None) -> Hardware:
+    """Return what was asked for by name; else what has so much memory."""
+    if name is None and memory is not None:
+        return Hardware.with_memory(memory)
+    return Hardware.load("h200" if name is None else name)
 
 
 def parse_bytes(flag: str, text: str) -> float:

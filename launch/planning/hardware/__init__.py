@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict, dataclass
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Self
 
@@ -33,11 +34,7 @@ class Hardware:
         Raises:
             ValueError: no such hardware, or a file without what is needed.
         """
-        shipped = {
-            path.name.removesuffix(".json"): path
-            for path in files(__name__).iterdir()
-            if path.name.endswith(".json")
-        }
+        shipped = _shipped()
         if name in shipped:
             text = shipped[name].read_text()
         elif Path(name).is_file():
@@ -49,6 +46,31 @@ class Hardware:
         except (TypeError, ValueError) as error:
             raise ValueError(f"hardware {name!r} cannot be read: {error}") from error
 
+    @classmethod
+    def with_memory(cls, memory: float) -> Self:
+        """Return the shipped hardware of the least memory that has so many bytes, the fastest.
+
+        Raises:
+            ValueError: none has as much.
+        """
+        known = [cls.load(name) for name in _shipped()]
+        enough = [one for one in known if one.memory >= memory]
+        if not enough:
+            most = max(known, key=lambda one: one.memory)
+            raise ValueError(
+                f"--gpu-memory {memory / 1e9:.0f}GB is more than the {most.memory / 1e9:.0f}GB of "
+                f"the {most.name}: give --hardware FILE, which --calibrate writes"
+            )
+        return min(enough, key=lambda one: (one.memory, -one.product_flops))
+
     def save(self, path: Path) -> None:
         """Write a file that `load` reads."""
         path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+
+
+def _shipped() -> dict[str, Traversable]:
+    return {
+        path.name.removesuffix(".json"): path
+        for path in files(__name__).iterdir()
+        if path.name.endswith(".json")
+    }

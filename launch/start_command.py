@@ -1,0 +1,60 @@
+"""The command that trains on the mesh of a plan."""
+
+from pathlib import Path
+from typing import get_args
+
+from launch.arguments import ScheduleName, TrainArguments
+from launch.planning.arguments import PlanArguments
+from launch.planning.estimate import Job
+from launch.planning.meshes import MeshPlan
+
+_PER_MACHINE = 8  # GPUs; as many, or fewer alone, as most machines have
+
+
+def start_command(plan: MeshPlan, job: Job, arguments: PlanArguments) -> str:
+    """Return a command line to paste, or why there is none; of one replica of the data axis."""
+    assert arguments.model is not None
+    path = Path(arguments.model)
+    mesh = plan.mesh
+    trained = TrainArguments(
+        model=str(path.parent) if path.is_file() else arguments.model,
+        pipeline=mesh.pipeline,
+        vocab=mesh.vocab,
+        vocab_over=plan.vocab_over,
+        rows=plan.rows,
+        schedule=next(s for s in get_args(ScheduleName) if s.lower() == job.schedule),
+        recompute="all" if plan.recompute_layers else "none",
+        loss_memory=64 if job.memory_budget is None else max(1, job.memory_budget // 2**20),
+        batch=mesh.vocab * job.microbatches * job.microbatch,
+        sequence=job.sequence,
+        microbatches=job.microbatches,
+        dtype=arguments.dtype,
+    )
+    try:
+        trained.validate()
+    except ValueError as error:
+        return f"launch.train does not do this: {error}"
+    left_out = TrainArguments()
+    options = [
+        f"--{name.replace('_', '-')} {getattr(trained, name)}"
+        for name in (
+            *("model", "pipeline", "vocab", "vocab_over", "rows", "schedule", "recompute"),
+            *("loss_memory", "batch", "sequence", "microbatches", "dtype"),
+        )
+        if name in ("model", "pipeline", "vocab")
+        or getattr(trained, name) != getattr(left_out, name)
+    ]
+    command = " ".join([*_torchrun(trained.world), "-m launch.train", *options])
+    if mesh.data == 1:
+        return command
+    return f"one of {mesh.data} replicas, whose gradients launch.train does not add up: {command}"
+
+
+def _torchrun(ranks: int) -> list[str]:
+    """Return what starts so many ranks; on several machines every one runs it."""
+    if ranks <= _PER_MACHINE or ranks % _PER_MACHINE:
+        return [f"torchrun --nproc-per-node {ranks}"]
+    return [
+        f"torchrun --nnodes {ranks // _PER_MACHINE} --nproc-per-node {_PER_MACHINE}",
+        "--rdzv-backend c10d --rdzv-endpoint machine-0:29400",
+    ]
