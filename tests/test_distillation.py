@@ -317,7 +317,7 @@ def check_corners_and_combinations(degree: int, examples: int, seed_value: int =
         check_case(case)
 
     property_holds()
-    if degree == 2:
+    if degree == 2 and dist.get_backend() == "gloo":
         check_what_is_communicated()
         check_mistakes()
 
@@ -469,14 +469,16 @@ def test_a_student_that_has_learned(name: str) -> None:
     wide = (e.detach().double().requires_grad_(), c.detach().double().requires_grad_())
     wanted = distillation_oracle(*wide, log_q, divergence=name)
     assert wanted < 1e-4
-    # The two lse are rounded, to 2e-7, before their difference is taken.
-    assert (loss.double() - wanted).abs() < 1e-6
+    if name == "js":
+        assert relative_error(loss, wanted) < 1e-3
+    # The two lse are rounded, to 5e-7, before their difference is taken.
+    assert (loss.double() - wanted).abs() < 5e-7
     for one, other in zip(
         torch.autograd.grad(loss, (e, c)),
         exact_gradients(e, c, log_q, {"divergence": name}),
         strict=True,
     ):
-        assert relative_error(one, other) < 2e-3
+        assert relative_error(one, other) < 5e-4
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)

@@ -17,6 +17,7 @@ for a constant, which the softmax takes away.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -56,7 +57,7 @@ class HiddenTeacher:
     divergence: Divergence
     shard: Shard | None
 
-    spare = 0  # columns beside a tile's logits
+    spare: ClassVar = 0  # columns beside a tile's logits
 
     @property
     def columns(self) -> Columns:

@@ -6,6 +6,7 @@ is arithmetic on k + 1 numbers of each token, which autograd differentiates.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -29,9 +30,9 @@ class TopKTeacher:
     ids: Tensor
     start: int
 
-    spare = 1  # a column that takes what belongs to other tiles
-    later_columns: Columns = ()
-    tiles = 2
+    spare: ClassVar = 1  # a column that takes what belongs to other tiles
+    later_columns: ClassVar[Columns] = ()
+    tiles: ClassVar = 2
 
     @property
     def columns(self) -> Columns:
