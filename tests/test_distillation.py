@@ -20,6 +20,8 @@ from vocab_parallel import (
     linear_distillation,
     linear_distillation_from_top_k,
 )
+from vocab_parallel.distillation.call import marked_ids
+from vocab_parallel.distillation.top_k_teacher import ABSENT
 from vocab_parallel.sharded import exchange
 
 LAYOUTS = ("replicated", "sharded", "sequence")
@@ -213,7 +215,8 @@ def check_case(case: Case) -> None:
     """Assert on every rank that the case is right; fails on all ranks where it fails on one."""
     fault = ""
     try:
-        tolerance = TOLERANCE[getattr(torch, case.dtype)]
+        # A gradient has log-ratios of 10 and more as factors, and with them the logits' rounding.
+        tolerance = 5.0 * TOLERANCE[getattr(torch, case.dtype)]
         wrong = {name: e for name, e in differences(case).items() if not e <= tolerance}
         fault = f"{case}: {wrong}" if wrong else ""
     except Exception as error:
@@ -319,6 +322,7 @@ def check_corners_and_combinations(degree: int, examples: int, seed_value: int =
     property_holds()
     if degree == 2 and dist.get_backend() == "gloo":
         check_what_is_communicated()
+        check_what_nobody_checked_is_nan()
         check_mistakes()
 
 
@@ -348,6 +352,24 @@ def check_what_is_communicated() -> None:
             assert [(each.name, each.shape) for each in seen.calls] == [
                 ("all_reduce", (tokens, case.hidden))
             ]
+
+
+def check_what_nobody_checked_is_nan() -> None:
+    """Where values are not read, as on a GPU, an id that is no token must not pass for one."""
+    case = Case((6, 5), options={"cross_entropy_weight": 0.5})
+    whole, rank = Whole(case, 2), dist.get_rank()
+    assert whole.targets is not None
+    whole.targets[0, 0, 0] = 11
+    leaves = whole.e[0], whole.c[slice(0, 6) if rank == 0 else slice(6, 11)], None
+    assert call(case, whole, leaves, rank, 2, validate=False).isnan()
+    with pytest.raises(ValueError, match=r"lie in \[0, 11\)"):
+        call(case, whole, leaves, rank, 2)
+    # A CPU's values cost nothing to read, so that those of a top-k are always checked there.
+    ids, log_q = marked_ids(
+        torch.tensor([[3, 11, -1, -1]]), torch.tensor([[-1, -1, -1, -torch.inf]]), 11
+    )
+    assert log_q.isnan().tolist() == [[False, True, True, False]]
+    assert ids[0, 3] == ABSENT
 
 
 LABELLED = {"cross_entropy_weight": 0.5, "targets": torch.zeros(2, 6, dtype=torch.long)}
@@ -575,16 +597,6 @@ def test_autograd(k: int | None) -> None:
     (twice,) = torch.autograd.grad(loss_of(e, c), e, create_graph=True)
     with pytest.raises(ValueError, match="no second derivative"):
         twice.sum().backward()
-
-
-def test_what_nobody_checked_is_nan() -> None:
-    """On a GPU values are not read: an id that is no token must not pass for one."""
-    e, c, teacher_e, teacher_c = operands(torch.float32)
-    targets = torch.full((24,), 40)
-    given = {"targets": targets, "validate": False, "cross_entropy_weight": 0.5}
-    # One rank alone checks at no cost, so that the two ways are those of a group.
-    with pytest.raises(ValueError, match=r"targets must lie in \[0, 40\)"):
-        linear_distillation(e, c, teacher_e, teacher_c, **given)
 
 
 def test_autocast() -> None:
