@@ -78,6 +78,83 @@ def multi_token_oracle(
     return parts if reduction == "none" else parts.sum(), torch.stack(heads)
 
 
+def distillation_oracle(
+    e: Tensor,  # (..., T, D)
+    c: Tensor,  # (rows, D)
+    log_q: Tensor,  # (..., T, vocabulary), the teacher's; (..., T, k) with ids
+    bias: Tensor | None = None,
+    *,
+    ids: Tensor | None = None,  # (..., T, k)
+    other: bool = True,
+    least: float = 0.0,
+    divergence: str = "forward_kl",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    targets: Tensor | None = None,
+    cross_entropy_weight: float = 0.0,
+    ignore_index: int = -100,
+    shift: int = 0,
+    token_weight: Tensor | None = None,
+    reduction: str = "mean",
+    num_valid_tokens: int | None = None,
+    vocab_size: int | None = None,
+) -> Tensor:
+    """Return the loss of a student against a teacher's distribution.
+
+    With ids the outcomes are these and all others as one, which the teacher gives what its k leave
+    (``least`` at least), or nothing where ``other`` is False.
+    """
+    logits = e.double() @ c.double().T
+    if bias is not None:
+        logits = logits + bias.double()
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    logits = logits[..., :vocab_size]
+    p, q = torch.softmax(logits / temperature, -1), log_q.double().exp()
+    if ids is not None:
+        among = torch.zeros_like(p, dtype=torch.bool).scatter(-1, ids, q > 0)
+        rest = p.masked_fill(among, 0.0).sum(-1, keepdim=True)
+        p = torch.cat([p.gather(-1, ids) * (q > 0), rest], -1)
+        left = (1.0 - q.sum(-1, keepdim=True)).clamp(min=least)
+        left = left * ((~among).any(-1, keepdim=True) if other else 0.0)
+        q = torch.cat([q if other else q / q.sum(-1, keepdim=True), left], -1)
+    m = beta * q + (1.0 - beta) * p
+
+    def kl(one: Tensor, two: Tensor) -> Tensor:
+        there = one > 0  # 0 log 0 is 0, and so is its gradient
+        ratio = (
+            one.where(there, torch.ones_like(one)).log()
+            - two.where(there, torch.ones_like(two)).log()
+        )
+        return (one * ratio).sum(-1)
+
+    loss = {
+        "forward_kl": lambda: kl(q, p),
+        "reverse_kl": lambda: kl(p, q),
+        "js": lambda: beta * kl(q, m) + (1.0 - beta) * kl(p, m),
+    }[divergence]()
+    length = loss.shape[-1]
+    loss, valid = loss[..., : length - shift], torch.ones(loss[..., shift:].shape, dtype=torch.bool)
+    if targets is not None:
+        targets = targets[..., shift:]
+        valid = targets != ignore_index
+    if targets is not None and cross_entropy_weight:
+        chosen = targets.masked_fill(~valid, 0).long().unsqueeze(-1)
+        log_p = torch.log_softmax(logits[..., : length - shift, :], -1)
+        nll = -log_p.gather(-1, chosen).squeeze(-1)
+        loss = (1.0 - cross_entropy_weight) * loss + cross_entropy_weight * nll
+    if token_weight is not None:
+        loss = loss * token_weight[..., shift:].double()
+    loss = loss.masked_fill(~valid, 0.0)
+    if reduction == "sum":
+        loss = loss.sum()
+    elif reduction == "mean":
+        count = int(valid.sum()) if num_valid_tokens is None else num_valid_tokens
+        loss = loss.sum() / max(count, 1)
+    return loss
+
+
 def relative_error(actual: Tensor, expected: Tensor, floor: float = 0.0) -> float:
     """Return ||actual - expected|| / max(||expected||, floor); NaN counts as infinite."""
     actual, expected = actual.detach(), expected.detach()

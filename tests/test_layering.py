@@ -119,7 +119,8 @@ def test_pipelining_is_imported_where_schedules_are() -> None:
 LATER = {
     "kernels": ("local", "sharded", "modules", "pipeline", "loss", "evaluation", "adapters"),
     "local": ("sharded", "modules", "pipeline", "loss", "evaluation", "adapters", "collectives"),
-    "sharded": ("modules", "pipeline", "loss", "evaluation", "adapters"),
+    "sharded": ("modules", "pipeline", "loss", "evaluation", "adapters", "distillation"),
+    "distillation": ("modules", "pipeline", "evaluation", "adapters"),
     "modules": ("pipeline", "loss", "evaluation", "adapters"),
     "pipeline": ("adapters",),
 }

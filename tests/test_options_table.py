@@ -18,6 +18,8 @@ from tests.cases import TOLERANCE, Case, differences
 from tests.interpreter import INTERPRETED, prepare
 from tests.oracle import multi_token_oracle, relative_error
 from tests.ranks import ROOT, run_ranks
+from tests.test_distillation import Case as Distillation
+from tests.test_distillation import differences as distillation_errors
 from vocab_parallel import VocabParallelOptions, multi_token_cross_entropy, token_logprobs
 
 pytest.importorskip("triton")
@@ -60,14 +62,42 @@ OPTIONS: dict[str, Case] = {
 }
 
 
-def entry(run: Callable[[], dict[str, float]]) -> str:
+# Of `linear_distillation`, in both of its forms.
+DISTILLATION: dict[str, dict[str, Any]] = {
+    '`divergence="forward_kl"`': {"options": {"divergence": "forward_kl"}},
+    '`divergence="reverse_kl"`': {"options": {"divergence": "reverse_kl"}},
+    '`divergence="js"`': {"options": {"divergence": "js", "beta": 0.3}},
+    "`temperature=0.7`": {"options": {"temperature": 0.7}},
+    "`softcap=3`": {"options": {"softcap": 3.0}},
+    "`teacher_softcap=2`": {"teacher_softcap": 2.0},
+    "`bias`": {"bias": True},
+    "`teacher_bias`": {"teacher_bias": True},
+    "without targets": {"ignored": None},
+    "all labels ignored": {"ignored": 1.0},
+    "`cross_entropy_weight=0.3`": {"options": {"cross_entropy_weight": 0.3}},
+    "the same with `temperature=2`": {"options": {"cross_entropy_weight": 0.3, "temperature": 2.0}},
+    "`token_weight`": {"weights": True},
+    '`reduction="sum"`': {"options": {"reduction": "sum"}},
+    '`reduction="none"`': {"options": {"reduction": "none"}},
+    "`num_valid_tokens`": {"options": {"num_valid_tokens": 7}},
+    "`shift=1`": {"options": {"shift": 1}},
+    "padded vocabulary": {"padding": 9},
+    "a rank without rows": {"rows": (41, 0)},
+    '`hidden_layout="sharded"`': {"options": {"hidden_layout": "sharded", "shift": 1}},
+    '`hidden_layout="sequence"`': {"options": {"hidden_layout": "sequence", "shift": 1}},
+    "`hidden_grad_scale=2`": {"options": {"hidden_grad_scale": 2.0}},
+    "weights' half of backward first": {"halves": True},
+}
+
+
+def entry(run: Callable[[], dict[str, float]], dtype: torch.dtype = torch.float16) -> str:
     """Return "yes" where the results are right, or the words of the refusal."""
     try:
         errors = run()
     except ValueError as error:
         words = str(error).split("; or use")[0]
         return words.partition('" ')[2] if words.startswith("impl ") else words
-    tolerance = TOLERANCE[torch.float16]
+    tolerance = TOLERANCE[dtype]
     wrong = {name: error for name, error in errors.items() if not error <= tolerance}
     assert not wrong, wrong
     return "yes"
@@ -116,6 +146,17 @@ def heads_errors(impl: str) -> dict[str, float]:
     return {"loss": relative_error(loss, exact), "e": relative_error(leaf.grad, wide.grad)}
 
 
+FORMS: tuple[tuple[int | None, bool | None], ...] = ((None, None), (4, True), (4, False))
+
+
+def distillation_entry(changed: dict[str, Any], k: int | None, other: bool | None) -> str:
+    if k is not None and any(name.startswith("teacher") for name in changed):
+        return "in `teacher_logprobs`"
+    options = {**changed.get("options", {}), **({} if other is None else {"other": other})}
+    case = Distillation(**{"rows": ROWS, **changed, "k": k, "options": options})
+    return entry(lambda: distillation_errors(case), torch.float64)
+
+
 def make_page(path: str) -> None:
     prepare()
     lines = [
@@ -138,6 +179,17 @@ def make_page(path: str) -> None:
     lines.append("| several predictions, `multi_token_cross_entropy` | " + " | ".join(cells) + " |")
     cells = [entry(lambda impl=impl: entropy_errors(impl)) for impl in IMPLS]
     lines.append("| entropy, `token_logprobs` | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "Those of `linear_distillation` (hidden states and rows of a teacher) and of",
+        "`linear_distillation_from_top_k`, in float64.",
+        "",
+        "| | hidden states and rows | top-k, `other=True` | top-k, `other=False` |",
+        "|---|---|---|---|",
+    ]
+    for name, changed in DISTILLATION.items():
+        cells = [distillation_entry(changed, k, other) for k, other in FORMS]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     if dist.get_rank() == 0:
         Path(path).write_text("\n".join(lines) + "\n")
 

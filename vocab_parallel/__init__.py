@@ -5,6 +5,7 @@ mesh -> rows -> classifier -> loss -> schedule
 
 from typing import TYPE_CHECKING, Any
 
+from vocab_parallel.distillation.loss import linear_distillation, linear_distillation_from_top_k
 from vocab_parallel.evaluation import (
     Prediction,
     TokenScores,
@@ -49,6 +50,8 @@ __all__ = [
     "count_valid_tokens",
     "filled_rows",
     "linear_cross_entropy",
+    "linear_distillation",
+    "linear_distillation_from_top_k",
     "multi_token_cross_entropy",
     "no_loss",
     "plan_backward",

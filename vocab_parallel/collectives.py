@@ -21,6 +21,9 @@ is 1. Bytes are those that one rank contributes:
     logprobs  sum               one fp32              4            `LogprobsPipelineLoss`, gathering
     predict   gather_shards     [N, m] fp32, int64    12 m N       m candidates of each token
               gather_shards     [N] fp32              4 N          and its lse
+    distill   gather_tokens     [T, D'] or [T, k]     of the teacher's     gathering layouts
+              gather_shards     [k, N] fp32           4 k N        its statistics in forward's place
+              sum               [2, N] fp32           8 N          divergence "js"
     embedding gather_tokens     [T] int64 ids         8 T          layout "sharded"
               scatter_sum       [V T, D]              V T D itemsize  (sum_over_group: "replicated")
     backward  gather_tokens     [T, D]                T D itemsize    layout "sharded"

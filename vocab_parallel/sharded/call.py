@@ -1,6 +1,6 @@
 """One call of the loss or of a relative: arguments in, checked and agreed on over the group."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -138,6 +138,7 @@ def prepare(
     validate: bool | None,
     needs_targets: bool = True,
     problem: ValueError | None = None,
+    also: Callable[[Call, bool], Mapping[str, Any]] | None = None,
 ) -> Call:
     """Check the arguments, agree on them over the group where asked, and return the call.
 
@@ -147,42 +148,49 @@ def prepare(
         validate: see `linear_cross_entropy`.
         needs_targets: whether it cannot be without.
         problem: what the caller has found wrong already.
+        also: checks what a relative of the loss takes beside these. It gets the call, and whether
+            values may be read, which waits for a GPU; it returns what must be equal on all ranks.
 
     Raises:
         ValueError: bad input; on every rank of the group where ``validate`` holds, or where it is
             None and the tensors are on the CPU.
     """
-    rows = _rows_of(operands.classifier, options)
+    rows = rows_of(operands.classifier, options)
     on_gpu = isinstance(operands.hidden, Tensor) and operands.hidden.is_cuda
     reads_values = bool(validate or not on_gpu)
     call: Call | None = None
+    more: Mapping[str, Any] = {}
     try:
         if problem is not None:
             raise problem
         if needs_targets and operands.targets is None:
             raise ValueError("targets must be a tensor of class ids, got None")
-        call = _checked(operands, settings, rows, reads_values=reads_values)
+        call = checked(operands, settings, rows, reads_values=reads_values)
+        more = {} if also is None else also(call, reads_values)
     except ValueError as error:
         problem = error
     group = rows.group
     if validate or group.degree == 1 or (validate is None and not on_gpu):
         targets = operands.targets if problem is None and reads_values else None
-        agreed = _agreed(settings, operands, rows) if problem is None and group.degree > 1 else {}
-        agree(problem, _claim(rows, targets, settings), agreed, group)
+        equal: dict[str, Any] = {}
+        if problem is None and group.degree > 1:
+            equal = {**agreed(settings, operands, rows), **more}
+        agree(problem, _claim(rows, targets, settings), equal, group)
     elif problem is not None:
         raise problem
     assert call is not None
     return call
 
 
-def _rows_of(classifier: Tensor, options: Any) -> RankRows:
+def rows_of(classifier: Tensor, options: Any) -> RankRows:
+    """Return which rows a rank's classifier has."""
     if options is not None:
         return RankRows.from_options(options)
     has_rows = isinstance(classifier, Tensor) and classifier.dim() > 0
     return RankRows.whole(classifier.shape[0] if has_rows else 0)
 
 
-def _checked(
+def checked(
     operands: Operands, settings: LossSettings, rows: RankRows, *, reads_values: bool
 ) -> Call:
     """Check what one rank alone can check, and choose who does the work."""
@@ -259,7 +267,7 @@ def _claim(rows: RankRows, targets: Tensor | None, settings: LossSettings) -> Cl
     return Claim(rows.start, rows.stop, vocab_size, lowest, highest, digest)
 
 
-def _agreed(settings: LossSettings, operands: Operands, rows: RankRows) -> dict[str, Any]:
+def agreed(settings: LossSettings, operands: Operands, rows: RankRows) -> dict[str, Any]:
     """Name what must be equal over the group, for the ranks to communicate and return alike.
 
     That is everything but what is known to be a rank's own, so that nothing is forgotten: its
