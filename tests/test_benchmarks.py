@@ -14,7 +14,7 @@ from benchmarks import contestants, host
 from benchmarks.contestants import Gradients
 from benchmarks.exact import exact_gradients, relative_errors
 from benchmarks.ranks import Ranks
-from benchmarks.several_gpus import ORDERS, FLOOR_OF, LAYOUTS, WAYS
+from benchmarks.several_gpus import FLOOR_OF, LAYOUTS, ORDERS, WAYS
 from benchmarks.several_gpus_table import between_markers, markdown
 from tests.ranks import ROOT, run_ranks, torchrun
 from vocab_parallel import VocabParallelOptions
