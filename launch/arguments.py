@@ -59,9 +59,9 @@ _SPLIT = ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
 
 @dataclass(frozen=True)
 class TrainArguments(DataArguments):
-    """Train a Qwen3 model on text, on a pipeline x vocab mesh of ranks.
+    """Train a Qwen3 model on text, on a data x pipeline x vocab mesh of ranks.
 
-    Start it with torchrun; the number of ranks is pipeline x vocab:
+    Start it with torchrun; the number of ranks is data x pipeline x vocab:
 
         torchrun --nproc-per-node 4 -m launch.train --pipeline 2 --vocab 2
 
@@ -75,6 +75,8 @@ class TrainArguments(DataArguments):
     """Pipeline degree: over how many ranks the layers are spread."""
     vocab: int = 2
     """Vocab degree: over how many ranks of the last stage the classifier's rows are spread."""
+    data: int = 1
+    """Data degree: how many copies of the mesh train on sequences of their own."""
     vocab_over: Literal["last-stage", "all-stages"] = "last-stage"
     """Which ranks hold the rows of classifier and embedding: with all-stages every rank does."""
     rows: Literal["balanced", "filled"] = "balanced"
@@ -93,7 +95,7 @@ class TrainArguments(DataArguments):
     steps: int = 30
     """Optimizer steps."""
     batch: int = 8
-    """Sequences of one optimizer step over all columns; a multiple of vocab x microbatches x
+    """Sequences of one optimizer step over all columns; a multiple of data x vocab x microbatches x
     accumulate."""
     sequence: int = 128
     """Tokens of one sequence."""
@@ -173,13 +175,19 @@ class TrainArguments(DataArguments):
     @property
     def world(self) -> int:
         """How many ranks the mesh has."""
-        return self.pipeline * self.vocab
+        return self.pipeline * self.data * self.vocab
+
+    @property
+    def columns(self) -> int:
+        """Over how many pipelines the sequences of a batch are spread."""
+        return self.data * self.vocab
 
     def validate(self) -> None:
         """Raise ValueError for values that cannot be combined; the same on every rank."""
         for name in [
             "pipeline",
             "vocab",
+            "data",
             "steps",
             "batch",
             "sequence",
@@ -228,20 +236,23 @@ class TrainArguments(DataArguments):
         if (self.eval_text is None) != (self.eval_every == 0):
             raise ValueError("--eval-every N and --eval-text FILE need one another: give both")
         self._validate_model()
-        pieces = self.vocab * self.microbatches * self.accumulate
+        pieces = self.columns * self.microbatches * self.accumulate
         if self.batch % pieces:
+            data, copies = ("data x ", f"{self.data} x ") if self.data > 1 else ("", "")
             raise ValueError(
-                f"--batch must be a multiple of vocab x microbatches x accumulate = {self.vocab} "
-                f"x {self.microbatches} x {self.accumulate} = {pieces}, got {self.batch}"
+                f"--batch must be a multiple of {data}vocab x microbatches x accumulate = "
+                f"{copies}{self.vocab} x {self.microbatches} x {self.accumulate} = {pieces}, got "
+                f"{self.batch}"
             )
 
     def validate_ranks(self, ranks: int) -> None:
         """Raise ValueError where the mesh has another number of ranks than torchrun started."""
         if ranks != self.world:
+            data = f" x --data {self.data}" if self.data > 1 else ""
             raise ValueError(
-                f"--pipeline {self.pipeline} x --vocab {self.vocab} is a mesh of {self.world} "
-                f"ranks, but torchrun started {ranks}: give it --nproc-per-node {self.world}, or "
-                f"choose another mesh"
+                f"--pipeline {self.pipeline} x --vocab {self.vocab}{data} is a mesh of "
+                f"{self.world} ranks, but torchrun started {ranks}: give it --nproc-per-node "
+                f"{self.world}, or choose another mesh"
             )
 
     def validate_paths(self) -> None:

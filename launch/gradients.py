@@ -1,4 +1,4 @@
-"""Gradients of the replicated body, summed over the ranks that share it."""
+"""Gradients of what is replicated, summed over the ranks that share it."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator

@@ -29,8 +29,7 @@ def score_pipeline(pipeline: Pipeline, batches: Batches, microbatches: int) -> T
     pipeline.stages.eval()
     total = None
     for batch in batches:
-        own = batch.chunk(groups.column_degree)[groups.column_rank]
-        for piece in own.chunk(microbatches):
+        for piece in pipeline.column_of(batch).chunk(microbatches):
             scores = _score(pipeline, piece.to(device))
             if scores is not None:
                 total = scores if total is None else total + scores
@@ -38,7 +37,8 @@ def score_pipeline(pipeline: Pipeline, batches: Batches, microbatches: int) -> T
     if total is None:
         return None
     sums = torch.stack([total.nll, total.correct, total.count])
-    dist.all_reduce(sums, group=groups.columns_group)
+    for group in filter(None, (groups.columns_group, groups.data_group)):
+        dist.all_reduce(sums, group=group)
     return TokenScores(*sums.unbind())
 
 

@@ -1,4 +1,4 @@
-"""Train a model on a pipeline x vocab mesh, on every rank."""
+"""Train a model on a data x pipeline x vocab mesh, on every rank."""
 
 import math
 import sys
@@ -65,6 +65,7 @@ def run(arguments: TrainArguments, device: torch.device) -> bool:
     groups = build_stage_groups(
         arguments.pipeline,
         arguments.vocab,
+        data=arguments.data,
         device_type=device.type,
         vocab_over="all_stages" if arguments.vocab_over == "all-stages" else "last_stage",
     )
@@ -97,7 +98,7 @@ def run(arguments: TrainArguments, device: torch.device) -> bool:
         if batches.starts is not None:
             refuse_to_look_across(pipeline.stages)
     if compiles(arguments, device):
-        pieces = groups.column_degree * arguments.accumulate * arguments.microbatches
+        pieces = arguments.columns * arguments.accumulate * arguments.microbatches
         warm_up(pipeline.stages, batches[0].chunk(pieces)[0])
     trained = train(arguments, pipeline, batches, held_out, device)
     reports = _gather_reports(groups, trained, device)
@@ -135,11 +136,11 @@ def train(
                 trained.first_step = checkpoints.resume()
             else:
                 checkpoints.begin()
-    shown = pipeline.has_last and groups.column_rank == 0
+    shown = pipeline.has_last and groups.column_rank == 0 and groups.data_rank == 0
     progress = Progress(arguments, pipeline.config, trained.first_step, device) if shown else None
     readings = Readings(device)
     for step in range(trained.first_step, arguments.steps):
-        own = batches[step].chunk(groups.column_degree)[groups.column_rank]
+        own = pipeline.column_of(batches[step])
         done, last = step + 1, step + 1 == arguments.steps
         scores_now = held_out is not None and (last or done % arguments.eval_every == 0)
         learning_rate.set(optimizer, step)
@@ -180,14 +181,18 @@ def _run_step(
 
     Off the last stage, where no loss is, the norm stands for it too.
     """
-    pipeline = trained.pipeline
+    pipeline, groups = trained.pipeline, trained.pipeline.groups
     loss = pipeline.accumulate(batch, arguments.accumulate)
-    sum_gradients(pipeline.body(), pipeline.groups.columns_group)
+    if loss is not None and groups.data_degree > 1:
+        dist.all_reduce(loss, group=groups.data_group)
+    sum_gradients(pipeline.body(), groups.columns_group)
+    if groups.data_group is not None:
+        sum_gradients(pipeline.parameters(), groups.data_group)
     if pipeline.tied is not None:
         pipeline.tied.sum_gradients()
-    if step == 0 and arguments.check:
+    if step == 0 and arguments.check and groups.data_rank == 0:
         trained.first_gradients = named_gradients(pipeline.stages)
-    norm = clip_grad_norm_(pipeline.stages, arguments.clip_norm or math.inf, pipeline.groups)
+    norm = clip_grad_norm_(pipeline.stages, arguments.clip_norm or math.inf, groups)
     optimizer.step()
     optimizer.zero_grad()
     return torch.stack([norm if loss is None else loss.float(), norm])

@@ -87,6 +87,12 @@ class Pipeline:
         """Return all that this rank trains."""
         return self.stages.parameters()
 
+    def column_of(self, batch: Batch) -> Batch:
+        """Return this column's sequences of a batch."""
+        groups = self.groups
+        column = groups.data_rank * groups.column_degree + groups.column_rank
+        return batch.chunk(groups.data_degree * groups.column_degree)[column]
+
     def body(self) -> list[nn.Parameter]:
         """Return what every column has a replica of: all but rows of the vocabulary."""
         rows = vocabulary_rows(self.stages)
@@ -95,12 +101,12 @@ class Pipeline:
     def accumulate(self, batch: Batch, pieces: int) -> Tensor | None:
         """Run forward and backward over this column's sequences [b, T], in schedule steps.
 
-        Gradients and the returned loss are those of the mean over all valid tokens of all
-        columns, however the sequences are cut; the loss is None off the last stage. Does not
-        wait for a GPU.
+        Gradients are of the mean over all valid tokens of the mesh, however the sequences are cut,
+        and add up over the columns and the data axis. The returned loss is its columns' part of
+        it, and adds up over the data axis; None off the last stage. Does not wait for a GPU.
         """
         if self.head is not None:
-            columns = [self.groups.columns_group]
+            columns = [self.groups.columns_group, self.groups.data_group]
             self.loss.num_valid_tokens = count_valid_tokens(batch.labels, columns, shift=1)
         losses: list[Tensor] = []
         for piece in batch.chunk(pieces):

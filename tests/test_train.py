@@ -56,6 +56,10 @@ def check_log(out: Path, traces: int) -> None:
 RUNS = [
     pytest.param(1, 3, "1F1B --microbatches 1", marks=pytest.mark.slow),
     (2, 2, "InterleavedZeroBubble --microbatches 2 --accumulate 2 --clip-norm 0.5 --profile"),
+    (1, 2, "1F1B --microbatches 2 --clip-norm 0.5 --data 2"),
+    pytest.param(
+        2, 1, "1F1B --microbatches 2 --data 2 --vocab-over all-stages", marks=pytest.mark.slow
+    ),
     (
         2,
         1,
@@ -73,10 +77,11 @@ RUNS = [
 def test_equals_one_process(pipeline: int, vocab: int, schedule: str, tmp_path: Path) -> None:
     """Also where 151,936 rows over 3 ranks do not divide, and however the batch is cut."""
     mesh = f"--pipeline {pipeline} --vocab {vocab} --schedule {schedule}".split()
+    data = 2 if "--data" in mesh else 1
     if mesh[-1] == "--profile":
         mesh.append(str(tmp_path / "traces"))
     code, output = torchrun(
-        pipeline * vocab,
+        pipeline * data * vocab,
         [
             "-m",
             "launch.train",
@@ -99,7 +104,7 @@ def test_equals_one_process(pipeline: int, vocab: int, schedule: str, tmp_path: 
     assert max(run["check"]["losses"]) <= 1e-5
     assert max(run["check"]["gradients"].values()) <= 1e-4
     held = [rank["rows"] for rank in run["ranks"] if rank["rows"][1] > rank["rows"][0]]
-    assert len(held) == (pipeline * vocab if "all-stages" in schedule else vocab)
+    assert len(held) == data * (pipeline * vocab if "all-stages" in schedule else vocab)
     assert sorted(held)[-1][1] == 151_936
     assert (tmp_path / "loss.png").stat().st_size > 1000
 
