@@ -4,6 +4,7 @@ Nothing here imports torch or transformers: ``--help`` answers at once.
 """
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -58,9 +59,9 @@ _SPLIT = ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
 
 @dataclass(frozen=True)
 class TrainArguments(DataArguments):
-    """Train a Qwen3 model on text, on a pipeline x vocab mesh of ranks.
+    """Train a Qwen3 model on text, on a data x pipeline x vocab mesh of ranks.
 
-    Start it with torchrun; the number of ranks is pipeline x vocab:
+    Start it with torchrun; the number of ranks is data x pipeline x vocab:
 
         torchrun --nproc-per-node 4 -m launch.train --pipeline 2 --vocab 2
 
@@ -74,6 +75,8 @@ class TrainArguments(DataArguments):
     """Pipeline degree: over how many ranks the layers are spread."""
     vocab: int = 2
     """Vocab degree: over how many ranks of the last stage the classifier's rows are spread."""
+    data: int = 1
+    """Data degree: how many copies of the mesh train on sequences of their own."""
     vocab_over: Literal["last-stage", "all-stages"] = "last-stage"
     """Which ranks hold the rows of classifier and embedding: with all-stages every rank does."""
     rows: Literal["balanced", "filled"] = "balanced"
@@ -92,7 +95,7 @@ class TrainArguments(DataArguments):
     steps: int = 30
     """Optimizer steps."""
     batch: int = 8
-    """Sequences of one optimizer step over all columns; a multiple of vocab x microbatches x
+    """Sequences of one optimizer step over all columns; a multiple of data x vocab x microbatches x
     accumulate."""
     sequence: int = 128
     """Tokens of one sequence."""
@@ -101,7 +104,15 @@ class TrainArguments(DataArguments):
     accumulate: int = 1
     """Schedule steps whose gradients add up to one optimizer step."""
     learning_rate: float = 3e-3
-    """Learning rate of AdamW, constant."""
+    """Learning rate of AdamW, the largest where it has a schedule."""
+    learning_rate_schedule: Literal["constant", "linear", "cosine", "inverse_sqrt"] = "constant"
+    """How the learning rate decays to the last step, as transformers' get_scheduler has it."""
+    warmup: int = 0
+    """Steps in which the learning rate rises from 0."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Of AdamW's two averages."""
+    weight_decay: float = 0.01
+    """Of AdamW, for matrices alone: norms and biases do not decay."""
     clip_norm: float | None = None
     """Clip the norm of the whole model's gradient to this; by default it is left alone."""
     seed: int = 0
@@ -118,7 +129,13 @@ class TrainArguments(DataArguments):
     vocabulary: int = 151_936
     """Rows of the classifier and of the embedding; at least the tokenizer's largest id + 1."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of weights, activations and optimizer state."""
+    """Of weights, activations and gradients."""
+    float32_weights: bool = True
+    """With --dtype bfloat16, let AdamW train float32 copies of the weights, with float32 moments;
+    without them small updates are lost in rounding."""
+    compile: Literal["auto", "yes", "no"] = "auto"
+    """Compile the decoder layers with torch.compile; auto is yes on a GPU with triton, but for
+    schedules that split the backward."""
 
     checkpoint: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
     """Save checkpoints here, which load on any mesh; the two newest are kept. A folder that has
@@ -134,7 +151,19 @@ class TrainArguments(DataArguments):
     """Of the exported weights; auto is that of the --model folder, else --dtype."""
 
     out: Path = Path("runs/train")
-    """Folder for the loss curve (loss.png) and the numbers (run.json)."""
+    """Folder for the loss curve (loss.png), the numbers (run.json) and a line a step
+    (log.jsonl)."""
+    log: Literal["tensorboard", "wandb"] | None = None
+    """Where the lines of log.jsonl in --out go besides."""
+    eval_every: int = 0
+    """Score --eval-text after every so many steps and after the last one; 0 is never."""
+    eval_text: Annotated[Path | None, tyro.conf.arg(metavar="FILE_OR_FOLDER")] = None
+    """What is scored: as --text, and no part of it."""
+    eval_batches: int = 8
+    """Batches of --batch sequences to score."""
+    profile: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """Trace one step, the fifth or the last, and write a rank-N.json here for each rank, which
+    chrome://tracing and Perfetto open."""
     check: bool = False
     """Run the first five steps again in one process, unsharded, and compare: losses to 1e-5,
     the classifier's and every body gradient of step 1 to 1e-4 by relative norm."""
@@ -142,15 +171,26 @@ class TrainArguments(DataArguments):
     """Seconds after which a rank gives up waiting for another."""
 
     @property
+    def splits_backward(self) -> bool:
+        """Whether the schedule runs the two halves of a backward apart."""
+        return self.schedule in _SPLIT
+
+    @property
     def world(self) -> int:
         """How many ranks the mesh has."""
-        return self.pipeline * self.vocab
+        return self.pipeline * self.data * self.vocab
+
+    @property
+    def columns(self) -> int:
+        """Over how many pipelines the sequences of a batch are spread."""
+        return self.data * self.vocab
 
     def validate(self) -> None:
         """Raise ValueError for values that cannot be combined; the same on every rank."""
         for name in [
             "pipeline",
             "vocab",
+            "data",
             "steps",
             "batch",
             "sequence",
@@ -160,20 +200,17 @@ class TrainArguments(DataArguments):
             "hidden",
             "vocabulary",
             "loss_memory",
+            "eval_batches",
         ]:
             value = getattr(self, name)
             if value < 1:
-                raise ValueError(f"--{name} must be at least 1, got {value}")
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
         if self.sequence < 2:
             raise ValueError(
                 f"--sequence must be at least 2, to predict a token, got {self.sequence}"
             )
-        if self.learning_rate < 0:
-            raise ValueError(f"--learning-rate must be at least 0, got {self.learning_rate}")
         if self.timeout <= 0:
             raise ValueError(f"--timeout must be positive seconds, got {self.timeout}")
-        if self.clip_norm is not None and self.clip_norm <= 0:
-            raise ValueError(f"--clip-norm must be positive, got {self.clip_norm}")
         if self.checkpoint_every < 0:
             raise ValueError(f"--checkpoint-every must be at least 0, got {self.checkpoint_every}")
         if self.checkpoint is None and (self.resume or self.checkpoint_every):
@@ -187,7 +224,12 @@ class TrainArguments(DataArguments):
                 f"--schedule {self.schedule} cannot let all stages carry the vocabulary: use 1F1B, "
                 f"Interleaved1F1B, LoopedBFS, InterleavedZeroBubble or ZBVZeroBubble"
             )
-        if self.recompute != "none" and self.schedule in _SPLIT:
+        if self.compile == "yes" and self.splits_backward:
+            raise ValueError(
+                f"--compile yes makes one function of a layer's backward, whose halves --schedule "
+                f"{self.schedule} runs apart: use 1F1B, Interleaved1F1B, GPipe or LoopedBFS"
+            )
+        if self.recompute != "none" and self.splits_backward:
             raise ValueError(
                 f"--recompute {self.recompute} would run layers in both halves of a backward, "
                 f"which --schedule {self.schedule} splits: use 1F1B, Interleaved1F1B, GPipe or "
@@ -195,30 +237,58 @@ class TrainArguments(DataArguments):
             )
         if self.rows == "filled" and self.vocab_over == "last-stage":
             raise ValueError("--rows filled is of --vocab-over all-stages: give that too")
+        self._validate_optimizer()
+        if (self.eval_text is None) != (self.eval_every == 0):
+            raise ValueError("--eval-every N and --eval-text FILE need one another: give both")
         self._validate_model()
-        pieces = self.vocab * self.microbatches * self.accumulate
+        pieces = self.columns * self.microbatches * self.accumulate
         if self.batch % pieces:
+            data, copies = ("data x ", f"{self.data} x ") if self.data > 1 else ("", "")
             raise ValueError(
-                f"--batch must be a multiple of vocab x microbatches x accumulate = {self.vocab} "
-                f"x {self.microbatches} x {self.accumulate} = {pieces}, got {self.batch}"
+                f"--batch must be a multiple of {data}vocab x microbatches x accumulate = "
+                f"{copies}{self.vocab} x {self.microbatches} x {self.accumulate} = {pieces}, got "
+                f"{self.batch}"
             )
 
     def validate_ranks(self, ranks: int) -> None:
         """Raise ValueError where the mesh has another number of ranks than torchrun started."""
         if ranks != self.world:
+            data = f" x --data {self.data}" if self.data > 1 else ""
             raise ValueError(
-                f"--pipeline {self.pipeline} x --vocab {self.vocab} is a mesh of {self.world} "
-                f"ranks, but torchrun started {ranks}: give it --nproc-per-node {self.world}, or "
-                f"choose another mesh"
+                f"--pipeline {self.pipeline} x --vocab {self.vocab}{data} is a mesh of "
+                f"{self.world} ranks, but torchrun started {ranks}: give it --nproc-per-node "
+                f"{self.world}, or choose another mesh"
             )
 
     def validate_paths(self) -> None:
         """See `DataArguments.validate_paths`; the model's folder and --export too."""
         super().validate_paths()
+        if self.eval_text is not None:
+            find_source(self.eval_text)
+        if self.log is not None and find_spec(self.log) is None:
+            raise ValueError(
+                f"--log {self.log} needs the package {self.log}: pip install {self.log}, or leave "
+                f"it out; log.jsonl in --out has the same lines"
+            )
         if self.model is not None:
             find_model(self.model)
         if self.export is not None and self.export.exists() and any(self.export.iterdir()):
             raise ValueError(f"--export {self.export} is not empty: give a new folder")
+
+    def _validate_optimizer(self) -> None:
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ValueError(f"--clip-norm must be positive, got {self.clip_norm}")
+        for name in ("learning_rate", "weight_decay", "warmup", "eval_every"):
+            value = getattr(self, name)
+            if not value >= 0:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 0, got {value}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"--betas must be in [0, 1), got {self.betas[0]} {self.betas[1]}")
+        if self.warmup > self.steps:
+            raise ValueError(
+                f"--warmup {self.warmup} is more than --steps {self.steps}: the learning rate "
+                f"would never be reached"
+            )
 
     def _validate_model(self) -> None:
         if self.model is None:

@@ -13,6 +13,7 @@ from launch.arguments import TrainArguments
 from launch.data.batches import IGNORED, Batch, Batches
 from launch.gradients import named_gradients
 from launch.model import CLASSIFIER, EMBEDDING, Stage, build_stage
+from launch.optimizer import AdamW, LearningRate
 from launch.training_pipeline import model_of
 from vocab_parallel.logit_settings import LogitSettings, logit_settings
 
@@ -61,7 +62,7 @@ def compare_with_one_process(
     config, source = model_of(arguments)
     model = build_stage(config, source, 0, 1, None, device=device, dtype=torch.float32)
     settings = logit_settings(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.learning_rate, fused=True)
+    optimizer, learning_rate = AdamW.of(arguments, model.parameters()), LearningRate(arguments)
     expected_losses = []
     gradient_differences: dict[str, float] = {}
     for step in trange(steps, desc="checking in one process", unit="step"):
@@ -77,6 +78,7 @@ def compare_with_one_process(
             }
         if arguments.clip_norm is not None:
             nn.utils.clip_grad_norm_(model.parameters(), arguments.clip_norm)
+        learning_rate.set(optimizer, step)
         optimizer.step()
         optimizer.zero_grad()
     comparison = Comparison(

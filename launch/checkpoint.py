@@ -21,6 +21,7 @@ from torch.distributed import ProcessGroup
 
 from launch.arguments import TrainArguments
 from launch.model import CLASSIFIER, EMBEDDING, vocabulary_rows
+from launch.optimizer import AdamW
 from launch.training_pipeline import Pipeline
 from vocab_parallel import rows_for_checkpoint
 
@@ -45,7 +46,7 @@ class Checkpoints:
 
     Args:
         arguments: of the run; its ``checkpoint`` is the folder.
-        pipeline, optimizer: what is saved and loaded; AdamW.
+        pipeline, optimizer: what is saved and loaded; of weights with float32 copies, these.
         group: of all ranks, on the CPU, used by nothing else: a save talks over it in the
             background.
     """
@@ -54,7 +55,7 @@ class Checkpoints:
         self,
         arguments: TrainArguments,
         pipeline: Pipeline,
-        optimizer: torch.optim.Optimizer,
+        optimizer: AdamW,
         group: ProcessGroup,
     ) -> None:
         assert arguments.checkpoint is not None
@@ -128,6 +129,7 @@ class Checkpoints:
             )
         self._make_moments()
         dcp.load(self._state(), checkpoint_id=str(newest), process_group=self._group)
+        self._optimizer.round_copies()
         return int(run["step"])
 
     def _identity(self) -> dict[str, Any]:
@@ -152,9 +154,10 @@ class Checkpoints:
         for name, parameter in self._pipeline.stages.named_parameters():
             if self._pipeline.tied is not None and name == CLASSIFIER:
                 name = EMBEDDING  # one weight, whichever end holds it
-            moments = self._optimizer.state[parameter]
+            trained = self._optimizer.trained(parameter)
+            moments = self._optimizer.state[trained]
             for role, tensor in (
-                ("model", parameter.detach()),
+                ("model", trained.detach()),
                 *((moment, moments[moment]) for moment in (*_MOMENTS, "step")),
             ):
                 owner = owners.get(id(parameter)) if role != "step" else None

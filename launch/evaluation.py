@@ -5,6 +5,7 @@ import json
 import torch
 import torch.distributed as dist
 from rich.console import Console
+from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
 from tqdm import tqdm
 
@@ -17,8 +18,8 @@ from launch.runtime import process_group
 from launch.training_pipeline import model_of
 from launch.weights import say_random
 from stage_groups import build_stage_groups
-from vocab_parallel import TokenScores, score_tokens
-from vocab_parallel.logit_settings import logit_settings
+from vocab_parallel import TokenScores, VocabParallelClassifier, score_tokens
+from vocab_parallel.logit_settings import LogitSettings, logit_settings
 
 
 @record
@@ -57,22 +58,33 @@ def evaluate(arguments: EvaluateArguments, device: torch.device) -> TokenScores:
     head, total = stage.lm_head, None
     for batch in tqdm(batches, desc="scoring", disable=dist.get_rank() != 0):
         own = batch.chunk(ranks)[dist.get_rank()].to(device)
-        scores = score_tokens(
-            # logit_settings never gives both, and the classifier has no bias: without a softcap
-            # the scale of the logits is that of the hidden states.
-            stage.hidden_states(own.ids, own.position_ids) / settings["temperature"],
-            head.weight,
-            own.labels,
-            softcap=settings["softcap"],
-            shift=1,
-            vocab_parallel_options=head.options,
-            hidden_layout="sharded",
-        )
+        hidden = stage.hidden_states(own.ids, own.position_ids)
+        scores = score_hidden(hidden, own.labels, head, settings)
         total = scores if total is None else total + scores
     assert total is not None
     sums = torch.stack([total.nll, total.correct, total.count])
     dist.all_reduce(sums)
     return TokenScores(*sums.unbind())
+
+
+def score_hidden(
+    hidden: Tensor, labels: Tensor, head: VocabParallelClassifier, settings: LogitSettings
+) -> TokenScores:
+    """Score hidden states [b, T, D] against labels [b, T], other ones on every rank.
+
+    All ranks of the classifier's group call it, with equally many tokens.
+    """
+    return score_tokens(
+        # logit_settings never gives both, and the classifier has no bias: without a softcap
+        # the scale of the logits is that of the hidden states.
+        hidden / settings["temperature"],
+        head.weight,
+        labels,
+        softcap=settings["softcap"],
+        shift=1,
+        vocab_parallel_options=head.options,
+        hidden_layout="sharded",
+    )
 
 
 def _report(scores: TokenScores) -> None:

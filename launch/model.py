@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from transformers import PretrainedConfig
 
+from launch.attention import document_mask, leave_out_masks
 from launch.planning.balance import layer_counts
 from launch.planning.shape import ModelShape
 from launch.weights import WeightSource
@@ -44,14 +45,20 @@ class Stage(nn.Module):
         super().__init__()
         self.model = model
         self.lm_head = lm_head
+        self.makes_masks = leave_out_masks(model)
 
     def hidden_states(self, inputs: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """Run the stage's layers."""
         embedding = self.model.embed_tokens
         given = embedding is None or inputs.is_floating_point()
-        hidden = inputs if given else embedding(inputs)
+        # Contiguous, so that what a schedule infers shapes with has the layout of what it runs:
+        # compiled layers have a graph for each.
+        hidden = inputs.contiguous() if given else embedding(inputs)
+        mask = None
+        if self.makes_masks and position_ids is not None:
+            mask = document_mask(position_ids)
         result: Tensor = self.model(
-            inputs_embeds=hidden, position_ids=position_ids, use_cache=False
+            inputs_embeds=hidden, attention_mask=mask, position_ids=position_ids, use_cache=False
         ).last_hidden_state
         return result
 

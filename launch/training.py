@@ -1,25 +1,30 @@
-"""Train a model on a pipeline x vocab mesh, on every rank."""
+"""Train a model on a data x pipeline x vocab mesh, on every rank."""
 
+import math
 import sys
-import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
-from tqdm import tqdm
 
 from launch.arguments import TrainArguments
 from launch.check import compare_with_one_process
 from launch.checkpoint import Checkpoints
 from launch.command import raised_on_all
-from launch.data.batches import Batches
+from launch.data.batches import Batch, Batches
 from launch.data.load import load_batches
 from launch.export import export_model
 from launch.gradients import named_gradients, sum_gradients
+from launch.held_out import score_pipeline
+from launch.layers import compiles, warm_up
 from launch.model import CLASSIFIER, EMBEDDING
+from launch.optimizer import AdamW, LearningRate
 from launch.packing import refuse_to_look_across
+from launch.profiling import traced, traces
+from launch.progress import Progress
+from launch.readings import Reading, Readings
 from launch.report import RankReport, print_ranks, write_run
 from launch.runtime import peak_memory, process_group
 from launch.training_pipeline import Pipeline, build_pipeline, model_of
@@ -38,6 +43,12 @@ class Trained:
     seconds: list[float] = field(default_factory=list)  # a step each
     first_gradients: dict[str, Tensor] = field(default_factory=dict)  # of step 1, for --check
 
+    def take(self, reading: Reading) -> None:
+        """Keep what a step took, and its loss where this rank has it."""
+        self.seconds.append(reading.seconds)
+        if self.pipeline.has_last:
+            self.losses.append(reading.values[0])
+
 
 @record
 def start(arguments: TrainArguments) -> None:
@@ -53,6 +64,7 @@ def run(arguments: TrainArguments, device: torch.device) -> bool:
     groups = build_stage_groups(
         arguments.pipeline,
         arguments.vocab,
+        data=arguments.data,
         device_type=device.type,
         vocab_over="all_stages" if arguments.vocab_over == "all-stages" else "last_stage",
     )
@@ -67,6 +79,16 @@ def run(arguments: TrainArguments, device: torch.device) -> bool:
             vocabulary=config.vocab_size,
             model=arguments.model,
         )
+        held_out = None
+        if arguments.eval_text is not None:
+            held_out = load_batches(
+                replace(arguments, text=arguments.eval_text),
+                steps=arguments.eval_batches,
+                batch=arguments.batch,
+                sequence=arguments.sequence,
+                vocabulary=config.vocab_size,
+                model=arguments.model,
+            )
     if dist.get_rank() == 0:
         say_random(arguments.model, source)
     with raised_on_all():
@@ -74,7 +96,10 @@ def run(arguments: TrainArguments, device: torch.device) -> bool:
     with raised_on_all():
         if batches.starts is not None:
             refuse_to_look_across(pipeline.stages)
-    trained = train(arguments, pipeline, batches, device)
+    if compiles(arguments, device):
+        pieces = arguments.columns * arguments.accumulate * arguments.microbatches
+        warm_up(pipeline.stages, batches[0].chunk(pieces)[0])
+    trained = train(arguments, pipeline, batches, held_out, device)
     reports = _gather_reports(groups, trained, device)
     passed = torch.ones((), dtype=torch.int32, device=device)
     joined = _gather_gradients(trained) if arguments.check else None
@@ -94,11 +119,16 @@ def run(arguments: TrainArguments, device: torch.device) -> bool:
 
 
 def train(
-    arguments: TrainArguments, pipeline: Pipeline, batches: Batches, device: torch.device
+    arguments: TrainArguments,
+    pipeline: Pipeline,
+    batches: Batches,
+    held_out: Batches | None,
+    device: torch.device,
 ) -> Trained:
-    """Run the training loop of one rank."""
+    """Run the training loop of one rank; the host waits for no step but the one before."""
     groups = pipeline.groups
-    optimizer = torch.optim.AdamW(pipeline.parameters(), lr=arguments.learning_rate, fused=True)
+    optimizer = AdamW.of(arguments, pipeline.parameters())
+    learning_rate = LearningRate(arguments)
     trained = Trained(pipeline)
     checkpoints = None
     if arguments.checkpoint is not None:
@@ -108,41 +138,62 @@ def train(
                 trained.first_step = checkpoints.resume()
             else:
                 checkpoints.begin()
-    shown = pipeline.has_last and groups.column_rank == 0
-    with tqdm(
-        total=arguments.steps,
-        initial=trained.first_step,
-        desc="training",
-        unit="step",
-        disable=not shown,
-    ) as progress:
-        for step in range(trained.first_step, arguments.steps):
-            batch = batches[step]
-            began = time.perf_counter()
-            own = batch.chunk(groups.column_degree)[groups.column_rank].to(device)
-            loss = pipeline.accumulate(own, arguments.accumulate)
-            sum_gradients(pipeline.body(), groups.columns_group)
-            if pipeline.tied is not None:
-                pipeline.tied.sum_gradients()
-            if step == 0 and arguments.check:
-                trained.first_gradients = named_gradients(pipeline.stages)
-            if arguments.clip_norm is not None:
-                clip_grad_norm_(pipeline.stages, arguments.clip_norm, groups)
-            optimizer.step()
-            optimizer.zero_grad()
-            trained.seconds.append(time.perf_counter() - began)
-            if loss is not None:
-                trained.losses.append(loss)
-                speed = batch.ids.numel() / trained.seconds[-1]
-                progress.set_postfix(loss=f"{loss:.3f}", tokens_s=f"{speed:.0f}")
-            progress.update()
-            if checkpoints is not None and _saves(arguments, step + 1):
-                checkpoints.save(step + 1)
+    shown = pipeline.has_last and groups.column_rank == 0 and groups.data_rank == 0
+    progress = Progress(arguments, pipeline.config, trained.first_step, device) if shown else None
+    readings = Readings(device)
+    for step in range(trained.first_step, arguments.steps):
+        own = pipeline.column_of(batches[step])
+        done, last = step + 1, step + 1 == arguments.steps
+        scores_now = held_out is not None and (last or done % arguments.eval_every == 0)
+        learning_rate.set(optimizer, step)
+        with traced(traces(arguments.profile, step, trained.first_step, arguments.steps), device):
+            readings.begin()
+            numbers = _run_step(arguments, trained, optimizer, own.to(device), step)
+            read = [readings.end(done, numbers)]
+        if last or scores_now:
+            read.append(readings.finish())
+        for reading in filter(None, read):
+            trained.take(reading)
+            if progress is not None:
+                progress.show(reading, learning_rate(reading.step - 1))
+        if scores_now:
+            assert held_out is not None
+            scores = score_pipeline(pipeline, held_out, arguments.microbatches)
+            if progress is not None and scores is not None:
+                progress.show_scores(done, scores)
+        if checkpoints is not None and _saves(arguments, done):
+            checkpoints.save(done)
+    if progress is not None:
+        progress.close()
     if checkpoints is not None:
         checkpoints.finish()
     if arguments.export is not None:
         export_model(pipeline, arguments)
     return trained
+
+
+def _run_step(
+    arguments: TrainArguments, trained: Trained, optimizer: AdamW, batch: Batch, step: int
+) -> Tensor:
+    """Queue one optimizer step over this column's batch; return loss and gradient norm [2].
+
+    Off the last stage, where no loss is, the norm stands for it too.
+    """
+    pipeline, groups = trained.pipeline, trained.pipeline.groups
+    loss = pipeline.accumulate(batch, arguments.accumulate)
+    if loss is not None and groups.data_degree > 1:
+        dist.all_reduce(loss, group=groups.data_group)
+    sum_gradients(pipeline.body(), groups.columns_group)
+    if groups.data_group is not None:
+        sum_gradients(pipeline.parameters(), groups.data_group)
+    if pipeline.tied is not None:
+        pipeline.tied.sum_gradients()
+    if step == 0 and arguments.check and groups.data_rank == 0:
+        trained.first_gradients = named_gradients(pipeline.stages)
+    norm = clip_grad_norm_(pipeline.stages, arguments.clip_norm or math.inf, groups)
+    optimizer.step()
+    optimizer.zero_grad()
+    return torch.stack([norm if loss is None else loss.float(), norm])
 
 
 def _saves(arguments: TrainArguments, step: int) -> bool:

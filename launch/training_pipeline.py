@@ -19,11 +19,13 @@ from launch.arguments import TrainArguments
 from launch.command import raised_on_all
 from launch.configs import config_of_sizes, load_config
 from launch.data.batches import Batch
+from launch.layers import compiles, prepare_layers
 from launch.model import EMBEDDING, SpanningRows, Stage, build_stage, vocabulary_rows
 from launch.spanning import SpanningPlan, spanning_plan
 from launch.weights import FolderWeights, RandomWeights, WeightSource
 from launch.whole import model_without_memory
 from stage_groups import StageGroups, StageStyle
+from stage_groups.placement import stages_of_rank
 from vocab_parallel import (
     CCEPipelineLoss,
     SpanningSchedule,
@@ -33,7 +35,7 @@ from vocab_parallel import (
     no_loss,
     validate_pipeline_loss,
 )
-from vocab_parallel.logit_settings import logit_settings, refuse_other_losses
+from vocab_parallel.logit_settings import LogitSettings, logit_settings, refuse_other_losses
 
 
 class StageList(nn.ModuleList):
@@ -51,6 +53,7 @@ class Pipeline:
 
     Attributes:
         indices: of the stages that it runs.
+        owners: the pipeline rank of each stage.
         stages: their modules, in that order.
         schedule: of torch.distributed.pipelining.
         loss: a CCEPipelineLoss on ranks with rows of the classifier.
@@ -58,11 +61,13 @@ class Pipeline:
         has_last: whether this rank runs the last stage.
         groups: the mesh.
         config: of the model.
+        settings: what the model does to its logits.
         tied: the two ends of a tied weight, or None.
         bytes_read: from the model's folder.
     """
 
     indices: list[int]
+    owners: list[int]
     stages: StageList
     schedule: Any
     loss: Any
@@ -70,6 +75,7 @@ class Pipeline:
     has_last: bool
     groups: StageGroups
     config: PretrainedConfig
+    settings: LogitSettings
     tied: TiedRows | None
     bytes_read: int
 
@@ -82,19 +88,26 @@ class Pipeline:
         """Return all that this rank trains."""
         return self.stages.parameters()
 
+    def column_of(self, batch: Batch) -> Batch:
+        """Return this column's sequences of a batch."""
+        groups = self.groups
+        column = groups.data_rank * groups.column_degree + groups.column_rank
+        return batch.chunk(groups.data_degree * groups.column_degree)[column]
+
     def body(self) -> list[nn.Parameter]:
         """Return what every column has a replica of: all but rows of the vocabulary."""
         rows = vocabulary_rows(self.stages)
         return [parameter for parameter in self.parameters() if id(parameter) not in rows]
 
-    def accumulate(self, batch: Batch, pieces: int) -> float | None:
+    def accumulate(self, batch: Batch, pieces: int) -> Tensor | None:
         """Run forward and backward over this column's sequences [b, T], in schedule steps.
 
-        Gradients and the returned loss are those of the mean over all valid tokens of all
-        columns, however the sequences are cut; the loss is None off the last stage.
+        Gradients are of the mean over all valid tokens of the mesh, however the sequences are cut,
+        and add up over the columns and the data axis. The returned loss is its columns' part of
+        it, and adds up over the data axis; None off the last stage. Does not wait for a GPU.
         """
         if self.head is not None:
-            columns = [self.groups.columns_group]
+            columns = [self.groups.columns_group, self.groups.data_group]
             self.loss.num_valid_tokens = count_valid_tokens(batch.labels, columns, shift=1)
         losses: list[Tensor] = []
         for piece in batch.chunk(pieces):
@@ -107,7 +120,7 @@ class Pipeline:
                 **piece.for_stages(),
             )
             losses += [loss.detach() for loss in of_piece]
-        return float(torch.stack(losses).sum()) if losses else None
+        return torch.stack(losses).sum() if losses else None
 
 
 def model_of(arguments: TrainArguments) -> tuple[PretrainedConfig, WeightSource]:
@@ -176,25 +189,33 @@ def build_pipeline(
             )
             for index in indices
         ]
+        compiled = compiles(arguments, device)
     for stage, index in zip(stages, indices, strict=True):
-        if arguments.recompute == "all" or (arguments.recompute == "first" and index == 0):
-            stage.model.gradient_checkpointing_enable({"use_reentrant": False})
+        recomputed = arguments.recompute == "all" or (arguments.recompute == "first" and index == 0)
+        prepare_layers(stage.model, compiled=compiled, recomputed=recomputed)
     head = next((stage.lm_head for stage in stages if stage.lm_head is not None), None)
     tied = None
     if config.tie_word_embeddings and plan is None:
         tied = _tie(stages, head, groups, v_shaped)
-    settings: dict[str, Any] = {**logit_settings(config), "impl": arguments.impl}
+    settings = logit_settings(config)
+    options: dict[str, Any] = {**settings, "impl": arguments.impl}
     if arguments.impl in ("auto", "chunked"):
-        settings["memory_budget"] = arguments.loss_memory * 2**20
-    loss = no_loss if head is None else CCEPipelineLoss(head, hidden_layout="sharded", **settings)
+        options["memory_budget"] = arguments.loss_memory * 2**20
+    loss = no_loss if head is None else CCEPipelineLoss(head, hidden_layout="sharded", **options)
     pipeline_stages = [
         PipelineStage(stage, index, num_stages, device, group=groups.pipeline_group)
         for stage, index in zip(stages, indices, strict=True)
     ]
     schedule = _schedule(arguments, groups, pipeline_stages, loss, stages, plan)
     validate_pipeline_loss(schedule, loss)
+    owners = {
+        stage: rank
+        for rank in range(arguments.pipeline)
+        for stage in stages_of_rank(rank, arguments.pipeline, num_stages, style)
+    }
     return Pipeline(
         indices,
+        [owners[stage] for stage in range(num_stages)],
         StageList(stages),
         schedule,
         loss,
@@ -202,6 +223,7 @@ def build_pipeline(
         num_stages - 1 in indices,
         groups,
         config,
+        settings,
         tied,
         source.bytes_read,
     )

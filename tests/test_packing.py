@@ -147,7 +147,8 @@ def check_schedules() -> None:
         loss = pipeline.accumulate(batches[0], 2)
         sum_gradients(pipeline.body(), groups.vocab_group)
         told: list[Any] = [None, None]
-        torch.distributed.all_gather_object(told, (loss, named_gradients(pipeline.stages)))
+        own = None if loss is None else float(loss)
+        torch.distributed.all_gather_object(told, (own, named_gradients(pipeline.stages)))
         gradients = told[0][1] | told[1][1]
         losses = [one for one, _ in told if one is not None]
         comparison = compare_with_one_process(arguments, batches, losses, gradients, device)

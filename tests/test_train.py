@@ -1,6 +1,7 @@
 """launch.train as torchrun starts it, on small models."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, get_scheduler
 
 from launch.arguments import TrainArguments
 from launch.configs import config_of_sizes, load_config
@@ -23,10 +24,48 @@ SMALL = [
 ]
 
 
+# The learning rate of the first step is 0: what is scored after it is what it trained on.
+OPTIMIZER = [
+    *("--learning-rate-schedule", "cosine", "--warmup", "2", "--betas", "0.8", "0.99"),
+    *("--weight-decay", "0.1"),
+]
+SCORES = [
+    *("--text", "LICENSE", "--eval-text", "LICENSE", "--eval-batches", "1", "--eval-every", "1"),
+]
+
+
+def check_log(out: Path, traces: int) -> None:
+    """A line a step, with the learning rates of transformers; the scores; a trace of each rank."""
+    losses = json.loads((out / "run.json").read_text())["losses"]
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [step for step in range(1, 7) for _ in "ab"]
+    lines, scored = lines[::2], lines[1::2]
+    assert [line["loss"] for line in lines] == losses
+    assert all(line["gradient_norm"] > 0 and line["tokens_per_second"] > 0 for line in lines)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=3e-3)
+    schedule = get_scheduler("cosine", optimizer, 2, 6)
+    for line in lines:
+        assert line["learning_rate"] == pytest.approx(schedule.get_last_lr()[0], abs=1e-12)
+        optimizer.step()
+        schedule.step()
+    assert scored[0]["eval_loss"] == pytest.approx(losses[0], rel=1e-5)
+    assert scored[-1]["eval_loss"] < scored[0]["eval_loss"]
+    assert len(list((out / "traces").glob("rank-*.json"))) == traces
+
+
 RUNS = [
     pytest.param(1, 3, "1F1B --microbatches 1", marks=pytest.mark.slow),
-    (2, 2, "InterleavedZeroBubble --microbatches 2 --accumulate 2 --clip-norm 0.5"),
-    (2, 1, "1F1B --vocab-over all-stages --accumulate 2 --microbatches 4 --recompute all"),
+    (2, 2, "InterleavedZeroBubble --microbatches 2 --accumulate 2 --clip-norm 0.5 --profile"),
+    (1, 2, "1F1B --microbatches 2 --clip-norm 0.5 --data 2"),
+    pytest.param(
+        2, 1, "1F1B --microbatches 2 --data 2 --vocab-over all-stages", marks=pytest.mark.slow
+    ),
+    (
+        2,
+        1,
+        "1F1B --vocab-over all-stages --accumulate 2 --microbatches 4 --recompute all "
+        "--compile yes",
+    ),
     *(
         pytest.param(2, 1, f"{name} --microbatches 4 --accumulate 2", marks=pytest.mark.slow)
         for name in ("GPipe", "Interleaved1F1B", "LoopedBFS", "ZBVZeroBubble", "DualPipeV")
@@ -38,12 +77,26 @@ RUNS = [
 def test_equals_one_process(pipeline: int, vocab: int, schedule: str, tmp_path: Path) -> None:
     """Also where 151,936 rows over 3 ranks do not divide, and however the batch is cut."""
     mesh = f"--pipeline {pipeline} --vocab {vocab} --schedule {schedule}".split()
+    data = 2 if "--data" in mesh else 1
+    if mesh[-1] == "--profile":
+        mesh.append(str(tmp_path / "traces"))
     code, output = torchrun(
-        pipeline * vocab,
-        ["-m", "launch.train", *SMALL, *mesh, "--check", "--out", str(tmp_path)],
-        timeout=120,
+        pipeline * data * vocab,
+        [
+            "-m",
+            "launch.train",
+            *SMALL,
+            *mesh,
+            *OPTIMIZER,
+            *SCORES,
+            "--check",
+            "--out",
+            str(tmp_path),
+        ],
+        timeout=150,
     )
     assert code == 0, output[-4000:]
+    check_log(tmp_path, pipeline * vocab if "--profile" in mesh else 0)
     run = json.loads((tmp_path / "run.json").read_text())
     assert len(run["losses"]) == 6
     assert run["losses"][0] == pytest.approx(11.95, abs=0.3)  # ln 151936 = 11.93
@@ -51,7 +104,7 @@ def test_equals_one_process(pipeline: int, vocab: int, schedule: str, tmp_path: 
     assert max(run["check"]["losses"]) <= 1e-5
     assert max(run["check"]["gradients"].values()) <= 1e-4
     held = [rank["rows"] for rank in run["ranks"] if rank["rows"][1] > rank["rows"][0]]
-    assert len(held) == (pipeline * vocab if "all-stages" in schedule else vocab)
+    assert len(held) == data * (pipeline * vocab if "all-stages" in schedule else vocab)
     assert sorted(held)[-1][1] == 151_936
     assert (tmp_path / "loss.png").stat().st_size > 1000
 
@@ -183,3 +236,18 @@ def test_arguments() -> None:
         TrainArguments(steps=0).validate()
     with pytest.raises(ValueError, match="--hidden must be a multiple of 32"):
         TrainArguments(hidden=33).validate()
+    for options, message in (
+        ({"warmup": 31}, "--warmup 31 is more than --steps 30"),
+        ({"warmup": -1}, "--warmup must be at least 0, got -1"),
+        ({"weight_decay": math.nan}, "--weight-decay must be at least 0, got nan"),
+        ({"betas": (0.9, 1.0)}, r"--betas must be in \[0, 1\), got 0.9 1.0"),
+        ({"eval_every": 2}, "--eval-every N and --eval-text FILE need one another"),
+        ({"eval_text": Path("LICENSE")}, "--eval-every N and --eval-text FILE need one another"),
+        ({"eval_batches": 0}, "--eval-batches must be at least 1"),
+        (
+            {"compile": "yes", "schedule": "ZBVZeroBubble"},
+            "--compile yes makes one function of a layer's backward, whose halves --schedule ZBV",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            TrainArguments(**options).validate()  # type: ignore[arg-type]

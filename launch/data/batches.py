@@ -38,9 +38,17 @@ class Batch:
         return [Batch(*parts) for parts in zip(ids, labels, positions, strict=True)]
 
     def to(self, device: torch.device) -> "Batch":
-        """Return it on a device."""
-        positions = None if self.position_ids is None else self.position_ids.to(device)
-        return Batch(self.ids.to(device), self.labels.to(device), positions)
+        """Return it on a device; the host does not wait for a GPU."""
+        if device.type == "cpu":
+            return self
+        # A copy from memory that can be paged out waits for what is queued before it.
+        ids, labels = (
+            own.pin_memory().to(device, non_blocking=True) for own in (self.ids, self.labels)
+        )
+        positions = self.position_ids
+        if positions is not None:
+            positions = positions.pin_memory().to(device, non_blocking=True)
+        return Batch(ids, labels, positions)
 
     def for_stages(self) -> dict[str, Tensor]:
         """Return what every stage of the model takes beside ids or hidden states."""

@@ -1,5 +1,6 @@
 """The gradient norm of a whole model that is spread over a data x pipeline x vocab mesh."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -39,7 +40,7 @@ def clip_grad_norm_(
             and names it so, whatever has replaced it since: ``to_empty``, a deep copy, FSDP2. In a
             list nobody knows one that was copied by itself, nor what `weight_norm` has just made
             of one: give the module, which knows its own.
-        max_norm: the largest norm that is left unclipped.
+        max_norm: the largest norm that is left unclipped; math.inf measures alone.
         groups: `StageGroups`, or any object with vocab_group, data_group, pipeline_group,
             vocab_rank and data_rank, whose vocab group is a row of the mesh.
 
@@ -63,16 +64,17 @@ def clip_grad_norm_(
     every = list({id(p): p for p in parameters}.values())  # a shared parameter once
     problem = next(filter(None, map(_problem_of, every)), None)
     with_grad = [(p, p.grad) for p in every if p.grad is not None]
-    squares = [
-        _square(gradient)
+    squares = _squares(
+        _local(gradient)
         for parameter, gradient in with_grad
         if problem is None and _counts_here(parameter, gradient, groups)
-    ]
+    )
     locals_ = [_local(gradient) for _, gradient in with_grad]
     norm = _sum_over_mesh(squares, locals_, problem, groups).sqrt()
-    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    for own in locals_:
-        own.mul_(factor.to(own.dtype))
+    if not math.isinf(max_norm):
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        for dtype in {own.dtype for own in locals_}:
+            torch._foreach_mul_([own for own in locals_ if own.dtype == dtype], factor.to(dtype))
     return norm
 
 
@@ -99,9 +101,18 @@ def _local(gradient: Tensor) -> Tensor:
     return gradient.to_local() if isinstance(gradient, DTensor) else gradient
 
 
-def _square(gradient: Tensor) -> Tensor:
-    own = _local(gradient)
-    return torch.linalg.vector_norm(own, dtype=accumulation_dtype(own.dtype)).square()
+def _squares(gradients: Iterable[Tensor]) -> list[Tensor]:
+    """Return the squared norms of gradients, as one tensor of each dtype; few kernels."""
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for own in gradients:
+        by_dtype.setdefault(own.dtype, []).append(own)
+    return [
+        torch.stack(torch._foreach_norm(own, 2, dtype=accumulation_dtype(dtype)))
+        .double()
+        .square()
+        .sum()
+        for dtype, own in by_dtype.items()
+    ]
 
 
 def _counts_here(parameter: nn.Parameter, gradient: Tensor, groups: Any) -> bool:

@@ -1,0 +1,56 @@
+"""Causal attention without masks, and without waiting for a GPU.
+
+transformers decides for each microbatch on the host whether position ids begin again: that waits
+for everything queued on the GPU. Here the caller knows. Without documents no mask exists, and sdpa
+is called with ``is_causal=True``, which flash attention takes; with documents the mask is made on
+the device.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+# A name that transformers makes no masks for: it hands on a mask [b, 1, T, T], or None.
+_UNMASKED = "sdpa_without_masks"
+
+
+def leave_out_masks(model: Any) -> bool:
+    """Let a model's layers be causal without masks where that is all they are; tell whether.
+
+    A model keeps transformers' masks where it has another attention than sdpa, windows, chunks,
+    or layers of other parts than attention and MLP.
+    """
+    config = model.config
+    kinds = getattr(config, "layer_types", None) or []
+    windows = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    if (
+        config._attn_implementation != "sdpa"
+        or any(kind != "full_attention" for kind in kinds)
+        or (not kinds and any(windows))
+        or not all(map(_attends_only, model.layers))
+    ):
+        return False
+    AttentionInterface.register(_UNMASKED, sdpa_attention_forward)
+    config._attn_implementation = _UNMASKED
+    return True
+
+
+def document_mask(position_ids: Tensor) -> Tensor:
+    """Return which earlier tokens each one attends to: bool [b, 1, T, T] of position ids [b, T].
+
+    A document begins where a position does not follow the one before.
+    """
+    follows = torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1) == 1
+    document = (~follows).cumsum(-1)
+    return (document[:, None, :, None] == document[:, None, None, :]).tril()
+
+
+def _attends_only(layer: Any) -> bool:
+    """Whether a layer is attention, an MLP, norms and dropout."""
+    return all(
+        name in ("self_attn", "mlp") or "norm" in name or "dropout" in name
+        for name, _ in layer.named_children()
+    )

@@ -1,0 +1,120 @@
+"""AdamW over float32 copies of the weights, and its learning rate as a function of the step."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import get_scheduler
+
+from launch.arguments import TrainArguments
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's fused AdamW; of weights in less than float32 it trains float32 copies.
+
+    An update of bfloat16 weights that is smaller than 1/256 of a weight is lost by rounding, which
+    small learning rates make of nearly all. A copy takes it, with float32 moments, and the weight
+    is the copy rounded: 16 bytes a parameter with its gradient in place of 8, and 4 more while the
+    step runs, when no activations exist.
+
+    Weight decay is of matrices alone, not of norms and biases.
+
+    Args:
+        parameters: what is trained.
+        learning_rate, betas, weight_decay: AdamW's.
+        copies: whether weights in less than float32 have copies.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        *,
+        learning_rate: float,
+        betas: tuple[float, float],
+        weight_decay: float,
+        copies: bool,
+    ) -> None:
+        self._copies: dict[nn.Parameter, Tensor] = {}
+        decayed: list[Tensor] = []
+        others: list[Tensor] = []
+        for parameter in parameters:
+            if copies and parameter.dtype.itemsize < torch.float32.itemsize:
+                self._copies[parameter] = parameter.detach().float()
+            (decayed if parameter.dim() > 1 else others).append(self.trained(parameter))
+        groups = [
+            {"params": tensors, "weight_decay": decay}
+            for tensors, decay in ((decayed, weight_decay), (others, 0.0))
+            if tensors
+        ]
+        super().__init__(groups, lr=learning_rate, betas=betas, fused=True)
+
+    @classmethod
+    def of(cls, arguments: TrainArguments, parameters: Iterable[nn.Parameter]) -> "AdamW":
+        """Make the optimizer that the command line asks for."""
+        return cls(
+            parameters,
+            learning_rate=arguments.learning_rate,
+            betas=arguments.betas,
+            weight_decay=arguments.weight_decay,
+            copies=arguments.float32_weights,
+        )
+
+    def trained(self, parameter: nn.Parameter) -> Tensor:
+        """Return what has this parameter's moments: its float32 copy, or itself."""
+        return self._copies.get(parameter, parameter)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update the weights of all gradients; does not wait for a GPU."""
+        given = [(c, p.grad) for p, c in self._copies.items() if p.grad is not None]
+        if given:
+            widened = [torch.empty_like(copy) for copy, _ in given]
+            torch._foreach_copy_(widened, [gradient for _, gradient in given])
+            for (copy, _), gradient in zip(given, widened, strict=True):
+                copy.grad = gradient
+        super().step(closure)
+        for copy in self._copies.values():
+            copy.grad = None
+        self.round_copies()
+
+    @torch.no_grad()
+    def round_copies(self) -> None:
+        """Give each weight the value of its copy."""
+        if self._copies:
+            torch._foreach_copy_(list(self._copies), list(self._copies.values()))
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop all gradients."""
+        super().zero_grad(set_to_none)
+        for parameter in self._copies:
+            parameter.grad = None
+
+
+class LearningRate:
+    """The learning rate of each step: warm-up and decay as transformers' `get_scheduler` has them.
+
+    It depends on the step alone, and a resumed run recomputes it.
+    """
+
+    def __init__(self, arguments: TrainArguments) -> None:
+        name: str = arguments.learning_rate_schedule
+        if name == "constant" and arguments.warmup:
+            name = "constant_with_warmup"
+        self._base = arguments.learning_rate
+        self._factor = None
+        if name != "constant":
+            nothing = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=1.0)
+            found = get_scheduler(name, nothing, arguments.warmup, arguments.steps)
+            self._factor = found.lr_lambdas[0]
+
+    def __call__(self, step: int) -> float:
+        """Return the learning rate of a step; the first one is 0."""
+        return self._base if self._factor is None else self._base * float(self._factor(step))
+
+    def set(self, optimizer: torch.optim.Optimizer, step: int) -> float:
+        """Give the optimizer a step's learning rate, and return it."""
+        rate = self(step)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        return rate

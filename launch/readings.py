@@ -1,0 +1,73 @@
+"""A step's time and numbers, read one step late, so that the host never waits for the step it runs.
+
+A host that reads a loss waits until the GPU has computed it, and the GPU then waits for the host to
+queue the next step. So the numbers of a step are copied when they exist, and looked at when the
+next step is queued.
+"""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One step.
+
+    Attributes:
+        step: from 1.
+        seconds: on the device, from its begin to its end.
+        values: the numbers that were given.
+    """
+
+    step: int
+    seconds: float
+    values: list[float]
+
+
+class Readings:
+    """The steps of one rank on one device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._began: Any = None
+        self._last: tuple[int, Any, Any, Tensor] | None = None
+
+    def begin(self) -> None:
+        """Mark the begin of a step."""
+        self._began = self._now()
+
+    def end(self, step: int, values: Tensor) -> Reading | None:
+        """Mark the end of a step, when all of it is queued; return the step before this one.
+
+        Args:
+            step: from 1.
+            values: float32 numbers [n] on the device.
+        """
+        if self._on_gpu:
+            copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            values = copy.copy_(values, non_blocking=True)
+        ended = self._now()
+        earlier = self.finish()
+        self._last = (step, self._began, ended, values)
+        return earlier
+
+    def finish(self) -> Reading | None:
+        """Wait for the step that has not been returned yet, and return it."""
+        if self._last is None:
+            return None
+        (step, began, ended, values), self._last = self._last, None
+        if self._on_gpu:
+            ended.synchronize()
+            return Reading(step, began.elapsed_time(ended) / 1e3, values.tolist())
+        return Reading(step, ended - began, values.tolist())
+
+    def _now(self) -> Any:
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
