@@ -169,6 +169,11 @@ def check_kept_probabilities() -> None:
         out = torch.empty(num_tokens, num_rows, dtype=HALF)
         ours.scale_tokens(kept[:, :num_rows], scale, out)
         assert relative_error(out[known], raw[known]) < 1e-3
+        at_targets = (shard.targets, torch.arange(float(num_tokens)))
+        ours.scale_tokens(kept[:, :num_rows], scale, out, at_targets)
+        for token, target in enumerate(shard.targets.tolist()):
+            if 0 <= target < num_rows:
+                assert out[token, target] == token
 
 
 def check_whole_loss() -> None:

@@ -74,8 +74,9 @@ def test_no_worse_than_two_kernels(
             patch.setattr(tile_ops, "choose", lambda hidden, classifier: TritonOps())
             apart = errors(extra)
         print(dtype, shape, given, extra, found, apart)
-        for ours, theirs in zip(found, apart, strict=True):
-            assert ours <= 1.1 * theirs + 1e-4, (given, extra)
+        # What two kernels sum of the bias's gradient is float32; what is kept is rounded before.
+        for ours, theirs, factor in zip(found, apart, (1.1, 1.1, 1.3), strict=True):
+            assert ours <= factor * theirs + 1e-4, (given, extra)
 
 
 @hopper

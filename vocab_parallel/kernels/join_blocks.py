@@ -1,54 +1,41 @@
-"""Joins what a product's tiles found of each token, and multiplies out the target's logit.
-
-A tile would have to look for the target among all its columns; one dot product a token costs less.
-"""
+"""Joins what a product's tiles found of each token."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from vocab_parallel.kernels.logit import Transform, cdiv, logit_arguments, to_logit
+from vocab_parallel.kernels.logit import cdiv, statistic_places
 
-# What a program joins at a time: blocks of rows by tokens; and how much of the hidden size.
-_BLOCKS, _TOKENS, _DEPTH = 32, 32, 64
+# What a program joins at a time: blocks of rows by tokens.
+_BLOCKS, _TOKENS = 32, 32
 
 
 def join_blocks(
     parts: Tensor,  # (k - 1, blocks, n) float32: lse, then sum and expected where wanted
-    hidden: Tensor,  # (n, D)
-    classifier: Tensor,  # (R, D)
-    bias: Tensor | None,  # (R,)
+    num_rows: int,
     targets: Tensor,  # (n,)
     statistics: Tensor,  # (k, n) float32; written
     names: tuple[str, ...],
-    transform: Transform,
 ) -> None:
-    """Write the statistics of all blocks of rows together, and the target's logit.
+    """Write the statistics of all blocks of rows together.
 
-    That is 0 where the target is none of the rows.
+    The target's logit is there already; where the target is none of the rows it becomes 0.
     """
-    (num_tokens, depth), num_rows = hidden.shape, classifier.shape[0]
-    assert hidden.stride(1) == classifier.stride(1) == statistics.stride(1) == 1
-    with torch.cuda.device_of(hidden):
+    assert statistics.stride(1) == 1
+    _, blocks, num_tokens = parts.shape
+    with torch.cuda.device_of(parts):
         _join_blocks[(cdiv(num_tokens, _TOKENS),)](
             parts,
-            hidden,
-            hidden.stride(0),
-            classifier,
-            classifier.stride(0),
-            bias,
             targets,
             statistics,
             statistics.stride(0),
-            parts.shape[1],
+            blocks,
             num_tokens,
             num_rows,
-            depth,
-            **logit_arguments(bias, transform, names),
+            **statistic_places(names),
             BLOCKS=_BLOCKS,
             TOKENS=_TOKENS,
-            DEPTH=_DEPTH,
             num_warps=4,
         )
 
@@ -56,28 +43,16 @@ def join_blocks(
 @triton.jit(do_not_specialize=["blocks", "num_rows"])  # neither is to be a constant 1
 def _join_blocks(  # type: ignore[no-untyped-def]
     parts,
-    hidden,
-    hidden_stride,
-    classifier,
-    classifier_stride,
-    bias,
     targets,
     statistics,
     statistics_stride,
     blocks,
     num_tokens,
     num_rows,
-    depth,
-    softcap,
-    temperature,
-    HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_TEMPERATURE: tl.constexpr,
     SUM: tl.constexpr,
     EXPECTED: tl.constexpr,
     BLOCKS: tl.constexpr,
     TOKENS: tl.constexpr,
-    DEPTH: tl.constexpr,
 ):
     LOG2E: tl.constexpr = 1.4426950408889634
     tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
@@ -114,21 +89,8 @@ def _join_blocks(  # type: ignore[no-untyped-def]
     out = statistics + tokens
     tl.store(out, lse, mask=inside)
     target = tl.load(targets + tokens, mask=inside, other=-1).to(tl.int32)
-    owned = inside & (target >= 0) & (target < num_rows)
-    row = tl.where(owned, target, 0).to(tl.int64)
-    products = tl.zeros((TOKENS, DEPTH), tl.float32)
-    for start in range(0, depth, DEPTH):
-        at = start + tl.arange(0, DEPTH)
-        here = owned[:, None] & (at < depth)[None, :]
-        e = tokens.to(tl.int64)[:, None] * hidden_stride + at[None, :]
-        c = row[:, None] * classifier_stride + at[None, :]
-        e = tl.load(hidden + e, mask=here, other=0.0).to(tl.float32)
-        products += e * tl.load(classifier + c, mask=here, other=0.0).to(tl.float32)
-    z = tl.sum(products, 1)
-    if HAS_BIAS:
-        z += tl.load(bias + row, mask=owned, other=0.0).to(tl.float32)
-    z = to_logit(z, softcap, temperature, HAS_SOFTCAP, HAS_TEMPERATURE)
-    tl.store(out + statistics_stride, tl.where(owned, z, 0.0), mask=inside)
+    nowhere = (target < 0) | (target >= num_rows)
+    tl.store(out + statistics_stride, 0.0, mask=inside & nowhere)
     if SUM > 0:
         tl.store(out + SUM * statistics_stride, tl.sum(plain, 0), mask=inside)
     if EXPECTED > 0:

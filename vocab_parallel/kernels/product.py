@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from vocab_parallel.kernels.logit import cdiv, multiprocessors
+from vocab_parallel.kernels.logit import cdiv, multiprocessors, to_logit
 
 # Of a program's tile: tokens, rows, and how much of the hidden size at a time.
 TOKENS, ROWS, DEPTH = 128, 256, 64
@@ -101,3 +101,24 @@ def multiply(  # type: ignore[no-untyped-def]
         c = classifier.load([row, step * DEPTH])
         tile = tl.dot(e, c.T, tile)
     return tl.split(tl.permute(tl.reshape(tile, (TOKENS, 2, ROWS // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def store_at_target(  # type: ignore[no-untyped-def]
+    out, first, second, row, tokens, target, inside, bias, softcap, temperature,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_TEMPERATURE: tl.constexpr,
+    HALF: tl.constexpr,
+):  # fmt: skip
+    """Write the targets' logits of a tile [TOKENS, 2 HALF] that has some, from its raw halves.
+
+    They are the product's own numbers: the loss of a confident token is the small difference of one
+    and an lse that has the same rounding in it.
+    """
+    columns = row + tl.arange(0, HALF)
+    z = tl.sum(tl.where(columns[None, :] == target[:, None], first, 0.0), 1)
+    z += tl.sum(tl.where((columns + HALF)[None, :] == target[:, None], second, 0.0), 1)
+    here = inside & (target >= row) & (target < row + 2 * HALF)
+    if HAS_BIAS:
+        z += tl.load(bias + target, mask=here, other=0.0).to(tl.float32)
+    z = to_logit(z, softcap, temperature, HAS_SOFTCAP, HAS_TEMPERATURE)
+    tl.store(out + tokens, z, mask=here)

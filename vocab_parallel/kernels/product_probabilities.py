@@ -22,7 +22,7 @@ from vocab_parallel.kernels.logit import (
     to_logit,
     to_logit_and_slope,
 )
-from vocab_parallel.kernels.product import multiply, tile_origin
+from vocab_parallel.kernels.product import multiply, store_at_target, tile_origin
 
 # Exponents of 2 beyond which a sum of a tile's exponentials is not trusted.
 _FARTHEST = 86.0
@@ -71,8 +71,10 @@ def product_probabilities(
                 *operands,
                 rows_kept,
                 bias,
+                targets,
                 reference,
                 parts,
+                statistics[1],
                 num_tokens,
                 num_rows,
                 first,
@@ -81,7 +83,7 @@ def product_probabilities(
                 FARTHEST=_FARTHEST,
                 **options,
             )
-    join_blocks(parts, hidden, classifier, bias, targets, statistics, _NAMES, transform)
+    join_blocks(parts, num_rows, targets, statistics, _NAMES)
 
 
 # One binary for all launches, and no constant 1.
@@ -92,8 +94,10 @@ def _product_probabilities(  # type: ignore[no-untyped-def]
     kept,
     rows_kept,
     bias,
+    targets,
     reference,
     parts,
+    at_target,
     num_tokens,
     num_rows,
     first_tile,
@@ -119,7 +123,9 @@ def _product_probabilities(  # type: ignore[no-untyped-def]
     for tile in tl.range(first_tile + tl.program_id(0), last_tile, PROGRAMS, flatten=True):
         token, row = tile_origin(tile, num_tokens, num_rows, TOKENS, ROWS, SWIZZLE)
         tokens = token + tl.arange(0, TOKENS)
+        inside = tokens < num_tokens
         # Before the product, which hides the wait for them.
+        target = tl.load(targets + tokens, mask=inside, other=-1).to(tl.int32)
         shift = load_reference(reference, tokens, num_tokens) * LOG2E
         first, second = multiply(hidden, classifier, token, row, DEPTHS, TOKENS, ROWS, DEPTH)
         total = tl.zeros((TOKENS,), tl.float32)
@@ -146,8 +152,13 @@ def _product_probabilities(  # type: ignore[no-untyped-def]
                 first, second, row, num_rows, bias, softcap, temperature,
                 HAS_BIAS, HAS_SOFTCAP, HAS_TEMPERATURE, HALF,
             )  # fmt: skip
+        if tl.max(((target >= row) & (target < row + ROWS)).to(tl.int32)) > 0:
+            store_at_target(
+                at_target, first, second, row, tokens, target, inside, bias, softcap, temperature,
+                HAS_BIAS, HAS_SOFTCAP, HAS_TEMPERATURE, HALF,
+            )  # fmt: skip
         out = parts + (row // ROWS).to(tl.int64) * num_tokens + tokens
-        tl.store(out, lse, mask=tokens < num_tokens)
+        tl.store(out, lse, mask=inside)
 
 
 @triton.jit

@@ -13,7 +13,7 @@ from torch import Tensor
 from vocab_parallel.kernels import product
 from vocab_parallel.kernels.join_blocks import join_blocks
 from vocab_parallel.kernels.logit import Transform, cdiv, logit_arguments, to_logit
-from vocab_parallel.kernels.product import multiply, tile_origin
+from vocab_parallel.kernels.product import multiply, store_at_target, tile_origin
 
 
 def bytes_a_token(num_rows: int, names: tuple[str, ...]) -> int:
@@ -59,7 +59,9 @@ def product_statistics(
                 *operands,
                 rows_kept,
                 bias,
+                targets,
                 parts,
+                statistics[1],
                 num_tokens,
                 num_rows,
                 first,
@@ -67,7 +69,7 @@ def product_statistics(
                 KEEPS=rows_kept > 0,
                 **options,
             )
-    join_blocks(parts, hidden, classifier, bias, targets, statistics, names, transform)
+    join_blocks(parts, num_rows, targets, statistics, names)
 
 
 # One binary for all launches, and no constant 1.
@@ -78,7 +80,9 @@ def _product_statistics(  # type: ignore[no-untyped-def]
     kept,
     rows_kept,
     bias,
+    targets,
     parts,
+    at_target,
     num_tokens,
     num_rows,
     first_tile,
@@ -104,9 +108,11 @@ def _product_statistics(  # type: ignore[no-untyped-def]
     part = blocks.to(tl.int64) * num_tokens  # numbers of one statistic in `parts`
     for tile in tl.range(first_tile + tl.program_id(0), last_tile, PROGRAMS, flatten=True):
         token, row = tile_origin(tile, num_tokens, num_rows, TOKENS, ROWS, SWIZZLE)
-        first, second = multiply(hidden, classifier, token, row, DEPTHS, TOKENS, ROWS, DEPTH)
         tokens = token + tl.arange(0, TOKENS)
         inside = tokens < num_tokens
+        # Before the product, which hides the wait for them.
+        target = tl.load(targets + tokens, mask=inside, other=-1).to(tl.int32)
+        first, second = multiply(hidden, classifier, token, row, DEPTHS, TOKENS, ROWS, DEPTH)
         peak = tl.full((TOKENS,), -float("inf"), tl.float32)
         total = tl.zeros((TOKENS,), tl.float32)
         plain = tl.zeros((TOKENS,), tl.float32)
@@ -135,6 +141,11 @@ def _product_statistics(  # type: ignore[no-untyped-def]
                 finite = tl.where(exponential > 0.0, z, 0.0)
                 weighted = weighted * rescale + tl.sum(finite * exponential, 1)
             peak = larger
+        if tl.max(((target >= row) & (target < row + ROWS)).to(tl.int32)) > 0:
+            store_at_target(
+                at_target, first, second, row, tokens, target, inside, bias, softcap, temperature,
+                HAS_BIAS, HAS_SOFTCAP, HAS_TEMPERATURE, HALF,
+            )  # fmt: skip
         out = parts + (row // ROWS).to(tl.int64) * num_tokens + tokens
         # Compared with 0 and not by >: a NaN stays one.
         divisor = tl.where(total == 0.0, 1.0, total)

@@ -198,22 +198,32 @@ def _scale(tensor, factor, size, BLOCK: tl.constexpr):  # type: ignore[no-untype
         tl.store(tensor + index, (value * by).to(tensor.dtype.element_ty), mask=inside)
 
 
-def scale_tokens(matrix: Tensor, scale: Tensor, out: Tensor) -> Tensor:
-    """Write a matrix [n, m], each token's numbers times its scale [n], to ``out`` and return it.
+def scale_tokens(
+    matrix: Tensor,  # (n, m)
+    scale: Tensor,  # (n,) float32
+    out: Tensor,  # (n, m) any floating dtype; may be the matrix
+    at_targets: tuple[Tensor, Tensor] | None = None,  # (n,) int32 and (n,) float32
+) -> Tensor:
+    """Write each token's numbers times its scale to ``out``, and return it.
 
-    ``out`` may be the matrix, or of another dtype.
+    Args:
+        at_targets: columns, and what is written there instead; none where it is no column.
     """
     assert matrix.stride(1) == out.stride(1) == scale.stride(0) == 1
     num_tokens, width = matrix.shape
+    targets, own = at_targets or (None, None)
     with torch.cuda.device_of(matrix):
         _scale_tokens[(cdiv(width, _WIDTH), cdiv(num_tokens, _ROWS))](
             matrix,
             matrix.stride(0),
             scale,
+            targets,
+            own,
             out,
             out.stride(0),
             num_tokens,
             width,
+            HAS_TARGETS=at_targets is not None,
             ROWS=_ROWS,
             WIDTH=_WIDTH,
             num_warps=4,
@@ -223,14 +233,19 @@ def scale_tokens(matrix: Tensor, scale: Tensor, out: Tensor) -> Tensor:
 
 @triton.jit
 def _scale_tokens(  # type: ignore[no-untyped-def]
-    matrix, matrix_stride, scale, out, out_stride, num_tokens, width,
-    ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    matrix, matrix_stride, scale, targets, own, out, out_stride, num_tokens, width,
+    HAS_TARGETS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     tokens = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     columns = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
-    inside = (tokens < num_tokens)[:, None] & (columns < width)[None, :]
-    by = tl.load(scale + tokens, mask=tokens < num_tokens, other=0.0)
+    here = tokens < num_tokens
+    inside = here[:, None] & (columns < width)[None, :]
+    by = tl.load(scale + tokens, mask=here, other=0.0)
     at = tokens.to(tl.int64)[:, None]
     value = tl.load(matrix + at * matrix_stride + columns[None, :], mask=inside).to(tl.float32)
-    value = (value * by[:, None]).to(out.dtype.element_ty)
-    tl.store(out + at * out_stride + columns[None, :], value, mask=inside)
+    value = value * by[:, None]
+    if HAS_TARGETS:
+        target = tl.load(targets + tokens, mask=here, other=-1).to(tl.int32)
+        entry = tl.load(own + tokens, mask=here, other=0.0)
+        value = tl.where(columns[None, :] == target[:, None], entry[:, None], value)
+    tl.store(out + at * out_stride + columns[None, :], value.to(out.dtype.element_ty), mask=inside)

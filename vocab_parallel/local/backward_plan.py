@@ -286,8 +286,12 @@ class Planner:
             hidden_sum = hidden * (wide if adds else narrow)
             sums = hidden_sum if adds else 0
             block = tile.rows * self.hidden_size * wide if tile.tokens < self.tokens else 0
-            working = kept + logits + hidden_sum + rows * narrow + block
+            # Kept exponentials are multiplied by hidden states that are scaled for it.
+            scaled = hidden * narrow if self.kernels and kept_rows == self.rows else 0
+            working = kept + logits + hidden_sum + rows * narrow + block + scaled
             copying = rows * narrow + hidden_sum + (hidden * narrow if adds else 0)
+            if self.degree > 1 and narrow < wide:  # a share of the sum, and it rounded
+                copying += hidden * (wide + narrow) // self.degree
             sums += block
         others = (self.microbatches_in_flight - 1) * kept
         return BackwardPlan(

@@ -227,13 +227,17 @@ class _GradientTiles:
         self._sums_tokens = wanted.bias and shard.bias is not None
         # Exponentials of some rows become gradients at once: all others are made as such.
         self._is_gradient = False
+        self._kept_sums: Tensor | None = None  # [r], of tokens
         if kept is not None and self._kept is not None and kept.reference is not None:
             assert isinstance(shard.ops, HopperOps)
-            own = self._kept[:, : self.num_kept]
-            scale, _ = shard.ops.settle(
-                own, kept.reference, shard, upstream.statistics, upstream.grads, with_targets=True
-            )
-            shard.ops.scale_tokens(own, scale, own)
+            values = self._kept[:, : self.num_kept]
+            scale, own = shard.ops.settle(
+                values, kept.reference, shard, upstream.statistics, upstream.grads,
+                with_targets=False,
+            )  # fmt: skip
+            if self._sums_tokens:
+                self._kept_sums = _sums_of_exponentials(values, scale, own, shard)
+            shard.ops.scale_tokens(values, scale, values, (shard.targets, own))
             self._is_gradient = True
 
     def make(self, block: Block, tokens: slice, rows: slice) -> tuple[Tensor, Tensor | None]:
@@ -242,7 +246,7 @@ class _GradientTiles:
         if self._kept is not None and rows.stop <= self.num_kept:
             logits = self._kept[tokens, rows]
         if logits is not None and self._is_gradient:
-            return logits, logits.sum(0, dtype=self._shard.dtype) if self._sums_tokens else None
+            return logits, None if self._kept_sums is None else self._kept_sums[rows]
         if logits is not None and self._pops:
             out = logits
         else:
@@ -383,9 +387,21 @@ def _put_row_grads_of_exponentials(
             row_grads.add(kept.values[:, rows], scaled, None)
         ops.add_to_target_rows(row_grads.classifier, shard.hidden, own, shard.targets)
     if row_grads.bias is not None:
-        row_grads.bias.copy_(_weighted_sum(kept.values, scale))
-        ones = torch.ones_like(own)[:, None]
-        ops.add_to_target_rows(row_grads.bias[:, None], ones, own, shard.targets)
+        row_grads.bias.copy_(_sums_of_exponentials(kept.values, scale, own, shard))
+
+
+def _sums_of_exponentials(values: Tensor, scale: Tensor, own: Tensor, shard: Shard) -> Tensor:
+    """Return the gradient's sums over tokens [r] of the first rows: Q^T s, and the targets'.
+
+    Args:
+        values: Q [N, r], with 0 in the targets' places.
+        scale, own: s and o [N].
+    """
+    assert isinstance(shard.ops, HopperOps)
+    sums = _weighted_sum(values, scale)
+    ones = torch.ones_like(own).unsqueeze(1)
+    shard.ops.add_to_target_rows(sums.unsqueeze(1), ones, own, shard.targets)
+    return sums
 
 
 def _weighted_sum(values: Tensor, weight: Tensor) -> Tensor:

@@ -326,11 +326,21 @@ class HopperOps(TritonOps):
 
         add_to_target_rows(matrix, values, weight, targets)
 
-    def scale_tokens(self, matrix: Tensor, scale: Tensor, out: Tensor) -> Tensor:
-        """Write each token's numbers [N, m] times its scale [N] to ``out``, and return it."""
+    def scale_tokens(
+        self,
+        matrix: Tensor,
+        scale: Tensor,
+        out: Tensor,
+        at_targets: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """Write each token's numbers [N, m] times its scale [N] to ``out``, and return it.
+
+        Args:
+            at_targets: columns [N], and what is written there instead [N].
+        """
         from vocab_parallel.kernels.tokens import scale_tokens
 
-        return scale_tokens(matrix, scale, out)
+        return scale_tokens(matrix, scale, out, at_targets)
 
     def put_gradient(
         self,
