@@ -128,6 +128,11 @@ def _product_probabilities(  # type: ignore[no-untyped-def]
         target = tl.load(targets + tokens, mask=inside, other=-1).to(tl.int32)
         shift = load_reference(reference, tokens, num_tokens) * LOG2E
         first, second = multiply(hidden, classifier, token, row, DEPTHS, TOKENS, ROWS, DEPTH)
+        if tl.max(((target >= row) & (target < row + ROWS)).to(tl.int32)) > 0:
+            store_at_target(
+                at_target, first, second, row, tokens, target, inside, bias, softcap, temperature,
+                HAS_BIAS, HAS_SOFTCAP, HAS_TEMPERATURE, HALF,
+            )  # fmt: skip
         total = tl.zeros((TOKENS,), tl.float32)
         for half in tl.static_range(2):
             z = first if half == 0 else second
@@ -150,11 +155,6 @@ def _product_probabilities(  # type: ignore[no-untyped-def]
         if tl.max(tl.abs(exponent)) > FARTHEST:
             lse = _lse_by_maximum(
                 first, second, row, num_rows, bias, softcap, temperature,
-                HAS_BIAS, HAS_SOFTCAP, HAS_TEMPERATURE, HALF,
-            )  # fmt: skip
-        if tl.max(((target >= row) & (target < row + ROWS)).to(tl.int32)) > 0:
-            store_at_target(
-                at_target, first, second, row, tokens, target, inside, bias, softcap, temperature,
                 HAS_BIAS, HAS_SOFTCAP, HAS_TEMPERATURE, HALF,
             )  # fmt: skip
         out = parts + (row // ROWS).to(tl.int64) * num_tokens + tokens

@@ -113,6 +113,11 @@ def _product_statistics(  # type: ignore[no-untyped-def]
         # Before the product, which hides the wait for them.
         target = tl.load(targets + tokens, mask=inside, other=-1).to(tl.int32)
         first, second = multiply(hidden, classifier, token, row, DEPTHS, TOKENS, ROWS, DEPTH)
+        if tl.max(((target >= row) & (target < row + ROWS)).to(tl.int32)) > 0:
+            store_at_target(
+                at_target, first, second, row, tokens, target, inside, bias, softcap, temperature,
+                HAS_BIAS, HAS_SOFTCAP, HAS_TEMPERATURE, HALF,
+            )  # fmt: skip
         peak = tl.full((TOKENS,), -float("inf"), tl.float32)
         total = tl.zeros((TOKENS,), tl.float32)
         plain = tl.zeros((TOKENS,), tl.float32)
@@ -141,11 +146,6 @@ def _product_statistics(  # type: ignore[no-untyped-def]
                 finite = tl.where(exponential > 0.0, z, 0.0)
                 weighted = weighted * rescale + tl.sum(finite * exponential, 1)
             peak = larger
-        if tl.max(((target >= row) & (target < row + ROWS)).to(tl.int32)) > 0:
-            store_at_target(
-                at_target, first, second, row, tokens, target, inside, bias, softcap, temperature,
-                HAS_BIAS, HAS_SOFTCAP, HAS_TEMPERATURE, HALF,
-            )  # fmt: skip
         out = parts + (row // ROWS).to(tl.int64) * num_tokens + tokens
         # Compared with 0 and not by >: a NaN stays one.
         divisor = tl.where(total == 0.0, 1.0, total)
