@@ -22,7 +22,7 @@ TOKENS, ROWS, DEPTH = 128, 256, 64
 SWIZZLE = 8
 # Tiles of each program in one launch, at most. Programs that share blocks of rows drift apart, and
 # the rows leave the cache.
-_TILES_A_PROGRAM = 20
+_TILES_A_PROGRAM = 40
 
 
 def describe(matrix: Tensor, block_rows: int, block_columns: int) -> TensorDescriptor:
