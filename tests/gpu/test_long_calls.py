@@ -1,4 +1,4 @@
-"""Long calls on the card: memory of 262,144 tokens, and the bits of calls of a span."""
+"""Long calls on the card: memory of 262,144 tokens, errors, and the bits in any order."""
 
 import gc
 from typing import Any
@@ -7,8 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.cases import spans_of
 from tests.oracle import oracle, relative_error
-from vocab_parallel import linear_cross_entropy, plan_backward
+from tests.ranks import run_ranks
+from tests.recording import CollectiveRecorder
+from vocab_parallel import VocabParallelOptions, linear_cross_entropy, plan_backward
 
 TOKENS, ROWS, HIDDEN = 262_144, 75_968, 2048  # one rank of two that share 151,936 rows
 MIB = 2**20
@@ -123,3 +126,32 @@ def test_no_synchronisation() -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.isfinite(loss)
+
+
+def check_order() -> None:
+    """Sums beside the next span's products give the bits of the plain order, every time."""
+    tokens, rows = 8192, 4000
+    e, c, targets = drawn(tokens, rows, 512)
+    options = VocabParallelOptions.from_vocab(rows)
+    own = c.detach()[options.start : options.stop].clone().requires_grad_()
+    for layout, call in (("replicated", "reduce_scatter"), ("sharded", "reduce")):
+        for backward in ("recompute", "probs", "gradients"):
+            plain: tuple[Tensor, ...] | None = None
+            for turn in range(8):
+                # Memory that was just freed is what a race would see overwritten.
+                torch.full((64 * MIB,), float("nan"), device="cuda")
+                with spans_of(1024), CollectiveRecorder() as recorded:
+                    loss = linear_cross_entropy(
+                        e, own, targets, vocab_parallel_options=options, hidden_layout=layout,
+                        backward=backward, chunk_tokens=1024, overlap=turn > 0, validate=False,
+                    )  # fmt: skip
+                    found = (loss.detach(), *torch.autograd.grad(loss, (e, own)))
+                spans = (2 if layout == "sharded" else 1) * tokens // 1024
+                assert [one.name for one in recorded.calls].count(call) == spans
+                plain = found if plain is None else plain
+                for got, want in zip(found, plain, strict=True):
+                    assert torch.equal(got, want), (layout, backward, turn)
+
+
+def test_order() -> None:
+    run_ranks(check_order, 2, backend="nccl", timeout=110)

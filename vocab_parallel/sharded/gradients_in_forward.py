@@ -24,6 +24,7 @@ from vocab_parallel.sharded.call import Call
 from vocab_parallel.sharded.exchange import HiddenGradSpans, HiddenGradSum
 from vocab_parallel.sharded.halves import (
     Inputs,
+    RowSums,
     hidden_grad_spans,
     hidden_grad_sum,
     is_long,
@@ -33,7 +34,6 @@ from vocab_parallel.sharded.halves import (
     total_hidden_grad,
     with_padding,
 )
-from vocab_parallel.sharded.row_sums import RowSums
 from vocab_parallel.sharded.token_loss import TokenLoss
 
 # Some tokens between their two halves: which, what S kept of them, their statistics under way.

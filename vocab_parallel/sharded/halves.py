@@ -36,7 +36,6 @@ from vocab_parallel.sharded.exchange import (
     StatisticsExchange,
 )
 from vocab_parallel.sharded.rates import rates_of
-from vocab_parallel.sharded.row_sums import RowSums
 
 
 class Inputs(NamedTuple):
@@ -57,6 +56,34 @@ class Inputs(NamedTuple):
     def of(self, tokens: slice) -> "Inputs":
         """Return those of some tokens, views."""
         return self._replace(hidden=self.hidden[tokens], targets=self.targets[tokens])
+
+
+class RowSums:
+    """Adds up the gradients of this rank's rows over parts of the tokens, by their products.
+
+    Attributes:
+        classifier: [R, D], the sum so far, or None.
+        bias: [R], or None.
+    """
+
+    def __init__(self, target: ClassifierGrad) -> None:
+        self._target = target
+        self.classifier: Tensor | None = None
+        self.bias: Tensor | None = None
+
+    @property
+    def target(self) -> ClassifierGrad:
+        """Where the classifier's gradient of the next part goes."""
+        if self.classifier is None:
+            return self._target
+        return ClassifierGrad(self.classifier.dtype, self.classifier)
+
+    def add(self, found: Gradients) -> None:
+        """Take what a part gave; that of the classifier is in its place already."""
+        if found.classifier is not None:
+            self.classifier = found.classifier
+        if found.bias is not None:
+            self.bias = found.bias if self.bias is None else self.bias + found.bias
 
 
 def gathered_hidden(call: Call, hidden: Tensor) -> Tensor:
