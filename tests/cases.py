@@ -1,5 +1,7 @@
 """One case of the loss on the ranks of a vocab group, compared with the oracle."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -10,6 +12,7 @@ from torch import Tensor
 from tests.oracle import oracle, relative_error
 from tests.ranks import rank_device
 from vocab_parallel import VocabParallelOptions, linear_cross_entropy
+from vocab_parallel.local import backward_plan
 
 # Below these norms an error is compared with the floor: a loss of 0 is the difference of two
 # logits of ordinary size, and rounds as they do.
@@ -52,6 +55,18 @@ class Case:
             {k: v for k, v in asdict(self).items() if v != getattr(default, k)}
             | {"rows": self.rows}
         )
+
+
+@contextmanager
+def spans_of(tokens: int | None, longest: int = 10) -> Iterator[None]:
+    """Let calls of more tokens than ``longest`` go in spans of so many, or no call."""
+    before = backward_plan._LONG_CALL, backward_plan._SPAN_TOKENS
+    backward_plan._LONG_CALL = longest if tokens else 2**60
+    backward_plan._SPAN_TOKENS = tokens or before[1]
+    try:
+        yield
+    finally:
+        backward_plan._LONG_CALL, backward_plan._SPAN_TOKENS = before
 
 
 @dataclass(frozen=True)
@@ -165,6 +180,7 @@ def _expected(case: Case, whole: Operands) -> dict[str, Tensor]:
         "filter_eps",
         "backward",
         "overlap",
+        "memory_budget",
     )
     options = {k: v for k, v in case.options.items() if k not in skipped}
     loss, lse = oracle(

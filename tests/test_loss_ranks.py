@@ -8,7 +8,7 @@ import torch.distributed as dist
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from tests.cases import Case, check_case
+from tests.cases import Case, check_case, spans_of
 from tests.ranks import run_ranks
 from vocab_parallel.sharded import exchange
 
@@ -137,9 +137,10 @@ def check_drawn_cases(degree: int, examples: int, seed_value: int = 0) -> None:
         suppress_health_check=list(HealthCheck),
         phases=[Phase.generate, Phase.shrink],
     )
-    @given(drawn_cases(degree))
-    def property_holds(case: Case) -> None:
-        check_case(case)
+    @given(drawn_cases(degree), st.sampled_from((None, 1, 3)))
+    def property_holds(case: Case, span: int | None) -> None:
+        with spans_of(span, longest=3):
+            check_case(case)
 
     assert dist.get_world_size() == degree
     exchange._FEWEST_TOKENS = 3

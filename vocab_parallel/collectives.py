@@ -39,7 +39,9 @@ is 1. Bytes are those that one rank contributes:
 
 The statistics and the sum may go in several calls, of the same bytes together, where the link is
 slow: `sharded/exchange.py` cuts them, and `sharded/rates.py` measures a link, once. With
-backward="gradients" the sum is made in forward.
+backward="gradients" the sum is made in forward. In a long call (`local/backward_plan.py`) the sum
+goes a span of 8192 tokens at a time: in the gathering layouts by sum_at, a call for each rank whose
+tokens a span has.
 """
 
 from collections.abc import Iterator, Sequence

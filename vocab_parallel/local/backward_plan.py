@@ -8,6 +8,11 @@
 "probs" turns its logits into probabilities and those into the gradient in one pass, in place. Where
 "auto" has to recompute, it keeps the logits of as many rows as the budget has room for: those
 take the place of the tile that the others are worked on in.
+
+Beside the logits stand sums in float32: [N, D] of the hidden states' gradient, and a block [r, D]
+of the classifier's. A long call, of many more tokens than rows, turns that round. It takes a span
+of n tokens at a time, whose sum [n, D] is reduced and rounded before it is forgotten, and holds one
+sum [R, D] over the spans.
 """
 
 import math
@@ -39,6 +44,11 @@ _GPU_TILE_GRAIN = 256
 _SECTOR = 16
 # Fewer tokens at a time than this make the products of "gradients" slower than "recompute".
 _FEWEST_TOKENS = 1024
+# Calls of at most so many tokens are never long.
+_LONG_CALL = 32_768
+# A span reads and writes the sums [R, D] once: 3% of the time of its products. As many tokens as a
+# tile of the default budget has, so that the sum [n, D] takes no more passes than in a short call.
+_SPAN_TOKENS = 8192
 
 
 class TileShape(NamedTuple):
@@ -56,16 +66,20 @@ class BackwardPlan:
         backward: how backward finds the logits.
         tile: tokens and rows whose logits are worked on at a time.
         chunk_tokens: those that forward takes at a time: fewer than all with "gradients" alone.
+        span: tokens whose gradient of the hidden states is summed over the group at a time: all,
+            or fewer in a long call; equal on all ranks.
         kept_rows: of how many rows the logits are kept; all with "probs", none with "gradients".
         kept_bytes: held from forward to backward, for each microbatch in flight.
         logits_bytes: of logits, while a microbatch is worked on, beside what is kept.
         float32_bytes: of float32 sums of the gradients' sizes, not counted by the budget.
         peak_bytes: held at the worst moment above inputs, both gradients and all else included.
+            Hidden states [N, D] that a layout gathers are an input.
     """
 
     backward: Backward
     tile: TileShape
     chunk_tokens: int
+    span: int
     kept_rows: int
     kept_bytes: int
     logits_bytes: int
@@ -89,6 +103,8 @@ def plan_backward(
     chunk_rows: int | None = None,
     temporaries: int = 2,
     triton: bool = True,
+    has_main_grad: bool = False,
+    in_spans: bool = True,
 ) -> BackwardPlan:
     """Tell what ``impl="chunked"`` would do for a shard, and what it would hold.
 
@@ -109,6 +125,8 @@ def plan_backward(
         temporaries: buffers of a tile's shape beside the logits, where plain torch works.
         triton: whether triton is installed where ``device_type`` is "cuda": without it plain torch
             works there too.
+        has_main_grad: whether ``accumulate_into="main_grad"`` holds the classifier's sum.
+        in_spans: whether a long call may go in spans; not where all stages carry the vocabulary.
 
     Raises:
         ValueError: a budget below one logit, or "gradients" for a loss that is no scalar.
@@ -126,8 +144,22 @@ def plan_backward(
         chunk_tokens=chunk_tokens,
         chunk_rows=chunk_rows,
         temporaries=temporaries,
+        span=span_tokens(tokens, rows, dtype, has_main_grad) if in_spans else tokens,
+        has_main_grad=has_main_grad,
     )
     return planner.choose(backward, scalar_loss)
+
+
+def span_tokens(tokens: int, most_rows: int, dtype: torch.dtype, has_main_grad: bool) -> int:
+    """Return how many tokens a call takes at a time: all, or a span where that holds less.
+
+    Spans hold their own sum, that of the span before while it is reduced, and that of the rows,
+    unless it is a tensor that is there anyhow: the gradient itself, or ``main_grad``. All ranks
+    choose alike, by the rows of the largest shard.
+    """
+    there = has_main_grad or accumulation_dtype(dtype) == dtype
+    held = 2 * _SPAN_TOKENS + (0 if there else most_rows)
+    return _SPAN_TOKENS if tokens > max(_LONG_CALL, held) else tokens
 
 
 def budget_bytes(memory_budget: int | None) -> int:
@@ -140,7 +172,7 @@ class Planner:
     """The sizes of a call and its budget; each method plans one backward.
 
     Attributes are those of `plan_backward`; ``kernels``: whether kernels work on the logits between
-    the products, with no temporaries; ``budget``: bytes.
+    the products, with no temporaries; ``budget``: bytes; ``span``: as `span_tokens` has it.
     """
 
     tokens: int
@@ -155,6 +187,8 @@ class Planner:
     chunk_tokens: int | None
     chunk_rows: int | None
     temporaries: int
+    span: int
+    has_main_grad: bool
 
     def choose(self, backward: str, scalar_loss: bool) -> BackwardPlan:
         """Plan as `plan_backward` says."""
@@ -188,9 +222,9 @@ class Planner:
     def recompute(self) -> BackwardPlan:
         """Keep nothing."""
         tokens, rows = tile_shape(
-            self.tokens, self.rows, self._scratch, self.budget, self.device_type
+            self.span, self.rows, self._scratch, self.budget, self.device_type
         )
-        tokens = min(self.chunk_tokens or tokens, self.tokens)
+        tokens = min(self.chunk_tokens or tokens, self.span)
         rows = min(self.chunk_rows or rows, self.rows)
         if self.kernels and rows < self.rows:  # they write whole sectors, of no other tile
             rows = min(max(rows // _SECTOR, 1) * _SECTOR, self.rows)
@@ -214,7 +248,7 @@ class Planner:
         """Keep all logits."""
         kept = self.tokens * self._pitch(self.rows) * self._logit
         if self.kernels:
-            return self._plan("probs", TileShape(self.tokens, self.rows), self.rows, kept, 0)
+            return self._plan("probs", TileShape(self.span, self.rows), self.rows, kept, 0)
         tile = self.recompute().tile
         beside = tile.tokens * tile.rows * (self._scratch - self._logit)
         return self._plan("probs", tile, self.rows, kept, beside)
@@ -246,7 +280,7 @@ class Planner:
 
     def _chunks(self) -> list[int]:
         """Return numbers of tokens that "gradients" may take at a time, most first."""
-        chunks = [min(self.chunk_tokens or self.tokens, self.tokens)]
+        chunks = [min(self.chunk_tokens or self.span, self.tokens)]
         while self.chunk_tokens is None and chunks[-1] > _FEWEST_TOKENS:
             chunks.append(-(-chunks[-1] // 2))
         return chunks
@@ -273,7 +307,12 @@ class Planner:
         narrow = self.dtype.itemsize
         hidden, rows = self.tokens * self.hidden_size, self.rows * self.hidden_size
         split = tile.rows < self.rows or (self.kernels and self.rows % 8 != 0)
-        if backward == "gradients":
+        span = self._span(backward, chunk)
+        if span < self.tokens:
+            beside = logits if backward == "gradients" else kept + logits
+            sums, working, copying = self._bytes_of_spans(span, backward, tile)
+            working += beside
+        elif backward == "gradients":
             hidden_sum = hidden * (wide if self.degree > 1 else narrow)
             chunk = self.tokens if chunk is None else chunk
             sums = rows * wide if chunk < self.tokens else 0
@@ -298,12 +337,40 @@ class Planner:
             backward=backward,
             tile=tile,
             chunk_tokens=chunk or self.tokens,
+            span=span,
             kept_rows=kept_rows,
             kept_bytes=kept,
             logits_bytes=logits,
             float32_bytes=sums,
             peak_bytes=others + max(working, copying),
         )
+
+    def _span(self, backward: Backward, chunk: int | None) -> int:
+        """Return the tokens of a span; with "gradients" a chunk is one."""
+        is_long = self.span < self.tokens
+        return chunk if is_long and backward == "gradients" and chunk else self.span
+
+    def _bytes_of_spans(
+        self, span: int, backward: Backward, tile: TileShape
+    ) -> tuple[int, int, int]:
+        """Return bytes: of float32 sums, held beside the logits of a span, and after the last one.
+
+        While a span is worked on there is its sum, and over a group that of the span before, with
+        the part of the reduced one that this rank gets. Afterwards the rows' sums are rounded.
+        """
+        wide, narrow = accumulation_dtype(self.dtype).itemsize, self.dtype.itemsize
+        own = span * self.hidden_size * wide
+        reduced = own + own // self.degree if self.degree > 1 else 0
+        rows = self.rows * self.hidden_size
+        in_forward = backward == "gradients"
+        row_sums = 0 if self.has_main_grad and not in_forward else rows * wide
+        block = tile.rows * self.hidden_size * wide
+        if in_forward or tile.tokens >= span:
+            block = 0
+        copied = rows * narrow if row_sums and narrow < wide else 0
+        gradient = self.tokens * self.hidden_size * narrow
+        sums = own + reduced + row_sums + block
+        return sums, sums + gradient, row_sums + copied + gradient
 
 
 def padded(rows: int) -> int:

@@ -29,6 +29,7 @@ from vocab_parallel.local.backward_plan import (
     blocks,
     budget_bytes,
     row_blocks,
+    span_tokens,
 )
 from vocab_parallel.local.interface import Gradients, Progress, Shard, Upstream
 from vocab_parallel.local.statistics import Statistics
@@ -76,14 +77,17 @@ class ChunkedImpl:
         degree: int,
         backward: str,
         scalar_loss: bool,
+        has_main_grad: bool = False,
     ) -> BackwardPlan:
         """See `LocalImpl.plan`.
 
         Where the size of the vocabulary is not known, ranks cannot plan alike, and a call is not
         cut into pieces.
         """
-        chunk_tokens = self.chunk_tokens
-        if most_rows is None:
+        chunk_tokens, span = self.chunk_tokens, max(tokens, 1)
+        if most_rows is not None:
+            span = span_tokens(span, most_rows, shard.hidden.dtype, has_main_grad)
+        else:
             backward = "recompute" if backward == "auto" else backward
             chunk_tokens = tokens if backward == "gradients" else chunk_tokens
         own_rows = max(shard.num_rows, 1)
@@ -100,6 +104,8 @@ class ChunkedImpl:
             chunk_tokens=chunk_tokens,
             chunk_rows=self.chunk_rows,
             temporaries=2 + (shard.transform.softcap is not None) + ("expected" in shard.names),
+            span=span,
+            has_main_grad=has_main_grad,
         )
         plan = planner.choose(backward, scalar_loss)
         if plan.backward == "gradients" or planner.rows == own_rows:

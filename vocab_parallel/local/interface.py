@@ -200,11 +200,12 @@ class LocalImpl(Protocol):
         degree: int,
         backward: str,
         scalar_loss: bool,
+        has_main_grad: bool = False,
     ) -> BackwardPlan:
         """Choose how backward finds the logits, equally on all ranks where ranks notice.
 
-        They do where "gradients" communicates in forward, chunk by chunk. All else is a rank's own
-        choice, by its own rows.
+        They do where "gradients" communicates in forward, chunk by chunk, and where a long call
+        communicates span by span. All else is a rank's own choice, by its own rows.
 
         Args:
             shard: this rank's rows, without tokens.
@@ -213,6 +214,7 @@ class LocalImpl(Protocol):
             degree: V, over how many ranks the rows are spread.
             backward: "auto", or one that the caller names.
             scalar_loss: whether the loss is one number, which nothing else is returned beside.
+            has_main_grad: whether the classifier's gradient is added to a ``main_grad``.
 
         Raises:
             ValueError: this implementation cannot do what is asked, or nothing fits.

@@ -37,7 +37,7 @@ class RecomputeOnly:
                 f'anew in backward: use backward="recompute" or "auto"'
             )
         tile = TileShape(tokens, shard.num_rows)
-        return BackwardPlan("recompute", tile, tokens, 0, 0, 0, 0, 0)
+        return BackwardPlan("recompute", tile, tokens, tokens, 0, 0, 0, 0, 0)
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from vocab_parallel.local.interface import Shard, owned_targets
 from vocab_parallel.local.statistics import Statistics, share_of
 
 _HOPPER = 9
-# Rows whose logits tell about where a token's largest lie.
-_SAMPLE = 256
+# Rows whose logits tell about where a token's largest lie, of so many tokens at a time.
+_SAMPLE, _SAMPLED_TOKENS = 256, 32_768
 
 
 def choose(hidden: Tensor, classifier: Tensor) -> "TileOps":
@@ -253,10 +253,15 @@ class HopperOps(TritonOps):
             return None
         sample = slice(None, None, max(shard.num_rows // _SAMPLE, 1))
         rows = shard.classifier[sample][:_SAMPLE]
-        logits = shard.hidden.new_empty((shard.num_tokens, len(rows)), dtype=shard.dtype)
-        put_product(logits, shard.hidden, rows.T, add=False)
         bias = None if shard.bias is None else shard.bias[sample][:_SAMPLE]
-        return finish_logits_(logits, Block(shard, 0, rows, bias)).amax(1)
+        block = Block(shard, 0, rows, bias)
+        found = shard.hidden.new_empty(shard.num_tokens, dtype=shard.dtype)
+        for tokens in blocks(shard.num_tokens, _SAMPLED_TOKENS):
+            part = found[tokens]
+            logits = part.new_empty((len(part), len(rows)))
+            put_product(logits, shard.hidden[tokens], rows.T, add=False)
+            torch.amax(finish_logits_(logits, block), 1, out=part)
+        return found
 
     def keeps_probabilities(self, shard: Shard) -> bool:
         """Tell whether forward keeps exponentials; float16 has no room for them."""

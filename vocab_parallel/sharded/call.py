@@ -227,6 +227,7 @@ def checked(
         degree=degree,
         backward=settings.backward,
         scalar_loss=settings.scalar_loss and not adds_later,
+        has_main_grad=settings.accumulate_into == "main_grad",
     )
     return Call(operands, settings, rows, shard, impl, plan, torch.is_grad_enabled())
 

@@ -10,7 +10,8 @@ what it saves them; pieces make these slower and the calls more. Over a slow lin
 it. `rates.py` measures which it is.
 
 Every rank of a group cuts the same number of tokens in the same way, whatever rows it holds: the
-pieces are the calls that it makes, and all must make the same.
+pieces are the calls that it makes, and all must make the same. So are the spans of a long call,
+whose sums go one by one, beside the next span's products unless each is waited for.
 """
 
 from collections.abc import Callable, Sequence
@@ -165,6 +166,93 @@ class HiddenGradSum(Pieces):
 
     def _owner(self, piece: slice) -> int:
         return int(piece.start) // self._own_tokens
+
+
+class HiddenGradSpans:
+    """Sums the shards' partial gradients of the hidden states, a span of the tokens at a time.
+
+    Of all tokens the result alone exists. A span is reduced as `HiddenGradSum` reduces one piece,
+    or where each rank wants its own tokens, at the ranks that have the span's.
+
+    Args:
+        hidden: [N, D], of all tokens.
+        group: of the ranks that sum; one rank alone where nothing is to be summed.
+        scatters: whether each rank wants its own tokens.
+        dtype: in which they are summed.
+        waits: whether a sum is waited for before anything else is done.
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        group: VocabGroup,
+        *,
+        scatters: bool,
+        dtype: torch.dtype,
+        waits: bool,
+    ) -> None:
+        self._group, self._scatters, self._dtype = group, scatters, dtype
+        # With one rank there is nothing to wait for, and one span's sum is enough.
+        self._waits = waits or group.degree == 1
+        self._length = hidden.shape[0] // group.degree if scatters else hidden.shape[0]
+        self._total = hidden.new_empty((self._length, hidden.shape[1]))
+        self._rounds = hidden.element_size() < dtype.itemsize
+        self._under_way: list[tuple[slice, Pending]] = []
+
+    def add(self, partial: Tensor | None, tokens: slice) -> None:
+        """Start the sum of some tokens' partial gradients, and end that of those before.
+
+        Args:
+            partial: [n, D], which may be overwritten; None where this rank has none.
+            tokens: which they are; every rank gives the same, each token once.
+        """
+        self._settle()
+        if partial is None:
+            shape = (tokens.stop - tokens.start, self._total.shape[1])
+            partial = self._total.new_zeros(shape, dtype=self._dtype)
+        partial = partial.to(self._dtype)
+        for piece in self._pieces(tokens):
+            own = partial[piece.start - tokens.start : piece.stop - tokens.start]
+            self._under_way.append((piece, self._start(own, piece)))
+        if self._waits:
+            self._settle()
+
+    def total(self) -> Tensor:
+        """Return the summed gradient [N, D], or of this rank's own tokens, in their dtype."""
+        self._settle()
+        return self._total
+
+    def _pieces(self, tokens: slice) -> list[slice]:
+        """Cut a span where its tokens are another rank's."""
+        start, stop, length = tokens.start, tokens.stop, self._length
+        first = (start // length + 1) * length
+        edges = [start, *range(first, stop, length), stop]
+        return [slice(*edge) for edge in pairwise(edges)]
+
+    def _start(self, partial: Tensor, piece: slice) -> Pending:
+        if self._scatters:
+            return self._group.start_sum_at(partial, piece.start // self._length)
+        if self._shares(piece):
+            return self._group.start_scatter_sum(partial)
+        return self._group.start_sum(partial)
+
+    def _shares(self, piece: slice) -> bool:
+        """Tell whether each rank sums its share of a piece, which are rounded and gathered."""
+        degree = self._group.degree
+        whole = (piece.stop - piece.start) % degree == 0
+        return not self._scatters and self._rounds and degree > 1 and whole
+
+    def _settle(self) -> None:
+        """Wait for what is under way, and put what is wanted of it in its place."""
+        first = self._group.rank * self._length if self._scatters else 0
+        for piece, pending in self._under_way:
+            found = pending.wait()
+            if self._shares(piece):
+                found = self._group.gather_tokens(found.to(self._total.dtype))
+            start, stop = piece.start - first, piece.stop - first
+            if 0 <= start < self._length:
+                self._total[start:stop] = found
+        self._under_way.clear()
 
 
 def _cut_at(pieces: Sequence[slice], length: int) -> list[slice]:

@@ -21,12 +21,16 @@ from vocab_parallel.local.interface import (
 )
 from vocab_parallel.local.statistics import Statistics, join
 from vocab_parallel.sharded.call import Call
-from vocab_parallel.sharded.exchange import HiddenGradSum
+from vocab_parallel.sharded.exchange import HiddenGradSpans, HiddenGradSum
 from vocab_parallel.sharded.halves import (
     Inputs,
+    RowSums,
+    hidden_grad_spans,
     hidden_grad_sum,
+    is_long,
     own_gradients,
     own_statistics,
+    spans_total,
     total_hidden_grad,
     with_padding,
 )
@@ -57,11 +61,16 @@ class LossWithGradients:
         self._chunks = list(blocks(num_tokens, size)) or [slice(0, 0)]
         self.statistics = statistics
         self._reduction: HiddenGradSum | None = None
-        if wanted.hidden:
+        self._spans: HiddenGradSpans | None = None  # in its place, in a long call
+        if wanted.hidden and is_long(call, inputs):
+            self._spans = hidden_grad_spans(call, inputs.hidden)
+        elif wanted.hidden:
             self._reduction = hidden_grad_sum(call, inputs.hidden, pieces=self._chunks)
         self._hidden_grad: Tensor | None = None  # partial, [N, D]
-        self._row_grad: Tensor | None = None
-        self._bias_grad: Tensor | None = None
+        # The first chunk's product is written, and the others' added, in float32 if there are some.
+        wide = len(self._chunks) > 1 or call.settings.accumulate_into is not None
+        dtype = statistics.values.dtype if wide else inputs.classifier.dtype
+        self._row_sums = RowSums(ClassifierGrad(dtype))
 
     def run(self) -> Tensor:
         """Return the loss; afterwards `gradients` and `statistics` are there."""
@@ -86,16 +95,18 @@ class LossWithGradients:
         """
         call, inputs, wanted = self._call, self._inputs, self._wanted
         hidden = None
-        if wanted.hidden:
+        if self._spans is not None:
+            hidden = spans_total(call, self._spans)
+        elif wanted.hidden:
             hidden = total_hidden_grad(call, self._hidden_grad, inputs.hidden, self._reduction)
         classifier = None
         if wanted.classifier:
-            classifier = self._row_grad
+            classifier = self._row_sums.classifier
             if classifier is None or call.settings.accumulate_into is None:
                 classifier = with_padding(classifier, inputs.classifier)
         bias = None
         if wanted.bias and inputs.bias is not None:
-            bias = with_padding(self._bias_grad, inputs.bias)
+            bias = with_padding(self._row_sums.bias, inputs.bias)
         return Gradients(hidden, classifier, bias)
 
     def _begin(self, tokens: slice) -> _Chunk:
@@ -114,30 +125,20 @@ class LossWithGradients:
                 statistics,
                 Statistics(grads, names),
                 self._wanted,
-                self._classifier_grad(),
+                self._row_sums.target,
                 kept,
             )
             found = own_gradients(self._call, self._inputs.of(tokens), upstream)
-            if found.classifier is not None:
-                self._row_grad = found.classifier
-            if found.bias is not None:
-                before = self._bias_grad
-                self._bias_grad = found.bias if before is None else before + found.bias
+            self._row_sums.add(found)
             self._place(found.hidden, tokens)
         return loss
-
-    def _classifier_grad(self) -> ClassifierGrad:
-        """Write the first chunk's product, and add the others', in float32 if there are some."""
-        if self._row_grad is not None:
-            return ClassifierGrad(self._row_grad.dtype, self._row_grad)
-        wide = len(self._chunks) > 1 or self._call.settings.accumulate_into is not None
-        return ClassifierGrad(
-            self.statistics.values.dtype if wide else self._inputs.classifier.dtype
-        )
 
     def _place(self, hidden_grad: Tensor | None, tokens: slice) -> None:
         """Put a chunk's gradient [n, D] in its place among all tokens', and communicate it."""
         if not self._wanted.hidden:
+            return
+        if self._spans is not None:
+            self._spans.add(hidden_grad, tokens)
             return
         hidden = self._inputs.hidden
         if len(self._chunks) == 1 and hidden_grad is not None:

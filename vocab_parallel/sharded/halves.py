@@ -5,14 +5,20 @@
 
 The names are those of arXiv 2411.05288. Who holds a microbatch between S and T holds its `Inputs`,
 the joined statistics, and what S kept.
+
+A long call (`local/backward_plan.py`) does the local work of both a span of its tokens at a time.
+The statistics are exchanged at once, and dE is reduced span by span.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from vocab_parallel.collectives import VocabGroup
+from vocab_parallel.local.backward_plan import blocks
 from vocab_parallel.local.interface import (
     ClassifierGrad,
     Gradients,
@@ -23,7 +29,12 @@ from vocab_parallel.local.interface import (
 )
 from vocab_parallel.local.statistics import Statistics
 from vocab_parallel.sharded.call import Call
-from vocab_parallel.sharded.exchange import HiddenGradSum, Order, StatisticsExchange
+from vocab_parallel.sharded.exchange import (
+    HiddenGradSpans,
+    HiddenGradSum,
+    Order,
+    StatisticsExchange,
+)
 from vocab_parallel.sharded.rates import rates_of
 
 
@@ -45,6 +56,34 @@ class Inputs(NamedTuple):
     def of(self, tokens: slice) -> "Inputs":
         """Return those of some tokens, views."""
         return self._replace(hidden=self.hidden[tokens], targets=self.targets[tokens])
+
+
+class RowSums:
+    """Adds up the gradients of this rank's rows over parts of the tokens, by their products.
+
+    Attributes:
+        classifier: [R, D], the sum so far, or None.
+        bias: [R], or None.
+    """
+
+    def __init__(self, target: ClassifierGrad) -> None:
+        self._target = target
+        self.classifier: Tensor | None = None
+        self.bias: Tensor | None = None
+
+    @property
+    def target(self) -> ClassifierGrad:
+        """Where the classifier's gradient of the next part goes."""
+        if self.classifier is None:
+            return self._target
+        return ClassifierGrad(self.classifier.dtype, self.classifier)
+
+    def add(self, found: Gradients) -> None:
+        """Take what a part gave; that of the classifier is in its place already."""
+        if found.classifier is not None:
+            self.classifier = found.classifier
+        if found.bias is not None:
+            self.bias = found.bias if self.bias is None else self.bias + found.bias
 
 
 def gathered_hidden(call: Call, hidden: Tensor) -> Tensor:
@@ -72,8 +111,33 @@ def joined_statistics(call: Call, inputs: Inputs, needs_grad: bool) -> tuple[Sta
     order = order_of(call, num_tokens)
     exchange = StatisticsExchange(num_tokens, names, group, order)
     progress = exchange if order is Order.PIECES else None
-    own, kept = own_statistics(call, inputs, needs_grad, progress)
+    kept: object
+    if is_long(call, inputs):
+        own, kept = _statistics_of_spans(call, inputs, needs_grad, progress)
+    else:
+        own, kept = own_statistics(call, inputs, needs_grad, progress)
     return Statistics(exchange.join(own.values), names), kept
+
+
+def is_long(call: Call, inputs: Inputs) -> bool:
+    """Tell whether a call takes its tokens a span at a time; equal on all ranks."""
+    return call.plan.span < inputs.hidden.shape[0]
+
+
+def _statistics_of_spans(
+    call: Call, inputs: Inputs, needs_grad: bool, progress: Progress | None
+) -> tuple[Statistics, list[object]]:
+    """Return this rank's statistics, and what T of each span is given back."""
+    num_tokens = inputs.hidden.shape[0]
+    own = Statistics.empty(call.shard.names, num_tokens, inputs.hidden)
+    kept = []
+    for tokens in blocks(num_tokens, call.plan.span):
+        found, kept_of_span = own_statistics(call, inputs.of(tokens), needs_grad)
+        own.values[:, tokens] = found.values
+        kept.append(kept_of_span)
+        if progress is not None:
+            progress.complete(own.values, tokens.stop)
+    return own, kept
 
 
 def own_gradients(call: Call, inputs: Inputs, upstream: Upstream) -> Gradients:
@@ -98,21 +162,71 @@ def summed_gradients(
     dtypes. That of the classifier is None where it was added to the accumulator that
     ``accumulate_into`` names. Communicates the sum of [N, D], behind the products.
     """
-    reduction = hidden_grad_sum(call, inputs.hidden) if wanted.hidden else None
     target = classifier_grad(call, inputs.classifier)
-    progress = None if call.impl.overlap is False else reduction
-    upstream = Upstream(statistics, grads, wanted, target, kept, progress)
-    found = own_gradients(call, inputs, upstream)
-    hidden = None
-    if wanted.hidden:
-        hidden = total_hidden_grad(call, found.hidden, inputs.hidden, reduction)
+    upstream = Upstream(statistics, grads, wanted, target, kept)
+    work = _gradients_of_spans if is_long(call, inputs) else _gradients_at_once
+    found = work(call, inputs, upstream)
     classifier = None
     if wanted.classifier and target.add_to is None:
         classifier = with_padding(found.classifier, inputs.classifier)
     bias = None
     if wanted.bias and inputs.bias is not None:
         bias = with_padding(found.bias, inputs.bias)
-    return Gradients(hidden, classifier, bias)
+    return Gradients(found.hidden, classifier, bias)
+
+
+def _gradients_at_once(call: Call, inputs: Inputs, upstream: Upstream) -> Gradients:
+    """Return dE [T, D] summed, and the gradients of the rows that are tokens."""
+    if not upstream.wanted.hidden:
+        return own_gradients(call, inputs, upstream)
+    reduction = hidden_grad_sum(call, inputs.hidden)
+    progress = None if call.impl.overlap is False else reduction
+    found = own_gradients(call, inputs, replace(upstream, progress=progress))
+    return found._replace(hidden=total_hidden_grad(call, found.hidden, inputs.hidden, reduction))
+
+
+def _gradients_of_spans(call: Call, inputs: Inputs, upstream: Upstream) -> Gradients:
+    """Return the same, the tokens taken a span at a time."""
+    target, wide = upstream.classifier_grad, upstream.statistics.values.dtype
+    # What is narrower would be rounded with each span.
+    adds_there = target.add_to is not None and target.dtype == wide
+    row_sums = RowSums(target if adds_there else ClassifierGrad(wide))
+    reduction = hidden_grad_spans(call, inputs.hidden) if upstream.wanted.hidden else None
+    spans = list(blocks(inputs.hidden.shape[0], call.plan.span))
+    kept: Sequence[object] = upstream.kept or [None] * len(spans)
+    for tokens, kept_of_span in zip(spans, kept, strict=True):
+        own = Upstream(
+            _of_span(upstream.statistics, tokens),
+            _of_span(upstream.grads, tokens),
+            upstream.wanted,
+            row_sums.target,
+            kept_of_span,
+        )
+        _add_span(call, inputs.of(tokens), own, tokens, row_sums, reduction)
+    classifier = row_sums.classifier
+    if target.add_to is not None and not adds_there:
+        classifier = target.placed(classifier)
+    hidden = None if reduction is None else spans_total(call, reduction)
+    return Gradients(hidden, classifier, row_sums.bias)
+
+
+def _of_span(statistics: Statistics, tokens: slice) -> Statistics:
+    return Statistics(statistics.values[:, tokens].contiguous(), statistics.names)
+
+
+def _add_span(
+    call: Call,
+    inputs: Inputs,  # of the span
+    upstream: Upstream,
+    tokens: slice,
+    row_sums: RowSums,
+    reduction: HiddenGradSpans | None,
+) -> None:
+    """Add a span's gradients to the sums; its own are freed before the next span's are made."""
+    found = own_gradients(call, inputs, upstream)
+    row_sums.add(found)
+    if reduction is not None:
+        reduction.add(found.hidden, tokens)
 
 
 def hidden_grad_sum(
@@ -130,6 +244,23 @@ def hidden_grad_sum(
         out_dtype=hidden.dtype,
         pieces=pieces,
     )
+
+
+def hidden_grad_spans(call: Call, hidden: Tensor) -> HiddenGradSpans:
+    """Return what sums the gradient of the hidden states [N, D] of a long call."""
+    return HiddenGradSpans(
+        hidden,
+        call.rows.group if call.sums_hidden_grad else VocabGroup(),
+        scatters=call.layout.gathers,
+        dtype=call.shard.sum_dtype,
+        waits=order_of(call, hidden.shape[0]) is Order.WAITING,
+    )
+
+
+def spans_total(call: Call, reduction: HiddenGradSpans) -> Tensor:
+    """Return this rank's summed gradient [T, D] of a long call's hidden states."""
+    total, scale = reduction.total(), call.settings.hidden_grad_scale
+    return total if scale == 1.0 else total.mul_(scale)
 
 
 def order_of(call: Call, num_tokens: int) -> Order:
