@@ -15,11 +15,9 @@ full size. A GPU's tile has all tokens unless the budget is tiny.
 tile. Where one kernel makes z and its statistics, forward has no tiles.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from typing import Literal, NamedTuple
+from typing import Literal
 
-import torch
 from torch import Tensor
 
 from vocab_parallel.local.backward_plan import (
@@ -31,7 +29,14 @@ from vocab_parallel.local.backward_plan import (
     row_blocks,
     span_tokens,
 )
-from vocab_parallel.local.interface import Gradients, Progress, Shard, Upstream
+from vocab_parallel.local.exponentials import (
+    gradients_of_exponentials,
+    sums_of_exponentials,
+    whole_exponentials,
+)
+from vocab_parallel.local.interface import Gradients, Progress, Shard, Upstream, token_blocks
+from vocab_parallel.local.kept import Kept
+from vocab_parallel.local.row_gradients import RowGradients
 from vocab_parallel.local.statistics import Statistics
 from vocab_parallel.local.tile_ops import Block, HopperOps, corner, put_product, well_scaled
 
@@ -115,7 +120,7 @@ class ChunkedImpl:
 
     def forward(
         self, shard: Shard, plan: BackwardPlan, progress: Progress | None = None
-    ) -> tuple[Statistics, "Kept | None"]:
+    ) -> tuple[Statistics, Kept | None]:
         """See `LocalImpl.forward`."""
         num_kept = _rows_to_keep(shard, plan)
         kept: Tensor | None = None
@@ -126,7 +131,7 @@ class ChunkedImpl:
         if isinstance(shard.ops, HopperOps):
             reference = shard.ops.reference(shard)
             memory = budget_bytes(self.memory_budget)
-            for tokens in _token_blocks(shard.num_tokens, shard.num_tokens, progress):
+            for tokens in token_blocks(shard.num_tokens, shard.num_tokens, progress):
                 own = None if kept is None else kept[:, :num_kept]
                 shard.ops.put_statistics(found, shard, tokens, reference, own, memory)
                 if progress is not None:
@@ -139,15 +144,15 @@ class ChunkedImpl:
 
     def backward(self, shard: Shard, plan: BackwardPlan, upstream: Upstream) -> Gradients:
         """See `LocalImpl.backward`."""
-        exponentials = _whole_exponentials(shard, upstream)
+        exponentials = whole_exponentials(shard, upstream)
         if exponentials is not None:
-            return _gradients_of_exponentials(exponentials, shard, upstream)
+            return gradients_of_exponentials(exponentials, shard, upstream)
         source = _GradientTiles(shard, plan, upstream)
         tile = source.tile
         row_slices = _row_slices(shard, tile, source.num_kept)
         at_once = len(row_slices) == 1 and source.unit is None
         hidden_grad = _allocate_hidden_grad(shard, upstream, at_once)
-        row_grads = _RowGradients(
+        row_grads = RowGradients(
             shard, upstream, source.unit, one_tile=tile.tokens >= shard.num_tokens
         )
         for rows in row_slices:
@@ -172,33 +177,6 @@ class ChunkedImpl:
         if hidden_grad is not None and source.unit is not None:
             hidden_grad.mul_(source.unit)
         return Gradients(hidden_grad, row_grads.classifier, row_grads.bias)
-
-
-class Kept:
-    """What forward kept of the logits [N, r] of a shard's first rows, for backward to use once.
-
-    Raw logits are turned into their gradient in place: under a split backward the inputs' half
-    leaves them as they are, and the weights' half pops them. Exponentials of whole shards stay as
-    they are. Who comes later (a backward that is run again) makes logits anew.
-
-    Attributes:
-        num_rows: r; the buffer may be wider.
-        reference: [N], what exponentials are relative to, or None: raw logits are kept.
-    """
-
-    def __init__(self, values: Tensor, num_rows: int, reference: Tensor | None) -> None:
-        self._values: Tensor | None = values
-        self.num_rows = num_rows
-        self.reference = reference
-
-    def peek(self) -> Tensor | None:
-        """Return what was kept, not to be used up; None where it is gone."""
-        return self._values
-
-    def pop(self) -> Tensor | None:
-        """Return what was kept and forget it; None where it is gone."""
-        values, self._values = self._values, None
-        return values
 
 
 class _GradientTiles:
@@ -242,7 +220,7 @@ class _GradientTiles:
                 with_targets=False,
             )  # fmt: skip
             if self._sums_tokens:
-                self._kept_sums = _sums_of_exponentials(values, scale, own, shard)
+                self._kept_sums = sums_of_exponentials(values, scale, own, shard)
             shard.ops.scale_tokens(values, scale, values, (shard.targets, own))
             self._is_gradient = True
 
@@ -264,162 +242,6 @@ class _GradientTiles:
         )  # fmt: skip
         # Where no kernel works the logits may be wider than the operands.
         return out.to(block.classifier.dtype), sums
-
-
-class _RowGradients:
-    """Adds up a block's gradients over tiles of tokens, and puts them where they belong.
-
-    Where one tile has all tokens, the product itself writes or adds to the destination. Else a
-    block [r, D] of float32 sums is held, and rounded once.
-    """
-
-    def __init__(
-        self, shard: Shard, upstream: Upstream, unit: Tensor | None, *, one_tile: bool
-    ) -> None:
-        target = upstream.classifier_grad
-        self._dtype, self._unit = shard.dtype, unit
-        self._adds = target.add_to is not None
-        self._direct = one_tile and unit is None
-        self.classifier: Tensor | None = None  # [R, D]
-        if upstream.wanted.classifier:
-            self.classifier = target.add_to
-            if self.classifier is None:
-                self.classifier = shard.classifier.new_empty(
-                    shard.classifier.shape, dtype=target.dtype
-                )
-        self.bias: Tensor | None = None  # [R]
-        if upstream.wanted.bias and shard.bias is not None:
-            self.bias = shard.bias.new_zeros(shard.bias.shape, dtype=shard.dtype)
-        self._rows = slice(0, 0)
-        self._sums: Tensor | None = None  # of the block, where it is not written at once
-
-    def begin(self, rows: slice) -> None:
-        """Turn to a block of rows."""
-        self._rows, self._sums = rows, None
-
-    def add(self, logits_grad: Tensor, hidden: Tensor, sums: Tensor | None) -> None:
-        """Add what some tokens give: logits' gradient [n, r], hidden states [n, D], its sum [r]."""
-        if self.bias is not None and sums is not None:
-            self.bias[self._rows] += sums
-        if self.classifier is None:
-            return
-        if self._direct:
-            put_product(self.classifier[self._rows], logits_grad.T, hidden, add=self._adds)
-            return
-        fresh = self._sums is None
-        if self._sums is None:
-            shape = (logits_grad.shape[1], hidden.shape[1])
-            self._sums = hidden.new_empty(shape, dtype=self._dtype)
-        put_product(self._sums, logits_grad.T, hidden, add=not fresh)
-
-    def end(self) -> None:
-        """Put a block's sums in their place."""
-        if self.bias is not None and self._unit is not None:
-            self.bias[self._rows] *= self._unit
-        if self._sums is None or self.classifier is None:
-            return
-        if self._unit is not None:
-            self._sums.mul_(self._unit)
-        destination = self.classifier[self._rows]
-        if self._adds:
-            destination.add_(self._sums)
-        else:
-            destination.copy_(self._sums)
-
-
-def _whole_exponentials(shard: Shard, upstream: Upstream) -> "_Exponentials | None":
-    """Return what forward kept of all rows, where it is exponentials and still there.
-
-    The weights' half is the last to come.
-    """
-    kept: Kept | None = upstream.kept
-    if kept is None or kept.reference is None or kept.num_rows < shard.num_rows:
-        return None
-    last = upstream.wanted.classifier or upstream.wanted.bias
-    values = kept.pop() if last else kept.peek()
-    return None if values is None else _Exponentials(values[:, : shard.num_rows], kept.reference)
-
-
-class _Exponentials(NamedTuple):
-    """Of all of a shard's logits [N, R], relative to each token's reference [N]."""
-
-    values: Tensor
-    reference: Tensor
-
-
-def _gradients_of_exponentials(kept: _Exponentials, shard: Shard, upstream: Upstream) -> Gradients:
-    """Multiply what forward kept as it is, and scale what goes in or comes out."""
-    row_grads = _RowGradients(shard, upstream, None, one_tile=True)
-    hidden_grad = None
-    if upstream.wanted.hidden:
-        hidden_grad = _hidden_grad_of_exponentials(kept, shard, upstream)
-    if upstream.wanted.classifier or upstream.wanted.bias:
-        _put_row_grads_of_exponentials(row_grads, kept, shard, upstream)
-    return Gradients(hidden_grad, row_grads.classifier, row_grads.bias)
-
-
-def _hidden_grad_of_exponentials(kept: _Exponentials, shard: Shard, upstream: Upstream) -> Tensor:
-    """Return dE = s (Q c) [N, D], the partial sum over this rank's rows."""
-    ops, progress = shard.ops, upstream.progress
-    assert isinstance(ops, HopperOps)
-    scale, _ = ops.settle(
-        kept.values, kept.reference, shard, upstream.statistics, upstream.grads, with_targets=True
-    )
-    found = shard.hidden.new_empty(shard.hidden.shape, dtype=shard.sum_dtype)
-    sums = found if found.dtype == shard.dtype else torch.empty_like(found, dtype=shard.dtype)
-    for tokens in _token_blocks(shard.num_tokens, shard.num_tokens, progress):
-        for rows in row_blocks(shard.num_rows, shard.num_rows, aligned=True):
-            part = kept.values[tokens, rows]
-            put_product(sums[tokens], part, shard.classifier[rows], add=rows.start > 0)
-        ops.scale_tokens(sums[tokens], scale[tokens], found[tokens])
-        if progress is not None:
-            progress.complete(found, tokens.stop)
-    return found
-
-
-def _put_row_grads_of_exponentials(
-    row_grads: "_RowGradients", kept: _Exponentials, shard: Shard, upstream: Upstream
-) -> None:
-    """Put dC = Q^T (s e), and the bias's sums of Q^T s, and to both what the targets receive."""
-    ops = shard.ops
-    assert isinstance(ops, HopperOps)
-    scale, own = ops.settle(
-        kept.values, kept.reference, shard, upstream.statistics, upstream.grads, with_targets=False
-    )
-    if row_grads.classifier is not None:
-        scaled = ops.scale_tokens(shard.hidden, scale, torch.empty_like(shard.hidden))
-        for rows in row_blocks(shard.num_rows, shard.num_rows, aligned=True):
-            row_grads.begin(rows)
-            row_grads.add(kept.values[:, rows], scaled, None)
-        ops.add_to_target_rows(row_grads.classifier, shard.hidden, own, shard.targets)
-    if row_grads.bias is not None:
-        row_grads.bias.copy_(_sums_of_exponentials(kept.values, scale, own, shard))
-
-
-def _sums_of_exponentials(values: Tensor, scale: Tensor, own: Tensor, shard: Shard) -> Tensor:
-    """Return the gradient's sums over tokens [r] of the first rows: Q^T s, and the targets'.
-
-    Args:
-        values: Q [N, r], with 0 in the targets' places.
-        scale, own: s and o [N].
-    """
-    assert isinstance(shard.ops, HopperOps)
-    sums = _weighted_sum(values, scale)
-    ones = torch.ones_like(own).unsqueeze(1)
-    shard.ops.add_to_target_rows(sums.unsqueeze(1), ones, own, shard.targets)
-    return sums
-
-
-def _weighted_sum(values: Tensor, weight: Tensor) -> Tensor:
-    """Return the sum [R] of bfloat16 values [N, R] by float32 weights [N], as a product.
-
-    A weight goes as two numbers of the values' dtype, which together have its precision.
-    """
-    high = weight.to(values.dtype)
-    low = (weight - high).to(values.dtype)
-    found = weight.new_empty((2, values.shape[1]))
-    put_product(found, torch.stack((high, low)), values, add=False)
-    return found.sum(0)
 
 
 def _rows_to_keep(shard: Shard, plan: BackwardPlan) -> int:
@@ -463,7 +285,7 @@ def _put_by_tiles(
     for index, rows in enumerate(row_slices):
         block = ops.block(shard, rows)
         stays = rows.stop <= num_kept
-        for tokens in _token_blocks(shard.num_tokens, tile.tokens, cuts):
+        for tokens in token_blocks(shard.num_tokens, tile.tokens, cuts):
             logits = buffer[tokens, rows] if stays else corner(buffer, tokens, rows)
             ops.put_raw_logits(logits, block, tokens)
             ops.add_statistics(
@@ -493,13 +315,6 @@ def _add_hidden_grad(
         if progress is not None:
             progress.complete(hidden_grad, stop)
         start = stop
-
-
-def _token_blocks(num_tokens: int, size: int, progress: Progress | None) -> Iterator[slice]:
-    """Cut the tokens into tiles, or into the parts that are communicated one by one."""
-    if size >= num_tokens and progress is not None:
-        return iter(progress.pieces)
-    return blocks(num_tokens, size)
 
 
 def _allocate_hidden_grad(shard: Shard, upstream: Upstream, at_once: bool) -> Tensor | None:

@@ -12,14 +12,14 @@ A target's own entry takes expm1(s.target - s.lse) for p - 1, so that a confiden
 d.lse p + d.target nearly cancels, keeps its precision.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from vocab_parallel.local.backward_plan import BackwardPlan
+from vocab_parallel.local.backward_plan import BackwardPlan, blocks
 from vocab_parallel.local.statistics import StatisticNames, Statistics, accumulation_dtype
 
 if TYPE_CHECKING:
@@ -135,6 +135,13 @@ class Progress(Protocol):
             stop: counts from 0; never less than in the call before.
         """
         ...
+
+
+def token_blocks(num_tokens: int, size: int, progress: Progress | None) -> Iterator[slice]:
+    """Cut the tokens into tiles, or into the parts that are communicated one by one."""
+    if size >= num_tokens and progress is not None:
+        return iter(progress.pieces)
+    return blocks(num_tokens, size)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,115 @@
+"""Both gradients from the exponentials that forward kept of a shard's logits.
+
+With Q what was kept, one row for each token, and s and o two numbers of a token
+(`kernels/kept_probabilities.py`):
+
+    dE = s (Q c)         with o / s in the targets' places of Q
+    dC = Q^T (s e)       with 0 there, and the sum of o e over each row's own tokens
+    db = Q^T s           with 0 there, and that of o
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vocab_parallel.local.backward_plan import row_blocks
+from vocab_parallel.local.interface import Gradients, Shard, Upstream, token_blocks
+from vocab_parallel.local.kept import Kept
+from vocab_parallel.local.row_gradients import RowGradients
+from vocab_parallel.local.tile_ops import HopperOps, put_product
+
+
+class Exponentials(NamedTuple):
+    """Of all of a shard's logits [N, R], relative to each token's reference [N]."""
+
+    values: Tensor
+    reference: Tensor
+
+
+def whole_exponentials(shard: Shard, upstream: Upstream) -> Exponentials | None:
+    """Return what forward kept of all rows, where it is exponentials and still there.
+
+    The weights' half is the last to come.
+    """
+    kept: Kept | None = upstream.kept
+    if kept is None or kept.reference is None or kept.num_rows < shard.num_rows:
+        return None
+    last = upstream.wanted.classifier or upstream.wanted.bias
+    values = kept.pop() if last else kept.peek()
+    return None if values is None else Exponentials(values[:, : shard.num_rows], kept.reference)
+
+
+def gradients_of_exponentials(kept: Exponentials, shard: Shard, upstream: Upstream) -> Gradients:
+    """Multiply what forward kept as it is, and scale what goes in or comes out."""
+    row_grads = RowGradients(shard, upstream, None, one_tile=True)
+    hidden_grad = None
+    if upstream.wanted.hidden:
+        hidden_grad = _hidden_grad(kept, shard, upstream)
+    if upstream.wanted.classifier or upstream.wanted.bias:
+        _put_row_grads(row_grads, kept, shard, upstream)
+    return Gradients(hidden_grad, row_grads.classifier, row_grads.bias)
+
+
+def _hidden_grad(kept: Exponentials, shard: Shard, upstream: Upstream) -> Tensor:
+    """Return dE = s (Q c) [N, D], the partial sum over this rank's rows."""
+    ops, progress = shard.ops, upstream.progress
+    assert isinstance(ops, HopperOps)
+    scale, _ = ops.settle(
+        kept.values, kept.reference, shard, upstream.statistics, upstream.grads, with_targets=True
+    )
+    found = shard.hidden.new_empty(shard.hidden.shape, dtype=shard.sum_dtype)
+    sums = found if found.dtype == shard.dtype else torch.empty_like(found, dtype=shard.dtype)
+    for tokens in token_blocks(shard.num_tokens, shard.num_tokens, progress):
+        for rows in row_blocks(shard.num_rows, shard.num_rows, aligned=True):
+            part = kept.values[tokens, rows]
+            put_product(sums[tokens], part, shard.classifier[rows], add=rows.start > 0)
+        ops.scale_tokens(sums[tokens], scale[tokens], found[tokens])
+        if progress is not None:
+            progress.complete(found, tokens.stop)
+    return found
+
+
+def _put_row_grads(
+    row_grads: RowGradients, kept: Exponentials, shard: Shard, upstream: Upstream
+) -> None:
+    """Put dC = Q^T (s e), and the bias's sums of Q^T s, and to both what the targets receive."""
+    ops = shard.ops
+    assert isinstance(ops, HopperOps)
+    scale, own = ops.settle(
+        kept.values, kept.reference, shard, upstream.statistics, upstream.grads, with_targets=False
+    )
+    if row_grads.classifier is not None:
+        scaled = ops.scale_tokens(shard.hidden, scale, torch.empty_like(shard.hidden))
+        for rows in row_blocks(shard.num_rows, shard.num_rows, aligned=True):
+            row_grads.begin(rows)
+            row_grads.add(kept.values[:, rows], scaled, None)
+        ops.add_to_target_rows(row_grads.classifier, shard.hidden, own, shard.targets)
+    if row_grads.bias is not None:
+        row_grads.bias.copy_(sums_of_exponentials(kept.values, scale, own, shard))
+
+
+def sums_of_exponentials(values: Tensor, scale: Tensor, own: Tensor, shard: Shard) -> Tensor:
+    """Return the gradient's sums over tokens [r] of the first rows: Q^T s, and the targets'.
+
+    Args:
+        values: Q [N, r], with 0 in the targets' places.
+        scale, own: s and o [N].
+    """
+    assert isinstance(shard.ops, HopperOps)
+    sums = _weighted_sum(values, scale)
+    ones = torch.ones_like(own).unsqueeze(1)
+    shard.ops.add_to_target_rows(sums.unsqueeze(1), ones, own, shard.targets)
+    return sums
+
+
+def _weighted_sum(values: Tensor, weight: Tensor) -> Tensor:
+    """Return the sum [R] of bfloat16 values [N, R] by float32 weights [N], as a product.
+
+    A weight goes as two numbers of the values' dtype, which together have its precision.
+    """
+    high = weight.to(values.dtype)
+    low = (weight - high).to(values.dtype)
+    found = weight.new_empty((2, values.shape[1]))
+    put_product(found, torch.stack((high, low)), values, add=False)
+    return found.sum(0)
