@@ -32,7 +32,8 @@ def drawn_shard(generator: torch.Generator, num_tokens: int, num_rows: int, **gi
         "needs_grad": True,
         "ops": TileOps(),
     }
-    return Shard(**(values | given))
+    values |= given
+    return Shard(**{"grad_names": values["names"], **values})
 
 
 def spans(num_rows: int) -> list[slice]:
@@ -71,7 +72,7 @@ NAMES: list[StatisticNames] = [
     ("lse", "target"),
     ("lse", "target", "sum"),
     ("lse", "target", "expected"),
-    ("lse", "target", "sum", "expected"),
+    ("lse", "target", "sum", "expected", "rival"),
 ]
 # Statistics, softcap, temperature, whether there is a bias.
 CASES = list(itertools.product(NAMES, (None, 1.5), (1.0, 0.7), (False, True)))

@@ -29,6 +29,7 @@ from vocab_parallel.pipeline import (
     no_loss,
     validate_pipeline_loss,
 )
+from vocab_parallel.sharded.metrics import LossMetrics
 
 if TYPE_CHECKING:
     from vocab_parallel.pipeline.spanning.schedule import SpanningSchedule
@@ -37,6 +38,7 @@ __all__ = [
     "BackwardPlan",
     "CCEPipelineLoss",
     "LogprobsPipelineLoss",
+    "LossMetrics",
     "Prediction",
     "SpanningSchedule",
     "TiedRows",

@@ -19,12 +19,38 @@ from torch import Tensor
 from vocab_parallel.sharded.autograd import scalar_loss, vocab_statistics
 from vocab_parallel.sharded.call import Call, Operands, prepare
 from vocab_parallel.sharded.layout import IGNORED, OUT_OF_RANGE, HiddenLayout
+from vocab_parallel.sharded.metrics import LossMetrics, loss_metrics
 from vocab_parallel.sharded.settings import LossSettings
 from vocab_parallel.sharded.token_loss import TokenLoss
 from vocab_parallel.sharded.uncompiled import uncompiled
 
 
-# For type checkers: what is returned hangs on one argument. The rest is below.
+# For type checkers: what is returned hangs on two arguments. The rest is below.
+@overload
+def linear_cross_entropy(
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    return_lse: Literal[True],
+    return_metrics: Literal[True],
+    **options: Any,
+) -> tuple[Tensor, Tensor, LossMetrics]: ...
+
+
+@overload
+def linear_cross_entropy(
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    return_metrics: Literal[True],
+    **options: Any,
+) -> tuple[Tensor, LossMetrics]: ...
+
+
 @overload
 def linear_cross_entropy(
     e: Tensor,
@@ -55,6 +81,7 @@ def linear_cross_entropy(
     shift: int = 0,
     return_lse: bool = False,
     *,
+    return_metrics: bool = False,
     vocab_parallel_options: Any = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
@@ -70,13 +97,14 @@ def linear_cross_entropy(
     validate: bool | None = None,
     accumulate_into: str | None = None,
     **impl_options: Any,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor | LossMetrics, ...]:
     """Cross-entropy of ``softcap(e c^T + bias) / temperature`` without the logits.
 
     Every rank of the vocab group calls it, with its own rows of the classifier, and every rank
     returns the same loss; ``c.grad`` and ``bias.grad`` are those of its own rows. It communicates
-    2 float32 for each token in forward (3 with label smoothing), once, and the gradient of the
-    hidden states in backward, once; `collectives.py` lists every call and its bytes.
+    2 float32 for each token in forward (3 with label smoothing, and 2 more with metrics), once, and
+    the gradient of the hidden states in backward, once; `collectives.py` lists every call and its
+    bytes.
 
     Args:
         e: hidden states [..., T, D], float16, bfloat16, float32 or float64.
@@ -91,6 +119,8 @@ def linear_cross_entropy(
         shift: position t predicts ``targets[..., t + shift]``; in [0, max(T, 1)).
         return_lse: return (loss, lse); lse [..., T - shift] is differentiable, and 0 where the
             token is ignored.
+        return_metrics: also return `LossMetrics`, the last of the tuple: accuracy and mean entropy
+            of the group's valid tokens, from the same pass and without waiting for a device.
         vocab_parallel_options: which rows these are, `VocabParallelOptions` or any object with
             its attributes. None: one rank that holds the whole vocabulary.
         label_smoothing: as in F.cross_entropy, over the true vocabulary.
@@ -130,7 +160,7 @@ def linear_cross_entropy(
 
     Returns:
         The loss in float32 (float64 for float64 inputs), a scalar or [..., T - shift]; with
-        return_lse a pair. In the "sequence" layout per-token results are this rank's
+        return_lse or return_metrics a tuple, (loss, lse, metrics) with both. In the "sequence" layout per-token results are this rank's
         [..., T / V], 0 where the shift leaves no target. Per-token gradients of the gathering
         layouts are gathered in backward: all ranks must use them or none.
 
@@ -146,6 +176,7 @@ def linear_cross_entropy(
         reduction=reduction,
         shift=int(shift) if isinstance(shift, bool) else shift,
         return_lse=return_lse,
+        return_metrics=return_metrics,
         label_smoothing=label_smoothing,
         z_loss=z_loss,
         temperature=temperature,
@@ -164,13 +195,17 @@ def linear_cross_entropy(
     labels = call.labels()
     losses = token_losses(call, labels)
     if call.plan.backward == "gradients":
-        return scalar_loss(call, labels, losses)[0]
-    statistics = vocab_statistics(call, labels)
-    per_token = reduction == "none"
-    loss = call.own(losses(statistics.values)) if per_token else losses.total(statistics.values)
-    if not return_lse:
-        return loss
-    return loss, call.own(statistics.lse.masked_fill(labels == IGNORED, 0.0))
+        loss, statistics = scalar_loss(call, labels, losses)
+    else:
+        statistics = vocab_statistics(call, labels)
+        per_token = reduction == "none"
+        loss = call.own(losses(statistics.values)) if per_token else losses.total(statistics.values)
+    results: tuple[Tensor | LossMetrics, ...] = (loss,)
+    if return_lse:
+        results += (call.own(statistics.lse.masked_fill(labels == IGNORED, 0.0)),)
+    if return_metrics:
+        results += (loss_metrics(statistics, labels),)
+    return results if len(results) > 1 else loss
 
 
 @overload

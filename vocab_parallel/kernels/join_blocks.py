@@ -8,14 +8,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vocab_parallel.kernels.logit import Transform, cdiv, logit_arguments, to_logit
+from vocab_parallel.kernels.logit import Transform, cdiv, logit_arguments, rival_place, to_logit
 
 # What a program joins at a time: blocks of rows by tokens; and how much of the hidden size.
 _BLOCKS, _TOKENS, _DEPTH = 32, 32, 64
 
 
 def join_blocks(
-    parts: Tensor,  # (k - 1, blocks, n) float32: lse, then sum and expected where wanted
+    parts: Tensor,  # (k - 1, blocks, n) float32: lse, then sum, expected and rival where wanted
     hidden: Tensor,  # (n, D)
     classifier: Tensor,  # (R, D)
     bias: Tensor | None,  # (R,)
@@ -46,6 +46,7 @@ def join_blocks(
             num_rows,
             depth,
             **logit_arguments(bias, transform, names),
+            **rival_place(names),
             BLOCKS=_BLOCKS,
             TOKENS=_TOKENS,
             DEPTH=_DEPTH,
@@ -75,6 +76,7 @@ def _join_blocks(  # type: ignore[no-untyped-def]
     HAS_TEMPERATURE: tl.constexpr,
     SUM: tl.constexpr,
     EXPECTED: tl.constexpr,
+    RIVAL: tl.constexpr,
     BLOCKS: tl.constexpr,
     TOKENS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -90,6 +92,7 @@ def _join_blocks(  # type: ignore[no-untyped-def]
     total = tl.zeros((BLOCKS, TOKENS), tl.float32)
     plain = tl.zeros((BLOCKS, TOKENS), tl.float32)
     weighted = tl.zeros((BLOCKS, TOKENS), tl.float32)
+    rivals = tl.full((BLOCKS, TOKENS), -float("inf"), tl.float32)
     for start in range(0, blocks, BLOCKS):
         here = (start + block < blocks)[:, None] & inside[None, :]
         at = own + tl.cast(start, tl.int64) * num_tokens
@@ -104,6 +107,9 @@ def _join_blocks(  # type: ignore[no-untyped-def]
         if EXPECTED > 0:
             expected = tl.load(at + (EXPECTED - 1) * part, mask=here, other=0.0)
             weighted = weighted * rescale + share * expected
+        if RIVAL > 0:
+            rival = tl.load(at + (RIVAL - 1) * part, mask=here, other=-float("inf"))
+            rivals = tl.maximum(rivals, rival)
         peak = larger
     top = tl.max(peak, 0)
     shift = tl.where(top == -float("inf"), 0.0, top)
@@ -134,3 +140,5 @@ def _join_blocks(  # type: ignore[no-untyped-def]
     if EXPECTED > 0:
         expected = tl.sum(weighted * rescale, 0) / divisor
         tl.store(out + EXPECTED * statistics_stride, expected, mask=inside)
+    if RIVAL > 0:
+        tl.store(out + RIVAL * statistics_stride, tl.max(rivals, 0), mask=inside)

@@ -93,6 +93,7 @@ class CceImpl(RecomputeOnly):
         for refused, what in (
             (shard.transform.temperature != 1.0, "temperature"),
             ("sum" in shard.names, "label_smoothing"),
+            ("rival" in shard.names, "metrics"),
             ("expected" in shard.names, "entropy"),
         ):
             if refused:

@@ -51,7 +51,9 @@ class Shard:
         targets: [N] int32, the row in [0, R) of each token's target; outside of [0, R) where the
             target is another rank's row, or there is none.
         transform: what makes logits of raw entries.
-        names: the statistics that the loss reads.
+        names: the statistics that are made.
+        grad_names: those of them, the first ones, that may receive a gradient. A backward is given
+            a shard whose names are these.
         separate_lse_grad: whether the gradient of lse may differ from minus that of the target,
             as a z-loss or a use of lse makes it.
         sum_dtype: in which the partial gradients of the hidden states are summed over the group,
@@ -66,6 +68,7 @@ class Shard:
     targets: Tensor
     transform: Transform
     names: StatisticNames
+    grad_names: StatisticNames
     separate_lse_grad: bool
     sum_dtype: torch.dtype
     needs_grad: bool

@@ -140,6 +140,9 @@ def _statistics_of(logits: Tensor, bias: Tensor | None, shard: Shard) -> Tensor:
         finite = logits.masked_fill(logits == -torch.inf, 0.0)
         probabilities = torch.exp(logits - lse.masked_fill(lse == -torch.inf, 0.0)[:, None])
         found.append((probabilities * finite).sum(-1))
+    if "rival" in shard.names:
+        others = logits.scatter(-1, rows.unsqueeze(-1), -torch.inf).amax(-1)
+        found.append(torch.where(owned, others, logits.amax(-1)))
     return torch.stack(found)
 
 

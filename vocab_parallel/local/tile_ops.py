@@ -126,8 +126,7 @@ class TileOps:
             keep: whether the logits must stay as they are.
         """
         if first:
-            found.values.zero_()
-            found.lse.fill_(-torch.inf)
+            found.clear_()
         logits = finish_logits_(logits.clone() if keep else logits, block)
         inside, index = owned_targets(block.shard.targets[tokens] - block.start, logits.shape[1])
         at_target = logits.gather(1, index.unsqueeze(1)).squeeze(1)
@@ -135,8 +134,16 @@ class TileOps:
         if "sum" in found:
             found.sum.add_(logits.sum(1))
 
+        if "rival" in found:
+            at, nothing = index.unsqueeze(1), torch.where(inside, -torch.inf, at_target)
+            others = logits.scatter_(1, at, nothing.unsqueeze(1)).amax(1)
+            torch.maximum(found.rival, others, out=found.rival)
+            logits.scatter_(1, at, at_target.unsqueeze(1))
+            largest = torch.where(inside, torch.maximum(others, at_target), others)
+        else:
+            largest = logits.amax(1)
         # A row of -inf alone (a bias may mask rows so) must not give -inf - -inf.
-        largest = logits.amax(1).clamp_(min=torch.finfo(logits.dtype).min)
+        largest.clamp_(min=torch.finfo(logits.dtype).min)
         # A logit of -inf has no probability, and adds nothing to the mean: not 0 times -inf.
         values = logits.masked_fill(logits == -torch.inf, 0.0) if "expected" in found else None
         exponentials = logits.sub_(largest.unsqueeze(1)).exp_()
@@ -249,7 +256,7 @@ class HopperOps(TritonOps):
         It is the largest of some of the shard's rows. Whatever it is the results are right; the
         farther it lies from a token's lse, the more of its logits are done twice.
         """
-        if shard.names != ("lse", "target"):
+        if shard.grad_names != ("lse", "target"):
             return None
         sample = slice(None, None, max(shard.num_rows // _SAMPLE, 1))
         rows = shard.classifier[sample][:_SAMPLE]
@@ -290,7 +297,9 @@ class HopperOps(TritonOps):
             values = found.of(part).values
             own = None if kept is None else kept[part]
             if reference is not None and (kept is None or self.keeps_probabilities(shard)):
-                product_probabilities(*operands, reference[part], values, own, shard.transform)
+                product_probabilities(
+                    *operands, reference[part], values, found.names, own, shard.transform
+                )
             else:
                 product_statistics(*operands, values, found.names, own, shard.transform)
 

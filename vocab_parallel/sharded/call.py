@@ -237,6 +237,7 @@ def _shard(operands: Operands, settings: LossSettings, rows: RankRows) -> Shard:
         targets=none[:, 0],
         transform=settings.transform,
         names=settings.statistics,
+        grad_names=settings.grad_statistics,
         separate_lse_grad=settings.separate_lse_grad,
         sum_dtype=sum_dtype,
         needs_grad=False,

@@ -77,11 +77,15 @@ def joined_statistics(call: Call, inputs: Inputs, needs_grad: bool) -> tuple[Sta
 
 
 def own_gradients(call: Call, inputs: Inputs, upstream: Upstream) -> Gradients:
-    """T without the reduction: dE is the partial sum over this rank's rows, or None."""
+    """T without the reduction: dE is the partial sum over this rank's rows, or None.
+
+    Its statistics are those that may receive a gradient, and no others.
+    """
     shard = shard_of(call, inputs, needs_grad=True)
     if shard is None or not any(upstream.wanted):
         return Gradients(None, None, None)
-    return call.impl.backward(shard, call.plan, upstream)
+    assert upstream.statistics.names == upstream.grads.names == shard.grad_names
+    return call.impl.backward(replace(shard, names=shard.grad_names), call.plan, upstream)
 
 
 def summed_gradients(
@@ -101,7 +105,10 @@ def summed_gradients(
     reduction = hidden_grad_sum(call, inputs.hidden) if wanted.hidden else None
     target = classifier_grad(call, inputs.classifier)
     progress = None if call.impl.overlap is False else reduction
-    upstream = Upstream(statistics, grads, wanted, target, kept, progress)
+    names = call.shard.grad_names
+    upstream = Upstream(
+        statistics.first(names), grads.first(names), wanted, target, kept, progress
+    )
     found = own_gradients(call, inputs, upstream)
     hidden = None
     if wanted.hidden:

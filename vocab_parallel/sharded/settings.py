@@ -39,6 +39,7 @@ class LossSettings:
     return_heads: bool = False
     return_lse: bool = False
     return_entropy: bool = False
+    return_metrics: bool = False
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     temperature: float = 1.0
@@ -79,12 +80,20 @@ class LossSettings:
         return Transform(self.softcap, float(self.temperature))
 
     @property
-    def statistics(self) -> StatisticNames:
-        """The statistics of the logits that the result is made of."""
+    def grad_statistics(self) -> StatisticNames:
+        """The statistics of the logits that what has a gradient is made of."""
         names: StatisticNames = ("lse", "target")
         if self.label_smoothing:
             names = (*names, "sum")
         return (*names, "expected") if self.return_entropy else names
+
+    @property
+    def statistics(self) -> StatisticNames:
+        """Those, and after them what is only reported."""
+        names = self.grad_statistics
+        if not self.return_metrics:
+            return names
+        return (*names, "rival") if self.return_entropy else (*names, "expected", "rival")
 
     @property
     def scalar_loss(self) -> bool:
@@ -117,6 +126,8 @@ class LossSettings:
             raise ValueError(
                 f"hidden_grad_scale must be a finite number, got {self.hidden_grad_scale!r}"
             )
+        if not isinstance(self.return_metrics, bool):
+            raise ValueError(f"return_metrics must be True or False, got {self.return_metrics!r}")
         self._check_heads()
         if self.e_grad_reduce_dtype not in (torch.float32, torch.bfloat16, torch.float64):
             raise ValueError(
@@ -128,6 +139,11 @@ class LossSettings:
         weights = self.head_weights
         if self.num_heads == 0:
             raise ValueError("shift must name at least one prediction, such as (1, 2), got ()")
+        if self.num_heads is not None and self.return_metrics:
+            raise ValueError(
+                f"return_metrics are of one prediction of each position, got shift {self.shift!r}: "
+                f"leave it out, or call linear_cross_entropy for that head"
+            )
         if weights is None:
             return
         if self.num_heads is None:
