@@ -103,7 +103,7 @@ def metrics_oracle(
     right = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) == logits.amax(-1)
     entropy = torch.distributions.Categorical(logits=logits).entropy() if len(logits) else logits
     divisor = valid.sum().clamp(min=1)
-    return right.sum() / divisor, entropy.sum() / divisor, valid.sum()
+    return right.double().sum() / divisor, entropy.sum() / divisor, valid.sum()
 
 
 def relative_error(actual: Tensor, expected: Tensor, floor: float = 0.0) -> float:
