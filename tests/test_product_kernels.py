@@ -24,7 +24,7 @@ class InterpretedOps(HopperOps):
 
     keeps = True
 
-    def widened(self, operand: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def widened(self, operand: torch.Tensor, shard: Shard) -> torch.Tensor:
         return operand
 
     def keeps_probabilities(self, shard: Shard) -> bool:

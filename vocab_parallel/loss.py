@@ -91,6 +91,7 @@ def linear_cross_entropy(
     hidden_layout: HiddenLayout = "replicated",
     hidden_grad_scale: float = 1.0,
     e_grad_reduce_dtype: torch.dtype = torch.float32,
+    logits_dtype: Literal["float32"] | None = None,
     impl: str = "auto",
     backward: str = "auto",
     memory_budget: int | None = None,
@@ -108,7 +109,9 @@ def linear_cross_entropy(
 
     Args:
         e: hidden states [..., T, D], float16, bfloat16, float32 or float64.
-        c: this rank's classifier rows [stop - start, D], in e's dtype.
+        c: this rank's classifier rows [stop - start, D], in e's dtype or in another: float16,
+            bfloat16 and float32 go with one another. Operands of two dtypes are multiplied in
+            float32, a tile of each widened at a time, and each gets its gradient in its own dtype.
         targets: int32 or int64 ids of the whole vocabulary, [..., T]; the same on every rank but in
             the "sharded" layout.
         bias: [stop - start], or None.
@@ -139,6 +142,10 @@ def linear_cross_entropy(
             exact gradient of a replicated body parameter is then the sum over the vocab axis.
         hidden_grad_scale: multiplies e's gradient, never c's: V for wrappers that average.
         e_grad_reduce_dtype: in which e's gradient is summed over the group.
+        logits_dtype: "float32" rounds no logit of float16 or bfloat16 operands to their dtype
+            before its exponential, in forward or backward; None may, on a GPU that is no Hopper or
+            where backward reads logits that were kept. Products stay in the operands' dtype.
+            docs/precision.md has the errors, and which ``backward`` it allows.
         impl: "auto", or a name of `available_impls`.
         backward: where backward finds the logits; with impl="chunked" all four:
             "recompute"  computes them again: least memory, 8 N D R flops instead of 6;
@@ -183,6 +190,7 @@ def linear_cross_entropy(
         hidden_layout=hidden_layout,
         hidden_grad_scale=hidden_grad_scale,
         e_grad_reduce_dtype=e_grad_reduce_dtype,
+        logits_dtype=logits_dtype,
         backward=backward,
         memory_budget=memory_budget,
         accumulate_into=accumulate_into,
@@ -242,6 +250,7 @@ def token_logprobs(
     hidden_layout: HiddenLayout = "replicated",
     hidden_grad_scale: float = 1.0,
     e_grad_reduce_dtype: torch.dtype = torch.float32,
+    logits_dtype: Literal["float32"] | None = None,
     impl: str = "auto",
     backward: str = "auto",
     memory_budget: int | None = None,
@@ -277,6 +286,7 @@ def token_logprobs(
         hidden_layout=hidden_layout,
         hidden_grad_scale=hidden_grad_scale,
         e_grad_reduce_dtype=e_grad_reduce_dtype,
+        logits_dtype=logits_dtype,
         backward=backward,
         memory_budget=memory_budget,
         impl=impl,

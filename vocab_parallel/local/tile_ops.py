@@ -84,16 +84,23 @@ class TileOps:
 
     kernels = False
 
-    def widened(self, operand: Tensor, dtype: torch.dtype) -> Tensor:
-        """See the function `widened`."""
-        return widened(operand, dtype)
+    def widened(self, operand: Tensor, shard: Shard) -> Tensor:
+        """Return a tile's operand in the dtype in which its device multiplies it.
+
+        Operands of two dtypes go in float32 everywhere; see also the function `widened`.
+        """
+        return widened(operand.to(shard.product_dtype), shard.dtype)
+
+    def copies(self, shard: Shard) -> bool:
+        """Tell whether a tile's operands or its gradient are copied to another dtype."""
+        return shard.mixed or shard.logits_dtype != shard.product_dtype
 
     def block(self, shard: Shard, rows: slice) -> Block:
         """Cut a block of rows out of a shard."""
         return Block(
             shard,
             rows.start,
-            self.widened(shard.classifier[rows], shard.dtype),
+            self.widened(shard.classifier[rows], shard),
             None if shard.bias is None else shard.bias[rows].to(shard.dtype),
         )
 
@@ -103,7 +110,7 @@ class TileOps:
 
     def put_raw_logits(self, out: Tensor, block: Block, tokens: slice) -> Tensor:
         """Compute a tile of raw logits into ``out`` [n, r]."""
-        hidden = self.widened(block.shard.hidden[tokens], block.shard.dtype)
+        hidden = self.widened(block.shard.hidden[tokens], block.shard)
         put_product(out, hidden, block.classifier.T, add=False)
         return out
 
@@ -194,7 +201,8 @@ class TritonOps(TileOps):
 
     def buffer(self, shard: Shard, tile: TileShape) -> Tensor:
         """Allocate raw logits [tokens, at least rows], tokens a whole number of lines apart."""
-        return shard.hidden.new_empty((tile.tokens, padded(tile.rows)))
+        shape = (tile.tokens, padded(tile.rows))
+        return shard.hidden.new_empty(shape, dtype=shard.logits_dtype)
 
     def add_statistics(
         self,
@@ -248,7 +256,18 @@ class TritonOps(TileOps):
 
 
 class HopperOps(TritonOps):
-    """The product and what follows it in one kernel, where logits are made."""
+    """The product and what follows it in one kernel, where logits are made.
+
+    They are float32 there, whatever ``logits_dtype`` is; what is kept is not.
+    """
+
+    def copies(self, shard: Shard) -> bool:
+        """Nothing is: operands have one dtype, and gradients are written in it."""
+        return False
+
+    def buffer(self, shard: Shard, tile: TileShape) -> Tensor:
+        """See `TritonOps.buffer`; in the operands' dtype."""
+        return shard.hidden.new_empty((tile.tokens, padded(tile.rows)))
 
     def reference(self, shard: Shard) -> Tensor | None:
         """Return a number near each token's largest logits [N], or None where none is of use.
@@ -385,7 +404,8 @@ def widened(operand: Tensor, dtype: torch.dtype) -> Tensor:
 def put_product(destination: Tensor, a: Tensor, b: Tensor, *, add: bool) -> None:
     """Write a @ b to ``destination``, or add it to what is there, in one product.
 
-    Accumulates in float32 or wider and rounds once, to the destination's dtype.
+    Accumulates in float32 or wider and rounds once, to the destination's dtype. On a GPU float32
+    operands are multiplied as torch is told to: without TF32, unless it is allowed.
     """
     if a.dtype == destination.dtype:
         if add:
@@ -402,7 +422,7 @@ def put_product(destination: Tensor, a: Tensor, b: Tensor, *, add: bool) -> None
 
 
 def well_scaled(
-    grads: Statistics, operand: Tensor, *, peak: float
+    grads: Statistics, product_dtype: torch.dtype, *, peak: float
 ) -> tuple[Statistics, Tensor | None]:
     """Bring gradients to at most ``peak`` where they enter a product of float16 on a GPU.
 
@@ -410,7 +430,7 @@ def well_scaled(
     The returned unit multiplies the product's result; None where nothing was scaled.
     """
     values = grads.values
-    if operand.dtype != torch.float16 or not operand.is_cuda:
+    if product_dtype != torch.float16 or not values.is_cuda:
         return grads, None
     unit = values.abs().amax().clamp(min=torch.finfo(values.dtype).tiny) / peak
     return Statistics(values / unit, grads.names), unit

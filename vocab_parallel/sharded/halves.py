@@ -152,7 +152,7 @@ def order_of(call: Call, num_tokens: int) -> Order:
     most_rows, device = call.rows.most_rows, call.operands.classifier.device
     if group.degree == 1 or most_rows is None or device.type == "cpu":
         return Order.BESIDE
-    rates = rates_of(group, call.operands.classifier.dtype, device)
+    rates = rates_of(group, call.shard.product_dtype, device)
     hidden_size = call.operands.classifier.shape[1]
     summing = num_tokens * hidden_size * call.shard.sum_dtype.itemsize / rates.bytes_a_second
     product = 2.0 * num_tokens * hidden_size * most_rows / rates.flops_a_second

@@ -18,6 +18,7 @@ REDUCTIONS = ("mean", "sum", "none")
 LAYOUTS = get_args(HiddenLayout)
 BACKWARDS = ("auto", "recompute", "probs", "gradients")
 ACCUMULATORS = ("grad", "main_grad")
+MIXABLE = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class LossSettings:
     hidden_layout: HiddenLayout = "replicated"
     hidden_grad_scale: float = 1.0
     e_grad_reduce_dtype: torch.dtype = torch.float32
+    logits_dtype: str | None = None
     backward: str = "auto"
     memory_budget: int | None = None
     accumulate_into: str | None = None
@@ -134,6 +136,11 @@ class LossSettings:
                 f"e_grad_reduce_dtype must be torch.float32, torch.float64 or torch.bfloat16, "
                 f"got {self.e_grad_reduce_dtype!r}"
             )
+        if self.logits_dtype not in (None, "float32"):
+            raise ValueError(
+                f'logits_dtype must be None or "float32", got {self.logits_dtype!r}: logits of '
+                f"float64 operands are float64 anyway"
+            )
 
     def _check_heads(self) -> None:
         weights = self.head_weights
@@ -189,10 +196,10 @@ def check_tensors(
             f"the hidden size of e is {e.shape[-1]} but that of c is {c.shape[1]}: e "
             f"{list(e.shape)}, c {list(c.shape)}; they must come from one model"
         )
-    if not e.is_floating_point() or e.dtype != c.dtype:
+    if e.dtype not in MIXABLE + (torch.float64,) or not (e.dtype == c.dtype or mixes(e, c)):
         raise ValueError(
-            f"e and c must have one floating dtype, got {e.dtype} and {c.dtype}: cast one, or "
-            f"call under torch.autocast"
+            f"e and c must be float16, bfloat16 or float32, each as it is, or both float64, got "
+            f"{e.dtype} and {c.dtype}: cast one, or call under torch.autocast"
         )
     if targets is not None and targets.dtype not in (torch.int32, torch.int64):
         raise ValueError(
@@ -203,6 +210,11 @@ def check_tensors(
         raise ValueError(f"bias must be [{c.shape[0]}], a value a row of c, got {list(bias.shape)}")
     if targets is not None:
         _check_token_shapes(e, targets, token_weight, settings, degree)
+
+
+def mixes(e: Tensor, c: Tensor) -> bool:
+    """Tell whether hidden states and rows may have the dtypes that they have, two or one."""
+    return e.dtype in MIXABLE and c.dtype in MIXABLE
 
 
 def check_rows(c: Tensor, rows: RankRows, settings: LossSettings) -> None:
