@@ -185,7 +185,9 @@ def check_dtypes() -> None:
         ((half, half), {"chunk_rows": 64, "chunk_tokens": 16, "logits_dtype": "float32"}),
         ((half, half), {"backward": "auto", "memory_budget": 2**20, "logits_dtype": "float32"}),
     ):
-        own = [t.to(dtype, copy=True).requires_grad_() for t, dtype in zip(wide, dtypes, strict=True)]
+        own = [
+            t.to(dtype, copy=True).requires_grad_() for t, dtype in zip(wide, dtypes, strict=True)
+        ]
         exact = [t.detach().double().requires_grad_() for t in own]
         exact_loss, _ = oracle(*exact, targets)
         loss: Any = linear_cross_entropy(*own, targets, softcap=None, **options)

@@ -73,7 +73,9 @@ def one_process(
         options["num_valid_tokens"] = int((labels[:, :, options["shift"] :] != ignored).sum())
     for own, target in zip(tokens, labels, strict=True):
         head: Any = whole["head"]
-        loss, _ = oracle(hidden_states(whole, num_stages, own), head.weight, target, head.bias, **options)
+        loss, _ = oracle(
+            hidden_states(whole, num_stages, own), head.weight, target, head.bias, **options
+        )
         (loss / len(tokens) if scales(case) else loss).backward()
         losses.append(loss.detach())
     return losses, whole

@@ -167,9 +167,10 @@ def linear_cross_entropy(
 
     Returns:
         The loss in float32 (float64 for float64 inputs), a scalar or [..., T - shift]; with
-        return_lse or return_metrics a tuple, (loss, lse, metrics) with both. In the "sequence" layout per-token results are this rank's
-        [..., T / V], 0 where the shift leaves no target. Per-token gradients of the gathering
-        layouts are gathered in backward: all ranks must use them or none.
+        return_lse or return_metrics a tuple, (loss, lse, metrics) with both. In the "sequence"
+        layout per-token results are this rank's [..., T / V], 0 where the shift leaves no target.
+        Per-token gradients of the gathering layouts are gathered in backward: all ranks must use
+        them or none.
 
     It has a first derivative alone: gradients that were taken with ``create_graph=True`` refuse to
     be differentiated, and transforms of torch.func are refused.

@@ -43,7 +43,7 @@ def statistic_places(names: tuple[str, ...]) -> dict[str, int]:
 
 
 def rival_place(names: tuple[str, ...]) -> dict[str, int]:
-    """Return where that statistic lies which only kernels of forward know, 0 if it is not wanted."""
+    """Return where the rival lies, of which kernels of forward alone know; 0 if not wanted."""
     return {"RIVAL": names.index("rival") if "rival" in names else 0}
 
 

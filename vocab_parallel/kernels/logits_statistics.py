@@ -36,7 +36,8 @@ def logits_statistics(
     Args:
         logits: float16, bfloat16 or float32; columns are adjacent, rows may be further apart.
         targets: int32 or int64; a token whose target lies outside of the tile adds nothing.
-        names: "lse", "target", then "sum", "expected" and "rival" where wanted; see `local/statistics.py`.
+        names: "lse", "target", then "sum", "expected" and "rival" where wanted; see
+            `local/statistics.py`.
         first: whether the tile's are the first rows; else ``statistics`` are joined.
     """
     num_tokens, num_rows = logits.shape

@@ -44,7 +44,8 @@ def product_statistics(
     Args:
         hidden, classifier: float16 or bfloat16, as `product.operands_fit` wants them.
         targets: int32 or int64; a token whose target is none of the rows has a target logit of 0.
-        names: "lse", "target", then "sum", "expected" and "rival" where wanted; see `local/statistics.py`.
+        names: "lse", "target", then "sum", "expected" and "rival" where wanted; see
+            `local/statistics.py`.
     """
     (num_tokens, depth), num_rows = hidden.shape, classifier.shape[0]
     blocks = cdiv(num_rows, product.ROWS)

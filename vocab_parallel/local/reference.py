@@ -95,7 +95,7 @@ class TorchCompileImpl(ReferenceImpl):
         """See `LocalImpl.plan`."""
         if shard.logits_dtype != shard.product_dtype:
             raise ValueError(
-                f"impl \"torch_compile\" makes logits in the operands' dtype, {shard.product_dtype}: "
+                f'impl "torch_compile" makes logits in {shard.product_dtype}, as its operands are: '
                 f'leave out logits_dtype, or use impl="chunked"'
             )
         return super().plan(shard, **given)

@@ -106,9 +106,7 @@ def summed_gradients(
     target = classifier_grad(call, inputs.classifier)
     progress = None if call.impl.overlap is False else reduction
     names = call.shard.grad_names
-    upstream = Upstream(
-        statistics.first(names), grads.first(names), wanted, target, kept, progress
-    )
+    upstream = Upstream(statistics.first(names), grads.first(names), wanted, target, kept, progress)
     found = own_gradients(call, inputs, upstream)
     hidden = None
     if wanted.hidden:

@@ -18,27 +18,27 @@ class LossMetrics(NamedTuple):
         accuracy: the share of tokens whose target has the largest logit; ties count. Two logits
             that differ by less than the rounding of a product may count either way.
         entropy: the mean of -sum p log p, in nats.
-        count: how many tokens they are of, int64. Both are 0 where there are none.
+        num_tokens: how many tokens they are of, int64. Both are 0 where there are none.
     """
 
     accuracy: Tensor
     entropy: Tensor
-    count: Tensor
+    num_tokens: Tensor
 
     @classmethod
     def of_sums(cls, sums: Tensor, dtype: torch.dtype) -> Self:
         """Return the means, in a dtype, of what `sums` returns."""
-        counted, correct, entropy = sums.unbind()
-        divisor = counted.clamp(min=1.0)
-        return cls((correct / divisor).to(dtype), (entropy / divisor).to(dtype), counted.long())
+        count, correct, entropy = sums.unbind()
+        divisor = count.clamp(min=1.0)
+        return cls((correct / divisor).to(dtype), (entropy / divisor).to(dtype), count.long())
 
     def sums(self) -> Tensor:
-        """Return [3] float64: the count, and it times each mean.
+        """Return [3] float64: the number of tokens, and it times each mean.
 
         They may be added up over calls, or all-reduced over data-parallel ranks, and `of_sums`
         makes means of them again. In float64 a count stays exact whatever is added to it.
         """
-        count = self.count.double()
+        count = self.num_tokens.double()
         return torch.stack((count, self.accuracy * count, self.entropy * count))
 
 

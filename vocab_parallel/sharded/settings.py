@@ -196,7 +196,7 @@ def check_tensors(
             f"the hidden size of e is {e.shape[-1]} but that of c is {c.shape[1]}: e "
             f"{list(e.shape)}, c {list(c.shape)}; they must come from one model"
         )
-    if e.dtype not in MIXABLE + (torch.float64,) or not (e.dtype == c.dtype or mixes(e, c)):
+    if e.dtype not in (*MIXABLE, torch.float64) or not (e.dtype == c.dtype or mixes(e, c)):
         raise ValueError(
             f"e and c must be float16, bfloat16 or float32, each as it is, or both float64, got "
             f"{e.dtype} and {c.dtype}: cast one, or call under torch.autocast"
