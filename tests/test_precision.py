@@ -18,6 +18,8 @@ from tests.cases import Case, differences
 from tests.oracle import oracle, relative_error
 from tests.ranks import ROOT, run_ranks
 from vocab_parallel import linear_cross_entropy, plan_backward, predict, token_logprobs
+from vocab_parallel.local import tile_ops
+from vocab_parallel.local.tile_ops import HopperOps
 
 PAGE = ROOT / "docs" / "precision.md"
 DTYPES = ("bfloat16", "float16", "float32")
@@ -119,6 +121,19 @@ def test_plans() -> None:
         assert plan.tile.tokens * plan.tile.rows * 6 <= 64 * 2**20
     on_cpu = plan_backward(**sizes, device_type="cpu")
     assert on_cpu == plan_backward(**sizes, device_type="cpu", logits_dtype="float32")
+
+
+def test_kept_logits_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where Hopper's kernels would keep logits in the operands' dtype, they are not kept."""
+    monkeypatch.setattr(tile_ops, "choose", lambda hidden, classifier: HopperOps())
+    e, c, targets = drawn()
+    for dtype, options in ((torch.float16, {}), (torch.bfloat16, {"label_smoothing": 0.1})):
+        for backward in ("probs", "gradients"):
+            with pytest.raises(ValueError, match=r"keeps logits in torch.*float16 on a GPU"):
+                linear_cross_entropy(
+                    e.to(dtype), c.to(dtype), targets, logits_dtype="float32", backward=backward,
+                    **options,
+                )  # fmt: skip
 
 
 def test_refusals() -> None:

@@ -193,6 +193,7 @@ def check_whole_loss() -> None:
         ("auto", {"memory_budget": 140 * 300 * 2, "chunk_rows": 128}, True),
         ("recompute", {}, True),
         ("recompute", {"chunk_rows": 128, "chunk_tokens": 100}, True),
+        ("auto", {"logits_dtype": "float32"}, False),
         ("probs", {}, False),
         ("probs", {}, True),
     ):

@@ -116,7 +116,8 @@ def plan_backward(
             works there too.
         classifier_dtype: of the classifier, where it has its own. Gradients then count as float32,
             and in ``peak_bytes`` a tile's operands do too.
-        logits_dtype: as in `linear_cross_entropy`; with it Hopper's kernels hold less.
+        logits_dtype: as in `linear_cross_entropy`; Hopper's kernels are as without it, unless
+            "gradients" is chosen.
 
     Raises:
         ValueError: a budget below one logit, or "gradients" for a loss that is no scalar.

@@ -112,10 +112,13 @@ class ChunkedImpl:
             temporaries=2 + (shard.transform.softcap is not None) + ("expected" in shard.names),
         )
         plan = planner.choose(backward, scalar_loss)
-        if plan.backward == "gradients" or planner.rows == own_rows:
+        own = replace(planner, rows=own_rows)
+        if isinstance(shard.ops, HopperOps):  # no logit that they do not keep is in memory
+            own = replace(own, logits_dtype=shard.product_dtype)
+        if plan.backward == "gradients" or own == planner:
             return plan
         # What is left is this rank's own choice; "gradients", which is not, is out.
-        return replace(planner, rows=own_rows).choose(backward, scalar_loss=False)
+        return own.choose(backward, scalar_loss=False)
 
     def forward(
         self, shard: Shard, plan: BackwardPlan, progress: Progress | None = None

@@ -15,8 +15,10 @@ class LossMetrics(NamedTuple):
     Token weights and label smoothing do not count in them; softcap and temperature do.
 
     Attributes:
-        accuracy: the share of tokens whose target has the largest logit; ties count. Two logits
-            that differ by less than the rounding of a product may count either way.
+        accuracy: the share of tokens whose target has the largest logit; ties count. Logits that
+            differ by less than the rounding of a product may count either way; on a GPU that is no
+            Hopper they are rounded to the operands' dtype, unless ``logits_dtype`` says not to, and
+            more of them are ties.
         entropy: the mean of -sum p log p, in nats.
         num_tokens: how many tokens they are of, int64. Both are 0 where there are none.
     """
