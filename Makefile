@@ -73,7 +73,7 @@ package: $(VENV)/.package  ## the wheel and the sdist in dist/, checked and trie
 	$(BIN)/python -m tests.package dist
 
 docs: $(VENV)/.docs  ## the tables that are made from what passes, and the site in site/
-	WRITE_DOCS=1 $(BIN)/pytest -q tests/test_options_table.py tests/test_schedules.py \
+	WRITE_DOCS=1 $(BIN)/pytest -q tests/test_options_table.py tests/test_precision.py tests/test_schedules.py \
 	  tests/test_causal_families.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 

@@ -42,6 +42,7 @@ class Case:
     owned: tuple[int, ...] | None = None
     seed: int = 0
     dtype: str = "float64"
+    row_dtype: str = ""  # of the classifier, where it has its own
     label_dtype: str = "int64"
     bias: bool = False
     weights: bool = False
@@ -107,7 +108,7 @@ def draw(case: Case, degree: int) -> Operands:
     targets[dropped] = case.options.get("ignore_index", -100)
     return Operands(
         e=normal(*shape, case.hidden) * case.scale,
-        c=normal(total, case.hidden),
+        c=normal(total, case.hidden).to(getattr(torch, case.row_dtype or case.dtype)),
         targets=targets,
         bias=normal(total) if case.bias else None,
         weights=torch.rand(shape, generator=generator, dtype=torch.float64).to(dtype)
@@ -178,6 +179,7 @@ def _expected(case: Case, whole: Operands) -> dict[str, Tensor]:
         "chunk_tokens",
         "chunk_rows",
         "filter_eps",
+        "logits_dtype",
         "backward",
         "overlap",
         "memory_budget",

@@ -155,6 +155,34 @@ def distillation_oracle(
     return loss
 
 
+def metrics_oracle(
+    e: Tensor,  # (..., T, D)
+    c: Tensor,  # (rows, D)
+    targets: Tensor,  # (..., T)
+    bias: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    shift: int = 0,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return accuracy, mean entropy, and how many valid tokens they are of."""
+    logits = e.double() @ c.double().T
+    if bias is not None:
+        logits = logits + bias.double()
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    logits = (logits / temperature)[..., : targets.shape[-1] - shift, :vocab_size]
+    targets = targets[..., shift:]
+    valid = targets != ignore_index
+    logits, targets = logits[valid], targets[valid].long()
+    right = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) == logits.amax(-1)
+    entropy = torch.distributions.Categorical(logits=logits).entropy() if len(logits) else logits
+    divisor = valid.sum().clamp(min=1)
+    return right.double().sum() / divisor, entropy.sum() / divisor, valid.sum()
+
+
 def relative_error(actual: Tensor, expected: Tensor, floor: float = 0.0) -> float:
     """Return ||actual - expected|| / max(||expected||, floor); NaN counts as infinite."""
     actual, expected = actual.detach(), expected.detach()

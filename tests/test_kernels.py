@@ -32,7 +32,9 @@ def drawn_shard(generator: torch.Generator, num_tokens: int, num_rows: int, **gi
         "needs_grad": True,
         "ops": TileOps(),
     }
-    return Shard(**(values | given))
+    values |= given
+    derived = {"grad_names": values["names"], "logits_dtype": values["hidden"].dtype}
+    return Shard(**{**derived, **values})
 
 
 def spans(num_rows: int) -> list[slice]:
@@ -71,7 +73,7 @@ NAMES: list[StatisticNames] = [
     ("lse", "target"),
     ("lse", "target", "sum"),
     ("lse", "target", "expected"),
-    ("lse", "target", "sum", "expected"),
+    ("lse", "target", "sum", "expected", "rival"),
 ]
 # Statistics, softcap, temperature, whether there is a bias.
 CASES = list(itertools.product(NAMES, (None, 1.5), (1.0, 0.7), (False, True)))
@@ -162,6 +164,44 @@ def check_whole_loss() -> None:
             assert relative_error(tensor.grad, 2.0 * want) < 5e-6, (backward, extra)
 
 
+class LikeGpu(TritonOps):
+    """A GPU multiplies operands of half precision as they are."""
+
+    def widened(self, operand: torch.Tensor, shard: Shard) -> torch.Tensor:
+        return operand.to(shard.product_dtype)
+
+
+def check_dtypes() -> None:
+    """Operands of two dtypes, and float32 logits of float16 operands."""
+    tile_ops.choose = lambda hidden, classifier: LikeGpu()
+    torch.manual_seed(0)
+    wide = torch.randn(40, 8), torch.randn(150, 8)
+    targets = torch.randint(150, (40,))
+    half, full = torch.float16, torch.float32
+    for dtypes, options in (
+        ((half, full), {"backward": "gradients"}),
+        ((full, half), {"backward": "probs"}),
+        ((half, full), {"chunk_rows": 64, "chunk_tokens": 16}),
+        ((half, half), {"chunk_rows": 64, "chunk_tokens": 16, "logits_dtype": "float32"}),
+        ((half, half), {"backward": "auto", "memory_budget": 2**20, "logits_dtype": "float32"}),
+    ):
+        own = [
+            t.to(dtype, copy=True).requires_grad_() for t, dtype in zip(wide, dtypes, strict=True)
+        ]
+        exact = [t.detach().double().requires_grad_() for t in own]
+        exact_loss, _ = oracle(*exact, targets)
+        loss: Any = linear_cross_entropy(*own, targets, softcap=None, **options)
+        mixed = dtypes != (half, half)  # products of float16 round on a CPU
+        assert relative_error(loss, exact_loss) < (1e-6 if mixed else 1e-3), (dtypes, options)
+        (2.0 * loss).backward()
+        grads = torch.autograd.grad(2.0 * exact_loss, exact)
+        for tensor, want in zip(own, grads, strict=True):
+            assert tensor.grad is not None
+            assert tensor.grad.dtype == tensor.dtype
+            limit = torch.finfo(tensor.dtype).eps / 2 + 5e-6 if mixed else 4e-3
+            assert relative_error(tensor.grad, want) < limit, (dtypes, options)
+
+
 def check_labels() -> None:
     from vocab_parallel.kernels.tokens import mark_and_shift
 
@@ -179,7 +219,7 @@ def check_labels() -> None:
 
 
 def check_kernels() -> None:
-    for check in (check_labels, check_passes, check_whole_loss):
+    for check in (check_labels, check_passes, check_whole_loss, check_dtypes):
         check()
 
 

@@ -214,7 +214,8 @@ def test_references_are_sampled_in_parts(monkeypatch: pytest.MonkeyPatch) -> Non
     ops = tile_ops.HopperOps()
     shard = Shard(
         torch.randn(20, 8), torch.randn(600, 8), torch.randn(600), torch.zeros(20).int(),
-        Transform(3.0), ("lse", "target"), False, torch.float32, True, ops,
+        Transform(3.0), ("lse", "target"), ("lse", "target"), False, torch.float32, torch.float32,
+        True, ops,
     )  # fmt: skip
     whole = ops.reference(shard)
     monkeypatch.setattr(tile_ops, "_SAMPLED_TOKENS", 7)

@@ -16,11 +16,16 @@ from torch import Tensor
 
 from tests.cases import TOLERANCE, Case, differences
 from tests.interpreter import INTERPRETED, prepare
-from tests.oracle import multi_token_oracle, relative_error
+from tests.oracle import metrics_oracle, multi_token_oracle, relative_error
 from tests.ranks import ROOT, run_ranks
 from tests.test_distillation import Case as Distillation
 from tests.test_distillation import differences as distillation_errors
-from vocab_parallel import VocabParallelOptions, multi_token_cross_entropy, token_logprobs
+from vocab_parallel import (
+    VocabParallelOptions,
+    linear_cross_entropy,
+    multi_token_cross_entropy,
+    token_logprobs,
+)
 
 pytest.importorskip("triton")
 pytest.importorskip("cut_cross_entropy")
@@ -58,6 +63,8 @@ OPTIONS: dict[str, Case] = {
     ),
     "`hidden_grad_scale=2`": Case(**{**BASE.__dict__, "options": {"hidden_grad_scale": 2.0}}),
     "hidden states that are not contiguous": Case(**{**BASE.__dict__, "noncontiguous": True}),
+    "rows in float32, hidden states in float16": Case(**{**BASE.__dict__, "row_dtype": "float32"}),
+    '`logits_dtype="float32"`': Case(**{**BASE.__dict__, "options": {"logits_dtype": "float32"}}),
     "int32 labels": Case(**{**BASE.__dict__, "label_dtype": "int32"}),
 }
 
@@ -128,6 +135,23 @@ def entropy_errors(impl: str) -> dict[str, float]:
     return {"entropy": relative_error(entropy, exact), "e": relative_error(leaf.grad, wide.grad)}
 
 
+def metrics_errors(impl: str) -> dict[str, float]:
+    options = VocabParallelOptions.from_vocab(sum(ROWS))
+    torch.manual_seed(0)
+    e, c = torch.randn(12, 24).half(), torch.randn(sum(ROWS), 24).half()
+    targets = (e.double() @ c.double().T).argmax(-1)
+    targets[::3] = torch.arange(4)
+    _, metrics = linear_cross_entropy(
+        e, c[options.start : options.stop], targets, impl=impl, vocab_parallel_options=options,
+        return_metrics=True,
+    )  # fmt: skip
+    exact = metrics_oracle(e, c, targets)
+    return {
+        name: relative_error(found, want)
+        for name, found, want in zip(metrics._fields, metrics, exact, strict=True)
+    }
+
+
 def heads_errors(impl: str) -> dict[str, float]:
     options = VocabParallelOptions.from_vocab(sum(ROWS))
     torch.manual_seed(0)
@@ -179,6 +203,8 @@ def make_page(path: str) -> None:
     lines.append("| several predictions, `multi_token_cross_entropy` | " + " | ".join(cells) + " |")
     cells = [entry(lambda impl=impl: entropy_errors(impl)) for impl in IMPLS]
     lines.append("| entropy, `token_logprobs` | " + " | ".join(cells) + " |")
+    cells = [entry(lambda impl=impl: metrics_errors(impl)) for impl in IMPLS]
+    lines.append("| accuracy and entropy, `return_metrics=True` | " + " | ".join(cells) + " |")
     lines += [
         "",
         "Those of `linear_distillation` (hidden states and rows of a teacher) and of",

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from tests.oracle import oracle, relative_error
+from tests.oracle import metrics_oracle, oracle, relative_error
 from tests.ranks import run_ranks
 from tests.test_kernels import CASES, INTERPRETED, drawn_bias, drawn_shard
 from vocab_parallel import linear_cross_entropy
 from vocab_parallel.local import tile_ops
 from vocab_parallel.local.interface import Shard, Transform
-from vocab_parallel.local.statistics import Statistics
+from vocab_parallel.local.statistics import StatisticNames, Statistics
 from vocab_parallel.local.tile_ops import HopperOps, TileOps
 
 HALF = torch.float16  # the interpreter has no bfloat16
@@ -24,7 +24,7 @@ class InterpretedOps(HopperOps):
 
     keeps = True
 
-    def widened(self, operand: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def widened(self, operand: torch.Tensor, shard: Shard) -> torch.Tensor:
         return operand
 
     def keeps_probabilities(self, shard: Shard) -> bool:
@@ -111,7 +111,9 @@ def check_kept_probabilities() -> None:
         ((None, 1.0, False), (30.0, 0.7, True), (None, 0.7, True), (None, 1.0, True))
     ):
         num_tokens, num_rows = (70, 1, 130, 70)[turn], (600, 5, 150, 300)[turn]
-        case = (("lse", "target"), softcap, temperature, has_bias)
+        received: StatisticNames = ("lse", "target")
+        names = received if turn == 3 else (*received, "expected", "rival")
+        case = (names, softcap, temperature, has_bias)
         shard = drawn_shard(
             generator,
             num_tokens,
@@ -119,7 +121,8 @@ def check_kept_probabilities() -> None:
             hidden=torch.randn(num_tokens, 72, generator=generator).to(HALF),
             classifier=(torch.randn(num_rows, 72, generator=generator) / 8).to(HALF),
             transform=Transform(softcap, temperature),
-            names=("lse", "target"),
+            names=names,
+            grad_names=received,
             bias=drawn_bias(generator, num_rows, case),
         )
         # Nobody's reference is near these tokens' logits, above or below.
@@ -137,7 +140,7 @@ def check_kept_probabilities() -> None:
         kept = torch.full((num_tokens, 640), torch.nan)  # float32: the interpreter's bfloat16
         product_probabilities(
             shard.hidden, shard.classifier, shard.bias, shard.targets, reference, found.values,
-            kept[:, :num_rows], shard.transform,
+            names, kept[:, :num_rows], shard.transform,
         )  # fmt: skip
         finite = want.values.isfinite()
         assert torch.equal(finite, found.values.isfinite()), case
@@ -145,7 +148,8 @@ def check_kept_probabilities() -> None:
         assert relative_error(found.values[finite], want.values[finite]) < tolerance, case
         assert kept[:, num_rows:].isnan().all(), "others are not touched"
 
-        grads = Statistics(torch.randn(2, num_tokens, generator=generator), shard.names)
+        want, found = want.first(received), found.first(received)
+        grads = Statistics(torch.randn(2, num_tokens, generator=generator), received)
         grads.lse[::5] = 0.0  # the target's logit alone receives something
         grads.values[:, 2::5] = 0.0  # nothing does
         plain.put_gradient(raw, block, tokens, want, grads, logits=raw, sum_tokens=False)
@@ -182,24 +186,30 @@ def check_whole_loss() -> None:
     torch.manual_seed(0)
     e, c = torch.randn(140, 64).to(HALF), (torch.randn(300, 64) / 8).to(HALF)
     targets = torch.randint(300, (140,))
+    targets[1::3] = (e.double() @ c.double().T).argmax(-1)[1::3]
     targets[::7] = -100
     leaves = [t.double().requires_grad_() for t in (e, c)]
     exact_loss, _ = oracle(leaves[0], leaves[1], targets, softcap=3.0, z_loss=0.01)
     exact = torch.autograd.grad(exact_loss, leaves)
+    exact_metrics = metrics_oracle(e, c, targets, softcap=3.0)
     extra: dict[str, Any]
     for backward, extra, keeps in (
         ("auto", {"memory_budget": 140 * 300 * 2, "chunk_rows": 128}, False),
         ("auto", {"memory_budget": 140 * 300 * 2, "chunk_rows": 128}, True),
         ("recompute", {}, True),
         ("recompute", {"chunk_rows": 128, "chunk_tokens": 100}, True),
+        ("auto", {"logits_dtype": "float32"}, False),
         ("probs", {}, False),
         ("probs", {}, True),
     ):
         InterpretedOps.keeps = keeps
         own = [t.clone().requires_grad_() for t in (e, c)]
-        loss = linear_cross_entropy(
-            own[0], own[1], targets, backward=backward, softcap=3.0, z_loss=0.01, **extra
-        )
+        loss, metrics = linear_cross_entropy(
+            own[0], own[1], targets, backward=backward, softcap=3.0, z_loss=0.01,
+            return_metrics=True, **extra,
+        )  # fmt: skip
+        for found, counted in zip(metrics, exact_metrics, strict=True):
+            assert relative_error(found, counted) < 1e-5, (backward, extra)
         assert relative_error(loss, exact_loss) < 1e-5, (backward, extra)
         (64.0 * loss).backward()
         for tensor, want in zip(own, exact, strict=True):

@@ -1,4 +1,4 @@
-"""Several predictions in one pass, and a function of log-probabilities, under real schedules.
+"""Several predictions, a function of log-probabilities, and metrics, under real schedules.
 
 On 2 x 2 ranks against one process with whole logits, in every layout.
 """
@@ -13,7 +13,7 @@ from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import get_schedule_class
 
 from stage_groups import StageGroups, build_stage_groups
-from tests.oracle import multi_token_oracle, relative_error
+from tests.oracle import metrics_oracle, multi_token_oracle, relative_error
 from tests.ranks import run_ranks
 from tests.recording import CollectiveRecorder
 from tests.toy_pipeline import SINGLE, V_SHAPED, adapted
@@ -196,6 +196,27 @@ def check_several_predictions(schedule: str, output: str, layout: str, groups: S
     step.check(found, want, whole)
 
 
+def check_metrics(schedule: str, layout: str, groups: StageGroups) -> None:
+    """Of all microbatches of a step, and not of the call that infers shapes."""
+    batch = Batch(layout, groups)
+
+    def make(head: nn.Module) -> CCEPipelineLoss:
+        return CCEPipelineLoss(head, hidden_layout=layout, softcap=5.0, return_metrics=True)
+
+    step = Step(schedule, "one", layout, groups, make)
+    target = None if step.head is None else batch.own(batch.labels)
+    step.run(batch.own_tokens(), target)
+    if step.head is not None:
+        whole = toy(step.num_stages)
+        head: Any = whole["head"]
+        want = metrics_oracle(
+            hidden_states(whole, step.num_stages, "one", batch.tokens), head.weight, batch.labels,
+            head.bias, softcap=5.0, shift=1,
+        )  # fmt: skip
+        for found, exact in zip(step.loss.metrics(), want, strict=True):
+            assert relative_error(found, exact) < 1e-12, step.case
+
+
 def policy_loss(logprobs: Tensor, entropy: Tensor, batch: dict[str, Tensor]) -> Tensor:
     """A clipped ratio to older log-probabilities [b, T] and an entropy bonus, summed."""
     ratio = (logprobs - batch["old"]).exp()
@@ -243,6 +264,7 @@ def check_schedules() -> None:
             for output in ("tuple", "tensor"):
                 check_several_predictions(schedule, output, layout, groups)
             check_function_of_logprobs(schedule, layout, groups)
+            check_metrics(schedule, layout, groups)
 
 
 def test_under_schedules() -> None:

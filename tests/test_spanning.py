@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
 from stage_groups import StageGroups, build_stage_groups
-from tests.oracle import oracle, relative_error
+from tests.oracle import metrics_oracle, oracle, relative_error
 from tests.ranks import rank_device, run_ranks
 from tests.recording import CollectiveRecorder
 from vocab_parallel import (
@@ -64,7 +64,7 @@ def one_process(
     """Return the losses and the gradients of microbatches [n b, T], all columns' together."""
     whole, losses = toy(case, num_stages), []
     options = {"shift": 1, **options_of(case)}
-    for name in ("backward", "memory_budget", "impl"):  # how, not what
+    for name in ("backward", "memory_budget", "impl", "return_metrics"):  # how, not what
         options.pop(name, None)
     if "token_weight" in options:  # every column's
         options["token_weight"] = options["token_weight"].repeat(tokens.shape[1] // 2, 1)
@@ -72,14 +72,20 @@ def one_process(
         ignored = options.get("ignore_index", -100)
         options["num_valid_tokens"] = int((labels[:, :, options["shift"] :] != ignored).sum())
     for own, target in zip(tokens, labels, strict=True):
-        hidden = SCALE * whole["embedding"](own)
-        for index in range(num_stages):
-            hidden = torch.tanh(whole[f"layer{index}"](hidden))
         head: Any = whole["head"]
-        loss, _ = oracle(hidden, head.weight, target, head.bias, **options)
+        loss, _ = oracle(
+            hidden_states(whole, num_stages, own), head.weight, target, head.bias, **options
+        )
         (loss / len(tokens) if scales(case) else loss).backward()
         losses.append(loss.detach())
     return losses, whole
+
+
+def hidden_states(whole: nn.ModuleDict, num_stages: int, tokens: Tensor) -> Tensor:
+    hidden: Tensor = SCALE * whole["embedding"](tokens)
+    for index in range(num_stages):
+        hidden = torch.tanh(whole[f"layer{index}"](hidden))
+    return hidden
 
 
 def options_of(case: dict[str, Any]) -> dict[str, Any]:
@@ -233,15 +239,32 @@ def check_case(groups: StageGroups, case: dict[str, Any]) -> None:
                 if name.startswith("embedding.") and not case.get("embedding"):
                     dist.all_reduce(parameter.grad, group=groups.columns_group)
         check_gradients(run, expected)
+        everything = tokens.flatten(0, 2), labels.flatten(0, 2)
+        check_reported(run, expected, *everything)
         found = [*losses, *(p.grad.clone() for p in run.parameters().values())]
         if left:
             assert all(torch.equal(a, b) for a, b in zip(left, found, strict=True)), case
         left = found
         if not turn:
             check_evaluation(run, own, losses)
+            check_reported(run, expected, *everything)
     norm = clip_grad_norm_(nn.ModuleList(run.modules), 1e9, groups)
     wanted = torch.stack([p.grad.norm() for p in expected.parameters()]).norm()
     assert relative_error(norm.cpu(), wanted) < 1e-10, case
+
+
+def check_reported(run: Run, expected: nn.ModuleDict, tokens: Tensor, labels: Tensor) -> None:
+    """Every rank of every stage has the metrics of all columns' tokens, where it was asked to."""
+    if not run.options.get("return_metrics"):
+        return
+    head: Any = expected["head"]
+    known = {k: v for k, v in run.options.items() if k in ("softcap", "temperature", "shift")}
+    want = metrics_oracle(
+        hidden_states(expected, run.num_stages, tokens), head.weight, labels, head.bias,
+        **{"shift": 1, **known},
+    )  # fmt: skip
+    for found, exact in zip(run.loss.metrics(), want, strict=True):
+        assert relative_error(found.cpu(), exact) < 1e-12, (run.case, found, exact)
 
 
 def check_gradients(run: Run, expected: nn.ModuleDict) -> None:
@@ -290,11 +313,11 @@ CASES: list[dict[str, Any]] = [
      "rows": [0, 17, 1, 5]},
     {"schedule": "1F1B", "microbatches": 4, "vocabulary": 9},  # a rank without rows
     {"schedule": "1F1B", "microbatches": 4, "vocabulary": 23, "bias": True, "whole_step": True,
-     "options": {"softcap": 2.0, "temperature": 0.7, "z_loss": 0.01}},
+     "options": {"softcap": 2.0, "temperature": 0.7, "z_loss": 0.01, "return_metrics": True}},
     {"schedule": "ZBVZeroBubble", "microbatches": 8, "vocabulary": 23, "bias": True,
      "options": {"softcap": 2.0}, "impl": {"chunk_rows": 2, "chunk_tokens": 3}},
     {"schedule": "1F1B", "microbatches": 4, "vocabulary": 23, "bias": True,
-     "options": {"label_smoothing": 0.1, "softcap": 2.0, "z_loss": 0.01}},
+     "options": {"label_smoothing": 0.1, "softcap": 2.0, "z_loss": 0.01, "return_metrics": True}},
     {"schedule": "ZBVZeroBubble", "microbatches": 8, "vocabulary": 9, "barriers": 2,
      "options": {"backward": "recompute"}, "embedding": "own"},
     {"schedule": "1F1B", "microbatches": 4, "vocabulary": 23, "options": {"backward": "probs"}},
@@ -307,7 +330,7 @@ COLUMN_CASES: list[dict[str, Any]] = [
     {"schedule": "1F1B", "microbatches": 4, "vocabulary": 23, "columns": "apart",
      "embedding": "tied", "whole_step": True},
     {"schedule": "1F1B", "microbatches": 3, "vocabulary": 23, "columns": "apart",
-     "options": {"label_smoothing": 0.1}},
+     "options": {"label_smoothing": 0.1, "return_metrics": True}},
     {"schedule": "ZBVZeroBubble", "microbatches": 4, "vocabulary": 23, "columns": "apart",
      "embedding": "own"},
     {"schedule": "1F1B", "microbatches": 4, "vocabulary": 23, "embedding": "tied"},

@@ -110,7 +110,7 @@ MISTAKES: list[tuple[Change, str]] = [
     (target(VOCABULARY), r"targets must lie in \[0, 11\).* got 11"),
     (on_rank(1, target(-1)), r"targets must lie in \[0, 11\).* got -1 on rank 1"),
     (cast("targets", torch.float32), "int32 or int64, got torch.float32"),
-    (cast("c", torch.float64), "one floating dtype"),
+    (cast("c", torch.float64), "each as it is, or both float64"),
     (reshaped("targets", 5), r"targets must be \[6\]"),
     (setting(shift=-1), r"shift must be an integer in \[0, 6\)"),
     (setting(shift=TOKENS), r"shift must be an integer in \[0, 6\)"),

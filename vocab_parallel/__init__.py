@@ -30,6 +30,7 @@ from vocab_parallel.pipeline import (
     no_loss,
     validate_pipeline_loss,
 )
+from vocab_parallel.sharded.metrics import LossMetrics
 
 if TYPE_CHECKING:
     from vocab_parallel.pipeline.spanning.schedule import SpanningSchedule
@@ -38,6 +39,7 @@ __all__ = [
     "BackwardPlan",
     "CCEPipelineLoss",
     "LogprobsPipelineLoss",
+    "LossMetrics",
     "Prediction",
     "SpanningSchedule",
     "TiedRows",

@@ -2,8 +2,8 @@
 
 N is the number of tokens that the loss covers, T those of this rank (N = V T in the gathering
 layouts, N = T otherwise; of H predictions of each position all are counted), k the number of
-statistics (2, or 3 with label smoothing), V the vocab degree. A call moves nothing when the degree
-is 1. Bytes are those that one rank contributes:
+statistics (2; one more with label smoothing, one with an entropy, two with metrics), V the vocab
+degree. A call moves nothing when the degree is 1. Bytes are those that one rank contributes:
 
     forward   gather_tokens     [T] int32 targets     4 T          layout "sharded"
               gather_tokens     [T] fp32 weights      4 T          layout "sharded", token_weight

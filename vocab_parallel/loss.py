@@ -19,12 +19,38 @@ from torch import Tensor
 from vocab_parallel.sharded.autograd import scalar_loss, vocab_statistics
 from vocab_parallel.sharded.call import Call, Operands, prepare
 from vocab_parallel.sharded.layout import IGNORED, OUT_OF_RANGE, HiddenLayout
+from vocab_parallel.sharded.metrics import LossMetrics, loss_metrics
 from vocab_parallel.sharded.settings import LossSettings
 from vocab_parallel.sharded.token_loss import TokenLoss
 from vocab_parallel.sharded.uncompiled import uncompiled
 
 
-# For type checkers: what is returned hangs on one argument. The rest is below.
+# For type checkers: what is returned hangs on two arguments. The rest is below.
+@overload
+def linear_cross_entropy(
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    return_lse: Literal[True],
+    return_metrics: Literal[True],
+    **options: Any,
+) -> tuple[Tensor, Tensor, LossMetrics]: ...
+
+
+@overload
+def linear_cross_entropy(
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    return_metrics: Literal[True],
+    **options: Any,
+) -> tuple[Tensor, LossMetrics]: ...
+
+
 @overload
 def linear_cross_entropy(
     e: Tensor,
@@ -55,6 +81,7 @@ def linear_cross_entropy(
     shift: int = 0,
     return_lse: bool = False,
     *,
+    return_metrics: bool = False,
     vocab_parallel_options: Any = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
@@ -64,23 +91,27 @@ def linear_cross_entropy(
     hidden_layout: HiddenLayout = "replicated",
     hidden_grad_scale: float = 1.0,
     e_grad_reduce_dtype: torch.dtype = torch.float32,
+    logits_dtype: Literal["float32"] | None = None,
     impl: str = "auto",
     backward: str = "auto",
     memory_budget: int | None = None,
     validate: bool | None = None,
     accumulate_into: str | None = None,
     **impl_options: Any,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor | LossMetrics, ...]:
     """Cross-entropy of ``softcap(e c^T + bias) / temperature`` without the logits.
 
     Every rank of the vocab group calls it, with its own rows of the classifier, and every rank
     returns the same loss; ``c.grad`` and ``bias.grad`` are those of its own rows. It communicates
-    2 float32 for each token in forward (3 with label smoothing), once, and the gradient of the
-    hidden states in backward, once; `collectives.py` lists every call and its bytes.
+    2 float32 for each token in forward (3 with label smoothing, and 2 more with metrics), once, and
+    the gradient of the hidden states in backward, once; `collectives.py` lists every call and its
+    bytes.
 
     Args:
         e: hidden states [..., T, D], float16, bfloat16, float32 or float64.
-        c: this rank's classifier rows [stop - start, D], in e's dtype.
+        c: this rank's classifier rows [stop - start, D], in e's dtype or in another: float16,
+            bfloat16 and float32 go with one another. Operands of two dtypes are multiplied in
+            float32, a tile of each widened at a time, and each gets its gradient in its own dtype.
         targets: int32 or int64 ids of the whole vocabulary, [..., T]; the same on every rank but in
             the "sharded" layout.
         bias: [stop - start], or None.
@@ -91,6 +122,8 @@ def linear_cross_entropy(
         shift: position t predicts ``targets[..., t + shift]``; in [0, max(T, 1)).
         return_lse: return (loss, lse); lse [..., T - shift] is differentiable, and 0 where the
             token is ignored.
+        return_metrics: also return `LossMetrics`, the last of the tuple: accuracy and mean entropy
+            of the group's valid tokens, from the same pass and without waiting for a device.
         vocab_parallel_options: which rows these are, `VocabParallelOptions` or any object with
             its attributes. None: one rank that holds the whole vocabulary.
         label_smoothing: as in F.cross_entropy, over the true vocabulary.
@@ -109,6 +142,10 @@ def linear_cross_entropy(
             exact gradient of a replicated body parameter is then the sum over the vocab axis.
         hidden_grad_scale: multiplies e's gradient, never c's: V for wrappers that average.
         e_grad_reduce_dtype: in which e's gradient is summed over the group.
+        logits_dtype: "float32" rounds no logit of float16 or bfloat16 operands to their dtype
+            before its exponential, in forward or backward; None may, on a GPU that is no Hopper or
+            where backward reads logits that were kept. Products stay in the operands' dtype.
+            docs/precision.md has the errors, and which ``backward`` it allows.
         impl: "auto", or a name of `available_impls`.
         backward: where backward finds the logits; with impl="chunked" all four:
             "recompute"  computes them again: least memory, 8 N D R flops instead of 6;
@@ -130,9 +167,10 @@ def linear_cross_entropy(
 
     Returns:
         The loss in float32 (float64 for float64 inputs), a scalar or [..., T - shift]; with
-        return_lse a pair. In the "sequence" layout per-token results are this rank's
-        [..., T / V], 0 where the shift leaves no target. Per-token gradients of the gathering
-        layouts are gathered in backward: all ranks must use them or none.
+        return_lse or return_metrics a tuple, (loss, lse, metrics) with both. In the "sequence"
+        layout per-token results are this rank's [..., T / V], 0 where the shift leaves no target.
+        Per-token gradients of the gathering layouts are gathered in backward: all ranks must use
+        them or none.
 
     It has a first derivative alone: gradients that were taken with ``create_graph=True`` refuse to
     be differentiated, and transforms of torch.func are refused.
@@ -146,12 +184,14 @@ def linear_cross_entropy(
         reduction=reduction,
         shift=int(shift) if isinstance(shift, bool) else shift,
         return_lse=return_lse,
+        return_metrics=return_metrics,
         label_smoothing=label_smoothing,
         z_loss=z_loss,
         temperature=temperature,
         hidden_layout=hidden_layout,
         hidden_grad_scale=hidden_grad_scale,
         e_grad_reduce_dtype=e_grad_reduce_dtype,
+        logits_dtype=logits_dtype,
         backward=backward,
         memory_budget=memory_budget,
         accumulate_into=accumulate_into,
@@ -164,13 +204,17 @@ def linear_cross_entropy(
     labels = call.labels()
     losses = token_losses(call, labels)
     if call.plan.backward == "gradients":
-        return scalar_loss(call, labels, losses)[0]
-    statistics = vocab_statistics(call, labels)
-    per_token = reduction == "none"
-    loss = call.own(losses(statistics.values)) if per_token else losses.total(statistics.values)
-    if not return_lse:
-        return loss
-    return loss, call.own(statistics.lse.masked_fill(labels == IGNORED, 0.0))
+        loss, statistics = scalar_loss(call, labels, losses)
+    else:
+        statistics = vocab_statistics(call, labels)
+        per_token = reduction == "none"
+        loss = call.own(losses(statistics.values)) if per_token else losses.total(statistics.values)
+    results: tuple[Tensor | LossMetrics, ...] = (loss,)
+    if return_lse:
+        results += (call.own(statistics.lse.masked_fill(labels == IGNORED, 0.0)),)
+    if return_metrics:
+        results += (loss_metrics(statistics, labels),)
+    return results if len(results) > 1 else loss
 
 
 @overload
@@ -207,6 +251,7 @@ def token_logprobs(
     hidden_layout: HiddenLayout = "replicated",
     hidden_grad_scale: float = 1.0,
     e_grad_reduce_dtype: torch.dtype = torch.float32,
+    logits_dtype: Literal["float32"] | None = None,
     impl: str = "auto",
     backward: str = "auto",
     memory_budget: int | None = None,
@@ -242,6 +287,7 @@ def token_logprobs(
         hidden_layout=hidden_layout,
         hidden_grad_scale=hidden_grad_scale,
         e_grad_reduce_dtype=e_grad_reduce_dtype,
+        logits_dtype=logits_dtype,
         backward=backward,
         memory_budget=memory_budget,
         impl=impl,

@@ -27,7 +27,7 @@ from vocab_parallel.sharded.settings import LossSettings
 from vocab_parallel.sharded.token_loss import TokenLoss
 from vocab_parallel.sharded.uncompiled import uncompiled
 
-_OTHER_RESULTS = ("return_lse", "return_entropy")
+_OTHER_RESULTS = ("return_lse", "return_entropy", "return_metrics")
 
 
 # For type checkers: what is returned hangs on one argument. The rest is below.
@@ -104,7 +104,8 @@ def multi_token_cross_entropy(
             returns it.
         token_weight: [..., T], aligned with targets; moves with each head's shift.
         vocab_parallel_options, validate: as in `linear_cross_entropy`.
-        **options: every other option of `linear_cross_entropy`, but for ``return_lse``.
+        **options: every other option of `linear_cross_entropy`, but for ``return_lse`` and
+            ``return_metrics``.
 
     Returns:
         The loss in float32 (float64 for float64 inputs); with return_heads a pair.

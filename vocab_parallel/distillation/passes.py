@@ -138,7 +138,7 @@ class Passes:
         """
         shard, tile = self.student, self._tile
         lse = None if self.labels is None else self.comparison.student_lse(statistics)
-        scaled, unit = well_scaled(Statistics(grads, ()), shard.classifier, peak=_PEAK)
+        scaled, unit = well_scaled(Statistics(grads, ()), shard.product_dtype, peak=_PEAK)
         hidden_grad = _zeros(wanted.hidden, shard.hidden, shard.dtype)
         row_grad = _zeros(wanted.classifier, shard.classifier, shard.classifier.dtype)
         bias_grad = None if shard.bias is None else _zeros(wanted.bias, shard.bias, shard.dtype)
@@ -157,7 +157,7 @@ class Passes:
                     if progress is not None and unit is None and rows.stop == shard.num_rows:
                         progress.complete(hidden_grad, tokens.stop)
                 if sums is not None:
-                    hidden = shard.ops.widened(shard.hidden[tokens], shard.dtype)
+                    hidden = shard.ops.widened(shard.hidden[tokens], shard)
                     put_product(sums, found.T, hidden, add=True)
             if row_grad is not None and sums is not None:
                 row_grad[rows] = sums if unit is None else sums.mul_(unit)

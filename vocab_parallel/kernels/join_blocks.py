@@ -5,14 +5,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vocab_parallel.kernels.logit import cdiv, statistic_places
+from vocab_parallel.kernels.logit import cdiv, rival_place, statistic_places
 
 # What a program joins at a time: blocks of rows by tokens.
 _BLOCKS, _TOKENS = 32, 32
 
 
 def join_blocks(
-    parts: Tensor,  # (k - 1, blocks, n) float32: lse, then sum and expected where wanted
+    parts: Tensor,  # (k - 1, blocks, n) float32: lse, then sum, expected and rival where wanted
     num_rows: int,
     targets: Tensor,  # (n,)
     statistics: Tensor,  # (k, n) float32; written
@@ -34,6 +34,7 @@ def join_blocks(
             num_tokens,
             num_rows,
             **statistic_places(names),
+            **rival_place(names),
             BLOCKS=_BLOCKS,
             TOKENS=_TOKENS,
             num_warps=4,
@@ -51,6 +52,7 @@ def _join_blocks(  # type: ignore[no-untyped-def]
     num_rows,
     SUM: tl.constexpr,
     EXPECTED: tl.constexpr,
+    RIVAL: tl.constexpr,
     BLOCKS: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
@@ -65,6 +67,7 @@ def _join_blocks(  # type: ignore[no-untyped-def]
     total = tl.zeros((BLOCKS, TOKENS), tl.float32)
     plain = tl.zeros((BLOCKS, TOKENS), tl.float32)
     weighted = tl.zeros((BLOCKS, TOKENS), tl.float32)
+    rivals = tl.full((BLOCKS, TOKENS), -float("inf"), tl.float32)
     for start in range(0, blocks, BLOCKS):
         here = (start + block < blocks)[:, None] & inside[None, :]
         at = own + tl.cast(start, tl.int64) * num_tokens
@@ -79,6 +82,9 @@ def _join_blocks(  # type: ignore[no-untyped-def]
         if EXPECTED > 0:
             expected = tl.load(at + (EXPECTED - 1) * part, mask=here, other=0.0)
             weighted = weighted * rescale + share * expected
+        if RIVAL > 0:
+            rival = tl.load(at + (RIVAL - 1) * part, mask=here, other=-float("inf"))
+            rivals = tl.maximum(rivals, rival)
         peak = larger
     top = tl.max(peak, 0)
     shift = tl.where(top == -float("inf"), 0.0, top)
@@ -96,3 +102,5 @@ def _join_blocks(  # type: ignore[no-untyped-def]
     if EXPECTED > 0:
         expected = tl.sum(weighted * rescale, 0) / divisor
         tl.store(out + EXPECTED * statistics_stride, expected, mask=inside)
+    if RIVAL > 0:
+        tl.store(out + RIVAL * statistics_stride, tl.max(rivals, 0), mask=inside)

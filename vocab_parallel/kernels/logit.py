@@ -42,6 +42,11 @@ def statistic_places(names: tuple[str, ...]) -> dict[str, int]:
     }
 
 
+def rival_place(names: tuple[str, ...]) -> dict[str, int]:
+    """Return where the rival lies, of which kernels of forward alone know; 0 if not wanted."""
+    return {"RIVAL": names.index("rival") if "rival" in names else 0}
+
+
 def logit_arguments(
     bias: Tensor | None, transform: Transform, names: tuple[str, ...]
 ) -> dict[str, Any]:
@@ -154,3 +159,9 @@ def load_reference(reference, tokens, num_tokens):  # type: ignore[no-untyped-de
     """Tokens' references; 0 where the sample that they are of was masked whole."""
     found = tl.load(reference + tokens, mask=tokens < num_tokens, other=0.0)
     return tl.where(found == -float("inf"), 0.0, found)
+
+
+@triton.jit
+def load_target(targets, tokens, num_tokens):  # type: ignore[no-untyped-def]
+    """Tokens' targets, rows of the shard or outside of them, as int32."""
+    return tl.load(targets + tokens, mask=tokens < num_tokens, other=-1).to(tl.int32)

@@ -8,7 +8,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vocab_parallel.kernels.logit import Transform, logit_arguments, readable_width, to_logit
+from vocab_parallel.kernels.logit import (
+    Transform,
+    logit_arguments,
+    readable_width,
+    rival_place,
+    to_logit,
+)
 
 # Logits that a program works on at a time: one warp, so that no reduction waits for another.
 BLOCK = 512
@@ -30,7 +36,8 @@ def logits_statistics(
     Args:
         logits: float16, bfloat16 or float32; columns are adjacent, rows may be further apart.
         targets: int32 or int64; a token whose target lies outside of the tile adds nothing.
-        names: "lse", "target", then "sum" and "expected" where wanted; see `local/statistics.py`.
+        names: "lse", "target", then "sum", "expected" and "rival" where wanted; see
+            `local/statistics.py`.
         first: whether the tile's are the first rows; else ``statistics`` are joined.
     """
     num_tokens, num_rows = logits.shape
@@ -48,6 +55,7 @@ def logits_statistics(
             readable_width(logits),
             row_start,
             **logit_arguments(bias, transform, names),
+            **rival_place(names),
             FIRST=first,
             BLOCK=BLOCK,
             num_warps=1,
@@ -72,6 +80,7 @@ def _logits_statistics(  # type: ignore[no-untyped-def]
     HAS_TEMPERATURE: tl.constexpr,
     SUM: tl.constexpr,  # its place in the statistics, 0 where it is not wanted
     EXPECTED: tl.constexpr,
+    RIVAL: tl.constexpr,
     FIRST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -88,6 +97,7 @@ def _logits_statistics(  # type: ignore[no-untyped-def]
     totals = tl.zeros((BLOCK,), tl.float32)
     weighted = tl.zeros((BLOCK,), tl.float32)
     plain = tl.zeros((BLOCK,), tl.float32)
+    rivals = tl.full((BLOCK,), -float("inf"), tl.float32)
     columns = tl.arange(0, BLOCK)
     # The next block is on its way while one is worked on; the last, which alone is masked, follows.
     ahead = tl.load(own + columns, mask=columns < width, other=0.0)
@@ -95,9 +105,13 @@ def _logits_statistics(  # type: ignore[no-untyped-def]
         z = ahead.to(tl.float32)
         if HAS_BIAS:
             z += tl.load(bias + columns).to(tl.float32)
+        if RIVAL > 0:
+            is_target = columns == target
         columns += BLOCK
         ahead = tl.load(own + columns, mask=columns < width, other=0.0)
         z = to_logit(z, softcap, temperature, HAS_SOFTCAP, HAS_TEMPERATURE)
+        if RIVAL > 0:
+            rivals = tl.maximum(rivals, tl.where(is_target, -float("inf"), z))
         if SUM > 0:
             plain += z
         peak, totals, weighted = _join_block(z, peak, totals, weighted, EXPECTED > 0)
@@ -110,6 +124,8 @@ def _logits_statistics(  # type: ignore[no-untyped-def]
         if SUM > 0:
             plain += tl.where(inside, z, 0.0)
         z = tl.where(inside, z, -float("inf"))
+        if RIVAL > 0:
+            rivals = tl.maximum(rivals, tl.where(columns == target, -float("inf"), z))
         peak, totals, weighted = _join_block(z, peak, totals, weighted, EXPECTED > 0)
     total = tl.sum(totals, 0)
     # Compared with 0 and not by >: a NaN stays one.
@@ -139,6 +155,11 @@ def _logits_statistics(  # type: ignore[no-untyped-def]
                 out + EXPECTED * statistics_stride
             )
         tl.store(out + EXPECTED * statistics_stride, expected)
+    if RIVAL > 0:
+        rival = tl.max(rivals, 0)
+        if not FIRST:
+            rival = tl.maximum(rival, tl.load(out + RIVAL * statistics_stride))
+        tl.store(out + RIVAL * statistics_stride, rival)
     tl.store(out, joined)
 
 

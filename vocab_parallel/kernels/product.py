@@ -105,7 +105,7 @@ def multiply(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def store_at_target(  # type: ignore[no-untyped-def]
-    out, first, second, row, tokens, target, inside, bias, softcap, temperature,
+    out, first, second, row, num_rows, tokens, target, inside, bias, softcap, temperature,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_TEMPERATURE: tl.constexpr,
     HALF: tl.constexpr,
 ):  # fmt: skip
@@ -117,7 +117,7 @@ def store_at_target(  # type: ignore[no-untyped-def]
     columns = row + tl.arange(0, HALF)
     z = tl.sum(tl.where(columns[None, :] == target[:, None], first, 0.0), 1)
     z += tl.sum(tl.where((columns + HALF)[None, :] == target[:, None], second, 0.0), 1)
-    here = inside & (target >= row) & (target < row + 2 * HALF)
+    here = inside & (target >= row) & (target < tl.minimum(row + 2 * HALF, num_rows))
     if HAS_BIAS:
         z += tl.load(bias + target, mask=here, other=0.0).to(tl.float32)
     z = to_logit(z, softcap, temperature, HAS_SOFTCAP, HAS_TEMPERATURE)

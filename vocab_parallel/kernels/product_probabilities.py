@@ -5,6 +5,9 @@ probability is that times exp(r - lse), a number of the token, so that both grad
 of what was kept (`kept_probabilities.py`). No maximum is looked for: the sum over a tile is that of
 the same numbers. bfloat16 and float32 have room for 88 nats on either side of r; a tile in which a
 token's sum has left them is done again by its maximum, in registers.
+
+Statistics that receive no gradient, for metrics, cost a sum and a maximum a logit: what is kept is
+the same.
 """
 
 import torch
@@ -18,7 +21,9 @@ from vocab_parallel.kernels.logit import (
     Transform,
     cdiv,
     load_reference,
+    load_target,
     logit_arguments,
+    rival_place,
     to_logit,
     to_logit_and_slope,
 )
@@ -26,7 +31,6 @@ from vocab_parallel.kernels.product import multiply, store_at_target, tile_origi
 
 # Exponents of 2 beyond which a sum of a tile's exponentials is not trusted.
 _FARTHEST = 86.0
-_NAMES = ("lse", "target")
 
 
 def product_probabilities(
@@ -35,7 +39,8 @@ def product_probabilities(
     bias: Tensor | None,  # (R,)
     targets: Tensor,  # (n,)
     reference: Tensor,  # (n,) float32
-    statistics: Tensor,  # (2, n) float32: lse and target; written
+    statistics: Tensor,  # (k, n) float32; written
+    names: tuple[str, ...],
     kept: Tensor | None,  # (n, r), r a multiple of 256 or R; written
     transform: Transform,
 ) -> None:
@@ -49,10 +54,12 @@ def product_probabilities(
             nothing is kept.
         targets: int32 or int64; a token whose target is none of the rows has a target logit of 0.
         reference: near the largest logits of the token; -inf counts as 0.
+        names: "lse", "target", then "expected" and "rival" where wanted; see `local/statistics.py`.
     """
+    assert "sum" not in names
     (num_tokens, depth), num_rows = hidden.shape, classifier.shape[0]
     blocks = cdiv(num_rows, product.ROWS)
-    parts = statistics.new_empty((1, blocks, num_tokens))
+    parts = statistics.new_empty((len(names) - 1, blocks, num_tokens))
     tiles = cdiv(num_tokens, product.TOKENS) * blocks
     programs = product.num_programs(hidden.device, tiles)
     rows_kept = 0 if kept is None else kept.shape[1]
@@ -62,7 +69,8 @@ def product_probabilities(
         None if kept is None else product.describe(kept, product.TOKENS, product.ROWS // 2),
     )
     options = {
-        **logit_arguments(bias, transform, _NAMES),
+        **logit_arguments(bias, transform, names),
+        **rival_place(names),
         **product.tile_arguments(depth, programs, stages=4),
     }
     with torch.cuda.device_of(hidden):
@@ -83,7 +91,7 @@ def product_probabilities(
                 FARTHEST=_FARTHEST,
                 **options,
             )
-    join_blocks(parts, num_rows, targets, statistics, _NAMES)
+    join_blocks(parts, num_rows, targets, statistics, names)
 
 
 # One binary for all launches, and no constant 1.
@@ -107,8 +115,9 @@ def _product_probabilities(  # type: ignore[no-untyped-def]
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_TEMPERATURE: tl.constexpr,
-    SUM: tl.constexpr,  # neither is wanted
-    EXPECTED: tl.constexpr,
+    SUM: tl.constexpr,  # never wanted
+    EXPECTED: tl.constexpr,  # its place in the statistics, 0 where it is not wanted
+    RIVAL: tl.constexpr,
     KEEPS: tl.constexpr,
     FARTHEST: tl.constexpr,
     DEPTHS: tl.constexpr,
@@ -120,20 +129,23 @@ def _product_probabilities(  # type: ignore[no-untyped-def]
 ):
     HALF: tl.constexpr = ROWS // 2
     LOG2E: tl.constexpr = 1.4426950408889634
+    part = tl.cdiv(num_rows, ROWS).to(tl.int64) * num_tokens  # numbers of one statistic in `parts`
     for tile in tl.range(first_tile + tl.program_id(0), last_tile, PROGRAMS, flatten=True):
         token, row = tile_origin(tile, num_tokens, num_rows, TOKENS, ROWS, SWIZZLE)
         tokens = token + tl.arange(0, TOKENS)
         inside = tokens < num_tokens
         # Before the product, which hides the wait for them.
-        target = tl.load(targets + tokens, mask=inside, other=-1).to(tl.int32)
+        target = load_target(targets, tokens, num_tokens)
         shift = load_reference(reference, tokens, num_tokens) * LOG2E
         first, second = multiply(hidden, classifier, token, row, DEPTHS, TOKENS, ROWS, DEPTH)
         if tl.max(((target >= row) & (target < row + ROWS)).to(tl.int32)) > 0:
             store_at_target(
-                at_target, first, second, row, tokens, target, inside, bias, softcap, temperature,
-                HAS_BIAS, HAS_SOFTCAP, HAS_TEMPERATURE, HALF,
+                at_target, first, second, row, num_rows, tokens, target, inside, bias, softcap,
+                temperature, HAS_BIAS, HAS_SOFTCAP, HAS_TEMPERATURE, HALF,
             )  # fmt: skip
         total = tl.zeros((TOKENS,), tl.float32)
+        weighted = tl.zeros((TOKENS,), tl.float32)
+        rival = tl.full((TOKENS,), -float("inf"), tl.float32)
         for half in tl.static_range(2):
             z = first if half == 0 else second
             start = row + half * HALF
@@ -147,31 +159,47 @@ def _product_probabilities(  # type: ignore[no-untyped-def]
             if start + HALF > num_rows:
                 exponential = tl.where(columns[None, :] < num_rows, exponential, 0.0)
             total += tl.sum(exponential, 1)
+            if EXPECTED > 0:
+                # A logit of -inf adds nothing: not 0 times -inf.
+                weighted += tl.sum(tl.where(exponential > 0.0, z, 0.0) * exponential, 1)
+            if RIVAL > 0:
+                is_rival = (columns < num_rows)[None, :] & (columns[None, :] != target[:, None])
+                rival = tl.maximum(rival, tl.max(tl.where(is_rival, z, -float("inf")), 1))
             if KEEPS:  # noqa: SIM102 (one is known to the compiler)
                 if start < rows_kept:
                     kept.store([token, start], (exponential * slope).to(kept.dtype))
         exponent = tl.log2(total)
         lse = (shift + exponent) / LOG2E
+        expected = weighted
+        if EXPECTED > 0:
+            expected = weighted / total
         if tl.max(tl.abs(exponent)) > FARTHEST:
-            lse = _lse_by_maximum(
+            lse, by_maximum = _by_maximum(
                 first, second, row, num_rows, bias, softcap, temperature,
-                HAS_BIAS, HAS_SOFTCAP, HAS_TEMPERATURE, HALF,
+                HAS_BIAS, HAS_SOFTCAP, HAS_TEMPERATURE, EXPECTED > 0, HALF,
             )  # fmt: skip
+            if EXPECTED > 0:
+                expected = by_maximum
         out = parts + (row // ROWS).to(tl.int64) * num_tokens + tokens
         tl.store(out, lse, mask=inside)
+        if EXPECTED > 0:
+            tl.store(out + (EXPECTED - 1) * part, expected, mask=inside)
+        if RIVAL > 0:
+            tl.store(out + (RIVAL - 1) * part, rival, mask=inside)
 
 
 @triton.jit
-def _lse_by_maximum(  # type: ignore[no-untyped-def]
+def _by_maximum(  # type: ignore[no-untyped-def]
     first, second, row, num_rows, bias, softcap, temperature,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_TEMPERATURE: tl.constexpr,
-    HALF: tl.constexpr,
+    HAS_EXPECTED: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """The lse of each token's raw entries in two halves, however far apart they lie."""
+    """The lse and the mean of each token's logits in two halves, however far apart they lie."""
     LOG2E: tl.constexpr = 1.4426950408889634
     TOKENS: tl.constexpr = first.shape[0]
     peak = tl.full((TOKENS,), -float("inf"), tl.float32)
     total = tl.zeros((TOKENS,), tl.float32)
+    weighted = tl.zeros((TOKENS,), tl.float32)
     for half in tl.static_range(2):
         z = first if half == 0 else second
         columns = row + half * HALF + tl.arange(0, HALF)
@@ -181,9 +209,14 @@ def _lse_by_maximum(  # type: ignore[no-untyped-def]
         z = tl.where(columns[None, :] < num_rows, z, -float("inf"))
         larger = tl.maximum(peak, tl.max(z, 1))
         shift = tl.where(larger == -float("inf"), 0.0, larger) * LOG2E
-        total = total * tl.exp2(peak * LOG2E - shift)
-        total += tl.sum(tl.exp2(z * LOG2E - shift[:, None]), 1)
+        exponential = tl.exp2(z * LOG2E - shift[:, None])
+        rescale = tl.exp2(peak * LOG2E - shift)
+        total = total * rescale + tl.sum(exponential, 1)
+        if HAS_EXPECTED:
+            finite = tl.where(exponential > 0.0, z, 0.0)
+            weighted = weighted * rescale + tl.sum(finite * exponential, 1)
         peak = larger
     # Compared with 0 and not by >: a NaN stays one.
     divisor = tl.where(total == 0.0, 1.0, total)
-    return tl.where(total == 0.0, peak, peak + tl.log(divisor))
+    lse = tl.where(total == 0.0, peak, peak + tl.log(divisor))
+    return lse, weighted / divisor

@@ -2,7 +2,8 @@
 
 A tile's statistics, k - 1 float32 a token and block of rows, are joined by a second kernel. The
 logits of the first rows are written too, where somebody wants to keep them. One exponential a
-logit. Where the loss reads lse and the target's logit alone, `product_probabilities.py` is faster.
+logit. Where lse and the target's logit alone receive a gradient, `product_probabilities.py` is
+faster.
 """
 
 import torch
@@ -12,7 +13,14 @@ from torch import Tensor
 
 from vocab_parallel.kernels import product
 from vocab_parallel.kernels.join_blocks import join_blocks
-from vocab_parallel.kernels.logit import Transform, cdiv, logit_arguments, to_logit
+from vocab_parallel.kernels.logit import (
+    Transform,
+    cdiv,
+    load_target,
+    logit_arguments,
+    rival_place,
+    to_logit,
+)
 from vocab_parallel.kernels.product import multiply, store_at_target, tile_origin
 
 
@@ -36,7 +44,8 @@ def product_statistics(
     Args:
         hidden, classifier: float16 or bfloat16, as `product.operands_fit` wants them.
         targets: int32 or int64; a token whose target is none of the rows has a target logit of 0.
-        names: "lse", "target", then "sum" and "expected" where wanted; see `local/statistics.py`.
+        names: "lse", "target", then "sum", "expected" and "rival" where wanted; see
+            `local/statistics.py`.
     """
     (num_tokens, depth), num_rows = hidden.shape, classifier.shape[0]
     blocks = cdiv(num_rows, product.ROWS)
@@ -51,6 +60,7 @@ def product_statistics(
     )
     options = {
         **logit_arguments(bias, transform, names),
+        **rival_place(names),
         **product.tile_arguments(depth, programs),
     }
     with torch.cuda.device_of(hidden):
@@ -94,6 +104,7 @@ def _product_statistics(  # type: ignore[no-untyped-def]
     HAS_TEMPERATURE: tl.constexpr,
     SUM: tl.constexpr,  # its place in the statistics, 0 where it is not wanted
     EXPECTED: tl.constexpr,
+    RIVAL: tl.constexpr,
     KEEPS: tl.constexpr,
     DEPTHS: tl.constexpr,
     PROGRAMS: tl.constexpr,
@@ -111,17 +122,18 @@ def _product_statistics(  # type: ignore[no-untyped-def]
         tokens = token + tl.arange(0, TOKENS)
         inside = tokens < num_tokens
         # Before the product, which hides the wait for them.
-        target = tl.load(targets + tokens, mask=inside, other=-1).to(tl.int32)
+        target = load_target(targets, tokens, num_tokens)
         first, second = multiply(hidden, classifier, token, row, DEPTHS, TOKENS, ROWS, DEPTH)
         if tl.max(((target >= row) & (target < row + ROWS)).to(tl.int32)) > 0:
             store_at_target(
-                at_target, first, second, row, tokens, target, inside, bias, softcap, temperature,
-                HAS_BIAS, HAS_SOFTCAP, HAS_TEMPERATURE, HALF,
+                at_target, first, second, row, num_rows, tokens, target, inside, bias, softcap,
+                temperature, HAS_BIAS, HAS_SOFTCAP, HAS_TEMPERATURE, HALF,
             )  # fmt: skip
         peak = tl.full((TOKENS,), -float("inf"), tl.float32)
         total = tl.zeros((TOKENS,), tl.float32)
         plain = tl.zeros((TOKENS,), tl.float32)
         weighted = tl.zeros((TOKENS,), tl.float32)
+        rival = tl.full((TOKENS,), -float("inf"), tl.float32)
         for half in tl.static_range(2):
             z = first if half == 0 else second
             start = row + half * HALF
@@ -134,6 +146,9 @@ def _product_statistics(  # type: ignore[no-untyped-def]
             z = to_logit(z, softcap, temperature, HAS_SOFTCAP, HAS_TEMPERATURE)
             if start + HALF > num_rows:
                 z = tl.where(columns[None, :] < num_rows, z, -float("inf"))
+            if RIVAL > 0:
+                others = tl.where(columns[None, :] == target[:, None], -float("inf"), z)
+                rival = tl.maximum(rival, tl.max(others, 1))
             larger = tl.maximum(peak, tl.max(z, 1))
             # A row of -inf alone (a bias may mask rows so) must not give -inf - -inf.
             shift = tl.where(larger == -float("inf"), 0.0, larger) * LOG2E
@@ -156,3 +171,5 @@ def _product_statistics(  # type: ignore[no-untyped-def]
         if EXPECTED > 0:
             expected = weighted / divisor
             tl.store(out + (EXPECTED - 1) * part, expected, mask=inside)
+        if RIVAL > 0:
+            tl.store(out + (RIVAL - 1) * part, rival, mask=inside)

@@ -27,6 +27,14 @@ from vocab_parallel.local.statistics import accumulation_dtype
 
 Backward = Literal["recompute", "probs", "gradients"]
 
+
+class TileShape(NamedTuple):
+    """A tile is at most this many tokens by this many rows."""
+
+    tokens: int
+    rows: int
+
+
 # What the loss may hold beside its inputs, its two gradients and float32 sums of their size, in
 # bytes. That is a tile of logits: a whole shard of them exists where it is no larger, or where the
 # caller gives room for it.
@@ -40,6 +48,8 @@ _GPU_GRAIN = 128
 # Tiles of even length would leave multiprocessors idle at the end of each product: 3840 rows of
 # 8192 tokens take as long as 4096. So all tiles but the last are as long as they may be.
 _GPU_TILE_GRAIN = 256
+# Tiles whose operands or gradient are copied to another dtype on a GPU are no longer than this.
+_COPIED = TileShape(2048, 4096)
 # Logits of 2 bytes in 32, which kernels read and write whole.
 _SECTOR = 16
 # Fewer tokens at a time than this make the products of "gradients" slower than "recompute".
@@ -49,13 +59,6 @@ _LONG_CALL = 32_768
 # A span reads and writes the sums [R, D] once: 3% of the time of its products. As many tokens as a
 # tile of the default budget has, so that the sum [n, D] takes no more passes than in a short call.
 _SPAN_TOKENS = 8192
-
-
-class TileShape(NamedTuple):
-    """A tile is at most this many tokens by this many rows."""
-
-    tokens: int
-    rows: int
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,8 @@ def plan_backward(
     triton: bool = True,
     has_main_grad: bool = False,
     in_spans: bool = True,
+    classifier_dtype: torch.dtype | None = None,
+    logits_dtype: str | None = None,
 ) -> BackwardPlan:
     """Tell what ``impl="chunked"`` would do for a shard, and what it would hold.
 
@@ -112,7 +117,7 @@ def plan_backward(
         tokens: N, those of the loss (of all ranks in the gathering layouts).
         rows: R, of the largest shard.
         hidden_size: D.
-        dtype: of hidden states and classifier.
+        dtype: of hidden states, and of the classifier.
         backward: "auto", or one by name.
         memory_budget: bytes; None means 64 MiB. What is named is taken even where what it keeps
             does not fit.
@@ -127,15 +132,23 @@ def plan_backward(
             works there too.
         has_main_grad: whether ``accumulate_into="main_grad"`` holds the classifier's sum.
         in_spans: whether a long call may go in spans; not where all stages carry the vocabulary.
+        classifier_dtype: of the classifier, where it has its own. Gradients then count as float32,
+            and in ``peak_bytes`` a tile's operands do too.
+        logits_dtype: as in `linear_cross_entropy`; Hopper's kernels are as without it, unless
+            "gradients" is chosen.
 
     Raises:
         ValueError: a budget below one logit, or "gradients" for a loss that is no scalar.
     """
+    mixed = classifier_dtype not in (None, dtype)
+    product_dtype = torch.promote_types(dtype, classifier_dtype or dtype)
     planner = Planner(
         tokens=tokens,
         rows=rows,
         hidden_size=hidden_size,
-        dtype=dtype,
+        dtype=product_dtype,
+        logits_dtype=accumulation_dtype(dtype) if logits_dtype else product_dtype,
+        mixed=mixed,
         device_type=device_type,
         kernels=triton and device_type != "cpu" and dtype != torch.float64,
         degree=degree,
@@ -171,14 +184,18 @@ def budget_bytes(memory_budget: int | None) -> int:
 class Planner:
     """The sizes of a call and its budget; each method plans one backward.
 
-    Attributes are those of `plan_backward`; ``kernels``: whether kernels work on the logits between
-    the products, with no temporaries; ``budget``: bytes; ``span``: as `span_tokens` has it.
+    Attributes are those of `plan_backward`, but for ``dtype``: that of the products;
+    ``logits_dtype``: of the tiles that kernels read or keep; ``mixed``: whether operands of two
+    dtypes are widened; ``kernels``: whether kernels work on the logits between the products, with
+    no temporaries; ``budget``: bytes; ``span``: as `span_tokens` has it.
     """
 
     tokens: int
     rows: int
     hidden_size: int
     dtype: torch.dtype
+    logits_dtype: torch.dtype
+    mixed: bool
     device_type: str
     kernels: bool
     degree: int
@@ -226,6 +243,8 @@ class Planner:
         )
         tokens = min(self.chunk_tokens or tokens, self.span)
         rows = min(self.chunk_rows or rows, self.rows)
+        if self._copies:
+            tokens, rows = tile_to_copy(TileShape(tokens, rows))
         if self.kernels and rows < self.rows:  # they write whole sectors, of no other tile
             rows = min(max(rows // _SECTOR, 1) * _SECTOR, self.rows)
         logits = tokens * self._pitch(rows) * self._scratch
@@ -247,7 +266,7 @@ class Planner:
     def probs(self) -> BackwardPlan:
         """Keep all logits."""
         kept = self.tokens * self._pitch(self.rows) * self._logit
-        if self.kernels:
+        if self.kernels and not self._copies:
             return self._plan("probs", TileShape(self.span, self.rows), self.rows, kept, 0)
         tile = self.recompute().tile
         beside = tile.tokens * tile.rows * (self._scratch - self._logit)
@@ -259,7 +278,7 @@ class Planner:
         logits = buffers * chunk * self._pitch(self.rows) * self._logit
         kept = (self.tokens + self.rows) * self.hidden_size * self.dtype.itemsize
         tile = TileShape(chunk, self.rows)
-        if not self.kernels:
+        if not self.kernels or self._copies:
             whole = self.recompute().tile
             tile = TileShape(min(chunk, whole.tokens), whole.rows)
         return self._plan("gradients", tile, 0, kept, logits, chunk)
@@ -267,13 +286,20 @@ class Planner:
     @property
     def _logit(self) -> int:
         """Bytes of a logit that is kept."""
-        dtype = self.dtype if self.kernels else accumulation_dtype(self.dtype)
+        dtype = self.logits_dtype if self.kernels else accumulation_dtype(self.dtype)
         return dtype.itemsize
+
+    @property
+    def _copies(self) -> bool:
+        """Whether a GPU copies a tile's operands or its gradient to another dtype."""
+        return self.device_type != "cpu" and (self.mixed or self.logits_dtype != self.dtype)
 
     @property
     def _scratch(self) -> int:
         """Bytes of a logit that is worked on."""
-        return self._logit if self.kernels else self._logit * (1 + self.temporaries)
+        if not self.kernels:
+            return self._logit * (1 + self.temporaries)
+        return self._logit + (self.dtype.itemsize if self.logits_dtype != self.dtype else 0)
 
     def _pitch(self, num_rows: int) -> int:
         return padded(num_rows) if self.kernels else num_rows
@@ -332,6 +358,8 @@ class Planner:
             if self.degree > 1 and narrow < wide:  # a share of the sum, and it rounded
                 copying += hidden * (wide + narrow) // self.degree
             sums += block
+        if self.mixed:
+            working += (tile.tokens + tile.rows) * self.hidden_size * wide
         others = (self.microbatches_in_flight - 1) * kept
         return BackwardPlan(
             backward=backward,
@@ -371,6 +399,11 @@ class Planner:
         gradient = self.tokens * self.hidden_size * narrow
         sums = own + reduced + row_sums + block
         return sums, sums + gradient, row_sums + copied + gradient
+
+
+def tile_to_copy(tile: TileShape) -> TileShape:
+    """Shrink a tile to one whose operands may be copied to another dtype, being small."""
+    return TileShape(min(tile.tokens, _COPIED.tokens), min(tile.rows, _COPIED.rows))
 
 
 def padded(rows: int) -> int:

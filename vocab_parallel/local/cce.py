@@ -81,6 +81,9 @@ class CceImpl(RecomputeOnly):
             return f"needs tensors on a CUDA device, got {device_type}: move them"
         if interprets and dtype != torch.float16:
             return f"under Triton's interpreter is right in float16 alone, got {dtype}: cast"
+        if shard.mixed:
+            other = shard.classifier.dtype
+            return f"multiplies operands of one dtype, got e in {dtype} and c in {other}: cast one"
         if dtype == torch.float64:
             return "works in float16, bfloat16 and float32, got float64: cast"
         if dtype == torch.float32 and not can.fp32_accumulation:
@@ -93,6 +96,8 @@ class CceImpl(RecomputeOnly):
         for refused, what in (
             (shard.transform.temperature != 1.0, "temperature"),
             ("sum" in shard.names, "label_smoothing"),
+            (shard.logits_dtype != shard.product_dtype, "logits_dtype"),
+            ("rival" in shard.names, "metrics"),
             ("expected" in shard.names, "entropy"),
         ):
             if refused:
@@ -124,7 +129,7 @@ class CceImpl(RecomputeOnly):
         """
         can = cce_kernels.features()
         statistics, mean_logits = upstream.statistics, upstream.kept
-        grads, unit = well_scaled(upstream.grads, shard.hidden, peak=1.0)
+        grads, unit = well_scaled(upstream.grads, shard.hidden.dtype, peak=1.0)
         lse_grad, target_grad = grads.lse, grads.target
         separate = lse_grad + target_grad if shard.separate_lse_grad else None
         # A sum over the group in float32 follows: let the kernel write float32.

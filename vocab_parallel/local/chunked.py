@@ -18,6 +18,7 @@ tile. Where one kernel makes z and its statistics, forward has no tiles.
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from vocab_parallel.local.backward_plan import (
@@ -95,12 +96,22 @@ class ChunkedImpl:
         else:
             backward = "recompute" if backward == "auto" else backward
             chunk_tokens = tokens if backward == "gradients" else chunk_tokens
+        if not _may_keep(shard):
+            if backward in ("probs", "gradients"):
+                raise ValueError(
+                    f'logits_dtype="float32" with backward="{backward}" keeps logits in '
+                    f"{shard.hidden.dtype} on a GPU, unless they are bfloat16 and the loss has "
+                    f'neither label_smoothing nor an entropy: use "recompute" or "auto"'
+                )
+            backward = "recompute"
         own_rows = max(shard.num_rows, 1)
         planner = Planner(
             tokens=max(tokens, 1),
             rows=own_rows if most_rows is None else max(most_rows, 1),
             hidden_size=shard.hidden.shape[1],
-            dtype=shard.hidden.dtype,
+            dtype=shard.product_dtype,
+            logits_dtype=shard.logits_dtype,
+            mixed=shard.mixed,
             device_type=shard.hidden.device.type,
             kernels=shard.ops.kernels,
             degree=degree,
@@ -113,10 +124,13 @@ class ChunkedImpl:
             has_main_grad=has_main_grad,
         )
         plan = planner.choose(backward, scalar_loss)
-        if plan.backward == "gradients" or planner.rows == own_rows:
+        own = replace(planner, rows=own_rows)
+        if isinstance(shard.ops, HopperOps):  # no logit that they do not keep is in memory
+            own = replace(own, logits_dtype=shard.product_dtype)
+        if plan.backward == "gradients" or own == planner:
             return plan
         # What is left is this rank's own choice; "gradients", which is not, is out.
-        return replace(planner, rows=own_rows).choose(backward, scalar_loss=False)
+        return own.choose(backward, scalar_loss=False)
 
     def forward(
         self, shard: Shard, plan: BackwardPlan, progress: Progress | None = None
@@ -152,9 +166,8 @@ class ChunkedImpl:
         row_slices = _row_slices(shard, tile, source.num_kept)
         at_once = len(row_slices) == 1 and source.unit is None
         hidden_grad = _allocate_hidden_grad(shard, upstream, at_once)
-        row_grads = RowGradients(
-            shard, upstream, source.unit, one_tile=tile.tokens >= shard.num_tokens
-        )
+        one_tile = tile.tokens >= shard.num_tokens and not shard.mixed
+        row_grads = RowGradients(shard, upstream, source.unit, one_tile=one_tile)
         for rows in row_slices:
             block = shard.ops.block(shard, rows)
             # Tokens are complete with the last rows, and where nothing is to be multiplied after.
@@ -171,7 +184,7 @@ class ChunkedImpl:
                         upstream.progress if is_last else None,
                         add=rows.start > 0,
                     )
-                hidden = shard.ops.widened(shard.hidden[tokens], shard.dtype)
+                hidden = shard.ops.widened(shard.hidden[tokens], shard)
                 row_grads.add(logits_grad, hidden, sums)
             row_grads.end()
         if hidden_grad is not None and source.unit is not None:
@@ -203,11 +216,12 @@ class _GradientTiles:
         self._scratch: Tensor | None = None
         if self._kept is None or not self._pops:
             if self._kept is not None:
-                self.tile = TileShape(-(-shard.num_tokens // _PARTS), self.tile.rows)
+                most = min(-(-shard.num_tokens // _PARTS), self.tile.tokens)
+                self.tile = TileShape(most, self.tile.rows)
             self._scratch = shard.ops.buffer(shard, self.tile)
         elif not whole:
             self._scratch = self._kept
-        self._grads, self.unit = well_scaled(upstream.grads, shard.classifier, peak=2.0**10)
+        self._grads, self.unit = well_scaled(upstream.grads, shard.product_dtype, peak=2.0**10)
         self._sums_tokens = wanted.bias and shard.bias is not None
         # Exponentials of some rows become gradients at once: all others are made as such.
         self._is_gradient = False
@@ -240,8 +254,19 @@ class _GradientTiles:
             out, block, tokens, self._upstream.statistics, self._grads,
             logits=logits, sum_tokens=self._sums_tokens,
         )  # fmt: skip
-        # Where no kernel works the logits may be wider than the operands.
+        # The logits may be wider than the operands, as they are where no kernel works.
         return out.to(block.classifier.dtype), sums
+
+
+def _may_keep(shard: Shard) -> bool:
+    """Tell whether what forward keeps is as exact as the logits are asked to be.
+
+    It is equal on all ranks, so that it does not ask which kernels work: Hopper's keep exponentials
+    of float32 logits where they can, else logits in the operands' dtype.
+    """
+    if shard.mixed or shard.logits_dtype == shard.product_dtype or not shard.ops.kernels:
+        return True
+    return shard.hidden.dtype == torch.bfloat16 and shard.grad_names == ("lse", "target")
 
 
 def _rows_to_keep(shard: Shard, plan: BackwardPlan) -> int:
@@ -253,8 +278,8 @@ def _rows_to_keep(shard: Shard, plan: BackwardPlan) -> int:
 
 
 def _tile(shard: Shard, plan: BackwardPlan, keeps: bool) -> TileShape:
-    """Return the tile of this rank's own work; kernels take kept logits whole."""
-    if keeps and shard.ops.kernels:
+    """Return the tile of this rank's own work; kernels take kept logits whole if they can."""
+    if keeps and shard.ops.kernels and not shard.ops.copies(shard):
         return TileShape(shard.num_tokens, shard.num_rows)
     tile = plan.tile
     return TileShape(min(tile.tokens, shard.num_tokens), min(tile.rows, shard.num_rows))
@@ -322,6 +347,7 @@ def _allocate_hidden_grad(shard: Shard, upstream: Upstream, at_once: bool) -> Te
     if not upstream.wanted.hidden:
         return None
     dtype = shard.dtype
-    if at_once and shard.hidden.is_cuda and shard.sum_dtype == shard.hidden.dtype:
+    one_dtype = shard.sum_dtype == shard.hidden.dtype == shard.product_dtype
+    if at_once and shard.hidden.is_cuda and one_dtype:
         dtype = shard.sum_dtype
     return shard.hidden.new_empty(shard.hidden.shape, dtype=dtype)

@@ -51,9 +51,13 @@ class Shard:
         targets: [N] int32, the row in [0, R) of each token's target; outside of [0, R) where the
             target is another rank's row, or there is none.
         transform: what makes logits of raw entries.
-        names: the statistics that the loss reads.
+        names: the statistics that are made.
+        grad_names: those of them, the first ones, that may receive a gradient. A backward is given
+            a shard whose names are these.
         separate_lse_grad: whether the gradient of lse may differ from minus that of the target,
             as a z-loss or a use of lse makes it.
+        logits_dtype: of a tile of logits that a kernel reads or keeps, at least that of the
+            products. Logits that stay in registers are float32.
         sum_dtype: in which the partial gradients of the hidden states are summed over the group,
             or their own where they are not. An implementation that can writes that dtype.
         needs_grad: whether a backward may follow.
@@ -66,7 +70,9 @@ class Shard:
     targets: Tensor
     transform: Transform
     names: StatisticNames
+    grad_names: StatisticNames
     separate_lse_grad: bool
+    logits_dtype: torch.dtype
     sum_dtype: torch.dtype
     needs_grad: bool
     ops: "TileOps"
@@ -85,6 +91,16 @@ class Shard:
     def dtype(self) -> torch.dtype:
         """The dtype of statistics and of accumulation: float32, or float64 for float64."""
         return accumulation_dtype(self.hidden.dtype)
+
+    @property
+    def product_dtype(self) -> torch.dtype:
+        """In which hidden states and rows are multiplied: float32 where theirs are two."""
+        return torch.promote_types(self.hidden.dtype, self.classifier.dtype)
+
+    @property
+    def mixed(self) -> bool:
+        """Whether hidden states and rows have two dtypes: a tile of either is widened."""
+        return self.hidden.dtype != self.classifier.dtype
 
     def owned_targets(self) -> tuple[Tensor, Tensor]:
         """Return which targets are rows of this shard [N], and int64 rows [N] that are safe."""

@@ -87,8 +87,18 @@ class TorchCompileImpl(ReferenceImpl):
 
     The local work of cut-cross-entropy's ``torch_compile``; the logits are computed again in
     backward instead of being kept. As there, a shard's partial gradient of the hidden states is
-    rounded to their dtype before it is summed over the group.
+    rounded to their dtype before it is summed over the group. Operands of two dtypes are widened
+    whole.
     """
+
+    def plan(self, shard: Shard, **given: Any) -> BackwardPlan:
+        """See `LocalImpl.plan`."""
+        if shard.logits_dtype != shard.product_dtype:
+            raise ValueError(
+                f'impl "torch_compile" makes logits in {shard.product_dtype}, as its operands are: '
+                f'leave out logits_dtype, or use impl="chunked"'
+            )
+        return super().plan(shard, **given)
 
     def _leaf(self, tensor: Tensor, shard: Shard) -> Tensor:
         return tensor.detach()
@@ -110,12 +120,13 @@ def _compiled() -> StatisticsFunction:
 
 
 def _native_statistics(shard: Shard, leaves: Leaves) -> Tensor:
-    logits = _product(leaves).to(shard.dtype)
+    operands = [None if leaf is None else leaf.to(shard.product_dtype) for leaf in leaves[:2]]
+    logits = _product(operands).to(shard.dtype)
     return _statistics_of(logits, leaves[2], shard)
 
 
 def _product(leaves: Leaves) -> Tensor:
-    hidden, classifier, _ = leaves
+    hidden, classifier = leaves[:2]
     assert hidden is not None
     assert classifier is not None
     return hidden @ classifier.T
@@ -140,6 +151,9 @@ def _statistics_of(logits: Tensor, bias: Tensor | None, shard: Shard) -> Tensor:
         finite = logits.masked_fill(logits == -torch.inf, 0.0)
         probabilities = torch.exp(logits - lse.masked_fill(lse == -torch.inf, 0.0)[:, None])
         found.append((probabilities * finite).sum(-1))
+    if "rival" in shard.names:
+        others = logits.scatter(-1, rows.unsqueeze(-1), -torch.inf).amax(-1)
+        found.append(torch.where(owned, others, logits.amax(-1)))
     return torch.stack(found)
 
 

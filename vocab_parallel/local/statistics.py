@@ -6,9 +6,15 @@ With z the logits of a token over some rows, an implementation returns some of:
     target    z at the token's target where these rows have it, else 0
     sum       the sum of z, for label smoothing
     expected  the mean of z under softmax(z), for the entropy: H = lse - expected
+    rival     the largest z of rows other than the target, for the accuracy
 
-Statistics of a shard and of the whole vocabulary have the same shape, [k, N], and so have the
-gradients that they receive.
+Statistics of a shard and of the whole vocabulary have the same shape, [k, N]. The gradients that
+they receive are those of the first of them: what is only reported comes last, and receives none.
+
+A target is the arg-max where target >= rival: a tie counts. The rival and not the largest of all z,
+since an implementation may make the target's logit in another order than the others': beside the
+largest z it would seem smaller than itself by a rounding. Two rows whose logits differ by less than
+a rounding may count either way.
 """
 
 from dataclasses import dataclass
@@ -17,7 +23,7 @@ from typing import Literal, Self
 import torch
 from torch import Tensor
 
-StatisticName = Literal["lse", "target", "sum", "expected"]
+StatisticName = Literal["lse", "target", "sum", "expected", "rival"]
 StatisticNames = tuple[StatisticName, ...]
 
 
@@ -43,9 +49,15 @@ class Statistics:
     def of_no_rows(cls, names: StatisticNames, num_tokens: int, like: Tensor) -> Self:
         """Return the statistics of a shard without rows: no probability, nothing to sum."""
         found = cls.empty(names, num_tokens, like)
-        found.values.zero_()
-        found.lse.fill_(-torch.inf)
+        found.clear_()
         return found
+
+    def clear_(self) -> None:
+        """Make them those of no rows."""
+        self.values.zero_()
+        self.lse.fill_(-torch.inf)
+        if "rival" in self:
+            self.rival.fill_(-torch.inf)
 
     def __getitem__(self, name: StatisticName) -> Tensor:
         return self.values[self.names.index(name)]
@@ -73,9 +85,19 @@ class Statistics:
         """[N], where it is one of the names."""
         return self["expected"]
 
+    @property
+    def rival(self) -> Tensor:
+        """[N], where it is one of the names."""
+        return self["rival"]
+
     def of(self, tokens: slice) -> Self:
         """Return those of some tokens, a view."""
         return type(self)(self.values[:, tokens], self.names)
+
+    def first(self, names: StatisticNames) -> Self:
+        """Return those of the first names, a view."""
+        assert self.names[: len(names)] == names
+        return self if self.names == names else type(self)(self.values[: len(names)], names)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -106,4 +128,6 @@ def join(gathered: Tensor, names: StatisticNames) -> Tensor:
         # Each part's mean counts by its share of the probability.
         shares = share_of(parts.lse, joined.lse)
         torch.sum(shares * parts.expected, 0, out=joined.expected)
+    if "rival" in names:
+        torch.amax(parts.rival, 0, out=joined.rival)
     return joined.values

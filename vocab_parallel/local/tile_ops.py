@@ -84,16 +84,23 @@ class TileOps:
 
     kernels = False
 
-    def widened(self, operand: Tensor, dtype: torch.dtype) -> Tensor:
-        """See the function `widened`."""
-        return widened(operand, dtype)
+    def widened(self, operand: Tensor, shard: Shard) -> Tensor:
+        """Return a tile's operand in the dtype in which its device multiplies it.
+
+        Operands of two dtypes go in float32 everywhere; see also the function `widened`.
+        """
+        return widened(operand.to(shard.product_dtype), shard.dtype)
+
+    def copies(self, shard: Shard) -> bool:
+        """Tell whether a tile's operands or its gradient are copied to another dtype."""
+        return shard.mixed or shard.logits_dtype != shard.product_dtype
 
     def block(self, shard: Shard, rows: slice) -> Block:
         """Cut a block of rows out of a shard."""
         return Block(
             shard,
             rows.start,
-            self.widened(shard.classifier[rows], shard.dtype),
+            self.widened(shard.classifier[rows], shard),
             None if shard.bias is None else shard.bias[rows].to(shard.dtype),
         )
 
@@ -103,7 +110,7 @@ class TileOps:
 
     def put_raw_logits(self, out: Tensor, block: Block, tokens: slice) -> Tensor:
         """Compute a tile of raw logits into ``out`` [n, r]."""
-        hidden = self.widened(block.shard.hidden[tokens], block.shard.dtype)
+        hidden = self.widened(block.shard.hidden[tokens], block.shard)
         put_product(out, hidden, block.classifier.T, add=False)
         return out
 
@@ -126,8 +133,7 @@ class TileOps:
             keep: whether the logits must stay as they are.
         """
         if first:
-            found.values.zero_()
-            found.lse.fill_(-torch.inf)
+            found.clear_()
         logits = finish_logits_(logits.clone() if keep else logits, block)
         inside, index = owned_targets(block.shard.targets[tokens] - block.start, logits.shape[1])
         at_target = logits.gather(1, index.unsqueeze(1)).squeeze(1)
@@ -135,8 +141,16 @@ class TileOps:
         if "sum" in found:
             found.sum.add_(logits.sum(1))
 
+        if "rival" in found:
+            at, nothing = index.unsqueeze(1), torch.where(inside, -torch.inf, at_target)
+            others = logits.scatter_(1, at, nothing.unsqueeze(1)).amax(1)
+            torch.maximum(found.rival, others, out=found.rival)
+            logits.scatter_(1, at, at_target.unsqueeze(1))
+            largest = torch.where(inside, torch.maximum(others, at_target), others)
+        else:
+            largest = logits.amax(1)
         # A row of -inf alone (a bias may mask rows so) must not give -inf - -inf.
-        largest = logits.amax(1).clamp_(min=torch.finfo(logits.dtype).min)
+        largest.clamp_(min=torch.finfo(logits.dtype).min)
         # A logit of -inf has no probability, and adds nothing to the mean: not 0 times -inf.
         values = logits.masked_fill(logits == -torch.inf, 0.0) if "expected" in found else None
         exponentials = logits.sub_(largest.unsqueeze(1)).exp_()
@@ -187,7 +201,8 @@ class TritonOps(TileOps):
 
     def buffer(self, shard: Shard, tile: TileShape) -> Tensor:
         """Allocate raw logits [tokens, at least rows], tokens a whole number of lines apart."""
-        return shard.hidden.new_empty((tile.tokens, padded(tile.rows)))
+        shape = (tile.tokens, padded(tile.rows))
+        return shard.hidden.new_empty(shape, dtype=shard.logits_dtype)
 
     def add_statistics(
         self,
@@ -241,7 +256,18 @@ class TritonOps(TileOps):
 
 
 class HopperOps(TritonOps):
-    """The product and what follows it in one kernel, where logits are made."""
+    """The product and what follows it in one kernel, where logits are made.
+
+    They are float32 there, whatever ``logits_dtype`` is; what is kept is not.
+    """
+
+    def copies(self, shard: Shard) -> bool:
+        """Nothing is: operands have one dtype, and gradients are written in it."""
+        return False
+
+    def buffer(self, shard: Shard, tile: TileShape) -> Tensor:
+        """See `TritonOps.buffer`; in the operands' dtype."""
+        return shard.hidden.new_empty((tile.tokens, padded(tile.rows)))
 
     def reference(self, shard: Shard) -> Tensor | None:
         """Return a number near each token's largest logits [N], or None where none is of use.
@@ -249,7 +275,7 @@ class HopperOps(TritonOps):
         It is the largest of some of the shard's rows. Whatever it is the results are right; the
         farther it lies from a token's lse, the more of its logits are done twice.
         """
-        if shard.names != ("lse", "target"):
+        if shard.grad_names != ("lse", "target"):
             return None
         sample = slice(None, None, max(shard.num_rows // _SAMPLE, 1))
         rows = shard.classifier[sample][:_SAMPLE]
@@ -295,7 +321,9 @@ class HopperOps(TritonOps):
             values = found.of(part).values
             own = None if kept is None else kept[part]
             if reference is not None and (kept is None or self.keeps_probabilities(shard)):
-                product_probabilities(*operands, reference[part], values, own, shard.transform)
+                product_probabilities(
+                    *operands, reference[part], values, found.names, own, shard.transform
+                )
             else:
                 product_statistics(*operands, values, found.names, own, shard.transform)
 
@@ -391,7 +419,8 @@ def widened(operand: Tensor, dtype: torch.dtype) -> Tensor:
 def put_product(destination: Tensor, a: Tensor, b: Tensor, *, add: bool) -> None:
     """Write a @ b to ``destination``, or add it to what is there, in one product.
 
-    Accumulates in float32 or wider and rounds once, to the destination's dtype.
+    Accumulates in float32 or wider and rounds once, to the destination's dtype. On a GPU float32
+    operands are multiplied as torch is told to: without TF32, unless it is allowed.
     """
     if a.dtype == destination.dtype:
         if add:
@@ -408,7 +437,7 @@ def put_product(destination: Tensor, a: Tensor, b: Tensor, *, add: bool) -> None
 
 
 def well_scaled(
-    grads: Statistics, operand: Tensor, *, peak: float
+    grads: Statistics, product_dtype: torch.dtype, *, peak: float
 ) -> tuple[Statistics, Tensor | None]:
     """Bring gradients to at most ``peak`` where they enter a product of float16 on a GPU.
 
@@ -416,7 +445,7 @@ def well_scaled(
     The returned unit multiplies the product's result; None where nothing was scaled.
     """
     values = grads.values
-    if operand.dtype != torch.float16 or not operand.is_cuda:
+    if product_dtype != torch.float16 or not values.is_cuda:
         return grads, None
     unit = values.abs().amax().clamp(min=torch.finfo(values.dtype).tiny) / peak
     return Statistics(values / unit, grads.names), unit

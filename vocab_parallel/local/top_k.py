@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from vocab_parallel.local.backward_plan import blocks, tile_shape
+from vocab_parallel.local.backward_plan import blocks, tile_shape, tile_to_copy
 from vocab_parallel.local.interface import Shard
 from vocab_parallel.local.tile_ops import finish_logits_
 
@@ -21,6 +21,8 @@ def top_k_of_shard(shard: Shard, k: int, memory_budget: int) -> tuple[Tensor, Te
     lse = shard.hidden.new_full((num_tokens,), -torch.inf, dtype=dtype)
     # The logits, and the temporary that logsumexp makes of them.
     tile = tile_shape(num_tokens, num_rows, 2 * dtype.itemsize, memory_budget, scores.device.type)
+    if shard.mixed:  # a tile's operands are widened
+        tile = tile_to_copy(tile)
     buffer = scores.new_empty(tile)
     for own_rows in blocks(num_rows, tile.rows):
         block = shard.ops.block(shard, own_rows)

@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vocab_parallel.local.registry import create_impl
@@ -12,6 +13,7 @@ from vocab_parallel.modules.heads import Rows
 from vocab_parallel.multi_token import as_tuple, multi_token_cross_entropy, stacked
 from vocab_parallel.pipeline.scheduled_loss import ScheduledLoss
 from vocab_parallel.sharded.layout import HiddenLayout
+from vocab_parallel.sharded.metrics import LossMetrics
 from vocab_parallel.sharded.settings import LossSettings
 
 _RESULTS = ("return_lse", "return_heads", "return_entropy")  # a schedule takes one number
@@ -43,6 +45,7 @@ class CCEPipelineLoss(ScheduledLoss):
             usually its inputs. Several, such as (1, 2, 3), are those of
             `multi_token_cross_entropy`: the last stage returns a tuple of as many hidden states,
             or one tensor of them [H, ..., T, D], and **loss_options may have ``head_weights``.
+            With ``return_metrics=True`` it still returns the loss alone, and `metrics` the rest.
 
     Attributes:
         num_valid_tokens: divides the mean in place of each microbatch's own count, until it is set
@@ -80,6 +83,8 @@ class CCEPipelineLoss(ScheduledLoss):
         self.reduction = reduction
         self.accumulate_into = loss_options.get("accumulate_into")
         self.num_valid_tokens: int | Tensor | None = None
+        self._metric_sums: Tensor | None = None  # (3,), of the microbatches so far
+        self._metrics_dtype = torch.float32
         options: dict[str, Any] = {
             "impl": impl,
             "ignore_index": ignore_index,
@@ -107,7 +112,7 @@ class CCEPipelineLoss(ScheduledLoss):
 
         The first call agrees over the group that the arguments are right, on any device; the
         later ones as `linear_cross_entropy` does by default. A schedule may call it on
-        uninitialised hidden states to infer shapes: nothing is kept of a call.
+        uninitialised hidden states to infer shapes: nothing is kept of such a call.
         """
         divisor = self.num_valid_tokens if num_valid_tokens is None else num_valid_tokens
         if divisor is not None and self.scaled_by_schedule:
@@ -120,7 +125,7 @@ class CCEPipelineLoss(ScheduledLoss):
         rows = self.output_weight.read()
         e, c = _operands(rows, hidden_states)
         several = self.settings.num_heads is not None
-        loss = (multi_token_cross_entropy if several else linear_cross_entropy)(
+        found: Any = (multi_token_cross_entropy if several else linear_cross_entropy)(
             e,
             c,
             labels,
@@ -130,7 +135,39 @@ class CCEPipelineLoss(ScheduledLoss):
             validate=self.validates(),
             **self._options,
         )
+        if not self.settings.return_metrics:
+            return self.finished(found)
+        loss, metrics = found
+        if not self.infers_shapes():
+            self.add_metrics(metrics)
         return self.finished(loss)
+
+    def metrics(self) -> LossMetrics:
+        """Return the metrics of all microbatches since it was last called: of a step, at its end.
+
+        Every rank whose loss was called may call it, or not: it communicates nothing, and waits for
+        no device before a number is read. The microbatches of a validated schedule count, and not
+        the call by which it infers shapes. They are those of this rank's vocab group; over all
+        stages, of all columns' tokens.
+
+        Raises:
+            ValueError: made without ``return_metrics=True``, or no microbatch since.
+        """
+        sums, self._metric_sums = self._metric_sums, None
+        if not self.settings.return_metrics:
+            raise ValueError("make the CCEPipelineLoss with return_metrics=True for its metrics")
+        if sums is None:
+            raise ValueError(
+                "metrics are of the microbatches since they were last asked for, and there was "
+                "none: ask once a step, after it, on the ranks of the last stage"
+            )
+        return LossMetrics.of_sums(sums, self._metrics_dtype)
+
+    def add_metrics(self, found: LossMetrics) -> None:
+        """Add a microbatch's metrics to those that `metrics` will return."""
+        sums, before = found.sums(), self._metric_sums
+        self._metric_sums = sums if before is None else before + sums
+        self._metrics_dtype = found.accuracy.dtype
 
     def bind(self, last_stage: Any, *, scale_grads: bool, microbatches_in_flight: int) -> None:
         """See `ScheduledLoss.bind`."""

@@ -30,6 +30,7 @@ class ScheduledLoss:
         self.scaled_by_schedule = False
         self._options = options
         self._last_stage: Any = None
+        self._stage: Any = None
         self._validated = False
         self._keeps_graph = loses_nodes()
 
@@ -43,9 +44,17 @@ class ScheduledLoss:
             microbatches_in_flight: how many wait between forward and backward on the last stage,
                 which ``backward="auto"`` counts on.
         """
-        self._last_stage, self.scaled_by_schedule = last_stage, scale_grads
+        self._last_stage = self._stage = last_stage
+        self.scaled_by_schedule = scale_grads
         if self._options["impl"] in ("auto", "chunked"):
             self._options.setdefault("microbatches_in_flight", microbatches_in_flight)
+
+    def infers_shapes(self) -> bool:
+        """Tell whether a call of a schedule is none of a microbatch, but infers shapes.
+
+        Then the last stage, which `bind` has told of, holds no microbatch that is under way.
+        """
+        return self._stage is not None and not getattr(self._stage, "fwd_cache", True)
 
     def warn_of_kept_outputs(self) -> None:
         """Warn once where the schedule keeps the last stage's outputs; see `bind`."""

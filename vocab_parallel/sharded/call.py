@@ -236,6 +236,7 @@ def _shard(operands: Operands, settings: LossSettings, rows: RankRows) -> Shard:
     """Describe this rank's rows for the local work; no tensor of the tokens' is held."""
     hidden, bias = operands.flat_hidden, operands.bias
     none = hidden.new_empty((0, hidden.shape[1]))
+    product_dtype = torch.promote_types(hidden.dtype, operands.classifier.dtype)
     sum_dtype = hidden.dtype
     if hidden.dtype != torch.float64 and _sums_hidden_grad(settings, rows):
         sum_dtype = settings.e_grad_reduce_dtype
@@ -246,7 +247,9 @@ def _shard(operands: Operands, settings: LossSettings, rows: RankRows) -> Shard:
         targets=none[:, 0],
         transform=settings.transform,
         names=settings.statistics,
+        grad_names=settings.grad_statistics,
         separate_lse_grad=settings.separate_lse_grad,
+        logits_dtype=accumulation_dtype(product_dtype) if settings.logits_dtype else product_dtype,
         sum_dtype=sum_dtype,
         needs_grad=False,
         ops=tile_ops.choose(hidden, operands.classifier),
@@ -284,6 +287,7 @@ def agreed(settings: LossSettings, operands: Operands, rows: RankRows) -> dict[s
         "tokens of e": hidden.shape[:-1].numel(),
         "hidden size": hidden.shape[-1],
         "dtype of e": hidden.dtype,
+        "dtype of c": operands.classifier.dtype,
         "e requires grad": hidden.requires_grad and records,
         # Per-token gradients are gathered in backward, where there is one.
         "a gradient is required": records

@@ -121,9 +121,10 @@ class LossWithGradients:
         self.statistics.values[:, tokens] = statistics.values
         loss, grads = self._loss.part(statistics.values, tokens)
         if any(self._wanted):
+            received = self._call.shard.grad_names
             upstream = Upstream(
-                statistics,
-                Statistics(grads, names),
+                statistics.first(received),
+                Statistics(grads, names).first(received),
                 self._wanted,
                 self._row_sums.target,
                 kept,

@@ -141,11 +141,15 @@ def _statistics_of_spans(
 
 
 def own_gradients(call: Call, inputs: Inputs, upstream: Upstream) -> Gradients:
-    """T without the reduction: dE is the partial sum over this rank's rows, or None."""
+    """T without the reduction: dE is the partial sum over this rank's rows, or None.
+
+    Its statistics are those that may receive a gradient, and no others.
+    """
     shard = shard_of(call, inputs, needs_grad=True)
     if shard is None or not any(upstream.wanted):
         return Gradients(None, None, None)
-    return call.impl.backward(shard, call.plan, upstream)
+    assert upstream.statistics.names == upstream.grads.names == shard.grad_names
+    return call.impl.backward(replace(shard, names=shard.grad_names), call.plan, upstream)
 
 
 def summed_gradients(
@@ -163,7 +167,8 @@ def summed_gradients(
     ``accumulate_into`` names. Communicates the sum of [N, D], behind the products.
     """
     target = classifier_grad(call, inputs.classifier)
-    upstream = Upstream(statistics, grads, wanted, target, kept)
+    names = call.shard.grad_names
+    upstream = Upstream(statistics.first(names), grads.first(names), wanted, target, kept)
     work = _gradients_of_spans if is_long(call, inputs) else _gradients_at_once
     found = work(call, inputs, upstream)
     classifier = None
@@ -276,7 +281,7 @@ def order_of(call: Call, num_tokens: int) -> Order:
     most_rows, device = call.rows.most_rows, call.operands.classifier.device
     if group.degree == 1 or most_rows is None or device.type == "cpu":
         return Order.BESIDE
-    rates = rates_of(group, call.operands.classifier.dtype, device)
+    rates = rates_of(group, call.shard.product_dtype, device)
     hidden_size = call.operands.classifier.shape[1]
     summing = num_tokens * hidden_size * call.shard.sum_dtype.itemsize / rates.bytes_a_second
     product = 2.0 * num_tokens * hidden_size * most_rows / rates.flops_a_second

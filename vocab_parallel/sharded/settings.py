@@ -18,6 +18,7 @@ REDUCTIONS = ("mean", "sum", "none")
 LAYOUTS = get_args(HiddenLayout)
 BACKWARDS = ("auto", "recompute", "probs", "gradients")
 ACCUMULATORS = ("grad", "main_grad")
+MIXABLE = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,14 @@ class LossSettings:
     return_heads: bool = False
     return_lse: bool = False
     return_entropy: bool = False
+    return_metrics: bool = False
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     temperature: float = 1.0
     hidden_layout: HiddenLayout = "replicated"
     hidden_grad_scale: float = 1.0
     e_grad_reduce_dtype: torch.dtype = torch.float32
+    logits_dtype: str | None = None
     backward: str = "auto"
     memory_budget: int | None = None
     accumulate_into: str | None = None
@@ -79,12 +82,20 @@ class LossSettings:
         return Transform(self.softcap, float(self.temperature))
 
     @property
-    def statistics(self) -> StatisticNames:
-        """The statistics of the logits that the result is made of."""
+    def grad_statistics(self) -> StatisticNames:
+        """The statistics of the logits that what has a gradient is made of."""
         names: StatisticNames = ("lse", "target")
         if self.label_smoothing:
             names = (*names, "sum")
         return (*names, "expected") if self.return_entropy else names
+
+    @property
+    def statistics(self) -> StatisticNames:
+        """Those, and after them what is only reported."""
+        names = self.grad_statistics
+        if not self.return_metrics:
+            return names
+        return (*names, "rival") if self.return_entropy else (*names, "expected", "rival")
 
     @property
     def scalar_loss(self) -> bool:
@@ -117,17 +128,29 @@ class LossSettings:
             raise ValueError(
                 f"hidden_grad_scale must be a finite number, got {self.hidden_grad_scale!r}"
             )
+        if not isinstance(self.return_metrics, bool):
+            raise ValueError(f"return_metrics must be True or False, got {self.return_metrics!r}")
         self._check_heads()
         if self.e_grad_reduce_dtype not in (torch.float32, torch.bfloat16, torch.float64):
             raise ValueError(
                 f"e_grad_reduce_dtype must be torch.float32, torch.float64 or torch.bfloat16, "
                 f"got {self.e_grad_reduce_dtype!r}"
             )
+        if self.logits_dtype not in (None, "float32"):
+            raise ValueError(
+                f'logits_dtype must be None or "float32", got {self.logits_dtype!r}: logits of '
+                f"float64 operands are float64 anyway"
+            )
 
     def _check_heads(self) -> None:
         weights = self.head_weights
         if self.num_heads == 0:
             raise ValueError("shift must name at least one prediction, such as (1, 2), got ()")
+        if self.num_heads is not None and self.return_metrics:
+            raise ValueError(
+                f"return_metrics are of one prediction of each position, got shift {self.shift!r}: "
+                f"leave it out, or call linear_cross_entropy for that head"
+            )
         if weights is None:
             return
         if self.num_heads is None:
@@ -173,10 +196,10 @@ def check_tensors(
             f"the hidden size of e is {e.shape[-1]} but that of c is {c.shape[1]}: e "
             f"{list(e.shape)}, c {list(c.shape)}; they must come from one model"
         )
-    if not e.is_floating_point() or e.dtype != c.dtype:
+    if e.dtype not in (*MIXABLE, torch.float64) or not (e.dtype == c.dtype or mixes(e, c)):
         raise ValueError(
-            f"e and c must have one floating dtype, got {e.dtype} and {c.dtype}: cast one, or "
-            f"call under torch.autocast"
+            f"e and c must be float16, bfloat16 or float32, each as it is, or both float64, got "
+            f"{e.dtype} and {c.dtype}: cast one, or call under torch.autocast"
         )
     if targets is not None and targets.dtype not in (torch.int32, torch.int64):
         raise ValueError(
@@ -187,6 +210,11 @@ def check_tensors(
         raise ValueError(f"bias must be [{c.shape[0]}], a value a row of c, got {list(bias.shape)}")
     if targets is not None:
         _check_token_shapes(e, targets, token_weight, settings, degree)
+
+
+def mixes(e: Tensor, c: Tensor) -> bool:
+    """Tell whether hidden states and rows may have the dtypes that they have, two or one."""
+    return e.dtype in MIXABLE and c.dtype in MIXABLE
 
 
 def check_rows(c: Tensor, rows: RankRows, settings: LossSettings) -> None:

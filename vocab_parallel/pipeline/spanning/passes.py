@@ -50,6 +50,7 @@ from vocab_parallel.sharded.halves import (
     own_statistics,
     with_padding,
 )
+from vocab_parallel.sharded.metrics import loss_metrics
 from vocab_parallel.sharded.settings import LossSettings
 
 
@@ -186,6 +187,7 @@ class LossPasses:
                 self._start_sum(held, share)
         if not held.trains:
             self._wait_for_exchange(held)
+            self._report(held)
             self._release(held)
 
     @torch.no_grad()
@@ -194,6 +196,7 @@ class LossPasses:
         held = self._held[microbatch]
         call, inputs = held.ready
         self._wait_for_exchange(held)
+        self._report(held)
         assert held.joined is not None
         assert held.grads is not None
         rows = self._loss.output_weight.read()
@@ -204,7 +207,10 @@ class LossPasses:
         target = classifier_grad(call, weight)
         if call.settings.accumulate_into is None and weight.grad is not None:
             target = ClassifierGrad(weight.grad.dtype, call.rows.tokens_alone(weight.grad))
-        upstream = Upstream(held.joined, held.grads, wanted, target, held.kept)
+        names = call.shard.grad_names
+        upstream = Upstream(
+            held.joined.first(names), held.grads.first(names), wanted, target, held.kept
+        )
         found = own_gradients(call, inputs, upstream)
         if wanted.classifier and target.add_to is None:
             weight.grad = with_padding(found.classifier, weight)
@@ -318,6 +324,13 @@ class LossPasses:
                 made.values.record_stream(layers)
         held.exchanged = None
 
+    def _report(self, held: _Microbatch) -> None:
+        """Add what the loss reports of a microbatch to that of the others, all columns' tokens."""
+        assert held.joined is not None
+        assert held.labels is not None
+        if self._loss.settings.return_metrics:
+            self._loss.add_metrics(loss_metrics(held.joined, held.labels))
+
     def _release(self, held: _Microbatch) -> None:
         """Drop all that no later pass reads; a sum that is under way stays."""
         if held.share is None:  # else a reduction follows
@@ -357,6 +370,7 @@ def _local_share(call: Call, inputs: Inputs, own: Statistics, kept: object) -> T
 
     With nothing at the target: there p + d.target is 0.
     """
+    own = own.first(call.shard.grad_names)
     local = Statistics(torch.zeros_like(own.values), own.names)
     local.lse.fill_(1.0)
     local.target.copy_(-share_of(own.target, own.lse))

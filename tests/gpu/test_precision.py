@@ -1,0 +1,113 @@
+"""Operands of two dtypes, float32 logits, and metrics, as a GPU's kernels do them."""
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.oracle import metrics_oracle, oracle, relative_error
+from vocab_parallel import linear_cross_entropy
+from vocab_parallel.local import tile_ops
+from vocab_parallel.local.tile_ops import TritonOps
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+TOKENS, ROWS, HIDDEN = 700, 3001, 136
+
+
+def drawn(*dtypes: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    c = torch.randn(ROWS, HIDDEN, device="cuda") / HIDDEN**0.5
+    targets = torch.randint(ROWS, (TOKENS,), device="cuda")
+    e = torch.randn(TOKENS, HIDDEN, device="cuda")
+    e[::2] = 12.0 * c[targets][::2] + 0.3 * e[::2]
+    targets[::9] = -100
+    return e.to(dtypes[0]), c.to(dtypes[1]), targets
+
+
+@pytest.mark.parametrize(
+    "pair", [pair for pair in itertools.product(DTYPES, DTYPES) if pair[0] != pair[1]]
+)
+def test_two_dtypes(pair: tuple[torch.dtype, torch.dtype]) -> None:
+    """Each gradient is the exact one, rounded once."""
+    e, c, targets = drawn(*pair)
+    leaves = [e.requires_grad_(), c.requires_grad_()]
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    exact_loss, _ = oracle(*wide, targets, softcap=9.0)
+    exact = torch.autograd.grad(exact_loss, wide)
+    ways: tuple[dict[str, Any], ...] = (
+        {"backward": "recompute", "chunk_rows": 999, "chunk_tokens": 200},
+        {"backward": "probs"},
+        {"backward": "gradients", "chunk_tokens": 300},
+        {"memory_budget": TOKENS * ROWS * 2},
+    )
+    for way in ways:
+        loss = linear_cross_entropy(*leaves, targets, softcap=9.0, **way)
+        assert relative_error(loss, exact_loss) < 1e-5, way
+        for found, want in zip(torch.autograd.grad(loss, leaves), exact, strict=True):
+            limit = torch.finfo(found.dtype).eps / 2 + 1e-5
+            assert relative_error(found, want) < limit, way
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize("hopper", [True, False])
+def test_float32_logits(dtype: torch.dtype, hopper: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No logit is rounded: log-probabilities are float32's, and gradients no worse than before."""
+    if not hopper:
+        monkeypatch.setattr(tile_ops, "choose", lambda hidden, classifier: TritonOps())
+    e, c, targets = drawn(dtype, dtype)
+    leaves = [e.requires_grad_(), c.requires_grad_()]
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    exact_loss, _ = oracle(*wide, targets)
+    exact = torch.autograd.grad(exact_loss, wide)
+    ways: tuple[dict[str, Any], ...] = ({}, {"backward": "recompute", "chunk_rows": 999})
+    if dtype == torch.bfloat16:
+        ways += ({"backward": "probs"}, {"backward": "gradients", "chunk_tokens": 300})
+    for way in ways:
+        loss = linear_cross_entropy(*leaves, targets, logits_dtype="float32", **way)
+        assert relative_error(loss, exact_loss, 1.0) < 1e-5, way
+        rounded = linear_cross_entropy(*leaves, targets, **way)
+        found = torch.autograd.grad(loss, leaves)
+        before = torch.autograd.grad(rounded, leaves)
+        for ours, theirs, want in zip(found, before, exact, strict=True):
+            assert relative_error(ours, want) <= 1.1 * relative_error(theirs, want) + 1e-4, way
+
+
+@pytest.mark.parametrize("given", [{}, {"softcap": 4.0, "temperature": 0.7}, {"z_loss": 1e-3}])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("hopper", [True, False])
+def test_metrics(
+    given: dict[str, Any], smoothing: float, hopper: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Right, without a wait for the device, and the loss and its gradients are as without."""
+    if not hopper:
+        monkeypatch.setattr(tile_ops, "choose", lambda hidden, classifier: TritonOps())
+    e, c, targets = drawn(torch.bfloat16, torch.bfloat16)
+    leaves = [e.requires_grad_(), c.requires_grad_()]
+    transform = {name: each for name, each in given.items() if name != "z_loss"}
+    want = metrics_oracle(e.detach(), c.detach(), targets, **transform)
+    options = {**given, "label_smoothing": smoothing}
+    plain = linear_cross_entropy(*leaves, targets, **options)
+    plain_grads = torch.autograd.grad(plain, leaves)
+    linear_cross_entropy(*leaves, targets, return_metrics=True, **options)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss, metrics = linear_cross_entropy(*leaves, targets, return_metrics=True, **options)
+        grads = torch.autograd.grad(loss, leaves)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    # Without Hopper's kernels logits are rounded to bfloat16, and two may change places.
+    for found, exact in zip(metrics, want, strict=True):
+        assert relative_error(found, exact) < (1e-4 if hopper else 1e-2)
+    assert relative_error(loss, plain, 1.0) < 1e-6
+    for ours, theirs in zip(grads, plain_grads, strict=True):
+        assert relative_error(ours, theirs) < 1e-3
+
+
+def test_predictions_of_two_dtypes() -> None:
+    from vocab_parallel import predict
+
+    e, c, _ = drawn(torch.bfloat16, torch.float32)
+    exact = F.linear(e.double(), c.double())
+    assert torch.equal(predict(e, c).ids[:, 0], exact.argmax(-1))
