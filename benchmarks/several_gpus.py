@@ -88,6 +88,8 @@ class Arguments:
     """What the vocab axis does for the hidden states."""
     rounds: int = 9
     """Timed rounds."""
+    orders: bool = True
+    """Whether ours is timed in every order of its communication, and not in the default's alone."""
     peers: bool = True
     """Whether other packages' losses are timed."""
     errors: bool = True
@@ -208,7 +210,7 @@ def entries(arguments: Arguments, liger: Liger) -> list[Entry]:
     found = []
     for layout in arguments.layouts:
         for way, options in WAYS.items():
-            for order, overlap in ORDERS.items():
+            for order, overlap in list(ORDERS.items())[: None if arguments.orders else 1]:
                 make = partial(contestants.ours, **options, overlap=overlap)
                 found.append(Entry(f"ours, {way}{order}", layout, make))
         for peer in contestants.PEERS_OVER_RANKS if arguments.peers else ():

@@ -186,16 +186,18 @@ def check_whole_loss() -> None:
     torch.manual_seed(0)
     e, c = torch.randn(140, 64).to(HALF), (torch.randn(300, 64) / 8).to(HALF)
     targets = torch.randint(300, (140,))
-    targets[1::3] = (e.double() @ c.double().T).argmax(-1)[1::3]
+    bias = torch.randn(300).to(HALF)
+    targets[1::3] = (e.double() @ c.double().T + bias).argmax(-1)[1::3]
     targets[::7] = -100
-    leaves = [t.double().requires_grad_() for t in (e, c)]
-    exact_loss, _ = oracle(leaves[0], leaves[1], targets, softcap=3.0, z_loss=0.01)
+    leaves = [t.double().requires_grad_() for t in (e, c, bias)]
+    exact_loss, _ = oracle(leaves[0], leaves[1], targets, leaves[2], softcap=3.0, z_loss=0.01)
     exact = torch.autograd.grad(exact_loss, leaves)
-    exact_metrics = metrics_oracle(e, c, targets, softcap=3.0)
+    exact_metrics = metrics_oracle(e, c, targets, bias, softcap=3.0)
     extra: dict[str, Any]
     for backward, extra, keeps in (
         ("auto", {"memory_budget": 140 * 300 * 2, "chunk_rows": 128}, False),
         ("auto", {"memory_budget": 140 * 300 * 2, "chunk_rows": 128}, True),
+        ("auto", {"memory_budget": 140 * 300 * 2, "chunk_rows": 128, "chunk_tokens": 60}, True),
         ("recompute", {}, True),
         ("recompute", {"chunk_rows": 128, "chunk_tokens": 100}, True),
         ("auto", {"logits_dtype": "float32"}, False),
@@ -203,9 +205,9 @@ def check_whole_loss() -> None:
         ("probs", {}, True),
     ):
         InterpretedOps.keeps = keeps
-        own = [t.clone().requires_grad_() for t in (e, c)]
+        own = [t.clone().requires_grad_() for t in (e, c, bias)]
         loss, metrics = linear_cross_entropy(
-            own[0], own[1], targets, backward=backward, softcap=3.0, z_loss=0.01,
+            own[0], own[1], targets, own[2], backward=backward, softcap=3.0, z_loss=0.01,
             return_metrics=True, **extra,
         )  # fmt: skip
         for found, counted in zip(metrics, exact_metrics, strict=True):
@@ -213,7 +215,8 @@ def check_whole_loss() -> None:
         assert relative_error(loss, exact_loss) < 1e-5, (backward, extra)
         (64.0 * loss).backward()
         for tensor, want in zip(own, exact, strict=True):
-            assert relative_error(tensor.grad, 64.0 * want) < 2e-3, (backward, extra)
+            error = relative_error(tensor.grad, 64.0 * want)
+            assert error < 2e-3, (backward, extra, keeps, error)
 
 
 def check_benchmark() -> None:

@@ -244,7 +244,10 @@ class _GradientTiles:
         if self._kept is not None and rows.stop <= self.num_kept:
             logits = self._kept[tokens, rows]
         if logits is not None and self._is_gradient:
-            return logits, None if self._kept_sums is None else self._kept_sums[rows]
+            # The sums are over all tokens already: they go with the first of them.
+            if self._kept_sums is None or tokens.start > 0:
+                return logits, None
+            return logits, self._kept_sums[rows]
         if logits is not None and self._pops:
             out = logits
         else:
