@@ -18,7 +18,7 @@ from launch.data.batches import Batches
 from launch.data.load import load_batches
 from launch.data.tokenizers import save_tokenizer
 from launch.export import export_model
-from launch.gradients import named_gradients, sum_gradients
+from launch.gradients import named_gradients
 from launch.model import CLASSIFIER, EMBEDDING
 from launch.packing import refuse_to_look_across
 from launch.report import RankReport, print_ranks, write_run
@@ -26,7 +26,7 @@ from launch.runtime import peak_memory, process_group
 from launch.training_pipeline import Pipeline, build_pipeline, model_of
 from launch.weights import say_random
 from stage_groups import StageGroups, build_host_group, build_stage_groups
-from vocab_parallel import clip_grad_norm_
+from vocab_parallel import clip_grad_norm_, sum_over_columns
 
 
 @dataclass
@@ -34,9 +34,9 @@ class Trained:
     """What one rank knows after training."""
 
     pipeline: Pipeline
-    first_step: int = 0  # of those that this run did
-    losses: list[float] = field(default_factory=list)  # a step each; empty off the last stage
-    seconds: list[float] = field(default_factory=list)  # a step each
+    first_step: int = 0  # of those that this start did; a checkpoint had those before
+    losses: list[float] = field(default_factory=list)  # of every step; empty off the last stage
+    seconds: list[float] = field(default_factory=list)  # of every step
     first_gradients: dict[str, Tensor] = field(default_factory=dict)  # of step 1, for --check
 
 
@@ -86,7 +86,7 @@ def run(arguments: TrainArguments, device: torch.device) -> bool:
         if joined is not None:
             comparison = compare_with_one_process(arguments, batches, losses, joined, device)
             passed.fill_(comparison.passed)
-        write_run(arguments, reports, losses, comparison)
+        write_run(arguments, reports, losses, comparison, trained.first_step)
     dist.broadcast(passed, 0)
     return bool(passed)
 
@@ -100,12 +100,10 @@ def train(
     trained = Trained(pipeline)
     checkpoints = None
     if arguments.checkpoint is not None:
-        checkpoints = Checkpoints(arguments, pipeline, optimizer, build_host_group())
-        with raised_on_all():
-            if arguments.resume:
-                trained.first_step = checkpoints.resume()
-            else:
-                checkpoints.begin()
+        checkpoints = Checkpoints(arguments, pipeline, optimizer, batches, build_host_group())
+        history = checkpoints.resume() if arguments.resume else checkpoints.begin()
+        trained.first_step, trained.seconds = history.step, history.seconds
+        trained.losses = history.losses if pipeline.has_last else []
     shown = pipeline.has_last and groups.column_rank == 0
     with tqdm(
         total=arguments.steps,
@@ -119,7 +117,7 @@ def train(
             began = time.perf_counter()
             own = batch.chunk(groups.column_degree)[groups.column_rank].to(device)
             loss = pipeline.accumulate(own, arguments.accumulate)
-            sum_gradients(pipeline.body(), groups.columns_group)
+            sum_over_columns(pipeline.stages, groups)
             if pipeline.tied is not None:
                 pipeline.tied.sum_gradients()
             if step == 0 and arguments.check:
@@ -135,7 +133,7 @@ def train(
                 progress.set_postfix(loss=f"{loss:.3f}", tokens_s=f"{speed:.0f}")
             progress.update()
             if checkpoints is not None and _saves(arguments, step + 1):
-                checkpoints.save(step + 1)
+                checkpoints.save(trained.losses, trained.seconds)
     if checkpoints is not None:
         checkpoints.finish()
     if arguments.export is not None:

@@ -81,11 +81,6 @@ class Pipeline:
         """Return all that this rank trains."""
         return self.stages.parameters()
 
-    def body(self) -> list[nn.Parameter]:
-        """Return what every column has a replica of: all but rows of the vocabulary."""
-        rows = vocabulary_rows(self.stages)
-        return [parameter for parameter in self.parameters() if id(parameter) not in rows]
-
     def accumulate(self, batch: Batch, pieces: int) -> float | None:
         """Run forward and backward over this column's sequences [b, T], in schedule steps.
 

@@ -4,13 +4,13 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from vocab_parallel.collectives import VocabGroup, group_device
 from vocab_parallel.local.statistics import accumulation_dtype
+from vocab_parallel.modules.columns import columns_of, covers
 from vocab_parallel.modules.vocab_rows import VocabRows, holds_vocab_rows, is_tied_copy
 
 
@@ -116,27 +116,12 @@ def _counts_here(parameter: nn.Parameter, gradient: Tensor, groups: Any) -> bool
             if isinstance(placement, Replicate) and mesh.get_local_rank(axis) != 0:
                 return False
     for group, rank, held_in_full in (
-        (*_columns(groups), not holds_vocab_rows(parameter)),
+        (*columns_of(groups), not holds_vocab_rows(parameter)),
         (groups.data_group, groups.data_rank, True),
     ):
-        if held_in_full and rank != 0 and not _covers(covered, group):
+        if held_in_full and rank != 0 and not covers(covered, group):
             return False
     return True
-
-
-def _columns(groups: Any) -> tuple[ProcessGroup, int]:
-    """Return the group of the ranks that replicate the body, and this rank's place in it."""
-    if hasattr(groups, "columns_group"):
-        return groups.columns_group, groups.column_rank
-    return groups.vocab_group, groups.vocab_rank
-
-
-def _covers(covered: list[ProcessGroup], group: ProcessGroup | None) -> bool:
-    """Whether one of the axes of a DTensor's mesh is this group."""
-    if group is None:
-        return True
-    ranks = dist.get_process_group_ranks(group)
-    return any(dist.get_process_group_ranks(axis) == ranks for axis in covered)
 
 
 def _sum_over_mesh(
@@ -149,7 +134,7 @@ def _sum_over_mesh(
     """
     over = [
         VocabGroup.of(group)
-        for group in (_columns(groups)[0], groups.data_group, groups.pipeline_group)
+        for group in (columns_of(groups)[0], groups.data_group, groups.pipeline_group)
         if group is not None
     ]
     device = locals_[0].device if locals_ else group_device(groups.pipeline_group)

@@ -1,0 +1,130 @@
+"""The columns of a mesh replicate the body: they add up its gradients, and must stay equal."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
+
+from vocab_parallel.collectives import VocabGroup
+from vocab_parallel.modules.vocab_rows import VocabRows, holds_vocab_rows
+
+
+def columns_of(groups: Any) -> tuple[ProcessGroup, int]:
+    """Return the group of the ranks that replicate the body, and this rank's place in it."""
+    if hasattr(groups, "columns_group"):
+        return groups.columns_group, groups.column_rank
+    return groups.vocab_group, groups.vocab_rank
+
+
+def covers(axes: list[ProcessGroup], group: ProcessGroup | None) -> bool:
+    """Whether one of the axes of a DTensor's mesh is this group."""
+    if group is None:
+        return True
+    ranks = dist.get_process_group_ranks(group)
+    return any(dist.get_process_group_ranks(axis) == ranks for axis in axes)
+
+
+@torch.no_grad()
+def sum_over_columns(module: nn.Module, groups: Any) -> None:
+    """Sum the gradients of what the columns replicate over them, in place.
+
+    For columns that have their own tokens (``hidden_layout="sharded"`` or ``"sequence"``): the loss
+    is that of all their tokens, so that the body's gradient is the sum of the columns'. Without it
+    every column trains a body of its own. Call it on every rank once a step, after the schedule's
+    last backward and before `clip_grad_norm_`. Not where the hidden states are replicated, whose
+    gradients are equal already, nor where DDP or FSDP2 reduce over the columns.
+
+    Communicates every gradient of a parameter that is trained, in its dtype, over the columns'
+    group, but for rows of the vocabulary, which are one rank's alone. Where a parameter has no
+    gradient on a rank (an expert that no token of its column reached) it takes part as zeros and
+    gets the sum. Does not wait for the GPU.
+
+    Args:
+        module: this rank's stages, alike on the ranks of the columns' group.
+        groups: `StageGroups`, or any object with vocab_group and vocab_rank, whose vocab group is a
+            row of the mesh.
+    """
+    group = VocabGroup.of(columns_of(groups)[0])
+    if group.degree == 1:
+        return
+    pending = []
+    for _, parameter in _replicated(module, groups):
+        if not parameter.requires_grad:
+            continue
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        own = _local(parameter.grad)
+        pending.append((own, group.start_sum(own)))
+    for own, work in pending:
+        summed = work.wait()
+        if summed is not own:  # it was not contiguous
+            own.copy_(summed)
+
+
+@torch.no_grad()
+def validate_columns(module: nn.Module, groups: Any, *, tolerance: float = 1e-5) -> None:
+    """Refuse columns that have drifted apart: compare the norm of each parameter over them.
+
+    Columns whose gradients were not summed train on, each alone, with a loss that looks well. Call
+    it on every rank every so often, after the optimizer's step: it waits for the GPU. Communicates
+    one number a parameter over the columns' group.
+
+    Args:
+        module: this rank's stages, alike on the ranks of the columns' group.
+        groups: as for `sum_over_columns`.
+        tolerance: the largest relative difference of two norms. Columns that were built and
+            stepped alike are equal to the last bit.
+
+    Raises:
+        ValueError: on every rank of the columns' group, where a parameter's norm differs, or is
+            NaN on some of them; or where they have unlike parameters.
+    """
+    group = VocabGroup.of(columns_of(groups)[0])
+    named = list(_replicated(module, groups))
+    norms = [
+        torch.linalg.vector_norm(_local(parameter), dtype=torch.float64) for _, parameter in named
+    ]
+    own = torch.stack(norms).tolist() if norms else []
+    told = group.exchange_objects(
+        ({name: norm for (name, _), norm in zip(named, own, strict=True)})
+    )
+    if any(other.keys() != told[0].keys() for other in told):
+        counts = [len(other) for other in told]
+        raise ValueError(f"the columns have unlike parameters: {counts} of them, by column")
+    worst, where = 0.0, ""
+    for name in told[0]:
+        values = torch.tensor([other[name] for other in told], dtype=torch.float64)
+        spread = float((values.max() - values.min()) / values.abs().max().clamp(min=1e-300))
+        if not spread <= worst:  # NaN too
+            worst, where = spread, name
+    if not worst <= tolerance:
+        raise ValueError(
+            f"the columns have drifted apart: the norm of {where} is "
+            f"{[other[where] for other in told]} on them, a relative difference of {worst:.1e}; "
+            f"build them from one seed, and call sum_over_columns(module, groups) once a step, "
+            f"before clip_grad_norm_ and the optimizer's step"
+        )
+
+
+def _replicated(module: nn.Module, groups: Any) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the parameters that every column has in full, or sharded over other axes alone."""
+    for part in module.modules():
+        if isinstance(part, VocabRows):
+            part.mark_rows()
+    columns = columns_of(groups)[0]
+    for name, parameter in module.named_parameters():
+        if holds_vocab_rows(parameter):
+            continue
+        if isinstance(parameter, DTensor):
+            mesh = parameter.device_mesh
+            if covers([mesh.get_group(axis) for axis in range(mesh.ndim)], columns):
+                continue  # whoever made it so reduces its gradient
+        yield name, parameter
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
