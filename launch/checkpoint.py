@@ -1,4 +1,4 @@
-"""Save and load a run: the model, its optimizer, the step and the losses, on whatever mesh there is.
+"""Save and load a run: model, optimizer, step and losses, on whatever mesh there is.
 
 A checkpoint is a folder ``step-000123``:
 

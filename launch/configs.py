@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
@@ -45,10 +46,33 @@ def load_config(model: str) -> tuple[PretrainedConfig, Path | None]:
         raise ValueError(f"--model {model} has no config.json: give a Hugging Face model folder")
     try:
         raw = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path} is no configuration, but {str(raw)[:60]!r}")
+    _refuse_foreign_code(raw, path)
     for name in ("vocab_size", "hidden_size", "num_hidden_layers"):
         if not isinstance(raw.get(name), int):
             raise ValueError(f"{path} has no {name}: give a causal language model's config.json")
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises what its classes make of the values
+        words = str(error).strip().partition("\n")[0]
+        raise ValueError(f"{path} cannot be read: {words}") from error
     return config, folder
+
+
+def _refuse_foreign_code(raw: dict[str, Any], path: Path) -> None:
+    """Refuse what transformers would fetch code for, however deep in the configuration.
+
+    Raises:
+        ValueError: an implementation that names a repository of kernels on the hub.
+    """
+    for name, value in raw.items():
+        if isinstance(value, dict):
+            _refuse_foreign_code(value, path)
+        elif name.endswith("_implementation") and isinstance(value, str) and "/" in value:
+            raise ValueError(
+                f"{path} asks for code from elsewhere, {name} = {value!r}, which is never run: "
+                f"take the line out"
+            )

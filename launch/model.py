@@ -111,7 +111,9 @@ def build_stage(
     own = layers_of_stage(stage, num_stages, config, spans=spanning is not None)
     with torch.device("meta"):
         # A copy, since building writes the dtype into the configuration.
-        whole = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+        whole = AutoModelForCausalLM.from_config(
+            copy.deepcopy(config), dtype=dtype, trust_remote_code=False
+        )
     model: Any = getattr(whole, "model", None)
     if not all(hasattr(model, part) for part in ("embed_tokens", "layers", "norm", "rotary_emb")):
         raise ValueError(

@@ -19,7 +19,7 @@ from launch.arguments import TrainArguments
 from launch.command import raised_on_all
 from launch.configs import config_of_sizes, load_config
 from launch.data.batches import Batch
-from launch.model import EMBEDDING, SpanningRows, Stage, build_stage, vocabulary_rows
+from launch.model import EMBEDDING, SpanningRows, Stage, build_stage
 from launch.spanning import SpanningPlan, spanning_plan
 from launch.weights import FolderWeights, RandomWeights, WeightSource
 from stage_groups import StageGroups, StageStyle

@@ -21,7 +21,6 @@ from launch.checkpoint import complete_checkpoints
 from launch.checksums import read_sums, verify_share
 from tests.ranks import ROOT, torchrun_command
 
-
 # Without the second, torch's ranks may look for one another where those before a restart were
 # (pytorch issue 135712).
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}

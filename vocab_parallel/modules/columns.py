@@ -1,5 +1,6 @@
 """The columns of a mesh replicate the body: they add up its gradients, and must stay equal."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -89,25 +90,27 @@ def validate_columns(module: nn.Module, groups: Any, *, tolerance: float = 1e-5)
         torch.linalg.vector_norm(_local(parameter), dtype=torch.float64) for _, parameter in named
     ]
     own = torch.stack(norms).tolist() if norms else []
-    told = group.exchange_objects(
-        ({name: norm for (name, _), norm in zip(named, own, strict=True)})
-    )
+    told = group.exchange_objects({name: norm for (name, _), norm in zip(named, own, strict=True)})
     if any(other.keys() != told[0].keys() for other in told):
         counts = [len(other) for other in told]
         raise ValueError(f"the columns have unlike parameters: {counts} of them, by column")
-    worst, where = 0.0, ""
-    for name in told[0]:
-        values = torch.tensor([other[name] for other in told], dtype=torch.float64)
-        spread = float((values.max() - values.min()) / values.abs().max().clamp(min=1e-300))
-        if not spread <= worst:  # NaN too
-            worst, where = spread, name
-    if not worst <= tolerance:
+    spreads = {name: _spread([other[name] for other in told]) for name in told[0]}
+    where = max(spreads, key=lambda name: spreads[name], default="")
+    if where and spreads[where] > tolerance:
         raise ValueError(
             f"the columns have drifted apart: the norm of {where} is "
-            f"{[other[where] for other in told]} on them, a relative difference of {worst:.1e}; "
+            f"{[other[where] for other in told]} on them, a relative difference of {spreads[where]:.1e}; "
             f"build them from one seed, and call sum_over_columns(module, groups) once a step, "
             f"before clip_grad_norm_ and the optimizer's step"
         )
+
+
+def _spread(values: list[float]) -> float:
+    """Return the relative difference of the largest and the smallest; infinite for NaN."""
+    if not all(map(math.isfinite, values)):
+        return math.inf
+    largest = max(values)
+    return (largest - min(values)) / largest if largest > 0 else 0.0
 
 
 def _replicated(module: nn.Module, groups: Any) -> Iterator[tuple[str, nn.Parameter]]:
