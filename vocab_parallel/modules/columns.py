@@ -99,9 +99,9 @@ def validate_columns(module: nn.Module, groups: Any, *, tolerance: float = 1e-5)
     if where and spreads[where] > tolerance:
         raise ValueError(
             f"the columns have drifted apart: the norm of {where} is "
-            f"{[other[where] for other in told]} on them, a relative difference of {spreads[where]:.1e}; "
-            f"build them from one seed, and call sum_over_columns(module, groups) once a step, "
-            f"before clip_grad_norm_ and the optimizer's step"
+            f"{[other[where] for other in told]} on them, a relative difference of "
+            f"{spreads[where]:.1e}; build them from one seed, and call sum_over_columns(module, "
+            f"groups) once a step, before clip_grad_norm_ and the optimizer's step"
         )
 
 
