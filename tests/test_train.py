@@ -50,13 +50,13 @@ def check_log(out: Path, traces: int) -> None:
         schedule.step()
     assert scored[0]["eval_loss"] == pytest.approx(losses[0], rel=1e-5)
     assert scored[-1]["eval_loss"] < scored[0]["eval_loss"]
-    assert len(list((out / "traces").glob("rank-*.json"))) == traces
+    assert len(list((out / "written").glob("rank-*.json"))) == traces
 
 
 RUNS = [
     pytest.param(1, 3, "1F1B --microbatches 1", marks=pytest.mark.slow),
     (2, 2, "InterleavedZeroBubble --microbatches 2 --accumulate 2 --clip-norm 0.5 --profile"),
-    (1, 2, "1F1B --microbatches 2 --clip-norm 0.5 --data 2"),
+    (1, 2, "1F1B --microbatches 2 --clip-norm 0.5 --data 2 --checkpoint-every 2 --checkpoint"),
     pytest.param(
         2, 1, "1F1B --microbatches 2 --data 2 --vocab-over all-stages", marks=pytest.mark.slow
     ),
@@ -78,8 +78,8 @@ def test_equals_one_process(pipeline: int, vocab: int, schedule: str, tmp_path: 
     """Also where 151,936 rows over 3 ranks do not divide, and however the batch is cut."""
     mesh = f"--pipeline {pipeline} --vocab {vocab} --schedule {schedule}".split()
     data = 2 if "--data" in mesh else 1
-    if mesh[-1] == "--profile":
-        mesh.append(str(tmp_path / "traces"))
+    if mesh[-1] in ("--profile", "--checkpoint"):
+        mesh.append(str(tmp_path / "written"))
     code, output = torchrun(
         pipeline * data * vocab,
         [
@@ -99,6 +99,10 @@ def test_equals_one_process(pipeline: int, vocab: int, schedule: str, tmp_path: 
     check_log(tmp_path, pipeline * vocab if "--profile" in mesh else 0)
     run = json.loads((tmp_path / "run.json").read_text())
     assert len(run["losses"]) == 6
+    if "--checkpoint" in mesh:
+        for step in (4, 6):  # what is read a step late is there when a step is saved
+            history = (tmp_path / "written" / f"step-{step:06d}" / "history.json").read_text()
+            assert json.loads(history)["losses"] == run["losses"][:step]
     assert run["losses"][0] == pytest.approx(11.95, abs=0.3)  # ln 151936 = 11.93
     assert run["check"]["passed"]
     assert max(run["check"]["losses"]) <= 1e-5
