@@ -20,7 +20,8 @@ from tests.small_tokenizer import write_tokenizer
 
 SMALL = [
     *("--hidden", "32", "--layers", "4", "--batch", "24", "--sequence", "16"),
-    *("--steps", "6", "--timeout", "30", "--vocabulary", "151936"),
+    # Ranks wait for the one that checks alone.
+    *("--steps", "6", "--timeout", "60", "--vocabulary", "151936"),
 ]
 
 
@@ -60,11 +61,12 @@ RUNS = [
     pytest.param(
         2, 1, "1F1B --microbatches 2 --data 2 --vocab-over all-stages", marks=pytest.mark.slow
     ),
-    (
+    (2, 1, "1F1B --vocab-over all-stages --accumulate 2 --microbatches 4 --recompute all"),
+    pytest.param(
         2,
         1,
-        "1F1B --vocab-over all-stages --accumulate 2 --microbatches 4 --recompute all "
-        "--compile yes",
+        "1F1B --vocab-over all-stages --microbatches 4 --recompute all --compile yes",
+        marks=pytest.mark.slow,
     ),
     *(
         pytest.param(2, 1, f"{name} --microbatches 4 --accumulate 2", marks=pytest.mark.slow)
@@ -127,7 +129,11 @@ MISTAKES = [
         ["--bacth", "5"], "the command line cannot be read, as said above", marks=pytest.mark.slow
     ),
     # Known when the text has been read.
-    (["--vocab", "2", "--text", "LICENSE", "--sequence", "4096"], "fewer than one batch"),
+    pytest.param(
+        ["--vocab", "2", "--text", "LICENSE", "--sequence", "4096"],
+        "fewer than one batch",
+        marks=pytest.mark.slow,
+    ),
 ]
 
 
