@@ -49,9 +49,18 @@ class RandomWeights:
         self._seed, self._deviation = seed, deviation
 
     def fill(self, name: str, into: Tensor, rows: slice | None, module: nn.Module) -> None:
-        """See `WeightSource.fill`."""
+        """See `WeightSource.fill`.
+
+        Raises:
+            ValueError: a buffer, which is no weight to be drawn, but for a bias.
+        """
         if name.endswith("bias"):
             into.zero_()
+        elif name.rpartition(".")[2] in dict(module.named_buffers(recurse=False)):
+            raise ValueError(
+                f"the model has a buffer {name}, whose values are in a folder of trained weights "
+                f"alone: give such a folder"
+            )
         elif "norm" in type(module).__name__.lower():
             # Gemma's norm multiplies by 1 + weight
             into.fill_(0.0 if "gemma" in type(module).__name__.lower() else 1.0)
