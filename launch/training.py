@@ -3,6 +3,7 @@
 import math
 import sys
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -133,7 +134,8 @@ def train(
     trained = Trained(pipeline)
     checkpoints = None
     if arguments.checkpoint is not None:
-        checkpoints = Checkpoints(arguments, pipeline, optimizer, batches, build_host_group())
+        host = build_host_group(timedelta(seconds=arguments.timeout))
+        checkpoints = Checkpoints(arguments, pipeline, optimizer, batches, host)
         history = checkpoints.resume() if arguments.resume else checkpoints.begin()
         trained.first_step, trained.seconds = history.step, history.seconds
         trained.losses = history.losses if pipeline.has_last else []
