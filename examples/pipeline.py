@@ -30,10 +30,10 @@ def main() -> None:
     head = nn.Linear(HIDDEN, VOCABULARY)
     whole = deepcopy(nn.Sequential(first, last, head).to(device))
 
-    body, module, loss = first, first, vp.no_loss
+    module, loss = first, vp.no_loss
     if is_last := groups.has_last_stage(num_stages=2):
         rows = vp.VocabParallelClassifier.from_linear(head, groups.vocab_group)
-        body, module = last, nn.Sequential(last, rows)
+        module = nn.Sequential(last, rows)
         loss = vp.CCEPipelineLoss(rows, hidden_layout="sharded")
     stage = PipelineStage(module, groups.pipeline_rank, 2, device, group=groups.pipeline_group)
     schedule = Schedule1F1B(stage, n_microbatches=4, loss_fn=loss, scale_grads=False)
@@ -50,12 +50,12 @@ def main() -> None:
             history.append(sum(losses).detach())
         else:
             schedule.step(tokens)
-        for parameter in body.parameters():  # the columns' gradients add up
-            dist.all_reduce(parameter.grad, group=groups.vocab_group)
+        vp.sum_over_columns(module, groups)  # or their bodies drift apart
         vp.clip_grad_norm_(module, 1.0, groups)
         optimizer.step()
         optimizer.zero_grad()
 
+    vp.validate_columns(module, groups)
     if is_last:
         compare(history, whole, batch.flatten(0, 1))
 

@@ -1,15 +1,26 @@
-"""Save and load a run: the model, its optimizer and the step, on whatever mesh there is.
+"""Save and load a run: model, optimizer, step and losses, on whatever mesh there is.
 
-A checkpoint is a folder ``step-000123`` that torch.distributed.checkpoint writes, with run.json
-beside the tensors. It is written as ``step-000123.partial`` and renamed when every rank is done: a
-save that is killed leaves a partial folder, which nobody reads and the next save of that step
-replaces.
+A checkpoint is a folder ``step-000123``:
+
+    __0_0.distcp ...    the tensors, by torch.distributed.checkpoint
+    tensors.json        where in them each tensor lies (`launch/tensor_files.py`)
+    run.json            which run, at which step
+    history.json        its losses so far
+    SHA256SUMS          of all of these
+
+It is written as ``step-000123.partial`` and renamed when every rank is done and all of it is on the
+disk: a save that is killed leaves a partial folder, which nobody reads and the next save of that
+step replaces.
 """
 
 import json
 import re
 import shutil
-from dataclasses import dataclass
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,35 +29,65 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from launch.arguments import TrainArguments
+from launch.checksums import SUMS, read_sums, sync_folder, verify_share, write_sums
+from launch.checksums import write_synced as write
+from launch.command import raised_on_all
+from launch.data.batches import Batches
 from launch.model import CLASSIFIER, EMBEDDING, vocabulary_rows
 from launch.optimizer import AdamW
+from launch.run_identity import StepsDigest, run_identity
+from launch.tensor_files import CheckedReader, CheckedWriter
 from launch.training_pipeline import Pipeline
 from vocab_parallel import rows_for_checkpoint
 
 _KEPT = 2
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_RUN, _HISTORY = "run.json", "history.json"
 _STEP = "step-"
-# What must be equal for the steps of a text to be the same steps.
-_DATA = ("batch", "sequence")
 
 
-@dataclass
+@dataclass(frozen=True)
+class History:
+    """A run up to some step; what it has saved, or nothing.
+
+    Attributes:
+        losses, seconds: of each step.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+    @property
+    def step(self) -> int:
+        """How many steps were done."""
+        return len(self.seconds)
+
+
+@dataclass(frozen=True)
 class _Saving:
     """A save under way."""
 
     future: Any
+    writer: CheckedWriter
+    stager: DefaultStager
     partial: Path
     final: Path
+    history: History
 
 
 class Checkpoints:
     """The checkpoints of one run.
 
+    Every error of one rank's disk is a `UserError` on all of them.
+
     Args:
         arguments: of the run; its ``checkpoint`` is the folder.
         pipeline, optimizer: what is saved and loaded; of weights with float32 copies, these.
+        batches: what the run reads.
         group: of all ranks, on the CPU, used by nothing else: a save talks over it in the
             background.
     """
@@ -56,96 +97,196 @@ class Checkpoints:
         arguments: TrainArguments,
         pipeline: Pipeline,
         optimizer: AdamW,
+        batches: Batches,
         group: ProcessGroup,
     ) -> None:
         assert arguments.checkpoint is not None
         self._folder, self._arguments, self._group = arguments.checkpoint, arguments, group
         self._pipeline, self._optimizer = pipeline, optimizer
+        self._digest = StepsDigest(batches)
+        self._run = uuid.uuid4().hex  # rank 0's counts; a resumed run keeps its own
         self._saving: _Saving | None = None
 
-    def save(self, step: int) -> None:
-        """Begin to save; training may go on when it returns. All ranks call it."""
+    def save(self, losses: list[float], seconds: list[float]) -> None:
+        """Begin to save; training may go on when it returns. All ranks call it.
+
+        Args:
+            losses: of every step of the run, where the last stage is.
+            seconds: of every step of the run.
+        """
         self.finish()
-        final = self._folder / f"{_STEP}{step:06d}"
+        final = self._folder / f"{_STEP}{len(seconds):06d}"
         partial = final.with_suffix(".partial")
-        if dist.get_rank() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            (partial / "run.json").write_text(json.dumps(self._identity() | {"step": step}))
-        dist.barrier(self._group)
+        with raised_on_all(self._group), _as_values(f"{final} cannot be saved"):
+            if dist.get_rank() == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+        self._make_moments()  # of weights that no step has had a gradient for
+        writer = CheckedWriter(partial)
+        # The writer would keep tensors that are on the CPU already as they are, without a copy.
+        stager = DefaultStager(StagingOptions(False, False, False, False))
         future = dcp.async_save(
-            self._state(), checkpoint_id=str(partial), process_group=self._group
+            self._state(), storage_writer=writer, process_group=self._group, async_stager=stager
         )
-        self._saving = _Saving(future, partial, final)
+        history = History(list(losses), list(seconds))
+        self._saving = _Saving(future, writer, stager, partial, final, history)
 
     def finish(self) -> None:
-        """Wait for a save under way, and make it the newest checkpoint. All ranks call it."""
+        """Wait for a save under way, and make it the newest checkpoint. All ranks call it.
+
+        Raises:
+            UserError: the disk did not take it; what was saved before is as it was.
+        """
         if self._saving is None:
             return
         saving, self._saving = self._saving, None
-        saving.future.result()
-        dist.barrier(self._group)  # every rank has written its part
-        if dist.get_rank() == 0:
-            shutil.rmtree(saving.final, ignore_errors=True)
-            saving.partial.rename(saving.final)
-            for old in _complete(self._folder)[:-_KEPT]:
-                shutil.rmtree(old)
-        dist.barrier(self._group)
+        try:
+            with raised_on_all(self._group), _as_values(f"{saving.final} cannot be saved"):
+                saving.future.result()
+            told: list[Any] = [None] * dist.get_world_size()
+            # Only ranks of the last stage know losses.
+            own = (saving.writer.sums, saving.history.losses)
+            dist.all_gather_object(told, own, group=self._group)
+            with raised_on_all(self._group), _as_values(f"{saving.final} cannot be saved"):
+                if dist.get_rank() == 0:
+                    sums = {name: digest for sums, _ in told for name, digest in sums.items()}
+                    losses = max((losses for _, losses in told), key=len)
+                    self._complete(saving, sums, History(losses, saving.history.seconds))
+        except ValueError:
+            if dist.get_rank() == 0:
+                shutil.rmtree(saving.partial, ignore_errors=True)
+            raise
+        finally:
+            saving.stager.close()
 
-    def begin(self) -> None:
+    def begin(self) -> History:
         """See that a run from its first step does not mix with another one's checkpoints.
 
-        Raises:
-            ValueError: the folder has finished checkpoints.
-        """
-        complete = _complete(self._folder)
-        if complete:
-            raise ValueError(
-                f"--checkpoint {self._folder} has the checkpoint {complete[-1].name} of a run "
-                f"before this one: go on from it with --resume, or give another folder"
-            )
-
-    def resume(self) -> int:
-        """Load the newest checkpoint and return its step; 0 where there is none.
+        All ranks call it.
 
         Raises:
-            ValueError: it is of another model or other data; nothing was loaded.
+            UserError: the folder has finished checkpoints, or cannot be written to.
         """
-        complete = _complete(self._folder)
-        if not complete:
-            return 0
-        newest = complete[-1]
-        run = json.loads((newest / "run.json").read_text())
-        for name, own in self._identity().items():
+        with raised_on_all():
+            complete = complete_checkpoints(self._folder)
+            if complete:
+                raise ValueError(
+                    f"--checkpoint {self._folder} has the checkpoint {complete[-1].name} of a run "
+                    f"before this one: go on from it with --resume, or give another folder"
+                )
+            self._try_to_write()
+        return History()
+
+    def resume(self) -> History:
+        """Load the newest checkpoint, if there is one. All ranks call it.
+
+        Nothing is read of it before its checksums have been compared, by each rank those of some
+        of its files; nothing in it is executed.
+
+        Raises:
+            UserError: it is damaged, or of another model, seed or text; nothing was loaded.
+        """
+        with raised_on_all():
+            self._try_to_write()
+            complete = complete_checkpoints(self._folder)
+        newest = self._agree_on(complete[-1].name if complete else None)
+        if newest is None:
+            return History()
+        other = "; move it elsewhere to go on from the checkpoint before it"
+        sums: dict[str, str] = {}
+        with raised_on_all(), _as_values(f"{newest} cannot be read", other):
+            sums = read_sums(newest)
+            verify_share(newest, sums, dist.get_rank(), dist.get_world_size())
+        with raised_on_all(), _as_values(f"{newest} cannot be read"):
+            history = self._read_run(newest)
+            reader = CheckedReader(newest, sums)
+        self._make_moments()
+        with raised_on_all(), _as_values(f"{newest} cannot be loaded"):
+            dcp.load(self._state(), storage_reader=reader, process_group=self._group)
+        self._optimizer.round_copies()
+        return history
+
+    def _try_to_write(self) -> None:
+        """Raise ValueError where the folder takes no file, before hours of training."""
+        with _as_values(f"--checkpoint {self._folder} cannot be written to"):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self._folder):
+                pass
+
+    def _agree_on(self, name: str | None) -> Path | None:
+        """Return the checkpoint that rank 0 sees.
+
+        Raises:
+            UserError: another rank does not see it, and would begin anew.
+        """
+        told = [name]
+        dist.broadcast_object_list(told, 0, group=self._group)
+        if told[0] is None:
+            return None
+        newest = self._folder / told[0]
+        with raised_on_all():
+            if not newest.is_dir():
+                raise ValueError(
+                    f"rank {dist.get_rank()} does not see {newest}, which rank 0 does: "
+                    f"--checkpoint must be a folder that all machines share"
+                )
+        return newest
+
+    def _complete(self, saving: _Saving, sums: dict[str, str], history: History) -> None:
+        """Write what rank 0 alone writes, give the folder its name, and drop older ones."""
+        partial, final = saving.partial, saving.final
+        run = run_identity(self._pipeline.config, self._arguments) | {
+            "step": history.step,
+            "read": self._digest.until(history.step),
+            "run": self._run,
+        }
+        lists = {"losses": history.losses, "seconds": history.seconds}
+        sums[_RUN] = write(partial / _RUN, json.dumps(run, indent=1))
+        sums[_HISTORY] = write(partial / _HISTORY, json.dumps(lists))
+        write_sums(partial, sums)
+        sync_folder(partial)
+        if final.exists():  # what is no checkpoint of this run: nothing of another's is lost
+            final.rename(_free_name(final))
+        partial.rename(final)
+        sync_folder(self._folder)
+        own = [path for path in complete_checkpoints(self._folder) if _run_of(path) == self._run]
+        for old in own[:-_KEPT]:
+            going = old.with_suffix(".partial")  # nobody's, should this end in the middle
+            shutil.rmtree(going, ignore_errors=True)
+            shutil.rmtree(old.rename(going), ignore_errors=True)
+
+    def _read_run(self, newest: Path) -> History:
+        """Return the history of the run that a checkpoint is of.
+
+        Raises:
+            ValueError: it is not this run, or has done all of its steps.
+        """
+        run = json.loads((newest / _RUN).read_text())
+        lists = json.loads((newest / _HISTORY).read_text())
+        history = History(list(map(float, lists["losses"])), list(map(float, lists["seconds"])))
+        if not len(history.losses) == len(history.seconds) == run["step"]:
+            raise ValueError(f"{newest / _HISTORY} has not as many steps as {_RUN} says")
+        for name, own in run_identity(self._pipeline.config, self._arguments).items():
             if run.get(name) != own:
                 raise ValueError(
                     f"{newest} is of another run: its {name} is {run.get(name)}, but this one's "
                     f"is {own}; resume with the same, or give another --checkpoint folder"
                 )
-        if run["step"] >= self._arguments.steps and self._arguments.export is None:
+        if history.step >= self._arguments.steps:
+            if self._arguments.export is not None:  # of what is there: nothing is read
+                return history
             raise ValueError(
                 f"{newest} has done all of --steps {self._arguments.steps}: ask for more steps, or "
                 f"for --export FOLDER alone"
             )
-        self._make_moments()
-        dcp.load(self._state(), checkpoint_id=str(newest), process_group=self._group)
-        self._optimizer.round_copies()
-        return int(run["step"])
-
-    def _identity(self) -> dict[str, Any]:
-        config = self._pipeline.config
-        names = (
-            "model_type",
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "tie_word_embeddings",
-        )
-        data = {name: getattr(self._arguments, name) for name in _DATA}
-        return {name: getattr(config, name, None) for name in names} | data
+        if dist.get_rank() == 0 and run["read"] != self._digest.until(history.step):
+            raise ValueError(
+                f"{newest} is of another run: the {history.step} steps that it has done read "
+                f"other tokens than this one's; resume with the same --text and --tokenizer, and "
+                f"what says how they are read, or give another --checkpoint folder"
+            )
+        self._run = str(run["run"])
+        return history
 
     def _state(self) -> dict[str, Tensor]:
         """Name every tensor of this rank as it is named in the whole model; rows as parts of it."""
@@ -169,21 +310,59 @@ class Checkpoints:
         return state
 
     def _make_moments(self) -> None:
-        """Give AdamW the state that it would make at its first step."""
+        """Give AdamW the state that it would make at its first step, where it has none."""
         for group in self._optimizer.param_groups:
             for parameter in group["params"]:
                 state = self._optimizer.state[parameter]
+                if state:
+                    continue
                 state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
                 for moment in _MOMENTS:
                     state[moment] = torch.zeros_like(parameter)
 
 
-def _complete(folder: Path) -> list[Path]:
+def complete_checkpoints(folder: Path) -> list[Path]:
     """Return the finished checkpoints, oldest first, and nothing else that lies beside them."""
     found = [
         (int(match[1]), path)
         for path in folder.glob(f"{_STEP}*")
         if (match := re.fullmatch(rf"{_STEP}(\d{{6,}})", path.name))
-        and (path / "run.json").is_file()
+        # Either will do: with one of them lost it is damaged, and not overlooked.
+        and ((path / SUMS).is_file() or (path / _RUN).is_file())
     ]
     return [path for _, path in sorted(found)]
+
+
+def _run_of(checkpoint: Path) -> str | None:
+    """Return which run saved a checkpoint; None where that cannot be told."""
+    try:
+        run: str = json.loads((checkpoint / _RUN).read_text())["run"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return run
+
+
+def _free_name(path: Path) -> Path:
+    """Return a name beside a path that nothing has."""
+    names = (path.with_suffix(f".replaced-{number}") for number in range(1, 10**6))
+    return next(name for name in names if not name.exists())
+
+
+@contextmanager
+def _as_values(what: str, remedy: str = "") -> Iterator[None]:
+    """Raise what a disk, or torch over one, did not take as a ValueError that says so."""
+    try:
+        yield
+    except CheckpointException as error:
+        cause = next(iter(error.failures.values()))[0]
+        raise ValueError(f"{what}: {_first_line(cause)}") from error
+    except OSError as error:
+        raise ValueError(f"{what}: {_first_line(error)}") from error
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:  # unlike JSON
+        raise ValueError(f"{what}: {error!r}") from error
+    except ValueError as error:
+        raise ValueError(f"{error}{remedy}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import tyro
 
@@ -89,11 +89,14 @@ def one_sentence(program: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def raised_on_all() -> Iterator[None]:
+def raised_on_all(group: Any = None) -> Iterator[None]:
     """Raise one rank's ValueError on every rank, as a `UserError`; one exchange of strings.
 
     All ranks of the world enter and leave it. Work inside may fail on any of them, but not between
     two collectives: the others would wait in the second.
+
+    Args:
+        group: of all ranks, where the exchange is not to wait for a GPU; None is the default.
     """
     import torch.distributed as dist
 
@@ -103,7 +106,7 @@ def raised_on_all() -> Iterator[None]:
     except ValueError as error:
         own = str(error)
     told: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(told, own)
+    dist.all_gather_object(told, own, group=group)
     words = next((words for words in told if words is not None), None)
     if words is not None:
         raise UserError(words)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
@@ -45,17 +46,40 @@ def load_config(model: str) -> tuple[PretrainedConfig, Path | None]:
         raise ValueError(f"--model {model} has no config.json: give a Hugging Face model folder")
     try:
         raw = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path} is no configuration, but {str(raw)[:60]!r}")
+    _refuse_foreign_code(raw, path)
     if raw.get("quantization_config"):
         raise ValueError(
             f"{path} says that the weights are quantised (quantization_config), and quantised "
             f"weights do not train: give a folder with the model in bfloat16 or float32"
         )
-    model_type = raw.get("model_type")
+    model_type = str(raw.get("model_type"))
     names = CONFIG_MAPPING[model_type].attribute_map if model_type in CONFIG_MAPPING else {}
     for name in ("vocab_size", "hidden_size", "num_hidden_layers"):
         if not any(isinstance(raw.get(one), int) for one in (name, names.get(name))):
             raise ValueError(f"{path} has no {name}: give a causal language model's config.json")
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises what its classes make of the values
+        words = str(error).strip().partition("\n")[0]
+        raise ValueError(f"{path} cannot be read: {words}") from error
     return config, folder
+
+
+def _refuse_foreign_code(raw: dict[str, Any], path: Path) -> None:
+    """Refuse what transformers would fetch code for, however deep in the configuration.
+
+    Raises:
+        ValueError: an implementation that names a repository of kernels on the hub.
+    """
+    for name, value in raw.items():
+        if isinstance(value, dict):
+            _refuse_foreign_code(value, path)
+        elif name.endswith("_implementation") and isinstance(value, str) and "/" in value:
+            raise ValueError(
+                f"{path} asks for code from elsewhere, {name} = {value!r}, which is never run: "
+                f"take the line out"
+            )

@@ -1,6 +1,6 @@
 """AdamW over float32 copies of the weights, and its learning rate as a function of the step."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -9,14 +9,17 @@ from transformers import get_scheduler
 
 from launch.arguments import TrainArguments
 
+WIDENED_BYTES = 2**28  # of float32 gradients that exist at a time
+
 
 class AdamW(torch.optim.AdamW):
     """torch's fused AdamW; of weights in less than float32 it trains float32 copies.
 
     An update of bfloat16 weights that is smaller than 1/256 of a weight is lost by rounding, which
     small learning rates make of nearly all. A copy takes it, with float32 moments, and the weight
-    is the copy rounded: 16 bytes a parameter with its gradient in place of 8, and 4 more while the
-    step runs, when no activations exist.
+    is the copy rounded: 16 bytes a parameter with its gradient in place of 8. Gradients are widened
+    a part at a time: while the step runs, when no activations exist, it holds `WIDENED_BYTES` more,
+    or the largest weight's gradient.
 
     Weight decay is of matrices alone, not of norms and biases.
 
@@ -67,16 +70,36 @@ class AdamW(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Update the weights of all gradients; does not wait for a GPU."""
-        given = [(c, p.grad) for p, c in self._copies.items() if p.grad is not None]
-        if given:
-            widened = [torch.empty_like(copy) for copy, _ in given]
-            torch._foreach_copy_(widened, [gradient for _, gradient in given])
-            for (copy, _), gradient in zip(given, widened, strict=True):
+        super().step(closure)  # of weights without copies: no copy has a gradient yet
+        plain = [own for group in self.param_groups for own in group["params"]]
+        done = [(own, own.grad) for own in plain if own.grad is not None]
+        for own, _ in done:  # once is enough
+            own.grad = None
+        for part in self._parts():
+            widened = [torch.empty_like(copy) for copy, _ in part]
+            torch._foreach_copy_(widened, [gradient for _, gradient in part])
+            for (copy, _), gradient in zip(part, widened, strict=True):
                 copy.grad = gradient
-        super().step(closure)
-        for copy in self._copies.values():
-            copy.grad = None
+            super().step()
+            for copy, _ in part:
+                copy.grad = None
+            del widened, gradient
+        for own, gradient in done:
+            own.grad = gradient
         self.round_copies()
+
+    def _parts(self) -> Iterator[list[tuple[Tensor, Tensor]]]:
+        """Yield the copies with their weights' gradients, few enough to be widened together."""
+        part: list[tuple[Tensor, Tensor]] = []
+        for parameter, copy in self._copies.items():
+            if parameter.grad is None:
+                continue
+            if part and sum(own.nbytes for own, _ in part) + copy.nbytes > WIDENED_BYTES:
+                yield part
+                part = []
+            part.append((copy, parameter.grad))
+        if part:
+            yield part
 
     @torch.no_grad()
     def round_copies(self) -> None:

@@ -23,8 +23,8 @@ class RankReport:
         parameters: how many it trains.
         peak_memory: bytes.
         bytes_read: of the model's folder.
-        losses: of each step; empty off the last stage.
-        seconds: of each step.
+        losses: of each step of the run; empty off the last stage.
+        seconds: of each step of the run.
     """
 
     rank: int
@@ -70,13 +70,21 @@ def write_run(
     reports: list[RankReport],
     losses: list[float],
     comparison: Comparison | None,
+    first_step: int = 0,
 ) -> None:
-    """Write run.json and loss.png to ``--out``, and say so."""
+    """Write run.json and loss.png to ``--out``, and say so.
+
+    Args:
+        losses: of every step of the run, also of those before ``first_step``, where it was resumed.
+        first_step: of those that this start did, whose speed is told.
+    """
     arguments.out.mkdir(parents=True, exist_ok=True)
     tokens = arguments.batch * arguments.sequence
-    median = statistics.median(reports[0].seconds)
+    own = reports[0].seconds[first_step:]
+    median = statistics.median(own)
     document: dict[str, Any] = {
         "arguments": {name: _plain(value) for name, value in asdict(arguments).items()},
+        "first_step": first_step,
         "losses": losses,
         "seconds_per_step": reports[0].seconds,
         "tokens_per_second": tokens / median,
@@ -96,8 +104,8 @@ def write_run(
     path.write_text(json.dumps(document, indent=1) + "\n")
     _plot(arguments, max(report.rows[1] for report in reports), losses)
     Console().print(
-        f"loss {losses[0]:.3f} -> {losses[-1]:.3f} in {len(losses)} steps, "
-        f"{sum(reports[0].seconds):.0f} s, {tokens / median:.0f} tokens/s; "
+        f"loss {losses[first_step]:.3f} -> {losses[-1]:.3f} in {len(own)} steps, "
+        f"{sum(own):.0f} s, {tokens / median:.0f} tokens/s; "
         f"{path}, {arguments.out / 'loss.png'}",
         soft_wrap=True,
     )

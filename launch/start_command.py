@@ -12,7 +12,7 @@ _PER_MACHINE = 8  # GPUs; as many, or fewer alone, as most machines have
 
 
 def start_command(plan: MeshPlan, job: Job, arguments: PlanArguments) -> str:
-    """Return a command line to paste, or why there is none; of one replica of the data axis."""
+    """Return a command line to paste, or why there is none."""
     assert arguments.model is not None
     path = Path(arguments.model)
     mesh = plan.mesh
@@ -20,15 +20,17 @@ def start_command(plan: MeshPlan, job: Job, arguments: PlanArguments) -> str:
         model=str(path.parent) if path.is_file() else arguments.model,
         pipeline=mesh.pipeline,
         vocab=mesh.vocab,
+        data=mesh.data,
         vocab_over=plan.vocab_over,
         rows=plan.rows,
         schedule=next(s for s in get_args(ScheduleName) if s.lower() == job.schedule),
         recompute="all" if plan.recompute_layers else "none",
         loss_memory=64 if job.memory_budget is None else max(1, job.memory_budget // 2**20),
-        batch=mesh.vocab * job.microbatches * job.microbatch,
+        batch=mesh.data * mesh.vocab * job.microbatches * job.microbatch,
         sequence=job.sequence,
         microbatches=job.microbatches,
         dtype=arguments.dtype,
+        float32_weights=arguments.float32_weights,
     )
     try:
         trained.validate()
@@ -38,16 +40,15 @@ def start_command(plan: MeshPlan, job: Job, arguments: PlanArguments) -> str:
     options = [
         f"--{name.replace('_', '-')} {getattr(trained, name)}"
         for name in (
-            *("model", "pipeline", "vocab", "vocab_over", "rows", "schedule", "recompute"),
+            *("model", "pipeline", "vocab", "data", "vocab_over", "rows", "schedule", "recompute"),
             *("loss_memory", "batch", "sequence", "microbatches", "dtype"),
         )
         if name in ("model", "pipeline", "vocab")
         or getattr(trained, name) != getattr(left_out, name)
     ]
-    command = " ".join([*_torchrun(trained.world), "-m launch.train", *options])
-    if mesh.data == 1:
-        return command
-    return f"one of {mesh.data} replicas, whose gradients launch.train does not add up: {command}"
+    if not trained.float32_weights:
+        options.append("--no-float32-weights")
+    return " ".join([*_torchrun(trained.world), "-m launch.train", *options])
 
 
 def _torchrun(ranks: int) -> list[str]:

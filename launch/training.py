@@ -3,6 +3,7 @@
 import math
 import sys
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -16,7 +17,7 @@ from launch.command import raised_on_all
 from launch.data.batches import Batch, Batches
 from launch.data.load import load_batches
 from launch.export import export_model
-from launch.gradients import named_gradients, sum_gradients
+from launch.gradients import named_gradients
 from launch.held_out import score_pipeline
 from launch.layers import compiles, warm_up
 from launch.model import CLASSIFIER, EMBEDDING
@@ -30,7 +31,8 @@ from launch.runtime import peak_memory, process_group
 from launch.training_pipeline import Pipeline, build_pipeline, model_of
 from launch.weights import say_random
 from stage_groups import StageGroups, build_host_group, build_stage_groups
-from vocab_parallel import clip_grad_norm_
+from vocab_parallel import clip_grad_norm_, sum_over_columns
+from vocab_parallel.modules.gradient_sums import sum_gradients
 
 
 @dataclass
@@ -38,9 +40,9 @@ class Trained:
     """What one rank knows after training."""
 
     pipeline: Pipeline
-    first_step: int = 0  # of those that this run did
-    losses: list[float] = field(default_factory=list)  # a step each; empty off the last stage
-    seconds: list[float] = field(default_factory=list)  # a step each
+    first_step: int = 0  # of those that this start did; a checkpoint had those before
+    losses: list[float] = field(default_factory=list)  # of every step; empty off the last stage
+    seconds: list[float] = field(default_factory=list)  # of every step
     first_gradients: dict[str, Tensor] = field(default_factory=dict)  # of step 1, for --check
 
     def take(self, reading: Reading) -> None:
@@ -110,8 +112,8 @@ def run(arguments: TrainArguments, device: torch.device) -> bool:
         if joined is not None:
             comparison = compare_with_one_process(arguments, batches, losses, joined, device)
             passed.fill_(comparison.passed)
-        if losses:
-            write_run(arguments, reports, losses, comparison)
+        if trained.first_step < arguments.steps:
+            write_run(arguments, reports, losses, comparison, trained.first_step)
         else:  # of a checkpoint that had done them all
             print(f"no step was left of --steps {arguments.steps}: exported {arguments.export}")
     dist.broadcast(passed, 0)
@@ -132,12 +134,11 @@ def train(
     trained = Trained(pipeline)
     checkpoints = None
     if arguments.checkpoint is not None:
-        checkpoints = Checkpoints(arguments, pipeline, optimizer, build_host_group())
-        with raised_on_all():
-            if arguments.resume:
-                trained.first_step = checkpoints.resume()
-            else:
-                checkpoints.begin()
+        host = build_host_group(timedelta(seconds=arguments.timeout))
+        checkpoints = Checkpoints(arguments, pipeline, optimizer, batches, host)
+        history = checkpoints.resume() if arguments.resume else checkpoints.begin()
+        trained.first_step, trained.seconds = history.step, history.seconds
+        trained.losses = history.losses if pipeline.has_last else []
     shown = pipeline.has_last and groups.column_rank == 0 and groups.data_rank == 0
     progress = Progress(arguments, pipeline.config, trained.first_step, device) if shown else None
     readings = Readings(device)
@@ -145,12 +146,13 @@ def train(
         own = pipeline.column_of(batches[step])
         done, last = step + 1, step + 1 == arguments.steps
         scores_now = held_out is not None and (last or done % arguments.eval_every == 0)
+        saves_now = checkpoints is not None and _saves(arguments, done)
         learning_rate.set(optimizer, step)
         with traced(traces(arguments.profile, step, trained.first_step, arguments.steps), device):
             readings.begin()
             numbers = _run_step(arguments, trained, optimizer, own.to(device), step)
             read = [readings.end(done, numbers)]
-        if last or scores_now:
+        if last or scores_now or saves_now:  # a checkpoint has the losses of all its steps
             read.append(readings.finish())
         for reading in filter(None, read):
             trained.take(reading)
@@ -161,8 +163,9 @@ def train(
             scores = score_pipeline(pipeline, held_out, arguments.microbatches)
             if progress is not None and scores is not None:
                 progress.show_scores(done, scores)
-        if checkpoints is not None and _saves(arguments, done):
-            checkpoints.save(done)
+        if saves_now:
+            assert checkpoints is not None
+            checkpoints.save(trained.losses, trained.seconds)
     if progress is not None:
         progress.close()
     if checkpoints is not None:
@@ -183,7 +186,7 @@ def _run_step(
     loss = pipeline.accumulate(batch, arguments.accumulate)
     if loss is not None and groups.data_degree > 1:
         dist.all_reduce(loss, group=groups.data_group)
-    sum_gradients(pipeline.body(), groups.columns_group)
+    sum_over_columns(pipeline.stages, groups)
     if groups.data_group is not None:
         sum_gradients(pipeline.parameters(), groups.data_group)
     if pipeline.tied is not None:

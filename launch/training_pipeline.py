@@ -20,7 +20,7 @@ from launch.command import raised_on_all
 from launch.configs import config_of_sizes, load_config
 from launch.data.batches import Batch
 from launch.layers import compiles, prepare_layers
-from launch.model import EMBEDDING, SpanningRows, Stage, build_stage, vocabulary_rows
+from launch.model import EMBEDDING, SpanningRows, Stage, build_stage
 from launch.spanning import SpanningPlan, spanning_plan
 from launch.weights import FolderWeights, RandomWeights, WeightSource
 from launch.whole import model_without_memory
@@ -93,11 +93,6 @@ class Pipeline:
         groups = self.groups
         column = groups.data_rank * groups.column_degree + groups.column_rank
         return batch.chunk(groups.data_degree * groups.column_degree)[column]
-
-    def body(self) -> list[nn.Parameter]:
-        """Return what every column has a replica of: all but rows of the vocabulary."""
-        rows = vocabulary_rows(self.stages)
-        return [parameter for parameter in self.parameters() if id(parameter) not in rows]
 
     def accumulate(self, batch: Batch, pieces: int) -> Tensor | None:
         """Run forward and backward over this column's sequences [b, T], in schedule steps.

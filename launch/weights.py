@@ -16,6 +16,7 @@ from transformers import PretrainedConfig
 
 from launch.conversion import Conversion
 
+_INDEX = "model.safetensors.index.json"
 _BLOCK = 4096  # rows of a vocabulary that one seed draws
 
 
@@ -48,9 +49,18 @@ class RandomWeights:
         self._seed, self._deviation = seed, deviation
 
     def fill(self, name: str, into: Tensor, rows: slice | None, module: nn.Module) -> None:
-        """See `WeightSource.fill`."""
+        """See `WeightSource.fill`.
+
+        Raises:
+            ValueError: a buffer, which is no weight to be drawn, but for a bias.
+        """
         if name.endswith("bias"):
             into.zero_()
+        elif name.rpartition(".")[2] in dict(module.named_buffers(recurse=False)):
+            raise ValueError(
+                f"the model has a buffer {name}, whose values are in a folder of trained weights "
+                f"alone: give such a folder"
+            )
         elif "norm" in type(module).__name__.lower():
             # Gemma's norm multiplies by 1 + weight
             into.fill_(0.0 if "gemma" in type(module).__name__.lower() else 1.0)
@@ -128,8 +138,8 @@ class FolderWeights:
         if plain is None:
             raise ValueError(f"{self._folder} has {name} in parts, which is not known here")
         with self._opened(plain) as opened:
-            rows: int = opened.get_slice(plain).get_shape()[0]
-        return rows
+            shape = opened.get_slice(plain).get_shape()
+        return int(shape[0]) if shape else 0
 
     @cached_property
     def _conversion(self) -> Conversion:
@@ -185,22 +195,52 @@ def _refuse_other_shape(
 
 
 def _files_of_weights(folder: Path) -> dict[str, Path]:
-    """Return the file of each weight, having opened each file once."""
-    index = folder / "model.safetensors.index.json"
+    """Return the file of each weight, having opened each file once.
+
+    Raises:
+        ValueError: an index that is none, a file that is not there or cannot be read, or that has
+            not the weights that the index says.
+    """
+    index = folder / _INDEX
     if index.is_file():
-        names = json.loads(index.read_text())["weight_map"]
-        files = {name: folder / file for name, file in names.items()}
+        files = _read_index(index)
     else:
-        single = folder / "model.safetensors"
-        files = {"": single}
+        return dict.fromkeys(_names_in(folder / "model.safetensors"), folder / "model.safetensors")
     for file in sorted(set(files.values())):
-        if not file.is_file():
-            raise ValueError(f"{file} does not exist: give a folder with safetensors weights")
-        try:
-            with safe_open(file, framework="pt") as opened:
-                inside = list(opened.keys())
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file} cannot be read: {error}; copy it again") from error
-        if "" in files:
-            return dict.fromkeys(inside, file)
+        named = {name for name, where in files.items() if where == file}
+        missing = sorted(named - _names_in(file))
+        if missing:
+            raise ValueError(f"{index} says that {file} has {missing[0]}, but it has not")
     return files
+
+
+def _read_index(index: Path) -> dict[str, Path]:
+    """Return the file of each weight that an index names.
+
+    Raises:
+        ValueError: it is not JSON, has no map of weights to files, or names a file outside of the
+            folder. The folder's own files may be links to elsewhere, as a hub's cache makes them.
+    """
+    try:
+        document = json.loads(index.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{index} cannot be read: {error}") from error
+    names = document.get("weight_map") if isinstance(document, dict) else None
+    if not isinstance(names, dict) or not names:
+        raise ValueError(
+            f'{index} has no "weight_map" from weights to files: copy the folder again'
+        )
+    for name, file in names.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise ValueError(f"{index} says that {name} is in {file!r}, which is no file beside it")
+    return {name: index.parent / file for name, file in names.items()}
+
+
+def _names_in(file: Path) -> set[str]:
+    if not file.is_file():
+        raise ValueError(f"{file} does not exist: give a folder with safetensors weights")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return set(opened.keys())
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} cannot be read: {error}; copy it again") from error

@@ -20,7 +20,9 @@ def model_without_memory(config: PretrainedConfig, dtype: torch.dtype) -> Any:
     """
     with torch.device("meta"):
         # A copy, since building writes the dtype into the configuration.
-        whole = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+        whole = AutoModelForCausalLM.from_config(
+            copy.deepcopy(config), dtype=dtype, trust_remote_code=False
+        )
     inner = getattr(whole, "model", None)
     if not all(hasattr(inner, part) for part in PARTS):
         raise ValueError(_of_other_parts(whole))

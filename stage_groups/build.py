@@ -81,6 +81,8 @@ def build_host_group(timeout: timedelta | None = None) -> ProcessGroup:
     Args:
         timeout: of every collective; None means that of the default group.
     """
+    # torch's own default is half an hour, whatever the default group has.
+    timeout = timeout or _default_group_timeout(_default_device_type())
     group = dist.new_group(backend="gloo", timeout=timeout)
     assert isinstance(group, ProcessGroup)
     return group

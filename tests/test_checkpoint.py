@@ -4,15 +4,12 @@ import itertools
 import json
 import os
 import shutil
-import signal
-import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -22,10 +19,12 @@ from transformers import (
 )
 
 from launch.arguments import TrainArguments
-from launch.checkpoint import Checkpoints
+from launch.checkpoint import complete_checkpoints
+from launch.configs import config_of_sizes
+from launch.model import build_stage
 from launch.training_pipeline import model_of
 from launch.weights import FolderWeights
-from tests.ranks import ROOT, torchrun, torchrun_command
+from tests.ranks import torchrun
 from tests.small_tokenizer import END, WORDS, write_tokenizer
 
 VOCABULARY, HIDDEN, LAYERS = 151_936, 32, 4
@@ -145,7 +144,9 @@ def test_resume_on_another_mesh(
         second, tmp_path / "rest", *SIZES, "--steps", "4", "--checkpoint", folder, "--resume",
         "--export", str(tmp_path / "trained"),
     )  # fmt: skip
-    assert rest["losses"] == pytest.approx(whole["losses"][2:], rel=1e-5)
+    assert rest["first_step"] == 2
+    assert rest["losses"] == pytest.approx(whole["losses"], rel=1e-5)
+    assert rest["losses"][:2] == whole["losses"][:2]
     there = ["step-000002", "step-000004", "step-000004.bak", "step-notes"]
     assert sorted(os.listdir(folder)) == there
 
@@ -170,18 +171,14 @@ def test_resume_on_another_mesh(
     assert sorted(os.listdir(folder)) == there, "nothing was saved again"
 
 
-def test_another_run_starts_elsewhere(tmp_path: Path) -> None:
-    """A folder with a checkpoint is refused without --resume, and what is none does not count."""
-    checkpoints = Checkpoints.__new__(Checkpoints)
-    checkpoints._folder = tmp_path
-    checkpoints.begin()
+def test_what_is_a_checkpoint(tmp_path: Path) -> None:
+    """A user's own copies and notes, and what a killed save left, are none."""
     for name in ("step-000003.bak", "step-000003.partial", "step-3", "step-000002"):
         (tmp_path / name).mkdir()
     (tmp_path / "step-000004").write_text("no folder")
-    checkpoints.begin()  # none of them is a finished checkpoint
+    assert complete_checkpoints(tmp_path) == []
     (tmp_path / "step-000002" / "run.json").write_text("{}")
-    with pytest.raises(ValueError, match="has the checkpoint step-000002 of a run before"):
-        checkpoints.begin()
+    assert complete_checkpoints(tmp_path) == [tmp_path / "step-000002"]
 
 
 REFUSED = [
@@ -204,42 +201,6 @@ def test_resume_of_another_run(arguments: list[str], message: str, tmp_path: Pat
     assert code == 1
     assert message in output
     assert sorted(Path(folder).rglob("*")) == seen, "nothing on disk changed"
-
-
-def test_killed_save(tmp_path: Path) -> None:
-    """kill -9 in the middle of a save leaves the last good one, which resumes."""
-    folder = tmp_path / "checkpoints"
-    arguments = [
-        "-m", "launch.train", *SIZES, "--pipeline", "1", "--vocab", "2", "--microbatches", "1",
-        "--steps", "500",
-        "--checkpoint", str(folder), "--checkpoint-every", "1", "--out", str(tmp_path / "out"),
-    ]  # fmt: skip
-    process = subprocess.Popen(
-        torchrun_command(2, arguments),
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        deadline = time.monotonic() + 90
-        while not (list(folder.glob("*.partial")) and len(list(folder.glob("step-*"))) > 1):
-            assert time.monotonic() < deadline, "no save was seen"
-            assert process.poll() is None, "training ended"
-            time.sleep(0.005)
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        subprocess.run(["pkill", "-9", "-f", str(folder)], check=False)
-        process.wait()
-    done = sorted(path.name for path in folder.glob("step-*") if path.suffix != ".partial")
-    assert done
-    step = int(done[-1].removeprefix("step-"))
-    run = train(
-        (1, 1), tmp_path / "rest", *SIZES, "--steps", str(step + 1), "--checkpoint", str(folder),
-        "--resume",
-    )  # fmt: skip
-    assert len(run["losses"]) == 1
 
 
 def test_bad_folders(tmp_path: Path) -> None:
@@ -275,6 +236,76 @@ def test_bad_folders(tmp_path: Path) -> None:
         weights.fill("model.layers.9", torch.empty(1), None, torch.nn.Identity())
     with pytest.raises(ValueError, match=r"config\.json is of another model"), torch.no_grad():
         weights.fill("model.norm.weight", torch.empty(7), None, torch.nn.Identity())
+
+
+def test_hostile_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a folder says, its code is not run, nobody is asked, and no other file is read."""
+
+    def nobody_asked(_: str = "") -> str:
+        raise AssertionError("somebody was asked")
+
+    monkeypatch.setattr("builtins.input", nobody_asked)
+    folder = tmp_path / "a"
+    config = config_of_sizes(vocabulary=300, hidden=32, layers=1, sequence=16)
+    model = AutoModelForCausalLM.from_config(config)
+    folder.mkdir()
+    save_file(model.state_dict(), folder / "model.safetensors")
+    names = list(model.state_dict())
+    own = json.loads(config.to_json_string()) | {"num_hidden_layers": 1}
+    (folder / "config.json").write_text(json.dumps(own))
+    assert model_of(TrainArguments(model=str(folder)))[0].model_type == "qwen3"
+
+    marker = tmp_path / "executed"
+    (folder / "evil.py").write_text(
+        f"import os\nos.mkdir({str(marker)!r})\nclass Config: pass\nclass Model: pass\n"
+    )
+    code = {"auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}}
+
+    def refused(match: str) -> None:
+        with pytest.raises(ValueError, match=match):
+            model_of(TrainArguments(model=str(folder)))
+
+    for text, match in (
+        (json.dumps(own | code | {"model_type": "evil"}), "config.json cannot be read"),
+        (json.dumps(own | {"attn_implementation": "evil/kernel"}), "asks for code from elsewhere"),
+        (json.dumps(own | {"x": {"_attn_implementation": "evil/a:b"}}), "code from elsewhere"),
+        (json.dumps(own | {"hidden_act": 3, "layer_types": 5}), "config.json cannot be read"),
+        ("[1]", "is no configuration"),
+        ("[" * 10**5, "is not JSON"),
+    ):
+        (folder / "config.json").write_text(text)
+        refused(match)
+    # A model that transformers has is transformers' own, whatever else the folder offers.
+    (folder / "config.json").write_text(json.dumps(own | code))
+    found, source = model_of(TrainArguments(model=str(folder)))
+    cpu = torch.device("cpu")
+    build_stage(found, source, 0, 1, None, device=cpu, dtype=torch.float32)
+    assert not marker.exists()
+
+    index = folder / "model.safetensors.index.json"
+    outside = tmp_path / "outside.safetensors"
+    shutil.copy(folder / "model.safetensors", outside)
+    whole = dict.fromkeys(names, "model.safetensors")
+    for document, match in (
+        ({"weight_map": whole | {names[0]: "../outside.safetensors"}}, "no file beside it"),
+        ({"weight_map": whole | {names[0]: str(outside)}}, "no file beside it"),
+        ({"weight_map": whole | {names[0]: ["model.safetensors"]}}, "no file beside it"),
+        ({"weight_map": whole | {names[0]: ".."}}, "does not exist"),
+        ({"weight_map": whole | {names[0]: ""}}, "no file beside it|does not exist"),
+        ({"weight_map": whole | {"more": "model.safetensors"}}, "has more, but it has not"),
+        ({"weight_map": list(whole)}, 'no "weight_map"'),
+        ({"metadata": {}}, 'no "weight_map"'),
+        (list(whole), 'no "weight_map"'),
+    ):
+        index.write_text(json.dumps(document))
+        refused(f"index.json.*({match})|({match})")
+    for text in ("{", "[" * 10**5, "\0"):
+        index.write_text(text)
+        refused("index.json cannot be read")
+    index.write_text(json.dumps({"weight_map": whole}))
+    os.rename(folder / "model.safetensors", tmp_path / "blob")
+    (folder / "model.safetensors").symlink_to(tmp_path / "blob")  # as a hub's cache has them
+    model_of(TrainArguments(model=str(folder)))
 
 
 @pytest.mark.slow

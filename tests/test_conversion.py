@@ -90,9 +90,12 @@ def test_loaded_as_by_transformers(family: str, dtype: torch.dtype, tmp_path: Pa
 
 
 def plain_losses(folder: Path, batches: Tensor) -> list[float]:
-    """Train transformers' own model in one process, with its own loss."""
+    """Train transformers' own model in one process, with its own loss; matrices alone decay."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
+    matrices = [weight for weight in model.parameters() if weight.dim() > 1]
+    others = [weight for weight in model.parameters() if weight.dim() <= 1]
+    groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=RATE)
     losses = []
     for batch in batches:
         loss = model(input_ids=batch, labels=batch).loss

@@ -12,7 +12,7 @@ from launch.arguments import TrainArguments
 from launch.check import compare_with_one_process
 from launch.data.batches import IGNORED, Batch, batches_of_documents
 from launch.data.tokenizers import Document
-from launch.gradients import named_gradients, sum_gradients
+from launch.gradients import named_gradients
 from launch.model import Stage, build_stage
 from launch.packing import refuse_to_look_across
 from launch.training_pipeline import build_pipeline, model_of
@@ -21,6 +21,7 @@ from stage_groups import build_stage_groups
 from tests.oracle import relative_error
 from tests.ranks import run_ranks
 from tests.test_causal_families import tiny_model
+from vocab_parallel import sum_over_columns
 
 SIZES: dict[str, Any] = {
     "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4,
@@ -145,7 +146,7 @@ def check_schedules() -> None:
         )  # fmt: skip
         pipeline = build_pipeline(arguments, *model_of(arguments), groups, device)
         loss = pipeline.accumulate(batches[0], 2)
-        sum_gradients(pipeline.body(), groups.vocab_group)
+        sum_over_columns(pipeline.stages, groups)
         told: list[Any] = [None, None]
         own = None if loss is None else float(loss)
         torch.distributed.all_gather_object(told, (own, named_gradients(pipeline.stages)))

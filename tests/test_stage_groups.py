@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from stage_groups import StageGroups, build_stage_groups
+from stage_groups import StageGroups, build_host_group, build_stage_groups
 from stage_groups.placement import stages_of_rank
 from tests.ranks import GROUP_TIMEOUT, run_ranks
 
@@ -45,7 +45,7 @@ def check_mesh() -> None:
     assert groups.stages(4, "v") == [[0, 3], [1, 2]][groups.pipeline_rank]
     assert groups.has_last_stage(4, "v") == (groups.pipeline_rank == 0)
     assert groups.has_last_stage(2) == (groups.pipeline_rank == 1)
-    for group in (groups.vocab_group, groups.pipeline_group):
+    for group in (groups.vocab_group, groups.pipeline_group, build_host_group()):
         timeout = group._get_backend(torch.device("cpu")).options._timeout
         assert timeout == timedelta(seconds=GROUP_TIMEOUT), "the default group's is not inherited"
 

@@ -18,6 +18,7 @@ from vocab_parallel.local.registry import available_impls
 from vocab_parallel.loss import linear_cross_entropy, token_logprobs
 from vocab_parallel.modules.checkpoint import rows_as_dtensor, rows_for_checkpoint
 from vocab_parallel.modules.classifier import VocabParallelClassifier
+from vocab_parallel.modules.columns import sum_over_columns, validate_columns
 from vocab_parallel.modules.embedding import VocabParallelEmbedding
 from vocab_parallel.modules.gradient_norm import clip_grad_norm_
 from vocab_parallel.modules.tied import TiedRows
@@ -61,7 +62,9 @@ __all__ = [
     "rows_as_dtensor",
     "rows_for_checkpoint",
     "score_tokens",
+    "sum_over_columns",
     "token_logprobs",
+    "validate_columns",
     "validate_pipeline_loss",
 ]
 __version__ = "0.1.0"

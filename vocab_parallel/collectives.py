@@ -29,6 +29,7 @@ degree. A call moves nothing when the degree is 1. Bytes are those that one rank
     backward  gather_tokens     [T, D]                T D itemsize    layout "sharded"
     tied      exchange_with_peer [rows, D]            rows D itemsize, between the pipeline's ends
     export    gather_rows       [rows, D]             rows D itemsize, V calls
+    columns   sum               the body's gradients  theirs, up to 64 MiB a call: once a step
     all stages start_broadcast  [T, D] hidden states  T D itemsize, from the last stage, each
               gather_shards     [k, N] fp32           4 k N         microbatch; N = V T where the V
               sum_at            [T, D] fp32           4 T D         columns have their own tokens,

@@ -9,8 +9,9 @@ from typing import Literal
 class PlanArguments:
     """Plan a data x pipeline x vocab mesh: memory and time of each stage, the best meshes first.
 
-    Memory is that of plain weights, gradients and AdamW, and of activations as transformers keeps
-    them; where that does not fit, each layer keeps its input alone and runs again in backward.
+    Memory is that of weights, gradients and AdamW as launch.train has them, and of activations as
+    transformers keeps them; where that does not fit, each layer keeps its input alone and runs
+    again in backward.
     Times are arithmetic over a hardware file; what is measured and what is assumed is said below
     the table. Starts no ranks and needs no GPU.
     """
@@ -50,9 +51,11 @@ class PlanArguments:
     against the loss, or those of all stages. GPipe and DualPipeV have it on the last stage."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of weights, gradients and activations."""
+    float32_weights: bool = True
+    """With --dtype bfloat16, let AdamW train float32 copies of the weights, with float32 moments:
+    12 bytes a parameter beside weight and gradient, and 4 without."""
     state_bytes: int | None = None
-    """Of the optimizer for each parameter: 2 moments in dtype by default, 12 with float32 moments
-    and master weights."""
+    """Of another optimizer than launch.train's, for each parameter."""
     memory_budget: str | None = None
     """Of the loss, such as 64MiB; by default the loss's own, 64MiB."""
     show: int = 8

@@ -71,7 +71,7 @@ def plan(arguments: PlanArguments) -> tuple[Job, list[MeshPlan], Hardware]:
         microbatches=arguments.microbatches,
         schedule=arguments.schedule,
         itemsize=itemsize,
-        state_bytes=2 * itemsize if arguments.state_bytes is None else arguments.state_bytes,
+        state_bytes=_state_bytes(arguments, itemsize),
         memory_budget=None if budget is None else int(parse_bytes("--memory-budget", budget)),
     )
     memory = hardware.memory if memory is None else memory
@@ -79,6 +79,14 @@ def plan(arguments: PlanArguments) -> tuple[Job, list[MeshPlan], Hardware]:
     if arguments.vocab_over != "both":
         places = (arguments.vocab_over,)
     return job, plan_meshes(job, arguments.gpus, hardware, memory, places), hardware
+
+
+def _state_bytes(arguments: PlanArguments, itemsize: int) -> int:
+    """Return the bytes of AdamW for each parameter: two moments, and a float32 copy with its."""
+    if arguments.state_bytes is not None:
+        return arguments.state_bytes
+    copied = arguments.float32_weights and itemsize < 4
+    return 3 * 4 if copied else 2 * itemsize
 
 
 def _hardware(name: str | None, memory: float | None) -> Hardware:

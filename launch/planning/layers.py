@@ -32,7 +32,9 @@ class DecoderLayers:
         raw = copy.deepcopy(dict(config))
         raw |= {"num_hidden_layers": count, "vocab_size": 8}  # the embedding never runs
         with device:
-            self.model: nn.Module = AutoModel.from_config(AutoConfig.for_model(**raw), dtype=dtype)
+            self.model: nn.Module = AutoModel.from_config(
+                AutoConfig.for_model(**raw), dtype=dtype, trust_remote_code=False
+            )
         self.model.train()
         hidden = torch.randn(1, sequence, raw["hidden_size"], device=device)
         self.inputs = hidden.to(dtype).requires_grad_()

@@ -5,13 +5,14 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from vocab_parallel.collectives import VocabGroup, group_device
 from vocab_parallel.local.statistics import accumulation_dtype
+from vocab_parallel.modules.columns import columns_of, covers
+from vocab_parallel.modules.gradient_sums import local_part
 from vocab_parallel.modules.vocab_rows import VocabRows, holds_vocab_rows, is_tied_copy
 
 
@@ -65,11 +66,11 @@ def clip_grad_norm_(
     problem = next(filter(None, map(_problem_of, every)), None)
     with_grad = [(p, p.grad) for p in every if p.grad is not None]
     squares = _squares(
-        _local(gradient)
+        local_part(gradient)
         for parameter, gradient in with_grad
         if problem is None and _counts_here(parameter, gradient, groups)
     )
-    locals_ = [_local(gradient) for _, gradient in with_grad]
+    locals_ = [local_part(gradient) for _, gradient in with_grad]
     norm = _sum_over_mesh(squares, locals_, problem, groups).sqrt()
     if not math.isinf(max_norm):
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
@@ -95,10 +96,6 @@ def _problem_of(parameter: nn.Parameter) -> str | None:
                 f"redistribute it before clipping"
             )
     return None
-
-
-def _local(gradient: Tensor) -> Tensor:
-    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
 
 
 def _squares(gradients: Iterable[Tensor]) -> list[Tensor]:
@@ -127,27 +124,12 @@ def _counts_here(parameter: nn.Parameter, gradient: Tensor, groups: Any) -> bool
             if isinstance(placement, Replicate) and mesh.get_local_rank(axis) != 0:
                 return False
     for group, rank, held_in_full in (
-        (*_columns(groups), not holds_vocab_rows(parameter)),
+        (*columns_of(groups), not holds_vocab_rows(parameter)),
         (groups.data_group, groups.data_rank, True),
     ):
-        if held_in_full and rank != 0 and not _covers(covered, group):
+        if held_in_full and rank != 0 and not covers(covered, group):
             return False
     return True
-
-
-def _columns(groups: Any) -> tuple[ProcessGroup, int]:
-    """Return the group of the ranks that replicate the body, and this rank's place in it."""
-    if hasattr(groups, "columns_group"):
-        return groups.columns_group, groups.column_rank
-    return groups.vocab_group, groups.vocab_rank
-
-
-def _covers(covered: list[ProcessGroup], group: ProcessGroup | None) -> bool:
-    """Whether one of the axes of a DTensor's mesh is this group."""
-    if group is None:
-        return True
-    ranks = dist.get_process_group_ranks(group)
-    return any(dist.get_process_group_ranks(axis) == ranks for axis in covered)
 
 
 def _sum_over_mesh(
@@ -160,7 +142,7 @@ def _sum_over_mesh(
     """
     over = [
         VocabGroup.of(group)
-        for group in (_columns(groups)[0], groups.data_group, groups.pipeline_group)
+        for group in (columns_of(groups)[0], groups.data_group, groups.pipeline_group)
         if group is not None
     ]
     device = locals_[0].device if locals_ else group_device(groups.pipeline_group)
