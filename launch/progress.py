@@ -1,5 +1,7 @@
 """What one rank tells of each step: the progress bar and a line of the log."""
 
+import math
+
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
@@ -36,8 +38,8 @@ class Progress:
         self._bar = tqdm(total=arguments.steps, initial=first_step, desc="training", unit="step")
 
     def show(self, reading: Reading, learning_rate: float) -> None:
-        """Tell of a step; its values are the loss and the gradient's norm."""
-        loss, norm = reading.values
+        """Tell of a step; its values are loss, gradient's norm, accuracy and entropy."""
+        loss, norm, accuracy, entropy = reading.values
         speed = self._tokens / reading.seconds
         self._bar.set_postfix(loss=f"{loss:.3f}", tokens_s=f"{speed:.0f}")
         self._bar.update()
@@ -45,6 +47,8 @@ class Progress:
             reading.step,
             {
                 "loss": loss,
+                "accuracy": _known(accuracy),
+                "entropy": _known(entropy),
                 "learning_rate": learning_rate,
                 "gradient_norm": norm,
                 "seconds": reading.seconds,
@@ -65,3 +69,8 @@ class Progress:
         """End the bar and the log."""
         self._bar.close()
         self._log.close()
+
+
+def _known(value: float) -> float | None:
+    """Return a number, or None where the loss's implementation had none."""
+    return None if math.isnan(value) else value

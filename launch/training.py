@@ -178,14 +178,17 @@ def train(
 def _run_step(
     arguments: TrainArguments, trained: Trained, optimizer: AdamW, batch: Batch, step: int
 ) -> Tensor:
-    """Queue one optimizer step over this column's batch; return loss and gradient norm [2].
+    """Queue one optimizer step over this column's batch; return its numbers.
 
-    Off the last stage, where no loss is, the norm stands for it too.
+    They are the gradient's norm; on the last stage loss, norm, accuracy and entropy.
     """
     pipeline, groups = trained.pipeline, trained.pipeline.groups
     loss = pipeline.accumulate(batch, arguments.accumulate)
-    if loss is not None and groups.data_degree > 1:
-        dist.all_reduce(loss, group=groups.data_group)
+    metrics = torch.empty(0)
+    if loss is not None:
+        metrics = pipeline.metrics()
+        if groups.data_degree > 1:
+            dist.all_reduce(loss, group=groups.data_group)
     sum_over_columns(pipeline.stages, groups)
     if groups.data_group is not None:
         sum_gradients(pipeline.parameters(), groups.data_group)
@@ -196,7 +199,9 @@ def _run_step(
     norm = clip_grad_norm_(pipeline.stages, arguments.clip_norm or math.inf, groups)
     optimizer.step()
     optimizer.zero_grad()
-    return torch.stack([norm if loss is None else loss.float(), norm])
+    if loss is None:
+        return norm.reshape(1)
+    return torch.cat([torch.stack([loss.float(), norm]), metrics.to(norm)])
 
 
 def _saves(arguments: TrainArguments, step: int) -> bool:

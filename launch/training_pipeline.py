@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import (
@@ -28,6 +29,7 @@ from stage_groups import StageGroups, StageStyle
 from stage_groups.placement import stages_of_rank
 from vocab_parallel import (
     CCEPipelineLoss,
+    LossMetrics,
     SpanningSchedule,
     TiedRows,
     VocabParallelClassifier,
@@ -117,6 +119,21 @@ class Pipeline:
             losses += [loss.detach() for loss in of_piece]
         return torch.stack(losses).sum() if losses else None
 
+    def metrics(self) -> Tensor:
+        """Return accuracy and mean entropy [2] of the tokens that were accumulated since.
+
+        They are of all columns and of the data axis, whose ranks of the last stage all call; NaN
+        where the implementation of the loss has none. Does not wait for a GPU.
+        """
+        if not self.loss.settings.return_metrics:
+            return torch.full((2,), torch.nan)
+        found: LossMetrics = self.loss.metrics()
+        if self.groups.data_degree > 1:
+            sums = found.sums()
+            dist.all_reduce(sums, group=self.groups.data_group)
+            found = LossMetrics.of_sums(sums, found.accuracy.dtype)
+        return torch.stack([found.accuracy, found.entropy])
+
 
 def model_of(arguments: TrainArguments) -> tuple[PretrainedConfig, WeightSource]:
     """Return the configuration of the model, and where its weights come from.
@@ -196,6 +213,7 @@ def build_pipeline(
     options: dict[str, Any] = {**settings, "impl": arguments.impl}
     if arguments.impl in ("auto", "chunked"):
         options["memory_budget"] = arguments.loss_memory * 2**20
+        options["return_metrics"] = True
     loss = no_loss if head is None else CCEPipelineLoss(head, hidden_layout="sharded", **options)
     pipeline_stages = [
         PipelineStage(stage, index, num_stages, device, group=groups.pipeline_group)

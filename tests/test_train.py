@@ -43,6 +43,8 @@ def check_log(out: Path, traces: int) -> None:
     lines, scored = lines[::2], lines[1::2]
     assert [line["loss"] for line in lines] == losses
     assert all(line["gradient_norm"] > 0 and line["tokens_per_second"] > 0 for line in lines)
+    # A model that knows nothing has nearly the entropy of all tokens alike, and learns.
+    assert all(0 <= line["accuracy"] <= 1 and 0 < line["entropy"] < 13 for line in lines)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=3e-3)
     schedule = get_scheduler("cosine", optimizer, 2, 6)
     for line in lines:
@@ -50,6 +52,7 @@ def check_log(out: Path, traces: int) -> None:
         optimizer.step()
         schedule.step()
     assert scored[0]["eval_loss"] == pytest.approx(losses[0], rel=1e-5)
+    assert scored[0]["eval_accuracy"] == pytest.approx(lines[0]["accuracy"], abs=1e-6)
     assert scored[-1]["eval_loss"] < scored[0]["eval_loss"]
     assert len(list((out / "written").glob("rank-*.json"))) == traces
 
