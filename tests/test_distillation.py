@@ -441,7 +441,9 @@ def check_mistakes() -> None:
         assert texts[0] == texts[1]
 
 
-@pytest.mark.parametrize("degree", [1, 2, pytest.param(3, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize(
+    "degree", [1, 2, *(pytest.param(degree, marks=pytest.mark.slow) for degree in (3, 4))]
+)
 def test_corners_and_combinations(degree: int) -> None:
     run_ranks(check_corners_and_combinations, degree, timeout=110, degree=degree, examples=60)
 

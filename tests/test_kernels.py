@@ -76,7 +76,8 @@ NAMES: list[StatisticNames] = [
     ("lse", "target", "sum", "expected", "rival"),
 ]
 # Statistics, softcap, temperature, whether there is a bias.
-CASES = list(itertools.product(NAMES, (None, 1.5), (1.0, 0.7), (False, True)))
+# Every third: each value meets each of the others.
+CASES = list(itertools.product(NAMES, (None, 1.5), (1.0, 0.7), (False, True)))[::3]
 
 
 def drawn_bias(generator: torch.Generator, num_rows: int, case: Any) -> torch.Tensor | None:

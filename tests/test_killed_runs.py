@@ -89,7 +89,7 @@ def wait_until(condition: Any, process: "subprocess.Popen[bytes]", output: Path)
 @pytest.mark.parametrize(
     ("mesh", "kills"),
     [
-        ((1, 2), 1),
+        pytest.param((1, 2), 1, marks=pytest.mark.slow),
         pytest.param((1, 2), 50, marks=pytest.mark.slow),
         pytest.param((2, 2), 50, marks=pytest.mark.slow),
     ],

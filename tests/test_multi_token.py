@@ -275,7 +275,9 @@ def check_all(degree: int) -> None:
     check_mistakes(degree)
 
 
-@pytest.mark.parametrize("degree", [1, 2, pytest.param(3, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize(
+    "degree", [1, 2, *(pytest.param(degree, marks=pytest.mark.slow) for degree in (3, 4))]
+)
 def test_against_the_formula(degree: int) -> None:
     run_ranks(check_all, degree, timeout=110, degree=degree)
 

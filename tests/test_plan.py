@@ -378,6 +378,7 @@ def test_every_schedule(schedule: str) -> None:
         assert sum(one.rank_memory) == pytest.approx(sum(stage.memory for stage in one.stages))
 
 
+@pytest.mark.slow
 def test_calibration(tmp_path: Path) -> None:
     """On two ranks of this machine: what comes out is read back, and can be planned with."""
     path = tmp_path / "here.json"

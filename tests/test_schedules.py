@@ -211,6 +211,7 @@ def check_apple_kernels() -> None:
         assert max(errors.values()) < 4e-3, (setting, errors)
 
 
+@pytest.mark.slow
 def test_apple_kernels() -> None:
     for package in ("triton", "cut_cross_entropy"):
         pytest.importorskip(package)

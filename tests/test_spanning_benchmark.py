@@ -76,6 +76,7 @@ def test_rows_between_measured_numbers() -> None:
     assert pieces.passes_of(90) == (10.0, 9.0)
 
 
+@pytest.mark.slow
 def test_spanning_command(tmp_path: Path) -> None:
     """On this machine's CPU: everything is measured, simulated, printed and drawn."""
     command = [

@@ -64,7 +64,12 @@ RUNS = [
     pytest.param(
         2, 1, "1F1B --microbatches 2 --data 2 --vocab-over all-stages", marks=pytest.mark.slow
     ),
-    (2, 1, "1F1B --vocab-over all-stages --accumulate 2 --microbatches 4 --recompute all"),
+    pytest.param(
+        2,
+        1,
+        "1F1B --vocab-over all-stages --accumulate 2 --microbatches 4 --recompute all",
+        marks=pytest.mark.slow,
+    ),
     pytest.param(
         2,
         1,
