@@ -153,6 +153,7 @@ def check_corners() -> None:
     assert torch.equal(auto, ours(e, c, targets, impl="chunked"))
 
 
+@pytest.mark.slow
 def test_corners() -> None:
     run_ranks(check_corners, 2, environment=INTERPRETED, timeout=110)
 
