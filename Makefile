@@ -59,11 +59,12 @@ test-all: $(VENV)/.test  ## the larger matrices too
 test-gpu:  ## kernels and NCCL ranks, on a machine with a CUDA device
 	PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m pytest -p no:cacheprovider -rP tests/gpu
 
-bench: $(VENV)/.test  ## what can be measured on this machine
-	$(BIN)/python -m benchmarks.loss
-	if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+bench: $(VENV)/.test  ## what can be measured on this machine (about 10 minutes)
+	@echo 'about 10 minutes on 2 cores, half an hour on GPUs; the last line of each benchmark is JSON'
+	@$(BIN)/python -m benchmarks.loss
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
 	  $(BIN)/python -m benchmarks.memory; fi
-	if $(BIN)/python -c 'import sys, torch; sys.exit(torch.cuda.device_count() < 2)'; then \
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(torch.cuda.device_count() < 2)'; then \
 	  $(TORCHRUN) --nproc-per-node gpu -m benchmarks.several_gpus; fi
 
 package: $(VENV)/.package  ## the wheel and the sdist in dist/, checked and tried
