@@ -249,11 +249,16 @@ class Checkpoints:
             final.rename(_free_name(final))
         partial.rename(final)
         sync_folder(self._folder)
+        for left in self._folder.glob(
+            f"{_STEP}*.partial"
+        ):  # by a run that was killed as it dropped
+            if _run_of(left) == self._run:
+                _drop(left)
         own = [path for path in complete_checkpoints(self._folder) if _run_of(path) == self._run]
         for old in own[:-_KEPT]:
-            going = old.with_suffix(".partial")  # nobody's, should this end in the middle
+            going = old.with_suffix(".partial")  # no checkpoint, should this end in the middle
             shutil.rmtree(going, ignore_errors=True)
-            shutil.rmtree(old.rename(going), ignore_errors=True)
+            _drop(old.rename(going))
 
     def _read_run(self, newest: Path) -> History:
         """Return the history of the run that a checkpoint is of.
@@ -331,6 +336,14 @@ def complete_checkpoints(folder: Path) -> list[Path]:
         and ((path / SUMS).is_file() or (path / _RUN).is_file())
     ]
     return [path for _, path in sorted(found)]
+
+
+def _drop(checkpoint: Path) -> None:
+    """Remove a checkpoint; what says whose it is goes last, should this end in the middle."""
+    for path in checkpoint.iterdir():
+        if path.name != _RUN:
+            path.unlink(missing_ok=True)
+    shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def _run_of(checkpoint: Path) -> str | None:

@@ -139,6 +139,8 @@ def test_resume_on_another_mesh(
     assert sorted(os.listdir(folder)) == ["step-000002", "step-000004"]
     (Path(folder) / "step-000004").rename(Path(folder) / "step-000004.bak")  # a user's own copy
     (Path(folder) / "step-notes").write_text("the loss looked odd here")
+    # What a kill left of an older one, which the next save finds.
+    shutil.copytree(Path(folder) / "step-000002", Path(folder) / "step-000001.partial")
     rest = train(
         second, tmp_path / "rest", *SIZES, "--steps", "4", "--checkpoint", folder, "--resume",
         "--export", str(tmp_path / "trained"),
