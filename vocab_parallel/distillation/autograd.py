@@ -18,9 +18,9 @@ from vocab_parallel.sharded.halves import (
     Inputs,
     gathered_hidden,
     hidden_grad_sum,
+    of_all_rows,
     shard_of,
     total_hidden_grad,
-    with_padding,
 )
 
 
@@ -171,11 +171,7 @@ def _summed_gradients(
     found = Gradients(None, None, None)
     if passes is not None and any(wanted):
         found = passes.gradients(statistics, grads.contiguous(), wanted, reduction)
-    hidden = classifier = bias = None
     if wanted.hidden:
         hidden = total_hidden_grad(call, found.hidden, inputs.hidden, reduction)
-    if wanted.classifier:
-        classifier = with_padding(found.classifier, inputs.classifier)
-    if wanted.bias and inputs.bias is not None:
-        bias = with_padding(found.bias, inputs.bias)
-    return Gradients(hidden, classifier, bias)
+        found = found._replace(hidden=hidden)
+    return of_all_rows(found, inputs, wanted)

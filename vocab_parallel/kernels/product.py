@@ -109,16 +109,17 @@ def store_at_target(  # type: ignore[no-untyped-def]
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_TEMPERATURE: tl.constexpr,
     HALF: tl.constexpr,
 ):  # fmt: skip
-    """Write the targets' logits of a tile [TOKENS, 2 HALF] that has some, from its raw halves.
+    """Write the targets' logits of a tile [TOKENS, 2 HALF], if it has some, from its raw halves.
 
     They are the product's own numbers: the loss of a confident token is the small difference of one
     and an lse that has the same rounding in it.
     """
-    columns = row + tl.arange(0, HALF)
-    z = tl.sum(tl.where(columns[None, :] == target[:, None], first, 0.0), 1)
-    z += tl.sum(tl.where((columns + HALF)[None, :] == target[:, None], second, 0.0), 1)
     here = inside & (target >= row) & (target < tl.minimum(row + 2 * HALF, num_rows))
-    if HAS_BIAS:
-        z += tl.load(bias + target, mask=here, other=0.0).to(tl.float32)
-    z = to_logit(z, softcap, temperature, HAS_SOFTCAP, HAS_TEMPERATURE)
-    tl.store(out + tokens, z, mask=here)
+    if tl.max(here.to(tl.int32)) > 0:
+        columns = row + tl.arange(0, HALF)
+        z = tl.sum(tl.where(columns[None, :] == target[:, None], first, 0.0), 1)
+        z += tl.sum(tl.where((columns + HALF)[None, :] == target[:, None], second, 0.0), 1)
+        if HAS_BIAS:
+            z += tl.load(bias + target, mask=here, other=0.0).to(tl.float32)
+        z = to_logit(z, softcap, temperature, HAS_SOFTCAP, HAS_TEMPERATURE)
+        tl.store(out + tokens, z, mask=here)

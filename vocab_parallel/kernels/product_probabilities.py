@@ -10,24 +10,19 @@ Statistics that receive no gradient, for metrics, cost a sum and a maximum a log
 the same.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from vocab_parallel.kernels import product
-from vocab_parallel.kernels.join_blocks import join_blocks
 from vocab_parallel.kernels.logit import (
     Transform,
-    cdiv,
     load_reference,
     load_target,
-    logit_arguments,
-    rival_place,
     to_logit,
     to_logit_and_slope,
 )
 from vocab_parallel.kernels.product import multiply, store_at_target, tile_origin
+from vocab_parallel.kernels.put_statistics import put_statistics
 
 # Exponents of 2 beyond which a sum of a tile's exponentials is not trusted.
 _FARTHEST = 86.0
@@ -57,41 +52,10 @@ def product_probabilities(
         names: "lse", "target", then "expected" and "rival" where wanted; see `local/statistics.py`.
     """
     assert "sum" not in names
-    (num_tokens, depth), num_rows = hidden.shape, classifier.shape[0]
-    blocks = cdiv(num_rows, product.ROWS)
-    parts = statistics.new_empty((len(names) - 1, blocks, num_tokens))
-    tiles = cdiv(num_tokens, product.TOKENS) * blocks
-    programs = product.num_programs(hidden.device, tiles)
-    rows_kept = 0 if kept is None else kept.shape[1]
-    operands = (
-        product.describe(hidden, product.TOKENS, product.DEPTH),
-        product.describe(classifier, product.ROWS, product.DEPTH),
-        None if kept is None else product.describe(kept, product.TOKENS, product.ROWS // 2),
-    )
-    options = {
-        **logit_arguments(bias, transform, names),
-        **rival_place(names),
-        **product.tile_arguments(depth, programs, stages=4),
-    }
-    with torch.cuda.device_of(hidden):
-        for first, last in product.launches(tiles, programs):
-            _product_probabilities[(programs,)](
-                *operands,
-                rows_kept,
-                bias,
-                targets,
-                reference,
-                parts,
-                statistics[1],
-                num_tokens,
-                num_rows,
-                first,
-                last,
-                KEEPS=rows_kept > 0,
-                FARTHEST=_FARTHEST,
-                **options,
-            )
-    join_blocks(parts, num_rows, targets, statistics, names)
+    put_statistics(
+        _product_probabilities, hidden, classifier, bias, targets, statistics, names, kept,
+        transform, stages=4, reference=reference, FARTHEST=_FARTHEST,
+    )  # fmt: skip
 
 
 # One binary for all launches, and no constant 1.
@@ -103,13 +67,13 @@ def _product_probabilities(  # type: ignore[no-untyped-def]
     rows_kept,
     bias,
     targets,
-    reference,
     parts,
     at_target,
     num_tokens,
     num_rows,
     first_tile,
     last_tile,
+    reference,
     softcap,
     temperature,
     HAS_BIAS: tl.constexpr,
@@ -138,11 +102,10 @@ def _product_probabilities(  # type: ignore[no-untyped-def]
         target = load_target(targets, tokens, num_tokens)
         shift = load_reference(reference, tokens, num_tokens) * LOG2E
         first, second = multiply(hidden, classifier, token, row, DEPTHS, TOKENS, ROWS, DEPTH)
-        if tl.max(((target >= row) & (target < row + ROWS)).to(tl.int32)) > 0:
-            store_at_target(
-                at_target, first, second, row, num_rows, tokens, target, inside, bias, softcap,
-                temperature, HAS_BIAS, HAS_SOFTCAP, HAS_TEMPERATURE, HALF,
-            )  # fmt: skip
+        store_at_target(
+            at_target, first, second, row, num_rows, tokens, target, inside, bias, softcap,
+            temperature, HAS_BIAS, HAS_SOFTCAP, HAS_TEMPERATURE, HALF,
+        )  # fmt: skip
         total = tl.zeros((TOKENS,), tl.float32)
         weighted = tl.zeros((TOKENS,), tl.float32)
         rival = tl.full((TOKENS,), -float("inf"), tl.float32)

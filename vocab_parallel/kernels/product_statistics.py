@@ -6,22 +6,19 @@ logit. Where lse and the target's logit alone receive a gradient, `product_proba
 faster.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from vocab_parallel.kernels import product
-from vocab_parallel.kernels.join_blocks import join_blocks
 from vocab_parallel.kernels.logit import (
     Transform,
     cdiv,
     load_target,
-    logit_arguments,
-    rival_place,
     to_logit,
 )
 from vocab_parallel.kernels.product import multiply, store_at_target, tile_origin
+from vocab_parallel.kernels.put_statistics import put_statistics
 
 
 def bytes_a_token(num_rows: int, names: tuple[str, ...]) -> int:
@@ -47,39 +44,10 @@ def product_statistics(
         names: "lse", "target", then "sum", "expected" and "rival" where wanted; see
             `local/statistics.py`.
     """
-    (num_tokens, depth), num_rows = hidden.shape, classifier.shape[0]
-    blocks = cdiv(num_rows, product.ROWS)
-    parts = statistics.new_empty((len(names) - 1, blocks, num_tokens))
-    tiles = cdiv(num_tokens, product.TOKENS) * blocks
-    programs = product.num_programs(hidden.device, tiles)
-    rows_kept = 0 if kept is None else kept.shape[1]
-    operands = (
-        product.describe(hidden, product.TOKENS, product.DEPTH),
-        product.describe(classifier, product.ROWS, product.DEPTH),
-        None if kept is None else product.describe(kept, product.TOKENS, product.ROWS // 2),
-    )
-    options = {
-        **logit_arguments(bias, transform, names),
-        **rival_place(names),
-        **product.tile_arguments(depth, programs),
-    }
-    with torch.cuda.device_of(hidden):
-        for first, last in product.launches(tiles, programs):
-            _product_statistics[(programs,)](
-                *operands,
-                rows_kept,
-                bias,
-                targets,
-                parts,
-                statistics[1],
-                num_tokens,
-                num_rows,
-                first,
-                last,
-                KEEPS=rows_kept > 0,
-                **options,
-            )
-    join_blocks(parts, num_rows, targets, statistics, names)
+    put_statistics(
+        _product_statistics, hidden, classifier, bias, targets, statistics, names, kept, transform,
+        stages=3,
+    )  # fmt: skip
 
 
 # One binary for all launches, and no constant 1.
@@ -124,11 +92,10 @@ def _product_statistics(  # type: ignore[no-untyped-def]
         # Before the product, which hides the wait for them.
         target = load_target(targets, tokens, num_tokens)
         first, second = multiply(hidden, classifier, token, row, DEPTHS, TOKENS, ROWS, DEPTH)
-        if tl.max(((target >= row) & (target < row + ROWS)).to(tl.int32)) > 0:
-            store_at_target(
-                at_target, first, second, row, num_rows, tokens, target, inside, bias, softcap,
-                temperature, HAS_BIAS, HAS_SOFTCAP, HAS_TEMPERATURE, HALF,
-            )  # fmt: skip
+        store_at_target(
+            at_target, first, second, row, num_rows, tokens, target, inside, bias, softcap,
+            temperature, HAS_BIAS, HAS_SOFTCAP, HAS_TEMPERATURE, HALF,
+        )  # fmt: skip
         peak = tl.full((TOKENS,), -float("inf"), tl.float32)
         total = tl.zeros((TOKENS,), tl.float32)
         plain = tl.zeros((TOKENS,), tl.float32)

@@ -171,13 +171,8 @@ def summed_gradients(
     upstream = Upstream(statistics.first(names), grads.first(names), wanted, target, kept)
     work = _gradients_of_spans if is_long(call, inputs) else _gradients_at_once
     found = work(call, inputs, upstream)
-    classifier = None
-    if wanted.classifier and target.add_to is None:
-        classifier = with_padding(found.classifier, inputs.classifier)
-    bias = None
-    if wanted.bias and inputs.bias is not None:
-        bias = with_padding(found.bias, inputs.bias)
-    return Gradients(found.hidden, classifier, bias)
+    added = target.add_to is not None
+    return of_all_rows(found, inputs, wanted._replace(classifier=wanted.classifier and not added))
 
 
 def _gradients_at_once(call: Call, inputs: Inputs, upstream: Upstream) -> Gradients:
@@ -313,6 +308,15 @@ def classifier_grad(call: Call, classifier: Tensor) -> ClassifierGrad:
     if accumulated is None:  # autograd makes .grad
         return ClassifierGrad(classifier.dtype)
     return ClassifierGrad(accumulated.dtype, accumulated[: call.rows.num_token_rows])
+
+
+def of_all_rows(found: Gradients, inputs: Inputs, wanted: Wanted) -> Gradients:
+    """Return the wanted gradients of classifier and bias with those of padding rows."""
+    classifier = with_padding(found.classifier, inputs.classifier) if wanted.classifier else None
+    bias = None
+    if wanted.bias and inputs.bias is not None:
+        bias = with_padding(found.bias, inputs.bias)
+    return Gradients(found.hidden, classifier, bias)
 
 
 def with_padding(grad: Tensor | None, parameter: Tensor) -> Tensor:

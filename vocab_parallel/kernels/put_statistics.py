@@ -1,14 +1,74 @@
-"""Joins what a product's tiles found of each token."""
+"""Runs a kernel over all tiles of a product, and joins what its tiles found of each token."""
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from vocab_parallel.kernels.logit import cdiv, rival_place, statistic_places
+from vocab_parallel.kernels import product
+from vocab_parallel.kernels.logit import (
+    Transform,
+    cdiv,
+    logit_arguments,
+    rival_place,
+    statistic_places,
+)
 
 # What a program joins at a time: blocks of rows by tokens.
 _BLOCKS, _TOKENS = 32, 32
+
+
+def put_statistics(
+    kernel: Any,  # `_product_statistics`, or another with its arguments
+    hidden: Tensor,  # (n, D)
+    classifier: Tensor,  # (R, D)
+    bias: Tensor | None,  # (R,)
+    targets: Tensor,  # (n,)
+    statistics: Tensor,  # (k, n) float32; written
+    names: tuple[str, ...],
+    kept: Tensor | None,  # (n, r), r a multiple of 256 or R; written
+    transform: Transform,
+    *,
+    stages: int,
+    **more: Any,  # arguments of this kernel alone
+) -> None:
+    """Let a kernel write each token's statistics of every block of rows, and join the blocks'."""
+    (num_tokens, depth), num_rows = hidden.shape, classifier.shape[0]
+    blocks = cdiv(num_rows, product.ROWS)
+    parts = statistics.new_empty((len(names) - 1, blocks, num_tokens))
+    tiles = cdiv(num_tokens, product.TOKENS) * blocks
+    programs = product.num_programs(hidden.device, tiles)
+    rows_kept = 0 if kept is None else kept.shape[1]
+    operands = (
+        product.describe(hidden, product.TOKENS, product.DEPTH),
+        product.describe(classifier, product.ROWS, product.DEPTH),
+        None if kept is None else product.describe(kept, product.TOKENS, product.ROWS // 2),
+    )
+    options = {
+        **logit_arguments(bias, transform, names),
+        **rival_place(names),
+        **product.tile_arguments(depth, programs, stages=stages),
+        **more,
+    }
+    with torch.cuda.device_of(hidden):
+        for first, last in product.launches(tiles, programs):
+            kernel[(programs,)](
+                *operands,
+                rows_kept,
+                bias,
+                targets,
+                parts,
+                statistics[1],
+                num_tokens,
+                num_rows,
+                first,
+                last,
+                KEEPS=rows_kept > 0,
+                **options,
+            )
+    join_blocks(parts, num_rows, targets, statistics, names)
 
 
 def join_blocks(
