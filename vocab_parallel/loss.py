@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vocab_parallel.sharded.autograd import scalar_loss, vocab_statistics
 from vocab_parallel.sharded.call import Call, Operands, prepare
-from vocab_parallel.sharded.layout import IGNORED, OUT_OF_RANGE, HiddenLayout
+from vocab_parallel.sharded.layout import IGNORED, OUT_OF_RANGE, HiddenLayout, count_valid
 from vocab_parallel.sharded.metrics import LossMetrics, loss_metrics
 from vocab_parallel.sharded.settings import LossSettings
 from vocab_parallel.sharded.token_loss import TokenLoss
@@ -330,12 +330,5 @@ def _divisor(call: Call, labels: Tensor) -> int | Tensor | None:
         return None
     given = call.settings.num_valid_tokens
     if given is None:
-        given = (labels != IGNORED).sum()
-    return at_least_one(given.reshape(()) if isinstance(given, Tensor) else given)
-
-
-def at_least_one(divisor: int | Tensor) -> int | Tensor:
-    """Return the divisor of a mean; no tokens at all have the mean 0, fewer are nobody's."""
-    if isinstance(divisor, int):
-        return max(divisor, 1)
-    return torch.where(divisor < 0, torch.nan, divisor.clamp(min=1))
+        return count_valid(labels, kernels=call.shard.ops.kernels)
+    return given.reshape(()) if isinstance(given, Tensor) else given

@@ -19,12 +19,11 @@ import torch
 from torch import Tensor
 
 from vocab_parallel.local.statistics import Statistics
-from vocab_parallel.loss import at_least_one
 from vocab_parallel.sharded.autograd import scalar_loss, vocab_statistics
 from vocab_parallel.sharded.call import Call, Operands, prepare
 from vocab_parallel.sharded.layout import IGNORED
 from vocab_parallel.sharded.settings import LossSettings
-from vocab_parallel.sharded.token_loss import TokenLoss
+from vocab_parallel.sharded.token_loss import TokenLoss, at_least_one
 from vocab_parallel.sharded.uncompiled import uncompiled
 
 _OTHER_RESULTS = ("return_lse", "return_entropy", "return_metrics")

@@ -89,7 +89,7 @@ class Student:
         if self.has_targets or not call.layout.gathers or call.layout.layout != "sharded":
             return call.labels()
         # Without labels every rank marks the same positions.
-        alone = replace(call, settings=replace(call.settings, hidden_layout="replicated"))
+        alone = call._replace(settings=replace(call.settings, hidden_layout="replicated"))
         return alone.labels().repeat(call.rows.group.degree)
 
 

@@ -249,4 +249,4 @@ def _reduced(student: Student, labels: Tensor, divergences: Tensor, nll: Tensor)
     losses = losses.masked_fill(labels == OUT_OF_RANGE, torch.nan)
     if call.settings.reduction == "none":
         return call.own(losses)
-    return losses.sum() if tokens.divisor is None else losses.sum() / tokens.divisor
+    return tokens.divided(losses.sum())

@@ -2,30 +2,33 @@
 
 Forward kept q = exp(z - r) (`product_probabilities.py`). Where lse receives a and the target's
 logit b, a raw entry receives s q with s = a exp(r - lse), a number of the token, but for the
-target's, which receives o = a (p - 1) + (a + b). With o / s in the targets' places of Q, and with 0
-there,
+target's, which receives o = a (p - 1) + (a + b). With 0 in the targets' places of Q, and y a
+token's target,
 
-    dE = s (Q c)      dC = Q^T (s e) + the sum of o e over each row's tokens
+    dE = s (Q c) + o c[y]      dC = Q^T (s e) + the sum of o e over each row's tokens
 
-The largest terms of dC, its targets', are so added up in float32 (`target_rows.py`); rounding s e
-once more costs less than rounding those did.
+The targets' terms, the largest, are so added in float32 (`target_rows.py`); rounding s e once more
+costs less than rounding those did.
 
 Tokens whose reference was too far from their lse for q to hold their probabilities get q anew,
 with lse for a reference. Nobody knows of them but the device: a program that finds none has done
 its work with a few numbers of each token.
 """
 
+import functools
+
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from vocab_parallel.kernels.launch import Constants, kernel
 from vocab_parallel.kernels.logit import (
     Transform,
     cdiv,
     expm1,
     load_reference,
-    logit_arguments,
+    logit_constants,
+    logit_values,
     to_logit_and_slope,
 )
 from vocab_parallel.kernels.product import describe
@@ -39,54 +42,59 @@ _FARTHEST = 60.0
 
 
 def settle(
-    kept: Tensor,  # (n, r) bfloat16, of the shard's first rows; the targets' places are written
+    kept: Tensor,  # (n, r) bfloat16, of the shard's first rows; the targets' places become 0
     hidden: Tensor,  # (n, D)
     classifier: Tensor,  # (r, D), those rows
     bias: Tensor | None,  # (r,)
     targets: Tensor,  # (n,), counted from the first row
-    reference: Tensor,  # (n,) float32, that of forward
+    reference: Tensor,  # (n,) any floating dtype, that of forward
     statistics: Tensor,  # (2, n) float32, of the whole vocabulary
     grads: Tensor,  # (2, n) float32, what each statistic receives
     transform: Transform,
-    *,
-    with_targets: bool,  # whether o / s, or 0, is written to the targets' places
 ) -> tuple[Tensor, Tensor]:  # (n,) float32 both
-    """Return s and o of each token; may be called again, with targets and without."""
+    """Return s and o of each token; may be called again."""
     (num_tokens, depth), num_rows = hidden.shape, classifier.shape[0]
     assert kept.stride(1) == statistics.stride(1) == grads.stride(1) == 1
-    scale, own = torch.empty_like(reference), torch.empty_like(reference)
-    with torch.cuda.device_of(hidden):
-        _settle[(cdiv(num_tokens, _TOKENS), _SHARES)](
-            describe(hidden, _TOKENS, _DEPTH),
-            describe(classifier, _ROWS, _DEPTH),
-            describe(kept, _TOKENS, _ROWS),
-            kept,
-            kept.stride(0),
-            bias,
-            targets,
-            reference,
-            statistics,
-            statistics.stride(0),
-            grads,
-            grads.stride(0),
-            scale,
-            own,
-            num_tokens,
-            num_rows,
-            **logit_arguments(bias, transform, ("lse", "target")),
-            WITH_TARGETS=with_targets,
-            FARTHEST=_FARTHEST,
-            DEPTHS=cdiv(depth, _DEPTH),
-            SHARES=_SHARES,
-            TOKENS=_TOKENS,
-            ROWS=_ROWS,
-            DEPTH=_DEPTH,
-            num_warps=4,
-        )
+    scale, own = statistics.new_empty((2, num_tokens)).unbind()
+    values = (
+        describe(hidden, _TOKENS, _DEPTH),
+        describe(classifier, _ROWS, _DEPTH),
+        describe(kept, _TOKENS, _ROWS),
+        kept,
+        kept.stride(0),
+        bias,
+        targets,
+        reference,
+        statistics,
+        statistics.stride(0),
+        grads,
+        grads.stride(0),
+        scale,
+        own,
+        num_tokens,
+        num_rows,
+        *logit_values(transform),
+    )
+    grid = (cdiv(num_tokens, _TOKENS), _SHARES)
+    _settle.start(hidden, grid, values, _constants(bias is not None, transform, depth))
     return scale, own
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@functools.cache
+def _constants(has_bias: bool, transform: Transform, depth: int) -> Constants:
+    return (
+        *logit_constants(has_bias, transform, ("lse", "target")).items(),
+        ("FARTHEST", _FARTHEST),
+        ("DEPTHS", cdiv(depth, _DEPTH)),
+        ("SHARES", _SHARES),
+        ("TOKENS", _TOKENS),
+        ("ROWS", _ROWS),
+        ("DEPTH", _DEPTH),
+        ("num_warps", 4),
+    )
+
+
+@kernel
 def _settle(  # type: ignore[no-untyped-def]
     hidden,
     classifier,
@@ -111,7 +119,6 @@ def _settle(  # type: ignore[no-untyped-def]
     HAS_TEMPERATURE: tl.constexpr,
     SUM: tl.constexpr,
     EXPECTED: tl.constexpr,
-    WITH_TARGETS: tl.constexpr,
     FARTHEST: tl.constexpr,
     DEPTHS: tl.constexpr,
     SHARES: tl.constexpr,
@@ -134,15 +141,10 @@ def _settle(  # type: ignore[no-untyped-def]
     if HAS_SOFTCAP:  # d tanh = 1 - tanh^2
         tanh = at_target * temperature / softcap
         own *= 1.0 - tanh * tanh
-    # Who uses the target's logit alone: no other entry receives anything.
-    alone = (lse_grad == 0.0) & (own != 0.0)
-    far = here & (alone | (tl.abs(lse - shift) > FARTHEST))
+    far = here & (tl.abs(lse - shift) > FARTHEST)
     shift = tl.where(far, lse, shift)
-    scale = tl.where(alone, own, lse_grad * tl.exp(shift - lse))
-    scale = tl.where((lse_grad == 0.0) & (own == 0.0), 0.0, scale)
-    entry = tl.zeros((TOKENS,), tl.float32)
-    if WITH_TARGETS:
-        entry = tl.where(scale == 0.0, 0.0, own / tl.where(scale == 0.0, 1.0, scale))
+    # Ignored tokens, whose statistics may be anything, receive nothing.
+    scale = tl.where(lse_grad == 0.0, 0.0, lse_grad * tl.exp(shift - lse))
     if share == 0:
         slope = 1.0
         if HAS_TEMPERATURE:
@@ -151,9 +153,8 @@ def _settle(  # type: ignore[no-untyped-def]
         tl.store(owns + tokens, own * slope, mask=here)
         owned = here & (target >= 0) & (target < num_rows)
         at = kept_numbers + tokens.to(tl.int64) * kept_stride + target
-        tl.store(at, entry.to(kept_numbers.dtype.element_ty), mask=owned)
+        tl.store(at, 0.0, mask=owned)
     if tl.max(far.to(tl.int32)) > 0:
-        others = tl.where(alone, 0.0, 1.0)
         for row in range(share * ROWS, num_rows, SHARES * ROWS):
             z = tl.zeros((TOKENS, ROWS), dtype=tl.float32)
             for step in range(DEPTHS):
@@ -165,6 +166,6 @@ def _settle(  # type: ignore[no-untyped-def]
             z, slope = to_logit_and_slope(z, softcap, 1.0, HAS_SOFTCAP, False)
             if HAS_TEMPERATURE:
                 z = z / temperature
-            anew = tl.exp(z - shift[:, None]) * slope * others[:, None]
-            anew = tl.where(columns[None, :] == target[:, None], entry[:, None], anew)
+            anew = tl.exp(z - shift[:, None]) * slope
+            anew = tl.where(columns[None, :] == target[:, None], 0.0, anew)
             kept.store([token, row], anew.to(kept.dtype))

@@ -1,7 +1,6 @@
 """From a product's raw entry to a logit, and what else the kernels share."""
 
 import functools
-from typing import Any
 
 import torch
 import triton
@@ -47,15 +46,19 @@ def rival_place(names: tuple[str, ...]) -> dict[str, int]:
     return {"RIVAL": names.index("rival") if "rival" in names else 0}
 
 
-def logit_arguments(
-    bias: Tensor | None, transform: Transform, names: tuple[str, ...]
-) -> dict[str, Any]:
-    """Return the arguments that every kernel takes that makes logits of raw entries."""
+def logit_values(transform: Transform) -> tuple[float, float]:
+    """Return the values that every kernel takes that makes logits of raw entries."""
+    softcap, temperature = transform
+    return 0.0 if softcap is None else float(softcap), float(temperature)
+
+
+def logit_constants(
+    has_bias: bool, transform: Transform, names: tuple[str, ...]
+) -> dict[str, bool | int]:
+    """Return its constants."""
     softcap, temperature = transform
     return {
-        "softcap": 0.0 if softcap is None else softcap,
-        "temperature": temperature,
-        "HAS_BIAS": bias is not None,
+        "HAS_BIAS": has_bias,
         "HAS_SOFTCAP": softcap is not None,
         "HAS_TEMPERATURE": temperature != 1.0,
         **statistic_places(names),
@@ -157,7 +160,7 @@ def gradient_of(  # type: ignore[no-untyped-def]
 @triton.jit
 def load_reference(reference, tokens, num_tokens):  # type: ignore[no-untyped-def]
     """Tokens' references; 0 where the sample that they are of was masked whole."""
-    found = tl.load(reference + tokens, mask=tokens < num_tokens, other=0.0)
+    found = tl.load(reference + tokens, mask=tokens < num_tokens, other=0.0).to(tl.float32)
     return tl.where(found == -float("inf"), 0.0, found)
 
 

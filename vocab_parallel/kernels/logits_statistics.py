@@ -10,7 +10,8 @@ from torch import Tensor
 
 from vocab_parallel.kernels.logit import (
     Transform,
-    logit_arguments,
+    logit_constants,
+    logit_values,
     readable_width,
     rival_place,
     to_logit,
@@ -54,7 +55,8 @@ def logits_statistics(
             num_rows,
             readable_width(logits),
             row_start,
-            **logit_arguments(bias, transform, names),
+            *logit_values(transform),
+            **logit_constants(bias is not None, transform, names),
             **rival_place(names),
             FIRST=first,
             BLOCK=BLOCK,

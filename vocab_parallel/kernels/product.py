@@ -56,8 +56,8 @@ def launches(num_tiles: int, programs: int) -> Iterator[tuple[int, int]]:
         yield first, min(first + of_launch, num_tiles)
 
 
-def tile_arguments(depth: int, programs: int, *, stages: int = 3) -> dict[str, int]:
-    """Return the arguments that every kernel takes that makes tiles of a product.
+def tile_constants(depth: int, programs: int, *, stages: int = 3) -> dict[str, int]:
+    """Return the constants of every kernel that makes tiles of a product.
 
     Args:
         stages: steps of the hidden size whose operands are held; a fourth one fits where what

@@ -4,18 +4,21 @@ Reads hidden states and rows, writes the gradient once, one exponential a logit.
 a gradient, a program adds up the columns of its tile's 128 tokens, and another kernel those sums.
 """
 
+import functools
+
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from vocab_parallel.kernels import product
+from vocab_parallel.kernels.launch import Constants, kernel
 from vocab_parallel.kernels.logit import (
     Transform,
     cdiv,
     gradient_of,
     load_tokens,
-    logit_arguments,
+    logit_constants,
+    logit_values,
     to_logit_and_slope,
 )
 from vocab_parallel.kernels.product import multiply, tile_origin
@@ -49,30 +52,45 @@ def product_gradient(
     sums = None
     if sum_tokens:
         sums = torch.empty((groups, num_rows), dtype=torch.float32, device=hidden.device)
-    with torch.cuda.device_of(hidden):
-        _product_gradient[(programs,)](
-            product.describe(hidden, product.TOKENS, product.DEPTH),
-            product.describe(classifier, product.ROWS, product.DEPTH),
-            product.describe(out, product.TOKENS, product.ROWS // 2),
-            bias,
-            targets,
-            statistics,
-            statistics.stride(0),
-            grads,
-            grads.stride(0),
-            sums,
-            num_tokens,
-            num_rows,
-            tiles,
-            row_start,
-            **logit_arguments(bias, transform, names),
-            HAS_SUMS=sum_tokens,
-            **product.tile_arguments(depth, programs),
-        )
+    values = (
+        product.describe(hidden, product.TOKENS, product.DEPTH),
+        product.describe(classifier, product.ROWS, product.DEPTH),
+        product.describe(out, product.TOKENS, product.ROWS // 2),
+        bias,
+        targets,
+        statistics,
+        statistics.stride(0),
+        grads,
+        grads.stride(0),
+        sums,
+        num_tokens,
+        num_rows,
+        tiles,
+        row_start,
+        *logit_values(transform),
+    )
+    constants = _constants(bias is not None, transform, names, sum_tokens, depth, programs)
+    _product_gradient.start(hidden, (programs,), values, constants)
     return None if sums is None else sums.sum(0)
 
 
-@triton.jit(do_not_specialize=["row_start", "tiles"])  # one binary for all tiles
+@functools.cache
+def _constants(
+    has_bias: bool,
+    transform: Transform,
+    names: tuple[str, ...],
+    sum_tokens: bool,
+    depth: int,
+    programs: int,
+) -> Constants:
+    return (
+        *logit_constants(has_bias, transform, names).items(),
+        ("HAS_SUMS", sum_tokens),
+        *product.tile_constants(depth, programs).items(),
+    )
+
+
+@kernel
 def _product_gradient(  # type: ignore[no-untyped-def]
     hidden,
     classifier,

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vocab_parallel.kernels.launch import kernel
 from vocab_parallel.kernels.logit import (
     Transform,
     load_reference,
@@ -33,7 +34,7 @@ def product_probabilities(
     classifier: Tensor,  # (R, D)
     bias: Tensor | None,  # (R,)
     targets: Tensor,  # (n,)
-    reference: Tensor,  # (n,) float32
+    reference: Tensor,  # (n,) any floating dtype
     statistics: Tensor,  # (k, n) float32; written
     names: tuple[str, ...],
     kept: Tensor | None,  # (n, r), r a multiple of 256 or R; written
@@ -54,12 +55,11 @@ def product_probabilities(
     assert "sum" not in names
     put_statistics(
         _product_probabilities, hidden, classifier, bias, targets, statistics, names, kept,
-        transform, stages=4, reference=reference, FARTHEST=_FARTHEST,
+        transform, stages=4, more_values=(reference,), more_constants=(("FARTHEST", _FARTHEST),),
     )  # fmt: skip
 
 
-# One binary for all launches, and no constant 1.
-@triton.jit(do_not_specialize=["num_rows", "rows_kept", "first_tile", "last_tile"])
+@kernel
 def _product_probabilities(  # type: ignore[no-untyped-def]
     hidden,
     classifier,
@@ -73,9 +73,9 @@ def _product_probabilities(  # type: ignore[no-untyped-def]
     num_rows,
     first_tile,
     last_tile,
-    reference,
     softcap,
     temperature,
+    reference,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_TEMPERATURE: tl.constexpr,

@@ -6,17 +6,12 @@ logit. Where lse and the target's logit alone receive a gradient, `product_proba
 faster.
 """
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from vocab_parallel.kernels import product
-from vocab_parallel.kernels.logit import (
-    Transform,
-    cdiv,
-    load_target,
-    to_logit,
-)
+from vocab_parallel.kernels.launch import kernel
+from vocab_parallel.kernels.logit import Transform, cdiv, load_target, to_logit
 from vocab_parallel.kernels.product import multiply, store_at_target, tile_origin
 from vocab_parallel.kernels.put_statistics import put_statistics
 
@@ -50,8 +45,7 @@ def product_statistics(
     )  # fmt: skip
 
 
-# One binary for all launches, and no constant 1.
-@triton.jit(do_not_specialize=["num_rows", "rows_kept", "first_tile", "last_tile"])
+@kernel
 def _product_statistics(  # type: ignore[no-untyped-def]
     hidden,
     classifier,

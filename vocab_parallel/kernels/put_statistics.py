@@ -1,17 +1,18 @@
 """Runs a kernel over all tiles of a product, and joins what its tiles found of each token."""
 
+import functools
 from typing import Any
 
-import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from vocab_parallel.kernels import product
+from vocab_parallel.kernels.launch import Constants, Kernel, kernel
 from vocab_parallel.kernels.logit import (
     Transform,
     cdiv,
-    logit_arguments,
+    logit_constants,
+    logit_values,
     rival_place,
     statistic_places,
 )
@@ -21,7 +22,7 @@ _BLOCKS, _TOKENS = 32, 32
 
 
 def put_statistics(
-    kernel: Any,  # `_product_statistics`, or another with its arguments
+    made: Kernel,  # `_product_statistics`, or another with its arguments
     hidden: Tensor,  # (n, D)
     classifier: Tensor,  # (R, D)
     bias: Tensor | None,  # (R,)
@@ -32,7 +33,8 @@ def put_statistics(
     transform: Transform,
     *,
     stages: int,
-    **more: Any,  # arguments of this kernel alone
+    more_values: tuple[Any, ...] = (),  # that this kernel alone has
+    more_constants: Constants = (),
 ) -> None:
     """Let a kernel write each token's statistics of every block of rows, and join the blocks'."""
     (num_tokens, depth), num_rows = hidden.shape, classifier.shape[0]
@@ -40,35 +42,43 @@ def put_statistics(
     parts = statistics.new_empty((len(names) - 1, blocks, num_tokens))
     tiles = cdiv(num_tokens, product.TOKENS) * blocks
     programs = product.num_programs(hidden.device, tiles)
-    rows_kept = 0 if kept is None else kept.shape[1]
     operands = (
         product.describe(hidden, product.TOKENS, product.DEPTH),
         product.describe(classifier, product.ROWS, product.DEPTH),
         None if kept is None else product.describe(kept, product.TOKENS, product.ROWS // 2),
+        0 if kept is None else kept.shape[1],
+        bias,
+        targets,
+        parts,
+        statistics[1],
+        num_tokens,
+        num_rows,
     )
-    options = {
-        **logit_arguments(bias, transform, names),
-        **rival_place(names),
-        **product.tile_arguments(depth, programs, stages=stages),
-        **more,
-    }
-    with torch.cuda.device_of(hidden):
-        for first, last in product.launches(tiles, programs):
-            kernel[(programs,)](
-                *operands,
-                rows_kept,
-                bias,
-                targets,
-                parts,
-                statistics[1],
-                num_tokens,
-                num_rows,
-                first,
-                last,
-                KEEPS=rows_kept > 0,
-                **options,
-            )
+    constants = _constants(
+        bias is not None, transform, names, kept is not None, depth, programs, stages
+    )
+    for first, last in product.launches(tiles, programs):
+        values = (*operands, first, last, *logit_values(transform), *more_values)
+        made.start(hidden, (programs,), values, constants + more_constants)
     join_blocks(parts, num_rows, targets, statistics, names)
+
+
+@functools.cache
+def _constants(
+    has_bias: bool,
+    transform: Transform,
+    names: tuple[str, ...],
+    keeps: bool,
+    depth: int,
+    programs: int,
+    stages: int,
+) -> Constants:
+    return (
+        *logit_constants(has_bias, transform, names).items(),
+        *rival_place(names).items(),
+        ("KEEPS", keeps),
+        *product.tile_constants(depth, programs, stages=stages).items(),
+    )
 
 
 def join_blocks(
@@ -84,24 +94,17 @@ def join_blocks(
     """
     assert statistics.stride(1) == 1
     _, blocks, num_tokens = parts.shape
-    with torch.cuda.device_of(parts):
-        _join_blocks[(cdiv(num_tokens, _TOKENS),)](
-            parts,
-            targets,
-            statistics,
-            statistics.stride(0),
-            blocks,
-            num_tokens,
-            num_rows,
-            **statistic_places(names),
-            **rival_place(names),
-            BLOCKS=_BLOCKS,
-            TOKENS=_TOKENS,
-            num_warps=4,
-        )
+    values = (parts, targets, statistics, statistics.stride(0), blocks, num_tokens, num_rows)
+    _join_blocks.start(parts, (cdiv(num_tokens, _TOKENS),), values, _join_constants(names))
 
 
-@triton.jit(do_not_specialize=["blocks", "num_rows"])  # neither is to be a constant 1
+@functools.cache
+def _join_constants(names: tuple[str, ...]) -> Constants:
+    places = {**statistic_places(names), **rival_place(names)}
+    return (*places.items(), ("BLOCKS", _BLOCKS), ("TOKENS", _TOKENS), ("num_warps", 4))
+
+
+@kernel
 def _join_blocks(  # type: ignore[no-untyped-def]
     parts,
     targets,

@@ -1,7 +1,8 @@
-"""Adds to each row of a matrix what the tokens give whose target it is, in a fixed order.
+"""What tokens' targets receive, which is left out of the products with kept exponentials.
 
-Tokens are sorted by their target, and one program adds up those of one row, however many, in
-float32: no two write to the same place, and the result is the same each time.
+Each row of a matrix gets what the tokens give whose target it is: tokens are sorted by their
+target, and one program adds up those of one row, however many, in float32. No two write to the same
+place, and the result is the same each time. And each token gets its target's row.
 """
 
 import torch
@@ -11,7 +12,9 @@ from torch import Tensor
 
 from vocab_parallel.kernels.logit import cdiv
 
+# Of a program that adds up a row, and of one that gives tokens their rows.
 _TOKENS, _WIDTH = 16, 256
+_ROWS, _COLUMNS = 4, 512
 
 
 def add_to_target_rows(
@@ -74,3 +77,57 @@ def _add_to_target_rows(  # type: ignore[no-untyped-def]
         at = matrix + row.to(tl.int64) * matrix_stride + columns
         total += tl.load(at, mask=inside, other=0.0).to(tl.float32)
         tl.store(at, total.to(matrix.dtype.element_ty), mask=inside)
+
+
+def add_target_rows(
+    sums: Tensor,  # (n, m) float32
+    scale: Tensor,  # (n,) float32
+    rows: Tensor,  # (R, m)
+    weight: Tensor,  # (n,) float32
+    targets: Tensor,  # (n,) int32; no row where it is outside of [0, R)
+    out: Tensor,  # (n, m) any floating dtype; may be the sums
+) -> None:
+    """Write each token's sums times its scale, and its target's row times its weight, added up."""
+    assert sums.stride(1) == rows.stride(1) == out.stride(1) == 1
+    assert scale.stride(0) == weight.stride(0) == 1
+    num_tokens, width = sums.shape
+    with torch.cuda.device_of(sums):
+        _add_target_rows[(cdiv(width, _COLUMNS), cdiv(num_tokens, _ROWS))](
+            sums,
+            sums.stride(0),
+            scale,
+            rows,
+            rows.stride(0),
+            weight,
+            targets,
+            out,
+            out.stride(0),
+            num_tokens,
+            len(rows),
+            width,
+            ROWS=_ROWS,
+            COLUMNS=_COLUMNS,
+            num_warps=4,
+        )
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _add_target_rows(  # type: ignore[no-untyped-def]
+    sums, sums_stride, scale, rows, rows_stride, weight, targets, out, out_stride,
+    num_tokens, num_rows, width,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    tokens = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    columns = (tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+    here = tokens < num_tokens
+    inside = here[:, None] & (columns < width)
+    target = tl.load(targets + tokens, mask=here, other=-1).to(tl.int32)
+    owned = (here & (target >= 0) & (target < num_rows))[:, None]
+    by = tl.load(scale + tokens, mask=here, other=0.0)[:, None]
+    own = tl.load(weight + tokens, mask=here, other=0.0)[:, None]
+    token = tokens.to(tl.int64)[:, None]
+    value = tl.load(sums + token * sums_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    row = target.to(tl.int64)[:, None] * rows_stride + columns
+    at_target = tl.load(rows + row, mask=inside & owned, other=0.0).to(tl.float32)
+    value = value * by + at_target * own
+    tl.store(out + token * out_stride + columns, value.to(out.dtype.element_ty), mask=inside)

@@ -15,6 +15,7 @@ of n tokens at a time, whose sum [n, D] is reduced and rounded before it is forg
 sum [R, D] over the spans.
 """
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -180,8 +181,7 @@ def budget_bytes(memory_budget: int | None) -> int:
     return DEFAULT_MEMORY_BUDGET if memory_budget is None else memory_budget
 
 
-@dataclass(frozen=True)
-class Planner:
+class Planner(NamedTuple):
     """The sizes of a call and its budget; each method plans one backward.
 
     Attributes are those of `plan_backward`, but for ``dtype``: that of the products;
@@ -399,6 +399,12 @@ class Planner:
         gradient = self.tokens * self.hidden_size * narrow
         sums = own + reduced + row_sums + block
         return sums, sums + gradient, row_sums + copied + gradient
+
+
+@functools.lru_cache(maxsize=1024)
+def chosen(planner: Planner, backward: str, scalar_loss: bool) -> BackwardPlan:
+    """Return what `Planner.choose` does; calls of one shape are planned once."""
+    return planner.choose(backward, scalar_loss)
 
 
 def tile_to_copy(tile: TileShape) -> TileShape:

@@ -15,7 +15,7 @@ full size. A GPU's tile has all tokens unless the budget is tiny.
 tile. Where one kernel makes z and its statistics, forward has no tiles.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
@@ -27,6 +27,7 @@ from vocab_parallel.local.backward_plan import (
     TileShape,
     blocks,
     budget_bytes,
+    chosen,
     row_blocks,
     span_tokens,
 )
@@ -123,14 +124,14 @@ class ChunkedImpl:
             span=span,
             has_main_grad=has_main_grad,
         )
-        plan = planner.choose(backward, scalar_loss)
-        own = replace(planner, rows=own_rows)
+        plan = chosen(planner, backward, scalar_loss)
+        own = planner._replace(rows=own_rows)
         if isinstance(shard.ops, HopperOps):  # no logit that they do not keep is in memory
-            own = replace(own, logits_dtype=shard.product_dtype)
+            own = own._replace(logits_dtype=shard.product_dtype)
         if plan.backward == "gradients" or own == planner:
             return plan
         # What is left is this rank's own choice; "gradients", which is not, is out.
-        return own.choose(backward, scalar_loss=False)
+        return chosen(own, backward, False)
 
     def forward(
         self, shard: Shard, plan: BackwardPlan, progress: Progress | None = None
@@ -230,9 +231,8 @@ class _GradientTiles:
             assert isinstance(shard.ops, HopperOps)
             values = self._kept[:, : self.num_kept]
             scale, own = shard.ops.settle(
-                values, kept.reference, shard, upstream.statistics, upstream.grads,
-                with_targets=False,
-            )  # fmt: skip
+                values, kept.reference, shard, upstream.statistics, upstream.grads
+            )
             if self._sums_tokens:
                 self._kept_sums = sums_of_exponentials(values, scale, own, shard)
             shard.ops.scale_tokens(values, scale, values, (shard.targets, own))

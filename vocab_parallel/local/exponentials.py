@@ -1,11 +1,11 @@
 """Both gradients from the exponentials that forward kept of a shard's logits.
 
-With Q what was kept, one row for each token, and s and o two numbers of a token
-(`kernels/kept_probabilities.py`):
+With Q what was kept, one row for each token, 0 in its target's place, s and o two numbers of a
+token, and y its target (`kernels/kept_probabilities.py`):
 
-    dE = s (Q c)         with o / s in the targets' places of Q
-    dC = Q^T (s e)       with 0 there, and the sum of o e over each row's own tokens
-    db = Q^T s           with 0 there, and that of o
+    dE = s (Q c) + o c[y]
+    dC = Q^T (s e), and the sum of o e over each row's own tokens
+    db = Q^T s, and that of o
 """
 
 from typing import NamedTuple
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vocab_parallel.local.backward_plan import row_blocks
-from vocab_parallel.local.interface import Gradients, Shard, Upstream, token_blocks
+from vocab_parallel.local.interface import Gradients, Progress, Shard, Upstream, token_blocks
 from vocab_parallel.local.kept import Kept
 from vocab_parallel.local.row_gradients import RowGradients
 from vocab_parallel.local.tile_ops import HopperOps, put_product
@@ -42,51 +42,54 @@ def whole_exponentials(shard: Shard, upstream: Upstream) -> Exponentials | None:
 
 def gradients_of_exponentials(kept: Exponentials, shard: Shard, upstream: Upstream) -> Gradients:
     """Multiply what forward kept as it is, and scale what goes in or comes out."""
+    ops = shard.ops
+    assert isinstance(ops, HopperOps)
+    scale, own = ops.settle(kept.values, kept.reference, shard, upstream.statistics, upstream.grads)
     row_grads = RowGradients(shard, upstream, None, one_tile=True)
     hidden_grad = None
     if upstream.wanted.hidden:
-        hidden_grad = _hidden_grad(kept, shard, upstream)
-    if upstream.wanted.classifier or upstream.wanted.bias:
-        _put_row_grads(row_grads, kept, shard, upstream)
+        hidden_grad = _hidden_grad(kept.values, scale, own, shard, upstream.progress)
+    if row_grads.classifier is not None:
+        _put_classifier_grad(row_grads, kept.values, scale, own, shard)
+    if row_grads.bias is not None:
+        row_grads.bias.copy_(sums_of_exponentials(kept.values, scale, own, shard))
     return Gradients(hidden_grad, row_grads.classifier, row_grads.bias)
 
 
-def _hidden_grad(kept: Exponentials, shard: Shard, upstream: Upstream) -> Tensor:
-    """Return dE = s (Q c) [N, D], the partial sum over this rank's rows."""
-    ops, progress = shard.ops, upstream.progress
+def _hidden_grad(
+    values: Tensor, scale: Tensor, own: Tensor, shard: Shard, progress: Progress | None
+) -> Tensor:
+    """Return dE = s (Q c) + o c[y] [N, D], the partial sum over this rank's rows."""
+    ops = shard.ops
     assert isinstance(ops, HopperOps)
-    scale, _ = ops.settle(
-        kept.values, kept.reference, shard, upstream.statistics, upstream.grads, with_targets=True
-    )
     found = shard.hidden.new_empty(shard.hidden.shape, dtype=shard.sum_dtype)
     sums = found if found.dtype == shard.dtype else torch.empty_like(found, dtype=shard.dtype)
     for tokens in token_blocks(shard.num_tokens, shard.num_tokens, progress):
         for rows in row_blocks(shard.num_rows, shard.num_rows, aligned=True):
-            part = kept.values[tokens, rows]
-            put_product(sums[tokens], part, shard.classifier[rows], add=rows.start > 0)
-        ops.scale_tokens(sums[tokens], scale[tokens], found[tokens])
+            put_product(
+                sums[tokens], values[tokens, rows], shard.classifier[rows], add=rows.start > 0
+            )
+        ops.add_target_rows(
+            sums[tokens], scale[tokens], shard.classifier, own[tokens], shard.targets[tokens],
+            found[tokens],
+        )  # fmt: skip
         if progress is not None:
             progress.complete(found, tokens.stop)
     return found
 
 
-def _put_row_grads(
-    row_grads: RowGradients, kept: Exponentials, shard: Shard, upstream: Upstream
+def _put_classifier_grad(
+    row_grads: RowGradients, values: Tensor, scale: Tensor, own: Tensor, shard: Shard
 ) -> None:
-    """Put dC = Q^T (s e), and the bias's sums of Q^T s, and to both what the targets receive."""
+    """Put dC = Q^T (s e), and to it what the targets receive."""
     ops = shard.ops
     assert isinstance(ops, HopperOps)
-    scale, own = ops.settle(
-        kept.values, kept.reference, shard, upstream.statistics, upstream.grads, with_targets=False
-    )
-    if row_grads.classifier is not None:
-        scaled = ops.scale_tokens(shard.hidden, scale, torch.empty_like(shard.hidden))
-        for rows in row_blocks(shard.num_rows, shard.num_rows, aligned=True):
-            row_grads.begin(rows)
-            row_grads.add(kept.values[:, rows], scaled, None)
-        ops.add_to_target_rows(row_grads.classifier, shard.hidden, own, shard.targets)
-    if row_grads.bias is not None:
-        row_grads.bias.copy_(sums_of_exponentials(kept.values, scale, own, shard))
+    assert row_grads.classifier is not None
+    scaled = ops.scale_tokens(shard.hidden, scale, torch.empty_like(shard.hidden))
+    for rows in row_blocks(shard.num_rows, shard.num_rows, aligned=True):
+        row_grads.begin(rows)
+        row_grads.add(values[:, rows], scaled, None)
+    ops.add_to_target_rows(row_grads.classifier, shard.hidden, own, shard.targets)
 
 
 def sums_of_exponentials(values: Tensor, scale: Tensor, own: Tensor, shard: Shard) -> Tensor:

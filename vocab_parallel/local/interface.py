@@ -38,8 +38,7 @@ class Transform(NamedTuple):
     temperature: float = 1.0
 
 
-@dataclass(frozen=True)
-class Shard:
+class Shard(NamedTuple):
     """One rank's share of the work: logits of its rows, for some tokens of the loss.
 
     A call makes one without tokens, and puts them in where the work begins.

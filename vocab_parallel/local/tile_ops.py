@@ -272,22 +272,21 @@ class HopperOps(TritonOps):
     def reference(self, shard: Shard) -> Tensor | None:
         """Return a number near each token's largest logits [N], or None where none is of use.
 
-        It is the largest of some of the shard's rows. Whatever it is the results are right; the
+        In the operands' dtype, which is near enough. It is the largest of some of the shard's rows. Whatever it is the results are right; the
         farther it lies from a token's lse, the more of its logits are done twice.
         """
         if shard.grad_names != ("lse", "target"):
             return None
-        sample = slice(None, None, max(shard.num_rows // _SAMPLE, 1))
-        rows = shard.classifier[sample][:_SAMPLE]
-        bias = None if shard.bias is None else shard.bias[sample][:_SAMPLE]
+        step = max(shard.num_rows // _SAMPLE, 1)
+        sample = slice(None, _SAMPLE * step, step)
+        rows = shard.classifier[sample]
+        bias = None if shard.bias is None else shard.bias[sample]
         block = Block(shard, 0, rows, bias)
-        found = shard.hidden.new_empty(shard.num_tokens, dtype=shard.dtype)
-        for tokens in blocks(shard.num_tokens, _SAMPLED_TOKENS):
-            part = found[tokens]
-            logits = part.new_empty((len(part), len(rows)))
-            put_product(logits, shard.hidden[tokens], rows.T, add=False)
-            torch.amax(finish_logits_(logits, block), 1, out=part)
-        return found
+        found = [
+            finish_logits_(hidden @ rows.T, block).amax(1)
+            for hidden in shard.hidden.split(_SAMPLED_TOKENS)
+        ]
+        return found[0] if len(found) == 1 else torch.cat(found)
 
     def keeps_probabilities(self, shard: Shard) -> bool:
         """Tell whether forward keeps exponentials; float16 has no room for them."""
@@ -334,13 +333,11 @@ class HopperOps(TritonOps):
         shard: Shard,
         statistics: Statistics,
         grads: Statistics,
-        *,
-        with_targets: bool,
     ) -> tuple[Tensor, Tensor]:
         """Make kept exponentials [N, r] of the first rows ready for products.
 
-        Returns each token's scale [N], and what its target's entry receives [N]; see
-        `kernels/kept_probabilities.py`.
+        Returns each token's scale [N], and what its target's entry receives [N], whose place
+        becomes 0; see `kernels/kept_probabilities.py`.
         """
         from vocab_parallel.kernels.kept_probabilities import settle
 
@@ -348,7 +345,7 @@ class HopperOps(TritonOps):
         bias = None if shard.bias is None else shard.bias[rows]
         return settle(
             kept, shard.hidden, shard.classifier[rows], bias, shard.targets, reference,
-            statistics.values, grads.values, shard.transform, with_targets=with_targets,
+            statistics.values, grads.values, shard.transform,
         )  # fmt: skip
 
     def add_to_target_rows(
@@ -358,6 +355,23 @@ class HopperOps(TritonOps):
         from vocab_parallel.kernels.target_rows import add_to_target_rows
 
         add_to_target_rows(matrix, values, weight, targets)
+
+    def add_target_rows(
+        self,
+        sums: Tensor,
+        scale: Tensor,
+        rows: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        out: Tensor,
+    ) -> None:
+        """Write tokens' sums [N, m] times their scales [N], with their targets' rows of [R, m].
+
+        Those count by the tokens' weights [N].
+        """
+        from vocab_parallel.kernels.target_rows import add_target_rows
+
+        add_target_rows(sums, scale, rows, weight, targets, out)
 
     def scale_tokens(
         self,

@@ -1,8 +1,8 @@
 """One call of the loss or of a relative: arguments in, checked and agreed on over the group."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,8 +59,7 @@ class Operands:
         return self.hidden.reshape(-1, self.hidden.shape[-1])
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """A call whose arguments are known to be right, and how its work is done.
 
     Attributes:
@@ -93,7 +92,7 @@ class Call:
     def without_tokens(self) -> "Call":
         """Return what backward needs of the call: no tensor of the tokens' is kept alive by it."""
         none = self.operands.hidden.new_empty(0)
-        return replace(self, operands=Operands(none, self.operands.classifier, None))
+        return self._replace(operands=Operands(none, self.operands.classifier, None))
 
     def labels(self) -> Tensor:
         """Return the labels [N] in the loss's order; gathers those of a "sharded" layout."""

@@ -149,7 +149,7 @@ def own_gradients(call: Call, inputs: Inputs, upstream: Upstream) -> Gradients:
     if shard is None or not any(upstream.wanted):
         return Gradients(None, None, None)
     assert upstream.statistics.names == upstream.grads.names == shard.grad_names
-    return call.impl.backward(replace(shard, names=shard.grad_names), call.plan, upstream)
+    return call.impl.backward(shard._replace(names=shard.grad_names), call.plan, upstream)
 
 
 def summed_gradients(
@@ -333,8 +333,7 @@ def shard_of(call: Call, inputs: Inputs, needs_grad: bool) -> Shard | None:
     """Return what the implementation works on, or None where there is nothing to do."""
     if call.shard.num_rows == 0 or inputs.hidden.shape[0] == 0:
         return None
-    return replace(
-        call.shard,
+    return call.shard._replace(
         hidden=inputs.hidden.detach(),
         classifier=call.rows.tokens_alone(inputs.classifier.detach()),
         bias=None if inputs.bias is None else call.rows.tokens_alone(inputs.bias.detach()),

@@ -112,6 +112,15 @@ def mark_labels(
     )
 
 
+def count_valid(labels: Tensor, *, kernels: bool = False) -> Tensor:
+    """Return how many marked labels are not ignored, those out of range too, as a tensor ()."""
+    if kernels:
+        from vocab_parallel.kernels.tokens import count_tokens
+
+        return count_tokens(labels, IGNORED)
+    return (labels != IGNORED).sum()
+
+
 def shifted(per_label: Tensor, shift: int, fill: float) -> Tensor:
     """Move labels or their weights [..., T] to the left; what has none left gets ``fill``."""
     if shift == 0:

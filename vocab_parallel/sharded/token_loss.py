@@ -11,13 +11,16 @@ over the logits.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, Self, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 from torch import Tensor
 
 from vocab_parallel.sharded.backward import first_derivative_only
 from vocab_parallel.sharded.layout import IGNORED, OUT_OF_RANGE
+
+if TYPE_CHECKING:
+    from vocab_parallel.kernels.tokens import LossNumbers
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class TokenLoss:
         smoothing: label_smoothing.
         vocabulary: how many tokens it has.
         z_loss: the weight of lse^2.
-        divisor: of their sum, or None.
+        divisor: of their sum, which counts as 1 where it is 0, or None.
         kernels: whether Triton's kernels work here.
     """
 
@@ -48,8 +51,7 @@ class TokenLoss:
 
     def total(self, statistics: Tensor) -> Tensor:
         """Return their sum over the divisor, a number that is differentiable in the statistics."""
-        loss = self(statistics).sum()
-        return loss if self.divisor is None else loss / self.divisor
+        return cast(Tensor, _TotalLoss.apply(statistics, self))
 
     def part(self, statistics: Tensor, tokens: slice) -> tuple[Tensor, Tensor]:
         """Return what some tokens add to that total, and what their statistics [k, n] receive.
@@ -57,11 +59,7 @@ class TokenLoss:
         Where the total itself receives 1.
         """
         own = self.of(tokens)
-        loss = own.values(statistics).sum()
-        unit = torch.ones_like(loss)
-        if self.divisor is not None:
-            loss, unit = loss / self.divisor, unit / self.divisor
-        return loss, own.gradient(statistics, unit.expand(statistics.shape[1]))
+        return own.total_value(statistics), own.total_gradient(statistics, statistics.new_ones(()))
 
     def of(self, tokens: slice) -> Self:
         """Return that of some of the tokens."""
@@ -73,7 +71,7 @@ class TokenLoss:
         if self.kernels:
             from vocab_parallel.kernels.tokens import token_loss
 
-            return token_loss(statistics, self.labels, self.weight, **self._numbers())
+            return token_loss(statistics, self.labels, self.weight, self._numbers())
         ignored = self.labels == IGNORED
         lse = statistics[0].masked_fill(ignored, 0.0)
         loss = lse - (1.0 - self.smoothing) * statistics[1]
@@ -91,7 +89,7 @@ class TokenLoss:
             from vocab_parallel.kernels.tokens import token_loss_grad
 
             return token_loss_grad(
-                statistics, self.labels, self.weight, upstream, **self._numbers()
+                statistics, self.labels, self.weight, upstream, None, self._numbers()
             )
         unit = upstream if self.weight is None else upstream * self.weight
         ignored = self.labels == IGNORED
@@ -104,19 +102,46 @@ class TokenLoss:
             grads[2] = -self._share * unit
         return grads
 
+    def total_value(self, statistics: Tensor) -> Tensor:
+        """Return `total`, without a gradient."""
+        if self.kernels:
+            from vocab_parallel.kernels.tokens import total_loss
+
+            return total_loss(statistics, self.labels, self.weight, self.divisor, self._numbers())
+        return self.divided(self.values(statistics).sum())
+
+    def total_gradient(self, statistics: Tensor, upstream: Tensor) -> Tensor:
+        """Return what each statistic [k, n] receives where the total receives ``upstream``."""
+        if self.kernels:
+            from vocab_parallel.kernels.tokens import token_loss_grad
+
+            return token_loss_grad(
+                statistics, self.labels, self.weight, upstream, self.divisor, self._numbers()
+            )
+        return self.gradient(statistics, self.divided(upstream).expand(statistics.shape[1]))
+
+    def divided(self, total: Tensor) -> Tensor:
+        """Return a sum over the tokens, or what it receives, over the divisor."""
+        return total if self.divisor is None else total / at_least_one(self.divisor)
+
     @property
     def _share(self) -> float:
         """How much of the smoothing each token of the vocabulary gets."""
         return self.smoothing / self.vocabulary if self.smoothing else 0.0
 
-    def _numbers(self) -> dict[str, Any]:
-        return {
-            "smoothing": float(self.smoothing),
-            "smoothing_share": self._share,
-            "z_loss": float(self.z_loss),
-            "ignored": IGNORED,
-            "out_of_range": OUT_OF_RANGE,
-        }
+    def _numbers(self) -> "LossNumbers":
+        from vocab_parallel.kernels.tokens import LossNumbers
+
+        return LossNumbers(
+            float(self.smoothing), self._share, float(self.z_loss), IGNORED, OUT_OF_RANGE
+        )
+
+
+def at_least_one(divisor: int | Tensor) -> int | Tensor:
+    """Return the divisor of a mean; no tokens at all have the mean 0, fewer are nobody's."""
+    if isinstance(divisor, int):
+        return max(divisor, 1)
+    return torch.where(divisor < 0, torch.nan, divisor.clamp(min=1))
 
 
 class _TokenLoss(torch.autograd.Function):
@@ -132,3 +157,18 @@ class _TokenLoss(torch.autograd.Function):
         (statistics,) = ctx.saved_tensors
         loss: TokenLoss = ctx.loss
         return loss.gradient(statistics, upstream), None
+
+
+class _TotalLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, statistics: Tensor, loss: TokenLoss) -> Tensor:
+        ctx.save_for_backward(statistics)
+        ctx.loss = loss
+        return loss.total_value(statistics)
+
+    @staticmethod
+    @first_derivative_only
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        (statistics,) = ctx.saved_tensors
+        loss: TokenLoss = ctx.loss
+        return loss.total_gradient(statistics, upstream), None

@@ -354,7 +354,7 @@ def _by_chunks(call: Call, inputs: Inputs) -> tuple[Statistics, Tensor]:
         backward="gradients",
         scalar_loss=True,
     )
-    in_chunks = replace(call, plan=plan)
+    in_chunks = call._replace(plan=plan)
     own = Statistics.empty(call.shard.names, num_tokens, inputs.hidden)
     share = torch.empty_like(inputs.hidden, dtype=own.values.dtype)
     for tokens in blocks(num_tokens, max(plan.chunk_tokens, 1)):
