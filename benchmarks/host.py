@@ -2,14 +2,20 @@
 
     python -m benchmarks.host
     python -m benchmarks.host --only "ours, auto" --profile
+    python -m benchmarks.host --one-thread        # backward on the thread that calls it
 
 A loop has 8 microbatches, each forward and then backward, on a shard whose products take a fast
 card about 2 ms. The device is idle when a loop begins, and nothing waits for it before the loop's
 end: what is shown is the median over all microbatches of the time in which the calls return, the
 second is all of a loop's, work of the device included, for one microbatch. Where it is not larger
 than the host's two together, the host is what the loop waits for. On a CPU the calls do the work
-themselves. `--profile` prints the 20 functions with most time of their own (cProfile, which slows
-them down); backward runs on the calling thread then, where the profiler sees it.
+themselves.
+
+On a GPU autograd runs backward on a thread of its own, and what Python has in the caches goes from
+core to core and back with every call; `--one-thread` is what
+`torch.autograd.set_multithreading_enabled(False)` does. `--profile` prints the 20 functions with
+most time of their own (cProfile, which slows them down), with backward on the calling thread, where
+the profiler sees it.
 The last line of the output is one JSON document.
 """
 
@@ -52,6 +58,8 @@ class Arguments:
     """Timed loops."""
     only: tuple[str, ...] = ()
     """Names of the table's rows; all of them by default."""
+    one_thread: bool = False
+    """Whether backward runs on the thread that calls it."""
     profile: bool = False
     """Whether to print in which functions the host is."""
 
@@ -71,7 +79,8 @@ def main() -> None:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     operands = draw(arguments.tokens, arguments.hidden, arguments.rows, dtype, device)
     forwards = chosen(contestants(operands), arguments.only)
-    found = measure(forwards, operands, arguments.microbatches, arguments.loops)
+    with torch.autograd.set_multithreading_enabled(not arguments.one_thread):
+        found = measure(forwards, operands, arguments.microbatches, arguments.loops)
     if arguments.profile:
         for name, forward in forwards.items():
             print_profiles(name, forward, operands, arguments.microbatches * arguments.loops)

@@ -203,7 +203,7 @@ def linear_cross_entropy(
     call = prepare(operands, settings, vocab_parallel_options, validate=validate)
     labels = call.labels()
     losses = token_losses(call, labels)
-    if call.plan.backward == "gradients":
+    if settings.scalar_loss:
         loss, statistics = scalar_loss(call, labels, losses)
     else:
         statistics = vocab_statistics(call, labels)

@@ -143,7 +143,7 @@ def multi_token_cross_entropy(
     labels = call.labels()
     heads = _Heads(call, labels)
     losses = heads.losses(weighted=True)
-    if call.plan.backward == "gradients":
+    if settings.scalar_loss:
         loss, statistics = scalar_loss(call, labels, losses)
     else:
         statistics = vocab_statistics(call, labels)

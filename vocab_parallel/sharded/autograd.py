@@ -28,14 +28,14 @@ def vocab_statistics(call: Call, labels: Tensor) -> Statistics:
 
 
 def scalar_loss(call: Call, labels: Tensor, loss: TokenLoss) -> tuple[Tensor, Statistics]:
-    """Return the loss of all tokens, its gradients computed already; all ranks call.
+    """Return the loss of all tokens, a number that is differentiable; all ranks call.
 
     The second of the pair are the statistics [k, N] that it is made of, without a gradient: no
     output of the Function, which has one alone.
     """
-    statistics = Statistics.empty(call.shard.names, labels.shape[0], call.operands.hidden)
-    value = _VocabLoss.apply(*_tensors(call, labels), call, loss, statistics)
-    return cast(Tensor, value), statistics
+    made: list[Statistics] = []
+    value = _VocabLoss.apply(*_tensors(call, labels), call, loss, made)
+    return cast(Tensor, value), made[0]
 
 
 def _tensors(call: Call, labels: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
@@ -85,7 +85,7 @@ class _VocabStatistics(torch.autograd.Function):
 
 
 class _VocabLoss(torch.autograd.Function):
-    """S and T in forward; backward multiplies."""
+    """S and the loss in forward, T in backward; or all in forward, and backward multiplies."""
 
     @staticmethod
     def forward(
@@ -96,13 +96,19 @@ class _VocabLoss(torch.autograd.Function):
         targets: Tensor,  # (N,), rows of this shard, or outside of them
         call: Call,
         loss: TokenLoss,
-        statistics: Statistics,
+        made: list[Statistics],  # what it is made of is added to it
     ) -> Tensor:
         inputs = Inputs(gathered_hidden(call, hidden), classifier, bias, targets)
         wanted = Wanted(*(need and call.records for need in ctx.needs_input_grad[:3]))
-        work = LossWithGradients(call, inputs, wanted, loss, statistics)
-        value = work.run()
-        ctx.gradients = work.gradients()
+        ctx.gradients, ctx.kept = None, None
+        if call.plan.backward == "gradients":
+            work = LossWithGradients(call, inputs, wanted, loss)
+            value, statistics = work.run(), work.statistics
+            ctx.gradients = work.gradients()
+        else:
+            statistics, ctx.kept = joined_statistics(call, inputs, any(wanted))
+            value = loss.total_value(statistics.values)
+        made.append(statistics)
         ctx.save_for_backward(*inputs, statistics.values)
         ctx.call, ctx.loss = call.without_tokens(), loss
         return value
@@ -113,25 +119,33 @@ class _VocabLoss(torch.autograd.Function):
         *tensors, values = ctx.saved_tensors
         inputs, call = Inputs(*tensors), ctx.call
         wanted = _wanted(ctx, inputs)
-        made: Gradients = ctx.gradients
-        if all(gradient is not None for gradient, want in zip(made, wanted, strict=True) if want):
-            # Each is handed out once: it may belong to a parameter afterwards.
-            ctx.gradients = Gradients(
-                *(None if want else gradient for gradient, want in zip(made, wanted, strict=True))
-            )
+        handed_out = _hand_out(ctx, wanted)
+        if handed_out is not None:
             found = Gradients(
-                *(
-                    call.shard.ops.scale_(gradient, grad) if want else None
-                    for gradient, want in zip(made, wanted, strict=True)
-                )
+                *(None if one is None else call.shard.ops.scale_(one, grad) for one in handed_out)
             )
             return (*_accumulated(call, inputs, found), None, None, None, None)
-        # A graph that is run again makes them again.
-        statistics = Statistics(values, call.shard.names)
-        _, grads = ctx.loss.part(values, slice(0, inputs.hidden.shape[0]))
-        upstream = Statistics(grads * grad, statistics.names)
-        found = summed_gradients(call, inputs, statistics, upstream, wanted)
+        names = call.shard.names
+        statistics = Statistics(values, names)
+        upstream = Statistics(ctx.loss.total_gradient(values, grad), names)
+        found = summed_gradients(call, inputs, statistics, upstream, wanted, ctx.kept)
         return (*found, None, None, None, None)
+
+
+def _hand_out(ctx: Any, wanted: Wanted) -> Gradients | None:
+    """Return the wanted ones of the gradients that forward made; None where one is not there.
+
+    Each is handed out once: it may belong to a parameter afterwards. A graph that is run again
+    makes them again.
+    """
+    made: Gradients | None = ctx.gradients
+    if made is None:
+        return None
+    pairs = list(zip(made, wanted, strict=True))
+    if any(want and gradient is None for gradient, want in pairs):
+        return None
+    ctx.gradients = Gradients(*(None if want else gradient for gradient, want in pairs))
+    return Gradients(*(gradient if want else None for gradient, want in pairs))
 
 
 def _accumulated(call: Call, inputs: Inputs, found: Gradients) -> Gradients:

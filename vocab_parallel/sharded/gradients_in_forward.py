@@ -44,7 +44,7 @@ class LossWithGradients:
     """One forward's way through its chunks; all ranks of the group make it and call alike.
 
     Attributes:
-        statistics: [k, N], which `run` fills with those of the whole vocabulary.
+        statistics: [k, N], of the whole vocabulary once `run` has returned.
     """
 
     def __init__(
@@ -53,13 +53,12 @@ class LossWithGradients:
         inputs: Inputs,
         wanted: Wanted,
         loss: TokenLoss,
-        statistics: Statistics,
     ) -> None:
         self._call, self._inputs, self._wanted, self._loss = call, inputs, wanted, loss
         num_tokens = inputs.hidden.shape[0]
         size = max(call.plan.chunk_tokens, 1)
         self._chunks = list(blocks(num_tokens, size)) or [slice(0, 0)]
-        self.statistics = statistics
+        self.statistics = Statistics.empty(call.shard.names, num_tokens, inputs.hidden)
         self._reduction: HiddenGradSum | None = None
         self._spans: HiddenGradSpans | None = None  # in its place, in a long call
         if wanted.hidden and is_long(call, inputs):
@@ -69,7 +68,7 @@ class LossWithGradients:
         self._hidden_grad: Tensor | None = None  # partial, [N, D]
         # The first chunk's product is written, and the others' added, in float32 if there are some.
         wide = len(self._chunks) > 1 or call.settings.accumulate_into is not None
-        dtype = statistics.values.dtype if wide else inputs.classifier.dtype
+        dtype = self.statistics.values.dtype if wide else inputs.classifier.dtype
         self._row_sums = RowSums(ClassifierGrad(dtype))
 
     def run(self) -> Tensor:
