@@ -17,7 +17,6 @@ its work with a few numbers of each token.
 
 import functools
 
-import torch
 import triton.language as tl
 from torch import Tensor
 

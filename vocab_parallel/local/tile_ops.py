@@ -272,8 +272,9 @@ class HopperOps(TritonOps):
     def reference(self, shard: Shard) -> Tensor | None:
         """Return a number near each token's largest logits [N], or None where none is of use.
 
-        In the operands' dtype, which is near enough. It is the largest of some of the shard's rows. Whatever it is the results are right; the
-        farther it lies from a token's lse, the more of its logits are done twice.
+        It is the largest of some of the shard's rows, in the operands' dtype. Whatever it is the
+        results are right; the farther it lies from a token's lse, the more of its logits are done
+        twice.
         """
         if shard.grad_names != ("lse", "target"):
             return None
