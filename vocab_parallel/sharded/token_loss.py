@@ -10,6 +10,7 @@ is one kernel: written with tensor operations it is thirty, which together take 
 over the logits.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self, cast
 
@@ -21,6 +22,9 @@ from vocab_parallel.sharded.layout import IGNORED, OUT_OF_RANGE
 
 if TYPE_CHECKING:
     from vocab_parallel.kernels.tokens import LossNumbers
+
+_OfStatistics = Callable[[Tensor], Tensor]
+_Backward = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -47,11 +51,11 @@ class TokenLoss:
 
     def __call__(self, statistics: Tensor) -> Tensor:
         """Return the losses [n] of statistics [k, n], differentiable in these."""
-        return cast(Tensor, _TokenLoss.apply(statistics, self))
+        return cast(Tensor, _Written.apply(statistics, self.values, self.gradient))
 
     def total(self, statistics: Tensor) -> Tensor:
         """Return their sum over the divisor, a number that is differentiable in the statistics."""
-        return cast(Tensor, _TotalLoss.apply(statistics, self))
+        return cast(Tensor, _Written.apply(statistics, self.total_value, self.total_gradient))
 
     def part(self, statistics: Tensor, tokens: slice) -> tuple[Tensor, Tensor]:
         """Return what some tokens add to that total, and what their statistics [k, n] receive.
@@ -144,31 +148,17 @@ def at_least_one(divisor: int | Tensor) -> int | Tensor:
     return torch.where(divisor < 0, torch.nan, divisor.clamp(min=1))
 
 
-class _TokenLoss(torch.autograd.Function):
+class _Written(torch.autograd.Function):
+    """A function of statistics [k, n] whose gradient is written down."""
+
     @staticmethod
-    def forward(ctx: Any, statistics: Tensor, loss: TokenLoss) -> Tensor:
+    def forward(ctx: Any, statistics: Tensor, value: _OfStatistics, gradient: _Backward) -> Tensor:
         ctx.save_for_backward(statistics)
-        ctx.loss = loss
-        return loss.values(statistics)
+        ctx.gradient = gradient
+        return value(statistics)
 
     @staticmethod
     @first_derivative_only
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
         (statistics,) = ctx.saved_tensors
-        loss: TokenLoss = ctx.loss
-        return loss.gradient(statistics, upstream), None
-
-
-class _TotalLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, statistics: Tensor, loss: TokenLoss) -> Tensor:
-        ctx.save_for_backward(statistics)
-        ctx.loss = loss
-        return loss.total_value(statistics)
-
-    @staticmethod
-    @first_derivative_only
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
-        (statistics,) = ctx.saved_tensors
-        loss: TokenLoss = ctx.loss
-        return loss.total_gradient(statistics, upstream), None
+        return ctx.gradient(statistics, upstream), None, None
