@@ -79,8 +79,8 @@ class TrainArguments(DataArguments):
     """Data degree: how many copies of the mesh train on sequences of their own."""
     shard_body: bool = False
     """Let each copy hold its part alone of layers, norms and a plain embedding, with gradients and
-    optimizer state (FSDP2); they are whole while a step runs. Not where the backward is split, nor
-    with all-stages."""
+    optimizer state (FSDP2); weights are whole while a step runs. Not with a schedule that splits
+    the backward."""
     vocab_over: Literal["last-stage", "all-stages"] = "last-stage"
     """Which ranks hold the rows of classifier and embedding: with all-stages every rank does."""
     rows: Literal["balanced", "filled"] = "balanced"
@@ -289,10 +289,6 @@ class TrainArguments(DataArguments):
             raise ValueError(
                 f"--shard-body needs a whole backward, which --schedule {self.schedule} splits: "
                 f"use 1F1B, Interleaved1F1B, GPipe or LoopedBFS, or leave it out"
-            )
-        if self.vocab_over == "all-stages":
-            raise ValueError(
-                "--shard-body is of --vocab-over last-stage alone: leave one of the two out"
             )
 
     def _validate_optimizer(self) -> None:

@@ -241,11 +241,15 @@ FOUR: list[dict[str, Any]] = [
     {"schedule": "GPipe", "dtype": "bfloat16"},
     {"pipeline": 1, "vocab": 2, "dtype": "bfloat16", "float32_weights": False, "model": "tied"},
 ]
+SPANNING: list[dict[str, Any]] = [
+    {"vocab_over": "all-stages", "accumulate": 2, "recompute": "all"},
+    {"vocab_over": "all-stages", "schedule": "Interleaved1F1B", "model": "tied"},
+]
 THREE: list[dict[str, Any]] = [{"pipeline": 1, "data": 3, "batch": 12, "model": "tied"}]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "cases"), [(4, FOUR[:2]), (4, FOUR[2:]), (3, THREE)])
+@pytest.mark.parametrize(("ranks", "cases"), [(4, FOUR[:2]), (4, FOUR[2:]), (4, SPANNING), (3, THREE)])
 def test_meshes(ranks: int, cases: list[dict[str, Any]], tmp_path: Path) -> None:
     run_ranks(check_meshes, ranks, timeout=170, folder=str(tmp_path), cases=cases)
 
@@ -254,7 +258,6 @@ def test_what_cannot_be_sharded(tmp_path: Path) -> None:
     for changes, words in (
         ({"data": 1}, "give --data 2 or more"),
         ({"schedule": "ZBVZeroBubble"}, "ZBVZeroBubble splits: use 1F1B"),
-        ({"vocab_over": "all-stages"}, "leave one of the two out"),
     ):
         with pytest.raises(ValueError, match=re.escape(words)):
             arguments_of(tmp_path, "none", **changes)
