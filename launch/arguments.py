@@ -79,8 +79,7 @@ class TrainArguments(DataArguments):
     """Data degree: how many copies of the mesh train on sequences of their own."""
     shard_body: bool = False
     """Let each copy hold its part alone of layers, norms and a plain embedding, with gradients and
-    optimizer state (FSDP2); weights are whole while a step runs. Not with a schedule that splits
-    the backward."""
+    optimizer state (FSDP2); weights and gradients are whole while a step runs."""
     vocab_over: Literal["last-stage", "all-stages"] = "last-stage"
     """Which ranks hold the rows of classifier and embedding: with all-stages every rank does."""
     rows: Literal["balanced", "filled"] = "balanced"
@@ -239,7 +238,8 @@ class TrainArguments(DataArguments):
                 f"which --schedule {self.schedule} splits: use 1F1B, Interleaved1F1B, GPipe or "
                 f"LoopedBFS"
             )
-        self._validate_shards()
+        if self.shard_body and self.data == 1:
+            raise ValueError("--shard-body spreads the body over copies: give --data 2 or more")
         if self.rows == "filled" and self.vocab_over == "last-stage":
             raise ValueError("--rows filled is of --vocab-over all-stages: give that too")
         self._validate_optimizer()
@@ -279,17 +279,6 @@ class TrainArguments(DataArguments):
             find_model(self.model)
         if self.export is not None and self.export.exists() and any(self.export.iterdir()):
             raise ValueError(f"--export {self.export} is not empty: give a new folder")
-
-    def _validate_shards(self) -> None:
-        if not self.shard_body:
-            return
-        if self.data == 1:
-            raise ValueError("--shard-body spreads the body over copies: give --data 2 or more")
-        if self.splits_backward:
-            raise ValueError(
-                f"--shard-body needs a whole backward, which --schedule {self.schedule} splits: "
-                f"use 1F1B, Interleaved1F1B, GPipe or LoopedBFS, or leave it out"
-            )
 
     def _validate_optimizer(self) -> None:
         if self.clip_norm is not None and not self.clip_norm > 0:

@@ -1,9 +1,10 @@
 """A stage's body, sharded over the data axis by torch's FSDP2.
 
-Each rank of the data group holds 1/N of every parameter's rows of dimension 0, with their gradient
-and optimizer state. The whole weights exist from a step's first forward to its last backward, and
-so do the whole gradients, as torch's schedules have it: they are gathered once a step, not once a
-microbatch, and reduced once.
+Each of the N ranks of the data group holds 1/N of every parameter, cut in dimension 0, with its
+gradient and optimizer state. The whole weights and gradients exist while a schedule's step runs, as
+torch's schedules have it: weights are gathered once for all microbatches, and gradients reduced
+once a step of the optimizer. So a schedule may split the backward, too: nothing is gathered or
+dropped between its halves.
 """
 
 from collections.abc import Iterable
@@ -16,7 +17,9 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.tensor import DTensor
 
+from launch.arguments import TrainArguments
 from launch.model import PassThrough, Stage, vocabulary_rows
+from vocab_parallel.sharded.backward import loses_nodes
 
 
 class StageOfShards(PipelineStage):
@@ -40,6 +43,20 @@ class StageOfShards(PipelineStage):
             if parameter.requires_grad and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         super().perform_reduce_grad(grad_scale_factor)
+
+
+def refuse_to_shard(arguments: TrainArguments) -> None:
+    """Refuse --shard-body where this torch would lose FSDP2's part of the graph.
+
+    Raises:
+        ValueError: a schedule that splits the backward, under a torch before 2.13.
+    """
+    if arguments.shard_body and arguments.splits_backward and loses_nodes():
+        raise ValueError(
+            f"--shard-body under --schedule {arguments.schedule}, which splits the backward, needs "
+            f"torch 2.13 or newer, and this is {torch.__version__}: use 1F1B, Interleaved1F1B, "
+            f"GPipe or LoopedBFS, or leave it out"
+        )
 
 
 def shard_body(stage: Stage, mesh: DeviceMesh, dtype: torch.dtype) -> None:

@@ -22,7 +22,7 @@ from launch.configs import config_of_sizes, load_config
 from launch.data.batches import Batch
 from launch.layers import compiles, prepare_layers
 from launch.model import EMBEDDING, SpanningRows, Stage, build_stage
-from launch.sharded_body import StageOfShards, shard_body
+from launch.sharded_body import StageOfShards, refuse_to_shard, shard_body
 from launch.spanning import SpanningPlan, spanning_plan
 from launch.weights import FolderWeights, RandomWeights, WeightSource
 from launch.whole import model_without_memory
@@ -189,9 +189,11 @@ def build_pipeline(
 
     Raises:
         ValueError: weights that cannot be read, more stages than layers, microbatches that the
-            schedule cannot run, or a model whose loss is not that of its logits alone.
+            schedule cannot run, a model whose loss is not that of its logits alone, or a body that
+            this torch cannot shard under the schedule.
     """
     refuse_other_losses(config)
+    refuse_to_shard(arguments)
     cls = get_schedule_class(arguments.schedule)
     single = issubclass(cls, PipelineScheduleSingle)
     v_shaped = issubclass(cls, ScheduleZBVZeroBubble | ScheduleDualPipeV)

@@ -1,7 +1,6 @@
 """launch.train --shard-body: equal to one process, and to whole copies of the body."""
 
 import json
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from launch.arguments import TrainArguments
 from launch.data.load import load_batches
 from launch.model import vocabulary_rows
 from launch.optimizer import AdamW
-from launch.sharded_body import replicated_parameters
+from launch.sharded_body import refuse_to_shard, replicated_parameters
 from launch.training import run
 from launch.training_pipeline import build_pipeline, model_of
 from stage_groups import build_stage_groups
@@ -241,6 +240,11 @@ FOUR: list[dict[str, Any]] = [
     {"schedule": "GPipe", "dtype": "bfloat16"},
     {"pipeline": 1, "vocab": 2, "dtype": "bfloat16", "float32_weights": False, "model": "tied"},
 ]
+SPLIT: list[dict[str, Any]] = [
+    {"schedule": "ZBVZeroBubble", "accumulate": 2, "model": "tied"},
+    {"schedule": "InterleavedZeroBubble", "vocab_over": "all-stages"},
+    {"schedule": "DualPipeV", "microbatches": 4, "model": "experts"},
+]
 SPANNING: list[dict[str, Any]] = [
     {"vocab_over": "all-stages", "accumulate": 2, "recompute": "all"},
     {"vocab_over": "all-stages", "schedule": "Interleaved1F1B", "model": "tied"},
@@ -249,15 +253,18 @@ THREE: list[dict[str, Any]] = [{"pipeline": 1, "data": 3, "batch": 12, "model": 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "cases"), [(4, FOUR[:2]), (4, FOUR[2:]), (4, SPANNING), (3, THREE)])
+@pytest.mark.parametrize(
+    ("ranks", "cases"), [(4, FOUR[:2]), (4, FOUR[2:]), (4, SPLIT), (4, SPANNING), (3, THREE)]
+)
 def test_meshes(ranks: int, cases: list[dict[str, Any]], tmp_path: Path) -> None:
     run_ranks(check_meshes, ranks, timeout=170, folder=str(tmp_path), cases=cases)
 
 
-def test_what_cannot_be_sharded(tmp_path: Path) -> None:
-    for changes, words in (
-        ({"data": 1}, "give --data 2 or more"),
-        ({"schedule": "ZBVZeroBubble"}, "ZBVZeroBubble splits: use 1F1B"),
-    ):
-        with pytest.raises(ValueError, match=re.escape(words)):
-            arguments_of(tmp_path, "none", **changes)
+def test_what_cannot_be_sharded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="give --data 2 or more"):
+        arguments_of(tmp_path, "none", data=1)
+    monkeypatch.setattr("launch.sharded_body.loses_nodes", lambda: True)
+    refuse_to_shard(arguments_of(tmp_path, "none"))
+    refuse_to_shard(arguments_of(tmp_path, "none", schedule="DualPipeV", shard_body=False))
+    with pytest.raises(ValueError, match=r"ZBVZeroBubble.*needs torch 2\.13 or newer.*use 1F1B"):
+        refuse_to_shard(arguments_of(tmp_path, "none", schedule="ZBVZeroBubble"))

@@ -65,6 +65,12 @@ RUNS = [
         2, 1, "1F1B --microbatches 2 --data 2 --vocab-over all-stages", marks=pytest.mark.slow
     ),
     pytest.param(
+        1,
+        1,
+        "1F1B --microbatches 2 --accumulate 2 --data 2 --shard-body --recompute all --compile yes",
+        marks=pytest.mark.slow,
+    ),
+    pytest.param(
         2,
         1,
         "1F1B --vocab-over all-stages --accumulate 2 --microbatches 4 --recompute all",
