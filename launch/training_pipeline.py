@@ -94,7 +94,11 @@ class Pipeline:
         return self.stages.parameters()
 
     def shard_body(self, dtype: torch.dtype) -> None:
-        """Shard the body, of a dtype, over the data axis; all ranks call, before the optimizer."""
+        """Shard the body, of a dtype, over the data axis; all ranks call, before the optimizer.
+
+        The schedule is made already: of an FSDP2 module it could not know that nothing is gathered
+        or reduced between its actions, and would refuse it where that is wrong.
+        """
         assert self.groups.data_mesh is not None
         for stage in self.stages:
             assert isinstance(stage, Stage)
