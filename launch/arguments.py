@@ -156,7 +156,7 @@ class TrainArguments(DataArguments):
     out: Path = Path("runs/train")
     """Folder for the loss curve (loss.png), the numbers (run.json) and a line a step
     (log.jsonl)."""
-    log: Literal["tensorboard", "wandb"] | None = None
+    tracker: Literal["tensorboard", "wandb"] | None = None
     """Where the lines of log.jsonl in --out go besides."""
     eval_every: int = 0
     """Score --eval-text after every so many steps and after the last one; 0 is never."""
@@ -270,10 +270,10 @@ class TrainArguments(DataArguments):
         super().validate_paths()
         if self.eval_text is not None:
             find_source(self.eval_text)
-        if self.log is not None and find_spec(self.log) is None:
+        if self.tracker is not None and find_spec(self.tracker) is None:
             raise ValueError(
-                f"--log {self.log} needs the package {self.log}: pip install {self.log}, or leave "
-                f"it out; log.jsonl in --out has the same lines"
+                f"--tracker {self.tracker} needs the package {self.tracker}: pip install "
+                f"{self.tracker}, or leave it out; log.jsonl in --out has the same lines"
             )
         if self.model is not None:
             find_model(self.model)

@@ -143,7 +143,10 @@ def train(
         trained.first_step, trained.seconds = history.step, history.seconds
         trained.losses = history.losses if pipeline.has_last else []
     shown = pipeline.has_last and groups.column_rank == 0 and groups.data_rank == 0
-    progress = Progress(arguments, pipeline.config, trained.first_step, device) if shown else None
+    progress = None
+    with raised_on_all():
+        if shown:
+            progress = Progress(arguments, pipeline.config, trained.first_step, device)
     readings = Readings(device)
     for step in range(trained.first_step, arguments.steps):
         own = pipeline.column_of(batches[step])
