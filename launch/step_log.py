@@ -34,13 +34,13 @@ class StepLog:
 
     def __init__(self, arguments: TrainArguments, first_step: int) -> None:
         arguments.out.mkdir(parents=True, exist_ok=True)
+        self._tracker: Tracker | None = None
+        if arguments.tracker is not None:  # before the lines of an earlier run are gone
+            self._tracker = TRACKERS[arguments.tracker](arguments, first_step)
         path = arguments.out / "log.jsonl"
         kept = _lines_until(path, first_step) if first_step else []
         self._file = path.open("w")
         self._file.writelines(kept)
-        self._tracker: Tracker | None = None
-        if arguments.tracker is not None:
-            self._tracker = TRACKERS[arguments.tracker](arguments, first_step)
 
     def write(self, step: int, numbers: dict[str, float | None]) -> None:
         """Write the numbers of a step; None is what is not known."""
