@@ -77,6 +77,9 @@ class TrainArguments(DataArguments):
     """Vocab degree: over how many ranks of the last stage the classifier's rows are spread."""
     data: int = 1
     """Data degree: how many copies of the mesh train on sequences of their own."""
+    shard_body: bool = False
+    """Let each copy hold its part alone of layers, norms and a plain embedding, with gradients and
+    optimizer state (FSDP2); weights and gradients are whole while a step runs."""
     vocab_over: Literal["last-stage", "all-stages"] = "last-stage"
     """Which ranks hold the rows of classifier and embedding: with all-stages every rank does."""
     rows: Literal["balanced", "filled"] = "balanced"
@@ -153,7 +156,7 @@ class TrainArguments(DataArguments):
     out: Path = Path("runs/train")
     """Folder for the loss curve (loss.png), the numbers (run.json) and a line a step
     (log.jsonl)."""
-    log: Literal["tensorboard", "wandb"] | None = None
+    tracker: Literal["tensorboard", "wandb"] | None = None
     """Where the lines of log.jsonl in --out go besides."""
     eval_every: int = 0
     """Score --eval-text after every so many steps and after the last one; 0 is never."""
@@ -235,6 +238,8 @@ class TrainArguments(DataArguments):
                 f"which --schedule {self.schedule} splits: use 1F1B, Interleaved1F1B, GPipe or "
                 f"LoopedBFS"
             )
+        if self.shard_body and self.data == 1:
+            raise ValueError("--shard-body spreads the body over copies: give --data 2 or more")
         if self.rows == "filled" and self.vocab_over == "last-stage":
             raise ValueError("--rows filled is of --vocab-over all-stages: give that too")
         self._validate_optimizer()
@@ -265,10 +270,10 @@ class TrainArguments(DataArguments):
         super().validate_paths()
         if self.eval_text is not None:
             find_source(self.eval_text)
-        if self.log is not None and find_spec(self.log) is None:
+        if self.tracker is not None and find_spec(self.tracker) is None:
             raise ValueError(
-                f"--log {self.log} needs the package {self.log}: pip install {self.log}, or leave "
-                f"it out; log.jsonl in --out has the same lines"
+                f"--tracker {self.tracker} needs the package {self.tracker}: pip install "
+                f"{self.tracker}, or leave it out; log.jsonl in --out has the same lines"
             )
         if self.model is not None:
             find_model(self.model)

@@ -14,6 +14,7 @@ from launch.arguments import TrainArguments
 from launch.conversion import stored_form
 from launch.data.tokenizers import save_tokenizer
 from launch.model import CLASSIFIER, EMBEDDING, stored_buffers, vocabulary_rows
+from launch.sharded_body import whole
 from launch.training_pipeline import Pipeline
 
 _GENERATION = "generation_config.json"
@@ -22,7 +23,8 @@ _GENERATION = "generation_config.json"
 def export_model(pipeline: Pipeline, arguments: TrainArguments) -> None:
     """Write ``--export``, a folder that transformers opens: all that ``save_pretrained`` writes.
 
-    All ranks call it. The rows of a vocabulary are gathered over its group, one weight at a time;
+    All ranks call it. The rows of a vocabulary are gathered over its group, and a sharded body over
+    the data group, one weight at a time;
     the first vocab rank of each pipeline rank writes what that one holds. The tokenizer, and the
     generation config of the --model folder, lie beside the weights. The folder appears when it is
     whole.
@@ -82,16 +84,16 @@ def _whole_tensors(pipeline: Pipeline, dtype: torch.dtype) -> dict[str, Tensor]:
     names = dict(pipeline.stages.named_parameters())
     found = {}
     for name, parameter in names.items():
-        whole = parameter.detach()
+        joined = whole(parameter.detach())
         if id(parameter) in owners:
-            whole = owners[id(parameter)].gather_rows(whole)
+            joined = owners[id(parameter)].gather_rows(joined)
             if pipeline.spans and pipeline.groups.pipeline_rank > 0:
                 continue
         if pipeline.tied is not None and name == CLASSIFIER:
             if 0 not in pipeline.indices:
                 continue
             name = EMBEDDING
-        found[name] = whole.to("cpu", dtype).contiguous()
+        found[name] = joined.to("cpu", dtype).contiguous()
     for stage in pipeline.stages:
         found |= {name: buffer.cpu() for name, buffer in stored_buffers(stage).items()}
     return stored_form(pipeline.config, found)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from launch.data.batches import IGNORED, Batch, Batches
 from launch.evaluation import score_hidden
+from launch.sharded_body import reshard_body
 from launch.training_pipeline import Pipeline
 from vocab_parallel import TokenScores
 
@@ -34,6 +35,7 @@ def score_pipeline(pipeline: Pipeline, batches: Batches, microbatches: int) -> T
             if scores is not None:
                 total = scores if total is None else total + scores
     pipeline.stages.train()
+    reshard_body(pipeline.stages)
     if total is None:
         return None
     sums = torch.stack([total.nll, total.correct, total.count])
@@ -76,7 +78,7 @@ def _last_hidden(pipeline: Pipeline, piece: Batch) -> Tensor | None:
             hidden = first
         elif index - 1 not in own:
             hidden = _receive(pipeline, piece, owners[index - 1])
-        hidden = stage.hidden_states(hidden, piece.position_ids)
+        hidden = stage(hidden, piece.position_ids)
         if index + 1 < len(owners) and index + 1 not in own:
             dist.send(hidden.contiguous(), group=group, group_dst=owners[index + 1])
     return hidden if pipeline.has_last else None
@@ -84,6 +86,7 @@ def _last_hidden(pipeline: Pipeline, piece: Batch) -> Tensor | None:
 
 def _receive(pipeline: Pipeline, piece: Batch, source: int) -> Tensor:
     like = next(pipeline.parameters())
-    hidden = like.new_empty((*piece.ids.shape, pipeline.config.hidden_size))
+    shape = (*piece.ids.shape, pipeline.config.hidden_size)
+    hidden = torch.empty(shape, dtype=like.dtype, device=like.device)
     dist.recv(hidden, group=pipeline.groups.pipeline_group, group_src=source)
     return hidden

@@ -45,10 +45,10 @@ def prepare_layers(model: Any, *, compiled: bool, recomputed: bool) -> None:
 
 
 def warm_up(stages: Iterable[nn.Module], microbatch: Batch) -> None:
-    """Run forward and backward once on a microbatch of zeros; communicates nothing.
+    """Run forward and backward once on a microbatch of zeros.
 
-    Every rank compiles then at the same time. In the first step each would wait for the ones before
-    it, and might give up.
+    Communicates nothing but a sharded body's weights and gradients. Every rank compiles then at the
+    same time. In the first step each would wait for the ones before it, and might give up.
     """
     for stage in stages:
         inner: Any = stage
@@ -61,5 +61,5 @@ def warm_up(stages: Iterable[nn.Module], microbatch: Batch) -> None:
         )
         positions = microbatch.position_ids
         positions = None if positions is None else positions.to(like.device)
-        inner.hidden_states(hidden, positions).sum().backward()
+        inner(hidden, positions).sum().backward()
         inner.zero_grad()

@@ -1,13 +1,15 @@
 """AdamW over float32 copies of the weights, and its learning rate as a function of the step."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import get_scheduler
 
 from launch.arguments import TrainArguments
+from vocab_parallel.modules.gradient_sums import local_part
 
 WIDENED_BYTES = 2**28  # of float32 gradients that exist at a time
 
@@ -39,16 +41,16 @@ class AdamW(torch.optim.AdamW):
         copies: bool,
     ) -> None:
         self._copies: dict[nn.Parameter, Tensor] = {}
-        decayed: list[Tensor] = []
-        others: list[Tensor] = []
+        # By whether they decay, and their type: one fused update takes no DTensors beside others.
+        kinds: dict[tuple[bool, type], list[Tensor]] = {}
         for parameter in parameters:
             if copies and parameter.dtype.itemsize < torch.float32.itemsize:
                 self._copies[parameter] = parameter.detach().float()
-            (decayed if parameter.dim() > 1 else others).append(self.trained(parameter))
+            kind = (parameter.dim() > 1, DTensor if isinstance(parameter, DTensor) else Tensor)
+            kinds.setdefault(kind, []).append(self.trained(parameter))
         groups = [
-            {"params": tensors, "weight_decay": decay}
-            for tensors, decay in ((decayed, weight_decay), (others, 0.0))
-            if tensors
+            {"params": tensors, "weight_decay": weight_decay if decays else 0.0}
+            for (decays, _), tensors in kinds.items()
         ]
         super().__init__(groups, lr=learning_rate, betas=betas, fused=True)
 
@@ -77,7 +79,7 @@ class AdamW(torch.optim.AdamW):
             own.grad = None
         for part in self._parts():
             widened = [torch.empty_like(copy) for copy, _ in part]
-            torch._foreach_copy_(widened, [gradient for _, gradient in part])
+            _copy_local(widened, [gradient for _, gradient in part])
             for (copy, _), gradient in zip(part, widened, strict=True):
                 copy.grad = gradient
             super().step()
@@ -94,7 +96,8 @@ class AdamW(torch.optim.AdamW):
         for parameter, copy in self._copies.items():
             if parameter.grad is None:
                 continue
-            if part and sum(own.nbytes for own, _ in part) + copy.nbytes > WIDENED_BYTES:
+            held = sum(local_part(own).nbytes for own, _ in part)
+            if part and held + local_part(copy).nbytes > WIDENED_BYTES:
                 yield part
                 part = []
             part.append((copy, parameter.grad))
@@ -105,13 +108,18 @@ class AdamW(torch.optim.AdamW):
     def round_copies(self) -> None:
         """Give each weight the value of its copy."""
         if self._copies:
-            torch._foreach_copy_(list(self._copies), list(self._copies.values()))
+            _copy_local(list(self._copies), list(self._copies.values()))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop all gradients."""
         super().zero_grad(set_to_none)
         for parameter in self._copies:
             parameter.grad = None
+
+
+def _copy_local(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy tensors, or this rank's shards of them."""
+    torch._foreach_copy_([local_part(own) for own in targets], [local_part(own) for own in sources])
 
 
 class LearningRate:

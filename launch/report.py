@@ -20,7 +20,7 @@ class RankReport:
         rank: in the world.
         stages, vocab_rank: where it stands in the mesh.
         rows: the classifier rows [start, stop) that it holds.
-        parameters: how many it trains.
+        parameters: how many it holds and trains.
         peak_memory: bytes.
         bytes_read: of the model's folder.
         losses: of each step of the run; empty off the last stage.

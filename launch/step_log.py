@@ -27,17 +27,20 @@ class StepLog:
     Args:
         arguments: of the run.
         first_step: how many steps were done before.
+
+    Raises:
+        ValueError: the tracker cannot start.
     """
 
     def __init__(self, arguments: TrainArguments, first_step: int) -> None:
         arguments.out.mkdir(parents=True, exist_ok=True)
+        self._tracker: Tracker | None = None
+        if arguments.tracker is not None:  # before the lines of an earlier run are gone
+            self._tracker = TRACKERS[arguments.tracker](arguments, first_step)
         path = arguments.out / "log.jsonl"
         kept = _lines_until(path, first_step) if first_step else []
         self._file = path.open("w")
         self._file.writelines(kept)
-        self._tracker: Tracker | None = None
-        if arguments.log is not None:
-            self._tracker = TRACKERS[arguments.log](arguments)
 
     def write(self, step: int, numbers: dict[str, float | None]) -> None:
         """Write the numbers of a step; None is what is not known."""
@@ -70,10 +73,12 @@ def _lines_until(path: Path, step: int) -> list[str]:
 
 
 class _TensorBoard:
-    def __init__(self, arguments: TrainArguments) -> None:
+    def __init__(self, arguments: TrainArguments, first_step: int) -> None:
         from torch.utils.tensorboard.writer import SummaryWriter
 
-        self._writer: Any = SummaryWriter(str(arguments.out))
+        # What a killed run has drawn of later steps is dropped.
+        purge = first_step + 1 if first_step else None
+        self._writer: Any = SummaryWriter(str(arguments.out), purge_step=purge)
 
     def log(self, numbers: dict[str, float], step: int) -> None:
         for name, value in numbers.items():
@@ -84,11 +89,17 @@ class _TensorBoard:
 
 
 class _Wandb:
-    def __init__(self, arguments: TrainArguments) -> None:
+    def __init__(self, arguments: TrainArguments, first_step: int) -> None:
         import wandb
 
         config = {name: str(value) for name, value in asdict(arguments).items()}
-        self._run: Any = wandb.init(dir=str(arguments.out), config=config)
+        try:
+            self._run: Any = wandb.init(dir=str(arguments.out), config=config)
+        except wandb.errors.Error as error:
+            raise ValueError(
+                f"--tracker wandb cannot start: {str(error).rstrip('.')}; or set "
+                f"WANDB_MODE=offline, or leave it out: log.jsonl in --out has the same lines"
+            ) from error
 
     def log(self, numbers: dict[str, float], step: int) -> None:
         self._run.log(numbers, step=step)
@@ -97,7 +108,7 @@ class _Wandb:
         self._run.finish()
 
 
-TRACKERS: dict[str, Callable[[TrainArguments], Tracker]] = {
+TRACKERS: dict[str, Callable[[TrainArguments, int], Tracker]] = {
     "tensorboard": _TensorBoard,
     "wandb": _Wandb,
 }

@@ -28,11 +28,12 @@ from launch.progress import Progress
 from launch.readings import Reading, Readings
 from launch.report import RankReport, print_ranks, write_run
 from launch.runtime import peak_memory, process_group
+from launch.sharded_body import replicated_parameters
 from launch.training_pipeline import Pipeline, build_pipeline, model_of
 from launch.weights import say_random
 from stage_groups import StageGroups, build_host_group, build_stage_groups
 from vocab_parallel import clip_grad_norm_, sum_over_columns
-from vocab_parallel.modules.gradient_sums import sum_gradients
+from vocab_parallel.modules.gradient_sums import local_part, sum_gradients
 
 
 @dataclass
@@ -98,6 +99,8 @@ def run(arguments: TrainArguments, device: torch.device) -> bool:
     with raised_on_all():
         if batches.starts is not None:
             refuse_to_look_across(pipeline.stages)
+    if arguments.shard_body:
+        pipeline.shard_body(getattr(torch, arguments.dtype))
     if compiles(arguments, device):
         pieces = arguments.columns * arguments.accumulate * arguments.microbatches
         warm_up(pipeline.stages, batches[0].chunk(pieces)[0])
@@ -140,7 +143,10 @@ def train(
         trained.first_step, trained.seconds = history.step, history.seconds
         trained.losses = history.losses if pipeline.has_last else []
     shown = pipeline.has_last and groups.column_rank == 0 and groups.data_rank == 0
-    progress = Progress(arguments, pipeline.config, trained.first_step, device) if shown else None
+    progress = None
+    with raised_on_all():
+        if shown:
+            progress = Progress(arguments, pipeline.config, trained.first_step, device)
     readings = Readings(device)
     for step in range(trained.first_step, arguments.steps):
         own = pipeline.column_of(batches[step])
@@ -191,11 +197,12 @@ def _run_step(
             dist.all_reduce(loss, group=groups.data_group)
     sum_over_columns(pipeline.stages, groups)
     if groups.data_group is not None:
-        sum_gradients(pipeline.parameters(), groups.data_group)
+        sum_gradients(replicated_parameters(pipeline.parameters()), groups.data_group)
     if pipeline.tied is not None:
         pipeline.tied.sum_gradients()
-    if step == 0 and arguments.check and groups.data_rank == 0:
-        trained.first_gradients = named_gradients(pipeline.stages)
+    if step == 0 and arguments.check:
+        gradients = named_gradients(pipeline.stages)
+        trained.first_gradients = gradients if groups.data_rank == 0 else {}
     norm = clip_grad_norm_(pipeline.stages, arguments.clip_norm or math.inf, groups)
     optimizer.step()
     optimizer.zero_grad()
@@ -219,7 +226,7 @@ def _gather_reports(
         stages=trained.pipeline.indices,
         vocab_rank=groups.vocab_rank,
         rows=(head.start, head.stop) if head is not None else (0, 0),
-        parameters=sum(parameter.numel() for parameter in trained.pipeline.parameters()),
+        parameters=sum(local_part(own).numel() for own in trained.pipeline.parameters()),
         peak_memory=peak_memory(device),
         bytes_read=trained.pipeline.bytes_read,
         losses=trained.losses,

@@ -22,6 +22,7 @@ from launch.configs import config_of_sizes, load_config
 from launch.data.batches import Batch
 from launch.layers import compiles, prepare_layers
 from launch.model import EMBEDDING, SpanningRows, Stage, build_stage
+from launch.sharded_body import StageOfShards, refuse_to_shard, shard_body
 from launch.spanning import SpanningPlan, spanning_plan
 from launch.weights import FolderWeights, RandomWeights, WeightSource
 from launch.whole import model_without_memory
@@ -57,6 +58,7 @@ class Pipeline:
         indices: of the stages that it runs.
         owners: the pipeline rank of each stage.
         stages: their modules, in that order.
+        pipeline_stages: what the schedule runs them as.
         schedule: of torch.distributed.pipelining.
         loss: a CCEPipelineLoss on ranks with rows of the classifier.
         head: this rank's rows of the classifier, or None.
@@ -71,6 +73,7 @@ class Pipeline:
     indices: list[int]
     owners: list[int]
     stages: StageList
+    pipeline_stages: list[PipelineStage]
     schedule: Any
     loss: Any
     head: VocabParallelClassifier | None
@@ -90,6 +93,17 @@ class Pipeline:
         """Return all that this rank trains."""
         return self.stages.parameters()
 
+    def shard_body(self, dtype: torch.dtype) -> None:
+        """Shard the body, of a dtype, over the data axis; all ranks call, before the optimizer.
+
+        The schedule is made already: of an FSDP2 module it could not know that nothing is gathered
+        or reduced between its actions, and would refuse it where that is wrong.
+        """
+        assert self.groups.data_mesh is not None
+        for stage in self.stages:
+            assert isinstance(stage, Stage)
+            shard_body(stage, self.groups.data_mesh, dtype)
+
     def column_of(self, batch: Batch) -> Batch:
         """Return this column's sequences of a batch."""
         groups = self.groups
@@ -101,13 +115,17 @@ class Pipeline:
 
         Gradients are of the mean over all valid tokens of the mesh, however the sequences are cut,
         and add up over the columns and the data axis. The returned loss is its columns' part of
-        it, and adds up over the data axis; None off the last stage. Does not wait for a GPU.
+        it, and adds up over the data axis; None off the last stage. A sharded body's gradients are
+        summed over the data axis already. Does not wait for a GPU.
         """
         if self.head is not None:
             columns = [self.groups.columns_group, self.groups.data_group]
             self.loss.num_valid_tokens = count_valid_tokens(batch.labels, columns, shift=1)
         losses: list[Tensor] = []
-        for piece in batch.chunk(pieces):
+        for number, piece in enumerate(batch.chunk(pieces)):
+            for stage in self.pipeline_stages:
+                if isinstance(stage, StageOfShards):
+                    stage.reduces = number + 1 == pieces
             of_piece: list[Tensor] = []
             self.schedule.step(
                 *([piece.ids] if 0 in self.indices or self.spans else []),
@@ -175,9 +193,11 @@ def build_pipeline(
 
     Raises:
         ValueError: weights that cannot be read, more stages than layers, microbatches that the
-            schedule cannot run, or a model whose loss is not that of its logits alone.
+            schedule cannot run, a model whose loss is not that of its logits alone, or a body that
+            this torch cannot shard under the schedule.
     """
     refuse_other_losses(config)
+    refuse_to_shard(arguments)
     cls = get_schedule_class(arguments.schedule)
     single = issubclass(cls, PipelineScheduleSingle)
     v_shaped = issubclass(cls, ScheduleZBVZeroBubble | ScheduleDualPipeV)
@@ -215,8 +235,9 @@ def build_pipeline(
         options["memory_budget"] = arguments.loss_memory * 2**20
         options["return_metrics"] = True
     loss = no_loss if head is None else CCEPipelineLoss(head, hidden_layout="sharded", **options)
+    kind = StageOfShards if arguments.shard_body else PipelineStage
     pipeline_stages = [
-        PipelineStage(stage, index, num_stages, device, group=groups.pipeline_group)
+        kind(stage, index, num_stages, device, group=groups.pipeline_group)
         for stage, index in zip(stages, indices, strict=True)
     ]
     schedule = _schedule(arguments, groups, pipeline_stages, loss, stages, plan)
@@ -230,6 +251,7 @@ def build_pipeline(
         indices,
         [owners[stage] for stage in range(num_stages)],
         StageList(stages),
+        pipeline_stages,
         schedule,
         loss,
         head,

@@ -38,6 +38,7 @@ class StageGroups:
         pipeline_group: the ranks of this column, one for each pipeline rank.
         data_group: the ranks that hold the same part of the model for other data; None
             when the mesh has no data axis.
+        data_mesh: the mesh of one axis whose group is ``data_group``, or None.
         vocab_group: the ranks that share the rows of the vocabulary: those of this row of the
             mesh, or of all stages, pipeline rank by pipeline rank.
         columns_group: the ranks of this row, one for each column, which replicate the body.
@@ -51,6 +52,7 @@ class StageGroups:
     mesh: DeviceMesh
     pipeline_group: ProcessGroup
     data_group: ProcessGroup | None
+    data_mesh: DeviceMesh | None
     vocab_group: ProcessGroup
     columns_group: ProcessGroup
     vocab_mesh: DeviceMesh
@@ -115,6 +117,7 @@ class StageGroups:
             mesh=mesh,
             pipeline_group=mesh.get_group(pipeline_dim),
             data_group=None if data_mesh is None else data_mesh.get_group(),
+            data_mesh=data_mesh,
             vocab_group=vocab_mesh.get_group(),
             columns_group=mesh.get_group(vocab_dim),
             vocab_mesh=vocab_mesh,

@@ -1,5 +1,6 @@
 """launch.train as torchrun starts it, on small models."""
 
+import dataclasses
 import json
 import math
 import subprocess
@@ -9,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.distributed.run import get_args_parser
 from transformers import AutoModelForCausalLM, get_scheduler
 
-from launch.arguments import TrainArguments
+from launch.arguments import EvaluateArguments, TrainArguments
 from launch.configs import config_of_sizes, load_config
 from launch.model import layers_of_stage
 from launch.planning.shape import ModelShape
@@ -63,6 +65,12 @@ RUNS = [
     (1, 2, "1F1B --microbatches 2 --clip-norm 0.5 --data 2 --checkpoint-every 2 --checkpoint"),
     pytest.param(
         2, 1, "1F1B --microbatches 2 --data 2 --vocab-over all-stages", marks=pytest.mark.slow
+    ),
+    pytest.param(
+        1,
+        1,
+        "1F1B --microbatches 2 --accumulate 2 --data 2 --shard-body --recompute all --compile yes",
+        marks=pytest.mark.slow,
     ),
     pytest.param(
         2,
@@ -206,6 +214,14 @@ def test_without_torchrun() -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("launch.train: start this with torchrun")
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("kind", [TrainArguments, EvaluateArguments])
+def test_torchrun_leaves_our_options(kind: type) -> None:
+    """It takes a shortened option of its own for one, behind the program's name too."""
+    for field in dataclasses.fields(kind):
+        ours = ["-m", "launch.train", f"--{field.name.replace('_', '-')}", "x"]
+        assert get_args_parser().parse_args(ours).training_script_args == ours[2:]
 
 
 def test_layers_are_spread() -> None:

@@ -332,9 +332,15 @@ def _even(ranks: int) -> Costs:
 def _lowered(
     order: Order, stages_of: list[list[int]], *, reduces: bool
 ) -> dict[int, list[_Action | None]]:
-    """Write each rank's part of the order as torch's actions."""
-    lists: dict[int, list[_Action | None]] = {rank: [] for rank in range(len(stages_of))}
+    """Write each rank's part of the order as torch's actions.
+
+    A body that FSDP2 shards over a data axis is whole from the first one to the last.
+    """
     computation = _ComputationType
+    lists: dict[int, list[_Action | None]] = {
+        rank: [_Action(stage, computation.UNSHARD, None) for stage in stages]
+        for rank, stages in enumerate(stages_of)
+    }
     ours = set(VocabAction)
     embeds = any(event.kind == "lookup" for event in order.events)
     for event in order.events:
@@ -362,4 +368,5 @@ def _lowered(
         lists[rank].append(_Action(stages[0], end, 0))
         if reduces:
             lists[rank] += [_Action(stage, computation.REDUCE_GRAD, None) for stage in stages]
+        lists[rank] += [_Action(stage, computation.RESHARD, None) for stage in stages]
     return lists
