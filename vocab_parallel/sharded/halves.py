@@ -108,14 +108,12 @@ def joined_statistics(call: Call, inputs: Inputs, needs_grad: bool) -> tuple[Sta
     Communicates [k, N] float32 of each rank, behind the products where the implementation can.
     """
     names, group, num_tokens = call.shard.names, call.rows.group, inputs.hidden.shape[0]
+    find = _statistics_of_spans if is_long(call, inputs) else own_statistics
+    if group.degree == 1:
+        return find(call, inputs, needs_grad)
     order = order_of(call, num_tokens)
     exchange = StatisticsExchange(num_tokens, names, group, order)
-    progress = exchange if order is Order.PIECES else None
-    kept: object
-    if is_long(call, inputs):
-        own, kept = _statistics_of_spans(call, inputs, needs_grad, progress)
-    else:
-        own, kept = own_statistics(call, inputs, needs_grad, progress)
+    own, kept = find(call, inputs, needs_grad, exchange if order is Order.PIECES else None)
     return Statistics(exchange.join(own.values), names), kept
 
 
@@ -125,8 +123,8 @@ def is_long(call: Call, inputs: Inputs) -> bool:
 
 
 def _statistics_of_spans(
-    call: Call, inputs: Inputs, needs_grad: bool, progress: Progress | None
-) -> tuple[Statistics, list[object]]:
+    call: Call, inputs: Inputs, needs_grad: bool, progress: Progress | None = None
+) -> tuple[Statistics, object]:
     """Return this rank's statistics, and what T of each span is given back."""
     num_tokens = inputs.hidden.shape[0]
     own = Statistics.empty(call.shard.names, num_tokens, inputs.hidden)
