@@ -51,8 +51,19 @@ class CheckedWriter(FileSystemWriter):
         self.sums: dict[str, str] = {}
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write this rank's tensors."""
-        future = super().write_data(plan, planner)
+        """Write this rank's tensors.
+
+        Raises:
+            OSError: the disk does not take them. Of a full one torch says that a place in its file
+                is unexpected, beside what the system says.
+        """
+        try:
+            future = super().write_data(plan, planner)
+        except RuntimeError as error:
+            cause = error.__cause__ or error.__context__
+            if isinstance(cause, OSError):
+                raise cause from error
+            raise
         files = {result.storage_data.relative_path for result in future.value()}
         self.sums = {file: checksum(self._folder / file) for file in sorted(files)}
         return future

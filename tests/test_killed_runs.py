@@ -177,3 +177,60 @@ def test_stopped(signal_name: str, tmp_path: Path) -> None:
     assert seconds < (60 if signal_name == "SIGSTOP" else 40)
     path = complete_checkpoints(checkpoints)[-1]
     verify_share(path, read_sums(path), 0, 1)
+
+
+@contextmanager
+def small_disk(at: Path, megabytes: int) -> Iterator[None]:
+    """Mount a file system of some MB; who may not skips the test."""
+    at.mkdir()
+    if subprocess.run([*_mount(f"size={megabytes}m"), str(at)], capture_output=True).returncode:
+        pytest.skip("mounts a file system, which this user may not")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(at)], check=True)
+
+
+def _mount(options: str) -> list[str]:
+    return ["mount", "-t", "tmpfs", "-o", options, "tmpfs"]
+
+
+@pytest.mark.slow
+def test_a_full_disk_and_one_that_takes_nothing(tmp_path: Path) -> None:
+    """One sentence each; what was saved is whole, and with more room a resume ends as if unhurt."""
+    output, disk = tmp_path / "output", tmp_path / "disk"
+
+    def run(name: str, steps: int, *more: str) -> int:
+        command = arguments_of((1, 2), tmp_path, steps, "--out", str(tmp_path / name), *more)
+        with started(2, command, output) as process:
+            return process.wait(timeout=180)
+
+    def checked() -> list[str]:
+        complete = complete_checkpoints(disk)
+        for path in complete:
+            verify_share(path, read_sums(path), 0, 1)
+        return [path.name for path in complete]
+
+    saving = ("--checkpoint", str(disk), "--checkpoint-every", "1")
+    with small_disk(disk, 34):  # two checkpoints of 15 MB
+        assert run("full", 6, *saving) != 0
+        assert "cannot be saved: [Errno 28] No space left on device" in output.read_text()
+        assert output.read_text().count("Traceback") == 1, "torchrun's own"
+        assert checked() == ["step-000001", "step-000002"]
+        assert sorted(os.listdir(disk)) == checked(), "nothing is left of the third"
+
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        assert run("nothing", 6, *saving, "--resume") != 0
+        text = output.read_text()
+        assert "cannot be written to: [Errno 30] Read-only file system" in text
+        assert text.count("Traceback") == 1
+
+        subprocess.run(["mount", "-o", "remount,rw,size=64m", str(disk)], check=True)
+        assert run("resumed", 6, *saving, "--resume") == 0
+        assert checked() == ["step-000005", "step-000006"]
+    assert run("whole", 6) == 0
+    resumed, whole = (
+        json.loads((tmp_path / name / "run.json").read_text()) for name in ("resumed", "whole")
+    )
+    assert resumed["first_step"] == 2
+    assert resumed["losses"] == pytest.approx(whole["losses"], rel=1e-6)
