@@ -204,7 +204,7 @@ def check_dtypes() -> None:
 
 
 def check_labels() -> None:
-    from vocab_parallel.kernels.tokens import mark_and_shift
+    from vocab_parallel.kernels.labels import mark_and_shift
 
     marks = {"ignored": IGNORED, "out_of_range": OUT_OF_RANGE}
     for dtype, vocab_size, shift in itertools.product(

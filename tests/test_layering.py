@@ -205,7 +205,7 @@ def closure(module: str) -> set[Path]:
 def test_the_loss_reads_few_files() -> None:
     """A reader of the loss can hold it: what it imports, kernels included, is a small set."""
     files = closure("vocab_parallel.loss")
-    assert len(files) <= 43, sorted(str(path.relative_to(ROOT)) for path in files)
+    assert len(files) <= 45, sorted(str(path.relative_to(ROOT)) for path in files)
 
 
 def test_importing_the_loss_is_light() -> None:

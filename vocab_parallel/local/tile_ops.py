@@ -250,7 +250,7 @@ class TritonOps(TileOps):
         """Multiply in place by a number of the device; a kernel does nothing where it is 1."""
         if not tensor.is_contiguous():
             return tensor.mul_(factor)
-        from vocab_parallel.kernels.tokens import scale_
+        from vocab_parallel.kernels.scaling import scale_
 
         return scale_(tensor, factor)
 
@@ -386,7 +386,7 @@ class HopperOps(TritonOps):
         Args:
             at_targets: columns [N], and what is written there instead [N].
         """
-        from vocab_parallel.kernels.tokens import scale_tokens
+        from vocab_parallel.kernels.scaling import scale_tokens
 
         return scale_tokens(matrix, scale, out, at_targets)
 

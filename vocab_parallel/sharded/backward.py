@@ -98,10 +98,10 @@ def first_derivative_only(backward: Callable[..., Gradients]) -> Callable[..., G
 
     @functools.wraps(backward)
     def run(ctx: Any, *grads: Tensor) -> Gradients:
+        if not torch.is_grad_enabled():  # no create_graph: the usual case
+            return backward(ctx, *grads)
         with torch.no_grad():
             found = backward(ctx, *grads)
-        if not torch.is_grad_enabled():  # no create_graph: the usual case
-            return found
         asked = torch.empty((), requires_grad=True)
         return tuple(
             gradient if gradient is None else _Refusing.apply(gradient, asked) for gradient in found

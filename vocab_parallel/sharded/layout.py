@@ -93,7 +93,7 @@ def mark_labels(
         kernels: whether Triton's kernels work on the labels' device.
     """
     if kernels:
-        from vocab_parallel.kernels.tokens import mark_and_shift
+        from vocab_parallel.kernels.labels import mark_and_shift
 
         return mark_and_shift(
             labels,
@@ -115,7 +115,7 @@ def mark_labels(
 def count_valid(labels: Tensor, *, kernels: bool = False) -> Tensor:
     """Return how many marked labels are not ignored, those out of range too, as a tensor ()."""
     if kernels:
-        from vocab_parallel.kernels.tokens import count_tokens
+        from vocab_parallel.kernels.labels import count_tokens
 
         return count_tokens(labels, IGNORED)
     return (labels != IGNORED).sum()

@@ -21,7 +21,7 @@ from vocab_parallel.sharded.backward import first_derivative_only
 from vocab_parallel.sharded.layout import IGNORED, OUT_OF_RANGE
 
 if TYPE_CHECKING:
-    from vocab_parallel.kernels.tokens import LossNumbers
+    from vocab_parallel.kernels.token_loss import LossNumbers
 
 _OfStatistics = Callable[[Tensor], Tensor]
 _Backward = Callable[[Tensor, Tensor], Tensor]
@@ -73,7 +73,7 @@ class TokenLoss:
     def values(self, statistics: Tensor) -> Tensor:
         """Return the losses [n] of statistics [k, n]: lse, target, and sum where it is read."""
         if self.kernels:
-            from vocab_parallel.kernels.tokens import token_loss
+            from vocab_parallel.kernels.token_loss import token_loss
 
             return token_loss(statistics, self.labels, self.weight, self._numbers())
         ignored = self.labels == IGNORED
@@ -90,7 +90,7 @@ class TokenLoss:
     def gradient(self, statistics: Tensor, upstream: Tensor) -> Tensor:
         """Return what each statistic [k, n] receives where the losses receive ``upstream`` [n]."""
         if self.kernels:
-            from vocab_parallel.kernels.tokens import token_loss_grad
+            from vocab_parallel.kernels.token_loss import token_loss_grad
 
             return token_loss_grad(
                 statistics, self.labels, self.weight, upstream, None, self._numbers()
@@ -109,7 +109,7 @@ class TokenLoss:
     def total_value(self, statistics: Tensor) -> Tensor:
         """Return `total`, without a gradient."""
         if self.kernels:
-            from vocab_parallel.kernels.tokens import total_loss
+            from vocab_parallel.kernels.token_loss import total_loss
 
             return total_loss(statistics, self.labels, self.weight, self.divisor, self._numbers())
         return self.divided(self.values(statistics).sum())
@@ -117,7 +117,7 @@ class TokenLoss:
     def total_gradient(self, statistics: Tensor, upstream: Tensor) -> Tensor:
         """Return what each statistic [k, n] receives where the total receives ``upstream``."""
         if self.kernels:
-            from vocab_parallel.kernels.tokens import token_loss_grad
+            from vocab_parallel.kernels.token_loss import token_loss_grad
 
             return token_loss_grad(
                 statistics, self.labels, self.weight, upstream, self.divisor, self._numbers()
@@ -134,7 +134,7 @@ class TokenLoss:
         return self.smoothing / self.vocabulary if self.smoothing else 0.0
 
     def _numbers(self) -> "LossNumbers":
-        from vocab_parallel.kernels.tokens import LossNumbers
+        from vocab_parallel.kernels.token_loss import LossNumbers
 
         return LossNumbers(
             float(self.smoothing), self._share, float(self.z_loss), IGNORED, OUT_OF_RANGE

@@ -1,7 +1,6 @@
-"""Small passes around the loss of each token: labels, losses and their gradient, scales.
+"""Each token's loss from its statistics, their sum, and what the statistics receive of either.
 
-Labels are shifted and marked in one pass, each token's loss is made from its statistics in one and
-differentiated in another, and gradients are multiplied by what the loss receives.
+`sharded/token_loss.py` has the formulas.
 """
 
 from typing import NamedTuple
@@ -14,76 +13,14 @@ from torch import Tensor
 from vocab_parallel.kernels.launch import Constants, kernel
 from vocab_parallel.kernels.logit import cdiv
 
-# What a program works on at a time.
-_LABELS, _TOKENS, _NUMBERS = 1024, 512, 4096
-_ROWS, _WIDTH = 4, 512
-_MARKING: Constants = (("BLOCK", _LABELS), ("num_warps", 4))
+_TOKENS = 512  # that a program works on
 _TOKENS_EACH: Constants = (("BLOCK", _TOKENS), ("num_warps", 4))
 # One program that goes through all tokens.
 _AT_ONCE: Constants = (("BLOCK", 2048), ("num_warps", 8))
 
 
-def mark_and_shift(
-    labels: Tensor,  # (..., T)
-    *,
-    ignore_index: int,
-    vocab_size: int | None,
-    shift: int,
-    ignored: int,
-    out_of_range: int,
-) -> Tensor:  # (..., T) int32
-    """Return labels moved ``shift`` places to the left, with marks for what is no token."""
-    labels = labels.contiguous()
-    out = torch.empty(labels.shape, dtype=torch.int32, device=labels.device)
-    values = (
-        labels,
-        out,
-        labels.numel(),
-        labels.shape[-1],
-        shift,
-        ignore_index,
-        2**31 - 1 if vocab_size is None else vocab_size,
-        ignored,
-        out_of_range,
-    )
-    _mark_and_shift.start(labels, (cdiv(labels.numel(), _LABELS),), values, _MARKING)
-    return out
-
-
-@kernel
-def _mark_and_shift(  # type: ignore[no-untyped-def]
-    labels, out, size, length, shift, ignore_index, vocab_size, ignored, out_of_range,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = index < size
-    has_label = index % length + shift < length
-    label = tl.load(labels + index + shift, mask=inside & has_label, other=0).to(tl.int64)
-    marked = tl.where((label < 0) | (label >= vocab_size), out_of_range, label)
-    marked = tl.where((label == ignore_index) | ~has_label, ignored, marked)
-    tl.store(out + index, marked.to(tl.int32), mask=inside)
-
-
-def count_tokens(labels: Tensor, ignored: int) -> Tensor:  # (n,) -> () int32
-    """Return how many labels are not ignored."""
-    out = torch.empty((), dtype=torch.int32, device=labels.device)
-    values = (labels, out, labels.numel(), ignored)
-    _count_tokens.start(labels, (1,), values, _AT_ONCE)
-    return out
-
-
-@kernel
-def _count_tokens(labels, out, size, ignored, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    found = tl.zeros((BLOCK,), tl.int32)
-    for start in range(0, size, BLOCK):
-        index = start + tl.arange(0, BLOCK)
-        label = tl.load(labels + index, mask=index < size, other=ignored)
-        found += (label != ignored).to(tl.int32)
-    tl.store(out, tl.sum(found, 0))
-
-
 class LossNumbers(NamedTuple):
-    """What the loss of a token is made with; `sharded/token_loss.py` has the formula."""
+    """What the loss of a token is made with."""
 
     smoothing: float
     smoothing_share: float  # smoothing / vocabulary
@@ -242,80 +179,3 @@ def _token_loss_grad(  # type: ignore[no-untyped-def]
     tl.store(out + size + index, -(1.0 - smoothing) * unit, mask=inside)
     if HAS_SUM:
         tl.store(out + 2 * size + index, -smoothing_share * unit, mask=inside)
-
-
-def scale_(tensor: Tensor, factor: Tensor) -> Tensor:
-    """Multiply a contiguous tensor in place by a one-element tensor.
-
-    A program that finds the factor 1 reads nothing else: a loss that is itself the root of a
-    backward costs no pass over its gradients, without asking the device.
-    """
-    assert tensor.is_contiguous()
-    with torch.cuda.device_of(tensor):
-        _scale[(cdiv(tensor.numel(), _NUMBERS),)](
-            tensor, factor, tensor.numel(), BLOCK=_NUMBERS, num_warps=8
-        )
-    return tensor
-
-
-@triton.jit
-def _scale(tensor, factor, size, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    by = tl.load(factor).to(tl.float32)
-    if by != 1.0:
-        index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        inside = index < size
-        value = tl.load(tensor + index, mask=inside).to(tl.float32)
-        tl.store(tensor + index, (value * by).to(tensor.dtype.element_ty), mask=inside)
-
-
-def scale_tokens(
-    matrix: Tensor,  # (n, m)
-    scale: Tensor,  # (n,) float32
-    out: Tensor,  # (n, m) any floating dtype; may be the matrix
-    at_targets: tuple[Tensor, Tensor] | None = None,  # (n,) int32 and (n,) float32
-) -> Tensor:
-    """Write each token's numbers times its scale to ``out``, and return it.
-
-    Args:
-        at_targets: columns, and what is written there instead; none where it is no column.
-    """
-    assert matrix.stride(1) == out.stride(1) == scale.stride(0) == 1
-    num_tokens, width = matrix.shape
-    targets, own = at_targets or (None, None)
-    with torch.cuda.device_of(matrix):
-        _scale_tokens[(cdiv(width, _WIDTH), cdiv(num_tokens, _ROWS))](
-            matrix,
-            matrix.stride(0),
-            scale,
-            targets,
-            own,
-            out,
-            out.stride(0),
-            num_tokens,
-            width,
-            HAS_TARGETS=at_targets is not None,
-            ROWS=_ROWS,
-            WIDTH=_WIDTH,
-            num_warps=4,
-        )
-    return out
-
-
-@triton.jit
-def _scale_tokens(  # type: ignore[no-untyped-def]
-    matrix, matrix_stride, scale, targets, own, out, out_stride, num_tokens, width,
-    HAS_TARGETS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    tokens = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    columns = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
-    here = tokens < num_tokens
-    inside = here[:, None] & (columns < width)[None, :]
-    by = tl.load(scale + tokens, mask=here, other=0.0)
-    at = tokens.to(tl.int64)[:, None]
-    value = tl.load(matrix + at * matrix_stride + columns[None, :], mask=inside).to(tl.float32)
-    value = value * by[:, None]
-    if HAS_TARGETS:
-        target = tl.load(targets + tokens, mask=here, other=-1).to(tl.int32)
-        entry = tl.load(own + tokens, mask=here, other=0.0)
-        value = tl.where(columns[None, :] == target[:, None], entry[:, None], value)
-    tl.store(out + at * out_stride + columns[None, :], value.to(out.dtype.element_ty), mask=inside)

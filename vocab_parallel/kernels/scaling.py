@@ -1,0 +1,89 @@
+"""Numbers times one factor in place, and each token's numbers times its own."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vocab_parallel.kernels.logit import cdiv
+
+# What a program works on at a time: numbers, and tokens by their numbers.
+_NUMBERS = 4096
+_ROWS, _WIDTH = 4, 512
+
+
+def scale_(tensor: Tensor, factor: Tensor) -> Tensor:
+    """Multiply a contiguous tensor in place by a one-element tensor.
+
+    A program that finds the factor 1 reads nothing else: a loss that is itself the root of a
+    backward costs no pass over its gradients, without asking the device.
+    """
+    assert tensor.is_contiguous()
+    with torch.cuda.device_of(tensor):
+        _scale[(cdiv(tensor.numel(), _NUMBERS),)](
+            tensor, factor, tensor.numel(), BLOCK=_NUMBERS, num_warps=8
+        )
+    return tensor
+
+
+@triton.jit
+def _scale(tensor, factor, size, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    by = tl.load(factor).to(tl.float32)
+    if by != 1.0:
+        index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        inside = index < size
+        value = tl.load(tensor + index, mask=inside).to(tl.float32)
+        tl.store(tensor + index, (value * by).to(tensor.dtype.element_ty), mask=inside)
+
+
+def scale_tokens(
+    matrix: Tensor,  # (n, m)
+    scale: Tensor,  # (n,) float32
+    out: Tensor,  # (n, m) any floating dtype; may be the matrix
+    at_targets: tuple[Tensor, Tensor] | None = None,  # (n,) int32 and (n,) float32
+) -> Tensor:
+    """Write each token's numbers times its scale to ``out``, and return it.
+
+    Args:
+        at_targets: columns, and what is written there instead; none where it is no column.
+    """
+    assert matrix.stride(1) == out.stride(1) == scale.stride(0) == 1
+    num_tokens, width = matrix.shape
+    targets, own = at_targets or (None, None)
+    with torch.cuda.device_of(matrix):
+        _scale_tokens[(cdiv(width, _WIDTH), cdiv(num_tokens, _ROWS))](
+            matrix,
+            matrix.stride(0),
+            scale,
+            targets,
+            own,
+            out,
+            out.stride(0),
+            num_tokens,
+            width,
+            HAS_TARGETS=at_targets is not None,
+            ROWS=_ROWS,
+            WIDTH=_WIDTH,
+            num_warps=4,
+        )
+    return out
+
+
+@triton.jit
+def _scale_tokens(  # type: ignore[no-untyped-def]
+    matrix, matrix_stride, scale, targets, own, out, out_stride, num_tokens, width,
+    HAS_TARGETS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    tokens = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    columns = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
+    here = tokens < num_tokens
+    inside = here[:, None] & (columns < width)[None, :]
+    by = tl.load(scale + tokens, mask=here, other=0.0)
+    at = tokens.to(tl.int64)[:, None]
+    value = tl.load(matrix + at * matrix_stride + columns[None, :], mask=inside).to(tl.float32)
+    value = value * by[:, None]
+    if HAS_TARGETS:
+        target = tl.load(targets + tokens, mask=here, other=-1).to(tl.int32)
+        entry = tl.load(own + tokens, mask=here, other=0.0)
+        value = tl.where(columns[None, :] == target[:, None], entry[:, None], value)
+    tl.store(out + at * out_stride + columns[None, :], value.to(out.dtype.element_ty), mask=inside)
