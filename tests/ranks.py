@@ -8,16 +8,24 @@
 
 The function is found again by its module and name in each rank; its arguments travel as JSON.
 Rendezvous takes a free port, so that two such tests run side by side. A hang fails: every
-collective gives up after GROUP_TIMEOUT, and torchrun is ended after START_TIMEOUT.
+collective gives up after GROUP_TIMEOUT, and a rank after START_TIMEOUT.
+
+Ranks on a CPU are started by torchrun's agent within the test's process, and forked from a server
+that has imported torch: to import it takes each of them, and torchrun, longer than most tests.
+CUDA does not outlive a fork, and Triton's interpreter is chosen before an import: those ranks are
+started by the command.
 """
 
+import faulthandler
 import gc
 import importlib
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from datetime import timedelta
@@ -26,11 +34,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 ROOT = Path(__file__).resolve().parent.parent
 GROUP_TIMEOUT = 30  # seconds that a collective waits for a peer
 START_TIMEOUT = 55  # seconds that a whole start may take
+# What ranks find imported. Nothing here may touch CUDA or start a thread.
+_PRELOADED = ["pytest", "torch.distributed.pipelining", "vocab_parallel", "tests.ranks"]
 
 
 def run_ranks(
@@ -45,11 +57,44 @@ def run_ranks(
 ) -> None:
     """Run ``function(**arguments)`` on every rank; fail with their output where one fails."""
     name = f"{function.__module__}:{function.__qualname__}"
-    command = ["-m", "tests.ranks", backend, name, json.dumps(arguments)]
-    code, output = torchrun(ranks, command, timeout=timeout, environment=environment)
+    call = (backend, name, json.dumps(arguments))
+    if backend == "gloo" and not environment:
+        code, output = _forked(ranks, call, timeout)
+    else:
+        command = ["-m", "tests.ranks", *call]
+        code, output = torchrun(ranks, command, timeout=timeout, environment=environment)
     assert code == 0, f"{name} failed on {ranks} ranks:\n{output[-6000:]}"
     if show:
         print(output)
+
+
+def _forked(ranks: int, call: tuple[str, ...], timeout: float) -> tuple[int, str]:
+    """Run `_main` on ranks that torchrun's agent starts, and return (exit code, their output)."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    multiprocessing.set_forkserver_preload(_PRELOADED)
+    with tempfile.TemporaryDirectory() as folder:
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=ranks,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            max_restarts=0,
+            start_method="forkserver",
+            logs_specs=DefaultLogsSpecs(folder, redirects=Std.ALL),
+        )
+        try:
+            elastic_launch(config, _limited)(timeout, *call)
+            code, reason = 0, ""
+        except ChildFailedError as error:
+            code, reason = 1, str(error)
+        logs = [path.read_text() for path in sorted(Path(folder).rglob("*.log"))]
+    return code, "".join([*logs, reason])
+
+
+def _limited(timeout: float, *call: str) -> None:
+    faulthandler.dump_traceback_later(timeout, exit=True)
+    _main(*call)
 
 
 def torchrun_command(ranks: int, command: list[str]) -> list[str]:

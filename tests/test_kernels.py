@@ -134,15 +134,16 @@ def check_whole_loss() -> None:
     e, c, bias = torch.randn(40, 8), torch.randn(150, 8), torch.randn(150)
     targets = torch.randint(150, (40,))
     targets[::7] = -100
+    count = torch.tensor([29])
     options: dict[str, Any] = {
         "softcap": 3.0,
         "label_smoothing": 0.1,
         "z_loss": 0.01,
         "temperature": 0.8,
-        "token_weight": torch.rand(40),
+        "token_weight": torch.rand(40, 3)[:, 1],  # its numbers do not lie side by side
     }
     leaves = [t.double().requires_grad_() for t in (e, c, bias)]
-    exact_loss, _ = oracle(leaves[0], leaves[1], targets, leaves[2], **options)
+    exact_loss, _ = oracle(leaves[0], leaves[1], targets, leaves[2], num_valid_tokens=29, **options)
     exact = torch.autograd.grad(exact_loss, leaves)
     partly = {"memory_budget": 26_000, "chunk_rows": 32}
     plan = plan_backward(40, 150, 8, torch.float32, device_type="cpu", temporaries=4, **partly)
@@ -155,11 +156,14 @@ def check_whole_loss() -> None:
         ("gradients", {}),
         ("gradients", {"chunk_tokens": 16}),
     ):
-        own = [t.clone().requires_grad_() for t in (e, c, bias)]
+        own = [t.requires_grad_() for t in (e.clone(), c.clone(), bias.repeat_interleave(2)[::2])]
+        given = count.clone()
         loss = linear_cross_entropy(
-            own[0], own[1], targets, own[2], backward=backward, **extra, **options
-        )
+            own[0], own[1], targets, own[2], backward=backward, num_valid_tokens=given,
+            **extra, **options,
+        )  # fmt: skip
         assert relative_error(loss, exact_loss) < 1e-6
+        given.zero_()  # the caller's own: backward has what forward had
         (2.0 * loss).backward()
         for tensor, want in zip(own, exact, strict=True):
             assert relative_error(tensor.grad, 2.0 * want) < 5e-6, (backward, extra)

@@ -224,6 +224,23 @@ def check_whole_loss() -> None:
             assert error < 2e-3, (backward, extra, keeps, error)
 
 
+def check_small_logits() -> None:
+    """Tokens whose target is no row here, with a lse far below the 0 of a target that is none."""
+    tile_ops.choose = lambda hidden, classifier: InterpretedOps()
+    torch.manual_seed(0)
+    e, c = torch.randn(70, 64).to(HALF), (torch.randn(150, 64) / 8).to(HALF)
+    targets = torch.randint(150, (70,))
+    targets[::7] = -100
+    found = []
+    for bias in (torch.full((150,), -150.0), torch.zeros(150)):
+        own = [t.to(HALF, copy=True).requires_grad_() for t in (e, c, bias)]
+        InterpretedOps.keeps = True
+        loss = linear_cross_entropy(own[0], own[1], targets, own[2], backward="probs")
+        found.append(torch.autograd.grad(loss, own))
+    for shifted, plain in zip(*found, strict=True):  # a softmax does not see what all have
+        assert relative_error(shifted, plain) < 2e-3
+
+
 def check_benchmark() -> None:
     """What benchmarks.products times beside each other gives the same."""
     from benchmarks.products import contestants
@@ -245,6 +262,7 @@ def check_kernels() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the interpreter says of each overflow
         check_kept_probabilities()
+        check_small_logits()
     check_whole_loss()
 
 

@@ -331,4 +331,6 @@ def _divisor(call: Call, labels: Tensor) -> int | Tensor | None:
     given = call.settings.num_valid_tokens
     if given is None:
         return count_valid(labels, kernels=call.shard.ops.kernels)
-    return given.reshape(()) if isinstance(given, Tensor) else given
+    if not isinstance(given, Tensor):
+        return given
+    return given.detach().reshape(()).clone()  # backward reads it too: its owner may write to it

@@ -28,6 +28,7 @@ from vocab_parallel.kernels.logit import (
     load_reference,
     logit_constants,
     logit_values,
+    parts_of,
     to_logit_and_slope,
 )
 from vocab_parallel.kernels.product import describe
@@ -75,14 +76,15 @@ def settle(
         *logit_values(transform),
     )
     grid = (cdiv(num_tokens, _TOKENS), _SHARES)
-    _settle.start(hidden, grid, values, _constants(bias is not None, transform, depth))
+    constants = _constants(bias is not None, parts_of(transform), depth)
+    _settle.start(hidden, grid, values, constants)
     return scale, own
 
 
 @functools.cache
-def _constants(has_bias: bool, transform: Transform, depth: int) -> Constants:
+def _constants(has_bias: bool, parts: tuple[bool, bool], depth: int) -> Constants:
     return (
-        *logit_constants(has_bias, transform, ("lse", "target")).items(),
+        *logit_constants(has_bias, parts, ("lse", "target")).items(),
         ("FARTHEST", _FARTHEST),
         ("DEPTHS", cdiv(depth, _DEPTH)),
         ("SHARES", _SHARES),

@@ -2,8 +2,8 @@
 
 Through triton a launch asks of every argument whether it is 1, a multiple of 16 or aligned, and
 finds the binary by the answers: tens of microseconds for thirty arguments. A kernel declared here
-has one binary for each set of constants, dtypes and devices. The first launch goes through triton;
-later ones find the binary by these, and start it.
+has one binary for each device and set of constants, dtypes and widths of integers. The first launch
+goes through triton; later ones find the binary by these, and start it.
 """
 
 import inspect
@@ -21,18 +21,14 @@ Constants = tuple[tuple[str, Any], ...]
 
 
 class Kernel:
-    """A kernel whose values come first and whose constants last.
-
-    Attributes:
-        jitted: what triton made of it.
-    """
+    """A kernel whose values come first and whose constants last."""
 
     def __init__(self, function: Callable[..., None]) -> None:
         parameters = inspect.signature(function).parameters.values()
         values = [each.name for each in parameters if each.annotation is not tl.constexpr]
         names = [each.name for each in parameters]
         assert names[: len(values)] == values, "constants come last"
-        self.jitted = triton.jit(function, do_not_specialize=values)
+        self._jitted = triton.jit(function, do_not_specialize=values)
         self._constants = names[len(values) :]
         self._started: dict[Any, Any] = {}
 
@@ -52,7 +48,7 @@ class Kernel:
         with torch.cuda.device_of(like):
             if known is None:
                 by_name = dict(constants)
-                compiled = self.jitted[grid](*values, **by_name)
+                compiled = self._jitted[grid](*values, **by_name)
                 if compiled is not None:  # the interpreter compiles nothing
                     own = [by_name[name] for name in self._constants]
                     self._started[key] = compiled, own

@@ -52,15 +52,25 @@ def logit_values(transform: Transform) -> tuple[float, float]:
     return 0.0 if softcap is None else float(softcap), float(temperature)
 
 
-def logit_constants(
-    has_bias: bool, transform: Transform, names: tuple[str, ...]
-) -> dict[str, bool | int]:
-    """Return its constants."""
+def parts_of(transform: Transform) -> tuple[bool, bool]:
+    """Tell whether it has a softcap, and whether a temperature: what binaries are made for."""
     softcap, temperature = transform
+    return softcap is not None, temperature != 1.0
+
+
+def logit_constants(
+    has_bias: bool, parts: tuple[bool, bool], names: tuple[str, ...]
+) -> dict[str, bool | int]:
+    """Return its constants.
+
+    Args:
+        parts: those of the transform.
+    """
+    has_softcap, has_temperature = parts
     return {
         "HAS_BIAS": has_bias,
-        "HAS_SOFTCAP": softcap is not None,
-        "HAS_TEMPERATURE": temperature != 1.0,
+        "HAS_SOFTCAP": has_softcap,
+        "HAS_TEMPERATURE": has_temperature,
         **statistic_places(names),
     }
 

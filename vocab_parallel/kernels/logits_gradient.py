@@ -17,6 +17,7 @@ from vocab_parallel.kernels.logit import (
     load_tokens,
     logit_constants,
     logit_values,
+    parts_of,
     readable_width,
     to_logit_and_slope,
 )
@@ -51,7 +52,7 @@ def logits_gradient(
     if sum_tokens:
         sums = torch.empty((groups, num_rows), dtype=torch.float32, device=logits.device)
     with torch.cuda.device_of(logits):
-        _logits_gradient[(cdiv(num_rows, block), groups)](
+        _logits_gradient[(cdiv(num_rows, block) * groups,)](
             logits,
             logits.stride(0),
             out,
@@ -68,7 +69,7 @@ def logits_gradient(
             min(readable_width(logits), readable_width(out)),
             row_start,
             *logit_values(transform),
-            **logit_constants(bias is not None, transform, names),
+            **logit_constants(bias is not None, parts_of(transform), names),
             HAS_SUMS=sum_tokens,
             STEPS=of_group // at_a_time,
             TOKENS=at_a_time,
@@ -107,8 +108,10 @@ def _logits_gradient(  # type: ignore[no-untyped-def]
     TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    group = tl.program_id(1)
+    # Along one axis: the others have 65,535 programs at most, and there may be more tokens.
+    program, across = tl.program_id(0), tl.cdiv(num_rows, BLOCK)
+    columns = program % across * BLOCK + tl.arange(0, BLOCK)
+    group = program // across
     inside = columns < num_rows
     touched = columns < width
     summed = tl.zeros((BLOCK,), tl.float32)

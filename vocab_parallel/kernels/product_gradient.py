@@ -19,6 +19,7 @@ from vocab_parallel.kernels.logit import (
     load_tokens,
     logit_constants,
     logit_values,
+    parts_of,
     to_logit_and_slope,
 )
 from vocab_parallel.kernels.product import multiply, tile_origin
@@ -69,7 +70,9 @@ def product_gradient(
         row_start,
         *logit_values(transform),
     )
-    constants = _constants(bias is not None, transform, names, sum_tokens, depth, programs)
+    constants = _constants(
+        bias is not None, parts_of(transform), names, sum_tokens, depth, programs
+    )
     _product_gradient.start(hidden, (programs,), values, constants)
     return None if sums is None else sums.sum(0)
 
@@ -77,14 +80,14 @@ def product_gradient(
 @functools.cache
 def _constants(
     has_bias: bool,
-    transform: Transform,
+    parts: tuple[bool, bool],
     names: tuple[str, ...],
     sum_tokens: bool,
     depth: int,
     programs: int,
 ) -> Constants:
     return (
-        *logit_constants(has_bias, transform, names).items(),
+        *logit_constants(has_bias, parts, names).items(),
         ("HAS_SUMS", sum_tokens),
         *product.tile_constants(depth, programs).items(),
     )

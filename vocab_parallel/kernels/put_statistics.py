@@ -13,6 +13,7 @@ from vocab_parallel.kernels.logit import (
     cdiv,
     logit_constants,
     logit_values,
+    parts_of,
     rival_place,
     statistic_places,
 )
@@ -55,7 +56,7 @@ def put_statistics(
         num_rows,
     )
     constants = _constants(
-        bias is not None, transform, names, kept is not None, depth, programs, stages
+        bias is not None, parts_of(transform), names, kept is not None, depth, programs, stages
     )
     for first, last in product.launches(tiles, programs):
         values = (*operands, first, last, *logit_values(transform), *more_values)
@@ -66,7 +67,7 @@ def put_statistics(
 @functools.cache
 def _constants(
     has_bias: bool,
-    transform: Transform,
+    parts: tuple[bool, bool],
     names: tuple[str, ...],
     keeps: bool,
     depth: int,
@@ -74,7 +75,7 @@ def _constants(
     stages: int,
 ) -> Constants:
     return (
-        *logit_constants(has_bias, transform, names).items(),
+        *logit_constants(has_bias, parts, names).items(),
         *rival_place(names).items(),
         ("KEEPS", keeps),
         *product.tile_constants(depth, programs, stages=stages).items(),

@@ -51,7 +51,7 @@ def scale_tokens(
     num_tokens, width = matrix.shape
     targets, own = at_targets or (None, None)
     with torch.cuda.device_of(matrix):
-        _scale_tokens[(cdiv(width, _WIDTH), cdiv(num_tokens, _ROWS))](
+        _scale_tokens[(cdiv(width, _WIDTH) * cdiv(num_tokens, _ROWS),)](
             matrix,
             matrix.stride(0),
             scale,
@@ -74,8 +74,9 @@ def _scale_tokens(  # type: ignore[no-untyped-def]
     matrix, matrix_stride, scale, targets, own, out, out_stride, num_tokens, width,
     HAS_TARGETS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    tokens = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    columns = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
+    program, across = tl.program_id(0), tl.cdiv(width, WIDTH)
+    tokens = program // across * ROWS + tl.arange(0, ROWS)
+    columns = program % across * WIDTH + tl.arange(0, WIDTH)
     here = tokens < num_tokens
     inside = here[:, None] & (columns < width)[None, :]
     by = tl.load(scale + tokens, mask=here, other=0.0)

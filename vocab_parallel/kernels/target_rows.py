@@ -92,7 +92,7 @@ def add_target_rows(
     assert scale.stride(0) == weight.stride(0) == 1
     num_tokens, width = sums.shape
     with torch.cuda.device_of(sums):
-        _add_target_rows[(cdiv(width, _COLUMNS), cdiv(num_tokens, _ROWS))](
+        _add_target_rows[(cdiv(width, _COLUMNS) * cdiv(num_tokens, _ROWS),)](
             sums,
             sums.stride(0),
             scale,
@@ -117,17 +117,19 @@ def _add_target_rows(  # type: ignore[no-untyped-def]
     num_tokens, num_rows, width,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    tokens = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    columns = (tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+    program, across = tl.program_id(0), tl.cdiv(width, COLUMNS)
+    tokens = program // across * ROWS + tl.arange(0, ROWS)
+    columns = (program % across * COLUMNS + tl.arange(0, COLUMNS))[None, :]
     here = tokens < num_tokens
     inside = here[:, None] & (columns < width)
     target = tl.load(targets + tokens, mask=here, other=-1).to(tl.int32)
-    owned = (here & (target >= 0) & (target < num_rows))[:, None]
+    owned = here & (target >= 0) & (target < num_rows)
     by = tl.load(scale + tokens, mask=here, other=0.0)[:, None]
-    own = tl.load(weight + tokens, mask=here, other=0.0)[:, None]
+    # The weight of a token without a row here may be anything.
+    own = tl.load(weight + tokens, mask=owned, other=0.0)[:, None]
     token = tokens.to(tl.int64)[:, None]
     value = tl.load(sums + token * sums_stride + columns, mask=inside, other=0.0).to(tl.float32)
     row = target.to(tl.int64)[:, None] * rows_stride + columns
-    at_target = tl.load(rows + row, mask=inside & owned, other=0.0).to(tl.float32)
+    at_target = tl.load(rows + row, mask=inside & owned[:, None], other=0.0).to(tl.float32)
     value = value * by + at_target * own
     tl.store(out + token * out_stride + columns, value.to(out.dtype.element_ty), mask=inside)

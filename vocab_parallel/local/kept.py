@@ -7,8 +7,9 @@ class Kept:
     """What forward kept of the logits [N, r] of a shard's first rows, for backward to use once.
 
     Raw logits are turned into their gradient in place: under a split backward the inputs' half
-    leaves them as they are, and the weights' half pops them. Exponentials of whole shards stay as
-    they are. Who comes later (a backward that is run again) makes logits anew.
+    leaves them as they are, and the weights' half pops them. Exponentials of whole shards stay,
+    but for their targets' places, where 0 is written. Who comes later (a backward that is run
+    again) makes logits anew.
 
     Attributes:
         num_rows: r; the buffer may be wider.

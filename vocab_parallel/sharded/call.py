@@ -111,7 +111,8 @@ class Call(NamedTuple):
         if weight is None:
             return None
         wide = weight.detach().to(accumulation_dtype(self.operands.hidden.dtype))
-        return self._arranged(lambda shift: shifted(wide, shift, 0.0))
+        # Kernels read it without a stride.
+        return self._arranged(lambda shift: shifted(wide, shift, 0.0)).contiguous()
 
     def _arranged(self, of_shift: Callable[[int], Tensor]) -> Tensor:
         """Bring what is [..., T] of one shift, or several of them, to the loss's order."""
@@ -242,7 +243,7 @@ def _shard(operands: Operands, settings: LossSettings, rows: RankRows) -> Shard:
     return Shard(
         hidden=none,
         classifier=rows.tokens_alone(operands.classifier.detach()),
-        bias=None if bias is None else rows.tokens_alone(bias.detach()),
+        bias=None if bias is None else rows.tokens_alone(bias.detach()).contiguous(),
         targets=none[:, 0],
         transform=settings.transform,
         names=settings.statistics,

@@ -90,8 +90,7 @@ class StatisticsExchange(Pieces):
         def start(statistics: Tensor, piece: slice) -> Pending:
             return group.start_gather_shards(statistics[:, piece])
 
-        cut = group.degree > 1 and order is Order.PIECES
-        pieces = even_pieces(num_tokens, _STATISTICS_PIECES if cut else 1)
+        pieces = even_pieces(num_tokens, _STATISTICS_PIECES if order is Order.PIECES else 1)
         super().__init__(pieces, start, waits=order is Order.WAITING)
         self._names = names
 

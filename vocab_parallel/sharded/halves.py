@@ -331,10 +331,12 @@ def shard_of(call: Call, inputs: Inputs, needs_grad: bool) -> Shard | None:
     """Return what the implementation works on, or None where there is nothing to do."""
     if call.shard.num_rows == 0 or inputs.hidden.shape[0] == 0:
         return None
+    bias = inputs.bias
     return call.shard._replace(
         hidden=inputs.hidden.detach(),
         classifier=call.rows.tokens_alone(inputs.classifier.detach()),
-        bias=None if inputs.bias is None else call.rows.tokens_alone(inputs.bias.detach()),
+        # Kernels read it without a stride.
+        bias=None if bias is None else call.rows.tokens_alone(bias.detach()).contiguous(),
         targets=inputs.targets,
         needs_grad=needs_grad,
     )
