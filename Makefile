@@ -49,7 +49,7 @@ $(VENV)/.docs: $(VENV)/.test
 demo: $(VENV)/.train  ## train a small Qwen3 on real text, 2 x 2 ranks, and check it against one process
 	$(TORCHRUN) --nproc-per-node 4 -m launch.train --pipeline 2 --vocab 2 --check --out runs/demo
 
-test: $(VENV)/.test  ## the tests that CI runs (about 14 minutes on 2 cores)
+test: $(VENV)/.test  ## the tests that CI runs (about 12 minutes on 2 cores)
 	$(BIN)/pytest -n 2 -m 'not gpu and not slow'
 
 test-all: $(VENV)/.test  ## the larger matrices too

@@ -1,10 +1,11 @@
-"""Run one test function on several real ranks, started by torchrun.
+"""Run one test function, or a program, on several real ranks.
 
     def check_something(size: int) -> None:      # runs on every rank, and each asserts
         assert torch.distributed.get_world_size() == size
 
     def test_something() -> None:
         run_ranks(check_something, 2, size=2)
+        code, output = run_program(2, ["-m", "launch.train", "--steps", "2"])
 
 The function is found again by its module and name in each rank; its arguments travel as JSON.
 Rendezvous takes a free port, so that two such tests run side by side. A hang fails: every
@@ -13,7 +14,7 @@ collective gives up after GROUP_TIMEOUT, and a rank after START_TIMEOUT.
 Ranks on a CPU are started by torchrun's agent within the test's process, and forked from a server
 that has imported torch: to import it takes each of them, and torchrun, longer than most tests.
 CUDA does not outlive a fork, and Triton's interpreter is chosen before an import: those ranks are
-started by the command.
+started by the command, `torchrun`, and so are those whose ends or mistakes are tested.
 """
 
 import faulthandler
@@ -22,6 +23,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -41,8 +43,8 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 ROOT = Path(__file__).resolve().parent.parent
 GROUP_TIMEOUT = 30  # seconds that a collective waits for a peer
 START_TIMEOUT = 55  # seconds that a whole start may take
-# What ranks find imported. Nothing here may touch CUDA or start a thread.
-_PRELOADED = ["pytest", "torch.distributed.pipelining", "vocab_parallel", "tests.ranks"]
+# What ranks find imported; nothing of it touches CUDA.
+_PRELOADED = ["pytest", "vocab_parallel", "launch.training", "tests.ranks"]
 
 
 def run_ranks(
@@ -59,7 +61,7 @@ def run_ranks(
     name = f"{function.__module__}:{function.__qualname__}"
     call = (backend, name, json.dumps(arguments))
     if backend == "gloo" and not environment:
-        code, output = _forked(ranks, call, timeout)
+        code, output = _forked(ranks, timeout, _main, *call)
     else:
         command = ["-m", "tests.ranks", *call]
         code, output = torchrun(ranks, command, timeout=timeout, environment=environment)
@@ -68,8 +70,19 @@ def run_ranks(
         print(output)
 
 
-def _forked(ranks: int, call: tuple[str, ...], timeout: float) -> tuple[int, str]:
-    """Run `_main` on ranks that torchrun's agent starts, and return (exit code, their output)."""
+def run_program(
+    ranks: int, command: list[str], *, timeout: float = START_TIMEOUT
+) -> tuple[int, str]:
+    """Run ranks of ``python COMMAND`` on the CPU and return (exit code, their output).
+
+    What they printed stands last, that of the first rank before the others'.
+    """
+    return _forked(ranks, timeout, _program, *command)
+
+
+def _forked(
+    ranks: int, timeout: float, function: Callable[..., None], *arguments: str
+) -> tuple[int, str]:
     os.environ["OMP_NUM_THREADS"] = "1"
     multiprocessing.set_forkserver_preload(_PRELOADED)
     with tempfile.TemporaryDirectory() as folder:
@@ -84,17 +97,28 @@ def _forked(ranks: int, call: tuple[str, ...], timeout: float) -> tuple[int, str
             logs_specs=DefaultLogsSpecs(folder, redirects=Std.ALL),
         )
         try:
-            elastic_launch(config, _limited)(timeout, *call)
+            elastic_launch(config, _limited)(timeout, function, *arguments)
             code, reason = 0, ""
         except ChildFailedError as error:
             code, reason = 1, str(error)
-        logs = [path.read_text() for path in sorted(Path(folder).rglob("*.log"))]
-    return code, "".join([*logs, reason])
+        logs = sorted(Path(folder).rglob("*.log"), key=lambda path: (path.name, path))
+        return code, "".join([*(path.read_text() for path in logs), reason])
 
 
-def _limited(timeout: float, *call: str) -> None:
+def _limited(timeout: float, function: Callable[..., None], *arguments: str) -> None:
+    """Call a function that may take so many seconds."""
     faulthandler.dump_traceback_later(timeout, exit=True)
-    _main(*call)
+    function(*arguments)
+
+
+def _program(*command: str) -> None:
+    os.chdir(ROOT)
+    if command[0] == "-m":
+        sys.argv = list(command[1:])
+        runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = list(command)
+        runpy.run_path(command[0], run_name="__main__")
 
 
 def torchrun_command(ranks: int, command: list[str]) -> list[str]:

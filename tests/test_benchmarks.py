@@ -16,7 +16,7 @@ from benchmarks.exact import exact_gradients, relative_errors
 from benchmarks.ranks import Ranks
 from benchmarks.several_gpus import FLOOR_OF, LAYOUTS, ORDERS, WAYS
 from benchmarks.several_gpus_table import between_markers, markdown
-from tests.ranks import ROOT, run_ranks, torchrun
+from tests.ranks import ROOT, run_program, run_ranks
 from vocab_parallel import VocabParallelOptions
 
 CPU = torch.device("cpu")
@@ -28,7 +28,7 @@ EVEN, UNEVEN = "48x16x600", "48x16x601"
 def test_several_gpus(tmp_path: Path) -> None:
     """One start, on two ranks; what it printed last is what it wrote."""
     command = ["-m", "benchmarks.several_gpus", "--shapes", EVEN, UNEVEN, "--rounds", "2"]
-    code, output = torchrun(2, [*command, "--out", str(tmp_path)])
+    code, output = run_program(2, [*command, "--out", str(tmp_path)])
     assert code == 0, output[-6000:]
     last = next(line for line in reversed(output.splitlines()) if line.startswith("{"))
     document = json.loads(last)

@@ -24,7 +24,7 @@ from launch.configs import config_of_sizes
 from launch.model import build_stage
 from launch.training_pipeline import model_of
 from launch.weights import FolderWeights
-from tests.ranks import torchrun
+from tests.ranks import run_program, torchrun
 from tests.small_tokenizer import END, WORDS, write_tokenizer
 
 VOCABULARY, HIDDEN, LAYERS = 151_936, 32, 4
@@ -64,7 +64,7 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
 def train(ranks: tuple[int, int], out: Path, *arguments: str) -> dict[str, Any]:
     mesh = ["--pipeline", str(ranks[0]), "--vocab", str(ranks[1]), "--out", str(out)]
     mesh += ["--microbatches", str(max(2, ranks[0]))]
-    code, output = torchrun(
+    code, output = run_program(
         ranks[0] * ranks[1], ["-m", "launch.train", *mesh, *arguments], timeout=150
     )
     assert code == 0, output[-4000:]
@@ -330,7 +330,7 @@ def test_evaluate(tmp_path: Path) -> None:
     texts = ["the quick brown fox jumps over the lazy dog " * (1 + n % 3) for n in range(16)]
     text = tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps({"text": one}) + "\n" for one in texts))
-    code, output = torchrun(
+    code, output = run_program(
         2,
         [
             "-m", "launch.evaluate", "--model", str(source), "--text", str(text),

@@ -30,7 +30,7 @@ from tests.ranks import run_ranks
 from vocab_parallel import VocabParallelClassifier
 
 CONFIG = SimpleNamespace(model_type="toy", vocab_size=11, hidden_size=3)
-STEPS, FLIPS = 4, 50
+STEPS = 4
 
 
 class Run:
@@ -111,7 +111,7 @@ def assert_refused(run: Run, match: str) -> None:
         assert torch.equal(old, now)
 
 
-def check_damage(folder: str, seed: int) -> None:
+def check_damage(folder: str, seed: int, flips: int) -> None:
     kept, ids = Path(folder) / "kept", torch.arange(STEPS * 6).view(STEPS, 2, 3)
     run = Run(kept, ids)
     assert run.checkpoints.begin().step == 0
@@ -130,7 +130,7 @@ def check_damage(folder: str, seed: int) -> None:
     copy = Path(folder) / "copy"
     newest = copy / "step-000003"
     draws = random.Random(seed)
-    for number in range(FLIPS):
+    for number in range(flips):
         once(lambda: shutil.copytree(saved, newest))
         where = [flip_a_bit(newest, draws) if dist.get_rank() == 0 else ""]
         dist.broadcast_object_list(where, 0)
@@ -150,9 +150,11 @@ def check_damage(folder: str, seed: int) -> None:
         once(lambda: shutil.rmtree(copy))
 
 
-def test_damage(tmp_path: Path) -> None:
-    """Of 50 flipped bits anywhere in a checkpoint none loads, and no lost file either."""
-    run_ranks(check_damage, 2, folder=str(tmp_path), seed=random.randrange(10**6))
+@pytest.mark.parametrize("flips", [10, pytest.param(50, marks=pytest.mark.slow)])
+def test_damage(flips: int, tmp_path: Path) -> None:
+    """Of bits flipped anywhere in a checkpoint none loads, and no lost file either."""
+    seed = random.randrange(10**6)
+    run_ranks(check_damage, 2, timeout=170, folder=str(tmp_path), seed=seed, flips=flips)
 
 
 class Hostile:

@@ -15,7 +15,7 @@ import torch
 
 import stage_groups
 import vocab_parallel
-from tests.ranks import ROOT, torchrun
+from tests.ranks import ROOT, run_program
 from vocab_parallel import adapters, no_loss
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -31,7 +31,7 @@ def test_example_runs(path: Path) -> None:
     name = f"examples/{path.name}"
     command = re.match(rf"# torchrun --nproc-per-node (\d) {name}\n", text)
     assert command is not None, "the first line says how to run it"
-    code, output = torchrun(int(command[1]), [name])
+    code, output = run_program(int(command[1]), [name])
     assert code == 0, output[-6000:]
 
 

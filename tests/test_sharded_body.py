@@ -172,7 +172,7 @@ def assert_same_models(one: Path, two: Path) -> None:
 
 
 def test_equals_one_process(tmp_path: Path) -> None:
-    run_ranks(check_train, 4, folder=str(tmp_path))
+    run_ranks(check_train, 4, timeout=110, folder=str(tmp_path))
 
 
 def write_models(folder: Path) -> None:

@@ -17,7 +17,7 @@ from launch.arguments import EvaluateArguments, TrainArguments
 from launch.configs import config_of_sizes, load_config
 from launch.model import layers_of_stage
 from launch.planning.shape import ModelShape
-from tests.ranks import ROOT, torchrun
+from tests.ranks import ROOT, run_program, torchrun
 from tests.small_tokenizer import write_tokenizer
 
 SMALL = [
@@ -98,7 +98,7 @@ def test_equals_one_process(pipeline: int, vocab: int, schedule: str, tmp_path: 
     data = 2 if "--data" in mesh else 1
     if mesh[-1] in ("--profile", "--checkpoint"):
         mesh.append(str(tmp_path / "written"))
-    code, output = torchrun(
+    code, output = run_program(
         pipeline * data * vocab,
         [
             "-m",
