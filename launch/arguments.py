@@ -59,7 +59,7 @@ _SPLIT = ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
 
 @dataclass(frozen=True)
 class TrainArguments(DataArguments):
-    """Train a Qwen3 model on text, on a data x pipeline x vocab mesh of ranks.
+    """Train a causal language model on text, on a data x pipeline x vocab mesh of ranks.
 
     Start it with torchrun; the number of ranks is data x pipeline x vocab:
 
@@ -188,6 +188,13 @@ class TrainArguments(DataArguments):
         """Over how many pipelines the sequences of a batch are spread."""
         return self.data * self.vocab
 
+    @property
+    def written_folders(self) -> dict[str, Path]:
+        """Folders that a run writes to, by their options, without that of its checkpoints."""
+        found = {"--out": self.out, "--profile": self.profile}
+        found["--export"] = None if self.export is None else self.export.parent
+        return {option: folder for option, folder in found.items() if folder is not None}
+
     def validate(self) -> None:
         """Raise ValueError for values that cannot be combined; the same on every rank."""
         for name in [
@@ -270,13 +277,17 @@ class TrainArguments(DataArguments):
         super().validate_paths()
         if self.eval_text is not None:
             find_source(self.eval_text)
-        if self.tracker is not None and find_spec(self.tracker) is None:
+        if self.tracker is not None and not _is_installed(self.tracker):
             raise ValueError(
                 f"--tracker {self.tracker} needs the package {self.tracker}: pip install "
                 f"{self.tracker}, or leave it out; log.jsonl in --out has the same lines"
             )
         if self.model is not None:
             find_model(self.model)
+        for option in ("out", "export", "profile", "checkpoint"):
+            folder = getattr(self, option)
+            if folder is not None and folder.exists() and not folder.is_dir():
+                raise ValueError(f"--{option} {folder} is no folder: give another name")
         if self.export is not None and self.export.exists() and any(self.export.iterdir()):
             raise ValueError(f"--export {self.export} is not empty: give a new folder")
 
@@ -347,3 +358,9 @@ class EvaluateArguments(DataArguments):
         """See `DataArguments.validate_paths`; the model's folder too."""
         super().validate_paths()
         find_model(self.model)
+
+
+def _is_installed(package: str) -> bool:
+    """Tell whether it is; a folder of that name here, as trackers leave them, is no package."""
+    spec = find_spec(package)
+    return spec is not None and spec.origin is not None

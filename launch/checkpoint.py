@@ -16,10 +16,7 @@ step replaces.
 import json
 import re
 import shutil
-import tempfile
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +26,6 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from launch.arguments import TrainArguments
@@ -37,6 +33,7 @@ from launch.checksums import SUMS, read_sums, sync_folder, verify_share, write_s
 from launch.checksums import write_synced as write
 from launch.command import raised_on_all
 from launch.data.batches import Batches
+from launch.disk import as_values, try_to_write
 from launch.model import CLASSIFIER, EMBEDDING, vocabulary_rows
 from launch.optimizer import AdamW
 from launch.run_identity import StepsDigest, run_identity
@@ -117,7 +114,7 @@ class Checkpoints:
         self.finish()
         final = self._folder / f"{_STEP}{len(seconds):06d}"
         partial = final.with_suffix(".partial")
-        with raised_on_all(self._group), _as_values(f"{final} cannot be saved"):
+        with raised_on_all(self._group), as_values(f"{final} cannot be saved"):
             if dist.get_rank() == 0:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
@@ -141,13 +138,13 @@ class Checkpoints:
             return
         saving, self._saving = self._saving, None
         try:
-            with raised_on_all(self._group), _as_values(f"{saving.final} cannot be saved"):
+            with raised_on_all(self._group), as_values(f"{saving.final} cannot be saved"):
                 saving.future.result()
             told: list[Any] = [None] * dist.get_world_size()
             # Only ranks of the last stage know losses.
             own = (saving.writer.sums, saving.history.losses)
             dist.all_gather_object(told, own, group=self._group)
-            with raised_on_all(self._group), _as_values(f"{saving.final} cannot be saved"):
+            with raised_on_all(self._group), as_values(f"{saving.final} cannot be saved"):
                 if dist.get_rank() == 0:
                     sums = {name: digest for sums, _ in told for name, digest in sums.items()}
                     losses = max((losses for _, losses in told), key=len)
@@ -174,7 +171,7 @@ class Checkpoints:
                     f"--checkpoint {self._folder} has the checkpoint {complete[-1].name} of a run "
                     f"before this one: go on from it with --resume, or give another folder"
                 )
-            self._try_to_write()
+            try_to_write(self._folder, "--checkpoint")
         return History()
 
     def resume(self) -> History:
@@ -187,31 +184,24 @@ class Checkpoints:
             UserError: it is damaged, or of another model, seed or text; nothing was loaded.
         """
         with raised_on_all():
-            self._try_to_write()
+            try_to_write(self._folder, "--checkpoint")
             complete = complete_checkpoints(self._folder)
         newest = self._agree_on(complete[-1].name if complete else None)
         if newest is None:
             return History()
         other = "; move it elsewhere to go on from the checkpoint before it"
         sums: dict[str, str] = {}
-        with raised_on_all(), _as_values(f"{newest} cannot be read", other):
+        with raised_on_all(), as_values(f"{newest} cannot be read", other):
             sums = read_sums(newest)
             verify_share(newest, sums, dist.get_rank(), dist.get_world_size())
-        with raised_on_all(), _as_values(f"{newest} cannot be read"):
+        with raised_on_all(), as_values(f"{newest} cannot be read"):
             history = self._read_run(newest)
             reader = CheckedReader(newest, sums)
         self._make_moments()
-        with raised_on_all(), _as_values(f"{newest} cannot be loaded"):
+        with raised_on_all(), as_values(f"{newest} cannot be loaded"):
             dcp.load(self._state(), storage_reader=reader, process_group=self._group)
         self._optimizer.round_copies()
         return history
-
-    def _try_to_write(self) -> None:
-        """Raise ValueError where the folder takes no file, before hours of training."""
-        with _as_values(f"--checkpoint {self._folder} cannot be written to"):
-            self._folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self._folder):
-                pass
 
     def _agree_on(self, name: str | None) -> Path | None:
         """Return the checkpoint that rank 0 sees.
@@ -359,23 +349,3 @@ def _free_name(path: Path) -> Path:
     """Return a name beside a path that nothing has."""
     names = (path.with_suffix(f".replaced-{number}") for number in range(1, 10**6))
     return next(name for name in names if not name.exists())
-
-
-@contextmanager
-def _as_values(what: str, remedy: str = "") -> Iterator[None]:
-    """Raise what a disk, or torch over one, did not take as a ValueError that says so."""
-    try:
-        yield
-    except CheckpointException as error:
-        cause = next(iter(error.failures.values()))[0]
-        raise ValueError(f"{what}: {_first_line(cause)}") from error
-    except OSError as error:
-        raise ValueError(f"{what}: {_first_line(error)}") from error
-    except (KeyError, TypeError, AttributeError, RecursionError) as error:  # unlike JSON
-        raise ValueError(f"{what}: {error!r}") from error
-    except ValueError as error:
-        raise ValueError(f"{error}{remedy}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__

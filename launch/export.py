@@ -3,6 +3,8 @@
 import copy
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -11,8 +13,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from launch.arguments import TrainArguments
+from launch.command import UserError, raised_on_all
 from launch.conversion import stored_form
 from launch.data.tokenizers import save_tokenizer
+from launch.disk import as_values
 from launch.model import CLASSIFIER, EMBEDDING, stored_buffers, vocabulary_rows
 from launch.sharded_body import whole
 from launch.training_pipeline import Pipeline
@@ -28,15 +32,39 @@ def export_model(pipeline: Pipeline, arguments: TrainArguments) -> None:
     the first vocab rank of each pipeline rank writes what that one holds. The tokenizer, and the
     generation config of the --model folder, lie beside the weights. The folder appears when it is
     whole.
+
+    Raises:
+        UserError: the disk does not take it; nothing of it is left.
     """
-    folder, groups = arguments.export, pipeline.groups
+    folder = arguments.export
     assert folder is not None
-    dtype = _stored_dtype(pipeline, arguments)
     partial = folder.with_name(folder.name + ".partial")
-    if dist.get_rank() == 0:
-        partial.mkdir(parents=True, exist_ok=True)
-    dist.barrier()
-    tensors = _whole_tensors(pipeline, dtype)
+    try:
+        _write(pipeline, arguments, partial)
+        with _taken(arguments):
+            if dist.get_rank() == 0:
+                if folder.exists():
+                    folder.rmdir()  # empty, or it would have been refused
+                partial.rename(folder)
+    except UserError:
+        if dist.get_rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def _taken(arguments: TrainArguments) -> Iterator[None]:
+    """Raise on all ranks what the disk of one does not take."""
+    with raised_on_all(), as_values(f"--export {arguments.export} cannot be written"):
+        yield
+
+
+def _write(pipeline: Pipeline, arguments: TrainArguments, folder: Path) -> None:
+    groups = pipeline.groups
+    with _taken(arguments):
+        if dist.get_rank() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+    tensors = _whole_tensors(pipeline, _stored_dtype(pipeline, arguments))
     single = groups.pipeline_degree == 1
     file = (
         "model.safetensors"
@@ -44,28 +72,31 @@ def export_model(pipeline: Pipeline, arguments: TrainArguments) -> None:
         else f"model-{groups.pipeline_rank + 1:05d}-of-{groups.pipeline_degree:05d}.safetensors"
     )
     sizes = {}
-    if groups.column_rank == 0 and groups.data_rank == 0:
-        save_file(tensors, partial / file, metadata={"format": "pt"})
-        sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
+    with _taken(arguments):
+        if groups.column_rank == 0 and groups.data_rank == 0:
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+            sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
     told: list[tuple[str, dict[str, int]]] = [("", {})] * dist.get_world_size()
     dist.all_gather_object(told, (file, sizes))
-    if dist.get_rank() == 0:
-        config = copy.deepcopy(pipeline.config)
-        config.dtype = dtype
-        config.save_pretrained(partial)
-        save_tokenizer(arguments.tokenizer, arguments.model, partial)
-        if arguments.model is not None and (Path(arguments.model) / _GENERATION).is_file():
-            shutil.copyfile(Path(arguments.model) / _GENERATION, partial / _GENERATION)
-        if not single:
-            index = {
-                "metadata": {"total_size": sum(sum(own.values()) for _, own in told)},
-                "weight_map": {name: where for where, own in told for name in sorted(own)},
-            }
-            (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
-        if folder.exists():
-            folder.rmdir()  # empty, or it would have been refused
-        partial.rename(folder)
-    dist.barrier()
+    with _taken(arguments):
+        if dist.get_rank() == 0:
+            _write_beside(pipeline, arguments, folder)
+            if not single:
+                index = {
+                    "metadata": {"total_size": sum(sum(own.values()) for _, own in told)},
+                    "weight_map": {name: where for where, own in told for name in sorted(own)},
+                }
+                (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+
+
+def _write_beside(pipeline: Pipeline, arguments: TrainArguments, folder: Path) -> None:
+    """Write what is no weight: configuration, tokenizer and generation config."""
+    config = copy.deepcopy(pipeline.config)
+    config.dtype = _stored_dtype(pipeline, arguments)
+    config.save_pretrained(folder)
+    save_tokenizer(arguments.tokenizer, arguments.model, folder)
+    if arguments.model is not None and (Path(arguments.model) / _GENERATION).is_file():
+        shutil.copyfile(Path(arguments.model) / _GENERATION, folder / _GENERATION)
 
 
 def _stored_dtype(pipeline: Pipeline, arguments: TrainArguments) -> torch.dtype:

@@ -2,9 +2,9 @@
 
 Each of the N ranks of the data group holds 1/N of every parameter, cut in dimension 0, with its
 gradient and optimizer state. The whole weights and gradients exist while a schedule's step runs, as
-torch's schedules have it: weights are gathered once for all microbatches, and gradients reduced
-once a step of the optimizer. So a schedule may split the backward, too: nothing is gathered or
-dropped between its halves.
+torch's schedules have it: weights are gathered once for all its microbatches (with one stage a
+rank, once for all of --accumulate), and gradients reduced once a step of the optimizer. So a
+schedule may split the backward, too: nothing is gathered or dropped between its halves.
 """
 
 from collections.abc import Iterable

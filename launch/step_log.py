@@ -76,9 +76,8 @@ class _TensorBoard:
     def __init__(self, arguments: TrainArguments, first_step: int) -> None:
         from torch.utils.tensorboard.writer import SummaryWriter
 
-        # What a killed run has drawn of later steps is dropped.
-        purge = first_step + 1 if first_step else None
-        self._writer: Any = SummaryWriter(str(arguments.out), purge_step=purge)
+        # What another run in this folder has drawn of later steps is dropped.
+        self._writer: Any = SummaryWriter(str(arguments.out), purge_step=first_step + 1)
 
     def log(self, numbers: dict[str, float], step: int) -> None:
         for name, value in numbers.items():
@@ -93,11 +92,14 @@ class _Wandb:
         import wandb
 
         config = {name: str(value) for name, value in asdict(arguments).items()}
+        # The other ranks wait for it.
+        settings = wandb.Settings(init_timeout=min(90.0, arguments.timeout / 2))
         try:
-            self._run: Any = wandb.init(dir=str(arguments.out), config=config)
+            self._run: Any = wandb.init(dir=str(arguments.out), config=config, settings=settings)
         except wandb.errors.Error as error:
+            words = str(error).partition("\n")[0].rstrip(".")
             raise ValueError(
-                f"--tracker wandb cannot start: {str(error).rstrip('.')}; or set "
+                f"--tracker wandb cannot start: {words}; or set "
                 f"WANDB_MODE=offline, or leave it out: log.jsonl in --out has the same lines"
             ) from error
 

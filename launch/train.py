@@ -1,4 +1,4 @@
-"""Train a model on a pipeline x vocab mesh: ``torchrun ... -m launch.train --help``.
+"""Train a model on a data x pipeline x vocab mesh: ``torchrun ... -m launch.train --help``.
 
 What reads the command line; `launch/training.py` trains.
 """

@@ -16,6 +16,7 @@ from launch.checkpoint import Checkpoints
 from launch.command import raised_on_all
 from launch.data.batches import Batch, Batches
 from launch.data.load import load_batches
+from launch.disk import try_to_write
 from launch.export import export_model
 from launch.gradients import named_gradients
 from launch.held_out import score_pipeline
@@ -104,6 +105,9 @@ def run(arguments: TrainArguments, device: torch.device) -> bool:
     if compiles(arguments, device):
         pieces = arguments.columns * arguments.accumulate * arguments.microbatches
         warm_up(pipeline.stages, batches[0].chunk(pieces)[0])
+    with raised_on_all():
+        for option, folder in arguments.written_folders.items():
+            try_to_write(folder, option)
     trained = train(arguments, pipeline, batches, held_out, device)
     reports = _gather_reports(groups, trained, device)
     passed = torch.ones((), dtype=torch.int32, device=device)

@@ -11,6 +11,8 @@ import pytest
 from launch.arguments import TrainArguments
 from launch.step_log import StepLog
 
+TIMEOUT = 60.0
+
 
 class Wandb(SimpleNamespace):
     """What of wandb is used."""
@@ -22,10 +24,13 @@ class Wandb(SimpleNamespace):
     def __init__(self, works: bool) -> None:
         super().__init__(works=works, drawn=[])
 
-    def init(self, **settings: Any) -> Any:
+    Settings = SimpleNamespace
+
+    def init(self, *, settings: Any, **given: Any) -> Any:
+        assert 0 < settings.init_timeout < TIMEOUT
         if not self.works:
-            raise self.errors.Error("No API key configured.")
-        assert settings["config"]["tracker"] == "wandb"
+            raise self.errors.Error("No API key configured.\nSee the documentation.")
+        assert given["config"]["tracker"] == "wandb"
         drawn = self.drawn
         return SimpleNamespace(
             log=lambda numbers, step: drawn.append((step, numbers)),
@@ -35,7 +40,7 @@ class Wandb(SimpleNamespace):
 
 def test_tracker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A resumed run keeps the lines up to its first step; unknown numbers are not drawn."""
-    arguments = TrainArguments(out=tmp_path, tracker="wandb")
+    arguments = TrainArguments(out=tmp_path, tracker="wandb", timeout=TIMEOUT)
     monkeypatch.setitem(sys.modules, "wandb", wandb := Wandb(works=True))
     for first, steps in ((0, (1, 2, 3)), (2, (3, 4))):
         log = StepLog(arguments, first)

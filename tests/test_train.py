@@ -144,6 +144,11 @@ MISTAKES = [
     pytest.param(
         ["--bacth", "5"], "the command line cannot be read, as said above", marks=pytest.mark.slow
     ),
+    pytest.param(
+        ["--vocab", "2", "--hidden", "32", "--export", "/proc/nowhere/model"],
+        "--export /proc/nowhere cannot be written to",
+        marks=pytest.mark.slow,
+    ),
     # Known when the text has been read.
     pytest.param(
         ["--vocab", "2", "--text", "LICENSE", "--sequence", "4096"],
@@ -173,6 +178,14 @@ def test_mistakes(arguments: list[str], words: str, tmp_path: Path) -> None:
     code, output = torchrun(2, ["-m", "launch.train", *mesh, *arguments])
     assert_one_sentence(code, output, words)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("option", ["out", "export", "profile", "checkpoint"])
+def test_a_file_is_no_folder(option: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    arguments = TrainArguments(**{option: tmp_path / "file"})
+    with pytest.raises(ValueError, match=f"--{option} .*file is no folder: give another name"):
+        arguments.validate_paths()
 
 
 def test_a_mistake_that_one_rank_finds(tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def print_table(title: str, plans: list[MeshPlan], hardware: Hardware, show: int
     for line in (
         verdict(plans),
         "d x p x v: data x pipeline x vocab degrees; memory is a rank's",
-        "Memory is arithmetic, within 1% of what ranks of Qwen3-1.7B held. Nothing of the links' "
+        "Memory is arithmetic, within 2% of what ranks of Qwen3-1.7B held. Nothing of the links' "
         f"time is hidden{_hidden(plans)}. Products "
         f"{_rate(hardware, 'product_flops', 1e12, 'TFLOP/s')}, layers "
         f"{_rate(hardware, 'layer_flops', 1e12, 'TFLOP/s')}, links "
