@@ -123,7 +123,9 @@ def _leave(sentence: str) -> None:
         # What torchrun prints of a failed rank: its traceback, or this in its place.
         extra = {"py_callstack": sentence, "timestamp": str(int(time.time()))}
         document = {"message": {"message": sentence, "extraInfo": extra}}
-        Path(report).write_text(json.dumps(document))
+        partial = Path(f"{report}.partial")
+        partial.write_text(json.dumps(document))
+        partial.rename(report)  # never read before it is whole
         time.sleep(_OTHERS_LEAVE)
     sys.exit(2)
 

@@ -6,12 +6,12 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 from torch import Tensor
-from torch.distributed.elastic.multiprocessing.errors import record
 from tqdm import tqdm
 
 from launch.arguments import EvaluateArguments, TrainArguments
 from launch.command import raised_on_all
 from launch.data.load import load_batches
+from launch.last_words import record
 from launch.model import build_stage
 from launch.packing import refuse_to_look_across
 from launch.runtime import process_group

@@ -8,7 +8,6 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.elastic.multiprocessing.errors import record
 
 from launch.arguments import TrainArguments
 from launch.check import compare_with_one_process
@@ -20,6 +19,7 @@ from launch.disk import try_to_write
 from launch.export import export_model
 from launch.gradients import named_gradients
 from launch.held_out import score_pipeline
+from launch.last_words import record
 from launch.layers import compiles, warm_up
 from launch.model import CLASSIFIER, EMBEDDING
 from launch.optimizer import AdamW, LearningRate

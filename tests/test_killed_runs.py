@@ -19,6 +19,7 @@ import pytest
 
 from launch.checkpoint import complete_checkpoints
 from launch.checksums import read_sums, verify_share
+from launch.last_words import record
 from tests.ranks import ROOT, torchrun_command
 
 # Without the second, torch's ranks may look for one another where those before a restart were
@@ -151,6 +152,26 @@ def is_saving(checkpoints: Path) -> bool:
 
 
 @pytest.mark.slow
+def test_last_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that dies while it writes them leaves nothing that torchrun would read."""
+    file = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+
+    @record
+    def fails() -> None:
+        raise RuntimeError("as it may")
+
+    with monkeypatch.context() as dying:
+        dying.setattr(json, "dump", lambda document, file: file.write("{") and 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            fails()
+    assert not file.exists()
+    with pytest.raises(RuntimeError, match="as it may"):
+        fails()
+    assert json.loads(file.read_text())["message"]["message"] == "RuntimeError: as it may"
+    assert list(tmp_path.iterdir()) == [file]
+
+
 @pytest.mark.parametrize("signal_name", ["SIGSTOP", "SIGTERM"])
 def test_stopped(signal_name: str, tmp_path: Path) -> None:
     """A rank that stands still ends all others in the timeout; SIGTERM of torchrun ends all."""
