@@ -239,10 +239,9 @@ class Checkpoints:
             final.rename(_free_name(final))
         partial.rename(final)
         sync_folder(self._folder)
-        for left in self._folder.glob(
-            f"{_STEP}*.partial"
-        ):  # by a run that was killed as it dropped
-            if _run_of(left) == self._run:
+        # What a rank that was killed as it dropped one has left of it: at the last an empty folder.
+        for left in filter(Path.is_dir, self._folder.glob(f"{_STEP}*.partial")):
+            if _run_of(left) == self._run or not any(left.iterdir()):
                 _drop(left)
         own = [path for path in complete_checkpoints(self._folder) if _run_of(path) == self._run]
         for old in own[:-_KEPT]:

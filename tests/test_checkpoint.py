@@ -141,6 +141,7 @@ def test_resume_on_another_mesh(
     (Path(folder) / "step-notes").write_text("the loss looked odd here")
     # What a kill left of an older one, which the next save finds.
     shutil.copytree(Path(folder) / "step-000002", Path(folder) / "step-000001.partial")
+    (Path(folder) / "step-000000.partial").mkdir()  # the rest of one that was dropped
     rest = train(
         second, tmp_path / "rest", *SIZES, "--steps", "4", "--checkpoint", folder, "--resume",
         "--export", str(tmp_path / "trained"),
