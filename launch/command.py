@@ -112,6 +112,11 @@ def raised_on_all(group: Any = None) -> Iterator[None]:
         raise UserError(words)
 
 
+def partial_name(report: str) -> Path:
+    """Return where torchrun's report of a rank is written, which it must not read half."""
+    return Path(f"{report}.partial")
+
+
 def _leave(sentence: str) -> None:
     """Say it on rank 0, and exit so that torchrun's own report names one rank of a machine."""
     if _rank() == 0:
@@ -123,9 +128,8 @@ def _leave(sentence: str) -> None:
         # What torchrun prints of a failed rank: its traceback, or this in its place.
         extra = {"py_callstack": sentence, "timestamp": str(int(time.time()))}
         document = {"message": {"message": sentence, "extraInfo": extra}}
-        partial = Path(f"{report}.partial")
-        partial.write_text(json.dumps(document))
-        partial.rename(report)  # never read before it is whole
+        partial_name(report).write_text(json.dumps(document))
+        partial_name(report).rename(report)
         time.sleep(_OTHERS_LEAVE)
     sys.exit(2)
 

@@ -1,11 +1,12 @@
 """What torchrun prints of a rank that failed, from a file that the rank writes."""
 
-import os
 from collections.abc import Callable
 from typing import TypeVar
 
 from torch.distributed.elastic.multiprocessing.errors import record as _record
 from torch.distributed.elastic.multiprocessing.errors.error_handler import ErrorHandler
+
+from launch.command import partial_name
 
 F = TypeVar("F", bound=Callable[..., object])
 
@@ -22,18 +23,14 @@ class LastWords(ErrorHandler):
         super().record_exception(e)
         path = super()._get_error_file_path()
         if path is not None:
-            os.replace(_partial(path), path)
+            partial_name(path).rename(path)
 
     def _get_error_file_path(self) -> str | None:
         path = super()._get_error_file_path()
-        return None if path is None else _partial(path)
+        return None if path is None else str(partial_name(path))
 
 
 def record(function: F) -> F:
     """Decorate what a rank runs, in the place of torch's decorator of that name."""
     decorated: F = _record(function, error_handler=LastWords())  # type: ignore[assignment]
     return decorated
-
-
-def _partial(path: str) -> str:
-    return f"{path}.partial"

@@ -243,7 +243,7 @@ def _shard(operands: Operands, settings: LossSettings, rows: RankRows) -> Shard:
     return Shard(
         hidden=none,
         classifier=rows.tokens_alone(operands.classifier.detach()),
-        bias=None if bias is None else rows.tokens_alone(bias.detach()).contiguous(),
+        bias=None if bias is None else rows.tokens_alone(bias.detach()),
         targets=none[:, 0],
         transform=settings.transform,
         names=settings.statistics,
