@@ -140,9 +140,6 @@ def _entries(
     num_tokens = operands.hidden.shape[0]
     entered = contestants.floors(operands)
     entered["ours, probs"] = contestants.ours(operands, backward="probs")
-    entered["ours, gradients"] = contestants.ours(
-        operands, backward="gradients", chunk_tokens=num_tokens
-    )
     entered["ours, recompute"] = contestants.ours(
         operands, backward="recompute", memory_budget=64 * MIB
     )
@@ -155,15 +152,8 @@ def _entries(
             entered[f"ours, auto {budget} MiB"] = contestants.ours(
                 operands, memory_budget=budget * MIB
             )
-        for chunk in (num_tokens // 8, num_tokens // 4, num_tokens // 2):
-            entered[f"ours, gradients {chunk} tokens"] = contestants.ours(
-                operands, backward="gradients", chunk_tokens=chunk
-            )
     entered["ours, probs into main_grad"] = contestants.ours_into_main_grad(
         operands, backward="probs"
-    )
-    entered["ours, gradients into main_grad"] = contestants.ours_into_main_grad(
-        operands, backward="gradients", chunk_tokens=num_tokens // 2
     )
     entered["eager, materialised"] = contestants.materialised(operands, compiled=False)
     missing: dict[str, str] = {}

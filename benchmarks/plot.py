@@ -9,7 +9,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 MIB = 2**20
-BACKWARDS = ("recompute", "gradients", "probs", "auto")
+BACKWARDS = ("recompute", "probs", "auto")
 
 
 def plot_time_over_memory(document: dict[str, Any], path: Path) -> None:

@@ -60,8 +60,6 @@ WAYS: Mapping[str, dict[str, Any]] = {
     "recompute": {"backward": "recompute"},
     "auto 64 MiB": {},
 }
-# When ours communicates; see `vocab_parallel/sharded/exchange.py`.
-ORDERS: Mapping[str, bool | str] = {"": "auto", ", in pieces": True, ", no overlap": False}
 # The name of each layout's floor: the products alone, and with the collectives that it needs.
 PRODUCTS = "products"
 FLOOR_OF: Mapping[HiddenLayout, str] = {
@@ -88,8 +86,6 @@ class Arguments:
     """What the vocab axis does for the hidden states."""
     rounds: int = 9
     """Timed rounds."""
-    orders: bool = True
-    """Whether ours is timed in every order of its communication, and not in the default's alone."""
     peers: bool = True
     """Whether other packages' losses are timed."""
     errors: bool = True
@@ -210,9 +206,7 @@ def entries(arguments: Arguments, liger: Liger) -> list[Entry]:
     found = []
     for layout in arguments.layouts:
         for way, options in WAYS.items():
-            for order, overlap in list(ORDERS.items())[: None if arguments.orders else 1]:
-                make = partial(contestants.ours, **options, overlap=overlap)
-                found.append(Entry(f"ours, {way}{order}", layout, make))
+            found.append(Entry(f"ours, {way}", layout, partial(contestants.ours, **options)))
         for peer in contestants.PEERS_OVER_RANKS if arguments.peers else ():
             if layout in LAYOUTS_OF_PEERS.get(peer, ("replicated",)):
                 name = f"{peer}, {liger.kind}" if peer.startswith("liger") else peer

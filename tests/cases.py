@@ -181,7 +181,6 @@ def _expected(case: Case, whole: Operands) -> dict[str, Tensor]:
         "filter_eps",
         "logits_dtype",
         "backward",
-        "overlap",
         "memory_budget",
     )
     options = {k: v for k, v in case.options.items() if k not in skipped}

@@ -10,7 +10,7 @@ from tests.oracle import oracle, relative_error
 from vocab_parallel import VocabParallelOptions, linear_cross_entropy, plan_backward
 from vocab_parallel.local.tile_ops import Block, TileOps
 
-BACKWARDS = ("recompute", "probs", "gradients")
+BACKWARDS = ("recompute", "probs")
 # A budget that keeps the logits of 8 of `drawn`'s 17 rows.
 PARTLY: dict[str, Any] = {
     "backward": "auto",
@@ -60,16 +60,13 @@ def test_unlike_gradients_of_one_graph(backward: str) -> None:
     assert relative_error(second[1], 5.0 * first) < 1e-12
 
 
-def test_gradients_need_a_scalar() -> None:
+def test_what_is_no_longer_there() -> None:
+    """An option that was removed says what to use in its place."""
     e, c, targets = drawn()
-    for options in ({"reduction": "none"}, {"return_lse": True}):
-        with pytest.raises(ValueError, match="before it knows what the loss receives"):
-            linear_cross_entropy(e, c, targets, backward="gradients", **options)
-        # auto takes another way
-        result = linear_cross_entropy(e, c, targets, memory_budget=200, **options)
-        assert (result[0] if isinstance(result, tuple) else result).sum().isfinite()
-    with pytest.raises(ValueError, match="float16 underflow"):
-        linear_cross_entropy(e.half(), c.half(), targets, backward="gradients")
+    with pytest.raises(ValueError, match='use "probs", which is as fast, or "auto"'):
+        linear_cross_entropy(e, c, targets, backward="gradients")
+    with pytest.raises(ValueError, match=r"one collective each way.*leave it out"):
+        linear_cross_entropy(e, c, targets, overlap=True)
     with pytest.raises(ValueError, match='impl="chunked" alone'):
         linear_cross_entropy(e, c, targets, impl="reference", backward="probs")
 
@@ -140,10 +137,9 @@ def test_accumulation_is_refused() -> None:
 def test_auto_takes_the_fastest_that_fits() -> None:
     shard = (8192, 37_984, 2048)
     logits = 8192 * (37_984 + 32) * 2  # lines of 64 logits
-    gradients = (8192 + 37_984) * 2048 * 2
     for budget, in_flight, expected in (
         (logits, 1, "probs"),
-        (logits - 1, 1, "gradients"),  # its float32 sums and 1024 tokens' logits are less
+        (logits - 1, 1, "recompute"),
         (logits, 2, "recompute"),
         (2 * logits, 2, "probs"),
         (None, 1, "recompute"),  # no whole shard of logits unless asked for
@@ -151,12 +147,6 @@ def test_auto_takes_the_fastest_that_fits() -> None:
     ):
         plan = plan_backward(*shard, memory_budget=budget, microbatches_in_flight=in_flight)
         assert plan.backward == expected, (budget, in_flight, plan)
-    long = plan_backward(65_536, 18_992, 2048, memory_budget=2**30)
-    assert long.backward == "gradients"
-    assert long.kept_bytes + long.logits_bytes + long.float32_bytes <= 2**30
-    assert long.tile.tokens < 65_536
-    named = plan_backward(*shard, backward="gradients", memory_budget=2**30)
-    assert (named.kept_bytes, named.tile.tokens) == (gradients, 8192)
     tight = plan_backward(*shard, backward="recompute", memory_budget=64 * MIB)
     assert tight.tile.tokens == 8192, "one product writes a block of rows"
     assert tight.logits_bytes <= 64 * MIB

@@ -14,13 +14,13 @@ from benchmarks import contestants, host
 from benchmarks.contestants import Gradients
 from benchmarks.exact import exact_gradients, relative_errors
 from benchmarks.ranks import Ranks
-from benchmarks.several_gpus import FLOOR_OF, LAYOUTS, ORDERS, WAYS
+from benchmarks.several_gpus import FLOOR_OF, LAYOUTS, WAYS
 from benchmarks.several_gpus_table import between_markers, markdown
 from tests.ranks import ROOT, run_program, run_ranks
 from vocab_parallel import VocabParallelOptions
 
 CPU = torch.device("cpu")
-OURS = [f"ours, {way}{kind}" for way in WAYS for kind in ORDERS]
+OURS = [f"ours, {way}" for way in WAYS]
 NOT_INSTALLED = ("liger, tensor-parallel, fallback", "fla, process group")
 EVEN, UNEVEN = "48x16x600", "48x16x601"
 

@@ -23,8 +23,6 @@ def check_calls() -> None:
         ("replicated", torch.bfloat16, {"label_smoothing": 0.1}, [("all_gather", 3 * 4 * TOKENS)],
          [("reduce_scatter", 4 * TOKENS * HIDDEN),
           ("all_gather", 2 * TOKENS * HIDDEN // DEGREE)]),
-        ("replicated", torch.bfloat16, {"e_grad_reduce_dtype": torch.bfloat16},
-         [("all_gather", 2 * 4 * TOKENS)], [("all_reduce", 2 * TOKENS * HIDDEN)]),
         ("sharded", torch.bfloat16, {},
          [gathered_labels, gathered_hidden, ("all_gather", 2 * 4 * whole)],
          [("reduce_scatter", 4 * whole * HIDDEN)]),

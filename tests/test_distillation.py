@@ -22,7 +22,6 @@ from vocab_parallel import (
 )
 from vocab_parallel.distillation.call import marked_ids
 from vocab_parallel.distillation.top_k_teacher import ABSENT
-from vocab_parallel.sharded import exchange
 
 LAYOUTS = ("replicated", "sharded", "sequence")
 DIVERGENCES = ("forward_kl", "reverse_kl", "js")
@@ -302,7 +301,6 @@ def drawn_cases(draw: st.DrawFn, degree: int) -> Case:
 
 
 def check_corners_and_combinations(degree: int, examples: int, seed_value: int = 0) -> None:
-    exchange._FEWEST_TOKENS = 3  # several pieces to communicate
     for case in named_cases(degree):
         check_case(case)
 
@@ -328,7 +326,6 @@ def check_corners_and_combinations(degree: int, examples: int, seed_value: int =
 
 def check_what_is_communicated() -> None:
     """One all-gather of the statistics, one sum of dE; for "js" one small sum between."""
-    exchange._FEWEST_TOKENS = 2048
     rank, tokens = dist.get_rank(), 12
     for name, k, lines in (
         ("forward_kl", None, 3), ("reverse_kl", None, 3), ("js", None, 2), ("js", 4, 5),

@@ -153,8 +153,6 @@ def check_whole_loss() -> None:
         ("recompute", {}),
         ("recompute", {"chunk_rows": 64, "chunk_tokens": 16}),
         ("probs", {}),
-        ("gradients", {}),
-        ("gradients", {"chunk_tokens": 16}),
     ):
         own = [t.requires_grad_() for t in (e.clone(), c.clone(), bias.repeat_interleave(2)[::2])]
         given = count.clone()
@@ -184,7 +182,6 @@ def check_dtypes() -> None:
     targets = torch.randint(150, (40,))
     half, full = torch.float16, torch.float32
     for dtypes, options in (
-        ((half, full), {"backward": "gradients"}),
         ((full, half), {"backward": "probs"}),
         ((half, full), {"chunk_rows": 64, "chunk_tokens": 16}),
         ((half, half), {"chunk_rows": 64, "chunk_tokens": 16, "logits_dtype": "float32"}),

@@ -27,9 +27,9 @@ CASES: list[dict[str, Any]] = [
     {"z_loss": 0.01, "return_lse": True, "chunk_rows": 4, "chunk_tokens": 5},
     {"reduction": "none", "hidden_layout": "sequence"},
     {"backward": "probs", "ignore_index": 3},
-    {"backward": "gradients", "hidden_layout": "sharded", "chunk_tokens": 7},
-    {"backward": "gradients", "reduction": "sum", "label_smoothing": 0.2},
-    {"backward": "recompute", "overlap": True, "num_valid_tokens": 7},
+    {"backward": "probs", "hidden_layout": "sharded", "chunk_tokens": 7},
+    {"backward": "probs", "reduction": "sum", "label_smoothing": 0.2},
+    {"backward": "recompute", "num_valid_tokens": 7},
     {"impl": "reference", "softcap": 2.0, "label_smoothing": 0.1},
     {"ignored": 1.0},
 ]

@@ -204,13 +204,13 @@ def test_seconds_of_passes() -> None:
     rates = replace(
         Hardware.load("h100"),
         copy_bytes=1e30,
-        loss_overhead={"probs": 1.0, "recompute": 1.0, "gradients": 1.0},
+        loss_overhead={"probs": 1.0, "recompute": 1.0},
     )
     shape = (8192, 16_384, 4096)
     product = 2.0 * math.prod(shape) / rates.product_flops
 
     def passes(backward: str, budget: int | None) -> tuple[float, ...]:
-        one = plan_backward(*shape, backward=backward, memory_budget=budget, scalar_loss=False)
+        one = plan_backward(*shape, backward=backward, memory_budget=budget)
         s, t = passes_seconds(one, *shape, 2, rates)
         return (s - LAUNCHES) / product, (t - LAUNCHES / 2) / product
 

@@ -63,7 +63,7 @@ def check_product_kernels() -> None:
         # several launches, and groups of several widths
         product._TILES_A_PROGRAM, product.SWIZZLE = 1 + turn % 2, 1 + turn % 3
         put_statistics._constants.cache_clear()
-        ours.put_statistics(found, shard, tokens, None, kept[:, :num_kept], memory)
+        ours.put_statistics(found, shard, None, kept[:, :num_kept], memory)
         finite = want.values.isfinite()
         assert torch.equal(finite, found.values.isfinite()), case
         assert relative_error(found.values[finite], want.values[finite]) < 1e-6, case
@@ -75,7 +75,7 @@ def check_product_kernels() -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the interpreter says so, too
             ours.put_statistics(
-                found, shard._replace(hidden=spoiled), tokens, None, kept[:, :num_kept], memory
+                found, shard._replace(hidden=spoiled), None, kept[:, :num_kept], memory
             )
         assert found.lse.isnan().tolist() == [token == 0 for token in range(num_tokens)], case
 

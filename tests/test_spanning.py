@@ -417,7 +417,6 @@ def check_refusals() -> None:
         ({"schedule": "Interleaved1F1B" if mine else "1F1B"}, "rank by rank they have schedule"),
         ({"schedule": "ZBVZeroBubble"}, "has two stages a rank, got 1"),
         ({"loss_fn": F.cross_entropy}, "must be a CCEPipelineLoss of its rows, got function"),
-        ({"loss_fn": loss(rows, backward="gradients")}, "does not take backward='gradients'"),
         ({"loss_fn": loss(rows, hidden_layout="sequence")}, "does not take hidden_layout"),
         ({"loss_fn": loss(rows, label_smoothing=0.1), "barriers": 1}, "needs barriers=2"),
         ({"loss_fn": loss(rows, reduction="sum")}, "is not a mean over microbatches"),

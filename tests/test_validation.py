@@ -127,7 +127,7 @@ MISTAKES: list[tuple[Change, str]] = [
     (setting(z_loss=-1.0), "z_loss must be a number of at least 0"),
     (setting(num_valid_tokens=-1), "num_valid_tokens must be an int of at least 0"),
     (setting(num_valid_tokens=3, reduction="sum"), 'num_valid_tokens divides reduction="mean"'),
-    (setting(e_grad_reduce_dtype=torch.float16), "e_grad_reduce_dtype must be"),
+    (setting(e_grad_reduce_dtype=torch.float16), "e_grad_reduce_dtype is no longer an option"),
     (setting(bias=torch.zeros(3)), "bias must be"),
     (setting(token_weight=torch.zeros(3)), "token_weight must have the shape of targets"),
     (rows((0, 6), (5, 11)), r"overlap at row 5: \[0, 6\), \[5, 11\)"),

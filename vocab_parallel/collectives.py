@@ -12,11 +12,9 @@ degree. A call moves nothing when the degree is 1. Bytes are those that one rank
     backward  scatter_sum       [N, D] fp32           4 N D        layout "replicated", and then
               gather_tokens     [N / V, D]            N D itemsize / V
               sum               [N, D] fp32           4 N D        in their place where nothing is
-                                                                   rounded, V does not divide N, or
-                                                                   it goes in pieces
+                                                                   rounded or V does not divide N
               scatter_sum       [N, D] fp32           4 N D        layouts "sharded", "sequence"
-              sum_at            [T, D] fp32           4 T D        in its place, V calls, from 2048
-                                                                   tokens a rank on
+              sum_at            [T, D] fp32           4 T D        in its place, in a long call
               gather_tokens     [T] fp32              4 T          per-token results, gathering
     logprobs  sum               one fp32              4            `LogprobsPipelineLoss`, gathering
     predict   gather_shards     [N, m] fp32, int64    12 m N       m candidates of each token
@@ -36,13 +34,11 @@ degree. A call moves nothing when the degree is 1. Bytes are those that one rank
               sum_at            [T, D] embeddings     T D itemsize  then V calls of each with T;
               start_broadcast   [T, D] their gradient T D itemsize  embeddings to the first stage
 
-(float64 inputs keep float64 throughout; ``e_grad_reduce_dtype`` sets the dtype of the two sums.)
+(float64 inputs keep float64 throughout.)
 
-The statistics and the sum may go in several calls, of the same bytes together, where the link is
-slow: `sharded/exchange.py` cuts them, and `sharded/rates.py` measures a link, once. With
-backward="gradients" the sum is made in forward. In a long call (`local/backward_plan.py`) the sum
-goes a span of 8192 tokens at a time: in the gathering layouts by sum_at, a call for each rank whose
-tokens a span has.
+The sum runs beside the classifier's product. In a long call (`local/backward_plan.py`) it goes a
+span of 8192 tokens at a time: in the gathering layouts by sum_at, a call for each rank whose tokens
+a span has.
 """
 
 from collections.abc import Iterator, Sequence

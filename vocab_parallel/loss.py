@@ -90,7 +90,6 @@ def linear_cross_entropy(
     num_valid_tokens: int | Tensor | None = None,
     hidden_layout: HiddenLayout = "replicated",
     hidden_grad_scale: float = 1.0,
-    e_grad_reduce_dtype: torch.dtype = torch.float32,
     logits_dtype: Literal["float32"] | None = None,
     impl: str = "auto",
     backward: str = "auto",
@@ -141,16 +140,14 @@ def linear_cross_entropy(
             In the last two, e is gathered and its gradient comes back by reduce-scatter; the
             exact gradient of a replicated body parameter is then the sum over the vocab axis.
         hidden_grad_scale: multiplies e's gradient, never c's: V for wrappers that average.
-        e_grad_reduce_dtype: in which e's gradient is summed over the group.
         logits_dtype: "float32" rounds no logit of float16 or bfloat16 operands to their dtype
             before its exponential, in forward or backward; None may, on a GPU that is no Hopper or
             where backward reads logits that were kept. Products stay in the operands' dtype.
             docs/precision.md has the errors, and which ``backward`` it allows.
         impl: "auto", or a name of `available_impls`.
-        backward: where backward finds the logits; with impl="chunked" all four:
+        backward: where backward finds the logits; with impl="chunked" all three:
             "recompute"  computes them again: least memory, 8 N D R flops instead of 6;
             "probs"      keeps them, [N, rows] in e's dtype;
-            "gradients"  needs none: forward computes the gradients; for a scalar loss alone;
             "auto"       takes the fastest that fits; `plan_backward` tells which, and its bytes.
         memory_budget: bytes that the loss may hold beside its inputs, its two gradients and
             float32 sums of their size; None means 64 MiB. Give it N x rows x itemsize for speed.
@@ -190,7 +187,6 @@ def linear_cross_entropy(
         temperature=temperature,
         hidden_layout=hidden_layout,
         hidden_grad_scale=hidden_grad_scale,
-        e_grad_reduce_dtype=e_grad_reduce_dtype,
         logits_dtype=logits_dtype,
         backward=backward,
         memory_budget=memory_budget,
@@ -250,7 +246,6 @@ def token_logprobs(
     temperature: float = 1.0,
     hidden_layout: HiddenLayout = "replicated",
     hidden_grad_scale: float = 1.0,
-    e_grad_reduce_dtype: torch.dtype = torch.float32,
     logits_dtype: Literal["float32"] | None = None,
     impl: str = "auto",
     backward: str = "auto",
@@ -286,7 +281,6 @@ def token_logprobs(
         temperature=temperature,
         hidden_layout=hidden_layout,
         hidden_grad_scale=hidden_grad_scale,
-        e_grad_reduce_dtype=e_grad_reduce_dtype,
         logits_dtype=logits_dtype,
         backward=backward,
         memory_budget=memory_budget,

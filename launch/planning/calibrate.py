@@ -77,7 +77,7 @@ def calibrate(device: torch.device) -> Hardware:
             layer_flops=layer,
             copy_bytes=copied,
             link_bytes=link,
-            loss_overhead={"recompute": 1.0, "probs": 1.0, "gradients": 1.0},
+            loss_overhead={"recompute": 1.0, "probs": 1.0},
             sources={
                 "memory": "read from the device",
                 "product_flops": today,

@@ -136,8 +136,7 @@ def _loss_of(
         memory_budget=job.memory_budget,
         microbatches_in_flight=HELD[job.schedule],
         degree=mesh.pipeline * mesh.vocab,
-        scalar_loss=False,  # S knows nothing of what the loss receives
-        in_spans=False,  # nor is dE reduced before all of it is there
+        in_spans=False,  # dE is reduced when all of it is there
     )
     return backward_plan, passes_seconds(
         backward_plan, tokens, rows, hidden, job.itemsize, hardware

@@ -19,7 +19,7 @@ from vocab_parallel import (
     token_logprobs,
 )
 
-BACKWARDS = ("recompute", "probs", "gradients")
+BACKWARDS = ("recompute", "probs")
 MIB = 2**20
 
 
@@ -131,7 +131,7 @@ def test_predicted_memory(backward: str) -> None:
     """`plan_backward` predicts what the allocator holds, beside inputs and both gradients."""
     tokens, rows, hidden = 4096, 32_000, 1024
     e, c, targets = drawn(tokens, rows, hidden)
-    budget = 64 * MIB if backward != "gradients" else 300 * MIB
+    budget = 64 * MIB
     plan = plan_backward(tokens, rows, hidden, backward=backward, memory_budget=budget)
     assert plan.backward == (backward if backward != "auto" else "recompute")
     assert (plan.kept_rows > 0) == (backward in ("auto", "probs"))
@@ -242,7 +242,6 @@ def test_more_logits_than_32_bits_count() -> None:
     for dtype, backward in (
         (torch.bfloat16, "probs"),
         (torch.bfloat16, "recompute"),
-        (torch.bfloat16, "gradients"),
         (torch.float32, "probs"),
     ):
         check_large_tile(dtype, backward)
@@ -275,7 +274,7 @@ def check_large_tile(dtype: torch.dtype, backward: str) -> None:
 
 
 def check_overlap() -> None:
-    """Communication beside the products gives the bits of the plain order, every time."""
+    """Communication beside the products gives the same bits every time."""
     rank, degree = dist.get_rank(), dist.get_world_size()
     e, c, targets = drawn(8192, 16_000, 512)
     del rank
@@ -290,8 +289,10 @@ def check_overlap() -> None:
                 torch.full((64 * MIB,), float("nan"), device="cuda")
                 loss = linear_cross_entropy(
                     e, own, targets, vocab_parallel_options=options, backward=backward,
-                    overlap=turn > 0, **cut,
+                    **cut,
                 )  # fmt: skip
+                if turn == 0:  # nothing under way while anything else is queued
+                    torch.cuda.synchronize()
                 found = (loss.detach(), *torch.autograd.grad(loss, (e, own)))
                 plain = found if plain is None else plain
                 for got, want in zip(found, plain, strict=True):

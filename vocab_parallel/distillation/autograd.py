@@ -166,12 +166,12 @@ def _summed_gradients(
 ) -> Gradients:
     """T: the wanted gradients, as `vocab_parallel.sharded.halves.summed_gradients` has them."""
     call = job.student.call
-    reduction = hidden_grad_sum(call, inputs.hidden) if wanted.hidden else None
     passes = job.passes(inputs, job.comparison(inputs, teacher))
     found = Gradients(None, None, None)
     if passes is not None and any(wanted):
-        found = passes.gradients(statistics, grads.contiguous(), wanted, reduction)
+        found = passes.gradients(statistics, grads.contiguous(), wanted)
     if wanted.hidden:
-        hidden = total_hidden_grad(call, found.hidden, inputs.hidden, reduction)
-        found = found._replace(hidden=hidden)
+        reduction = hidden_grad_sum(call, inputs.hidden)
+        reduction.add(found.hidden, slice(0, inputs.hidden.shape[0]))
+        found = found._replace(hidden=total_hidden_grad(call, reduction))
     return of_all_rows(found, inputs, wanted)

@@ -55,7 +55,6 @@ def linear_distillation(
     vocab_parallel_options: Any = None,
     hidden_layout: HiddenLayout = "replicated",
     hidden_grad_scale: float = 1.0,
-    e_grad_reduce_dtype: torch.dtype = torch.float32,
     memory_budget: int | None = None,
     validate: bool | None = None,
 ) -> Tensor:
@@ -94,7 +93,7 @@ def linear_distillation(
         reduction: "mean" over the valid tokens of the whole group (0 where there are none), "sum",
             or "none" for [..., T - shift] values of this rank's own tokens.
         num_valid_tokens, vocab_parallel_options, hidden_layout, hidden_grad_scale,
-            e_grad_reduce_dtype, validate: as in `linear_cross_entropy`.
+            validate: as in `linear_cross_entropy`.
         memory_budget: bytes of what has the shape of a tile of logits, of both models; None means
             64 MiB. Backward makes the tiles again: nothing of their size is kept.
 
@@ -118,7 +117,6 @@ def linear_distillation(
         temperature=temperature,
         hidden_layout=hidden_layout,
         hidden_grad_scale=hidden_grad_scale,
-        e_grad_reduce_dtype=e_grad_reduce_dtype,
         backward="recompute",
         memory_budget=memory_budget,
         num_valid_tokens=num_valid_tokens,
@@ -166,7 +164,6 @@ def linear_distillation_from_top_k(
     vocab_parallel_options: Any = None,
     hidden_layout: HiddenLayout = "replicated",
     hidden_grad_scale: float = 1.0,
-    e_grad_reduce_dtype: torch.dtype = torch.float32,
     memory_budget: int | None = None,
     validate: bool | None = None,
 ) -> Tensor:
@@ -189,7 +186,7 @@ def linear_distillation_from_top_k(
         temperature: divides the student's logits, after its softcap.
         e, c, bias, divergence, beta, softcap, targets, cross_entropy_weight, ignore_index, shift,
             token_weight, reduction, num_valid_tokens, vocab_parallel_options, hidden_layout,
-            hidden_grad_scale, e_grad_reduce_dtype, validate: as in `linear_distillation`.
+            hidden_grad_scale, validate: as in `linear_distillation`.
         memory_budget: bytes of what has the shape of a tile of the student's logits; a few tensors
             [N, k] are held beside.
 
@@ -209,7 +206,6 @@ def linear_distillation_from_top_k(
         temperature=temperature,
         hidden_layout=hidden_layout,
         hidden_grad_scale=hidden_grad_scale,
-        e_grad_reduce_dtype=e_grad_reduce_dtype,
         backward="recompute",
         memory_budget=memory_budget,
         num_valid_tokens=num_valid_tokens,

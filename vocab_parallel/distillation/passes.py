@@ -28,7 +28,7 @@ from vocab_parallel.local.backward_plan import (
     row_blocks,
     tile_shape,
 )
-from vocab_parallel.local.interface import Gradients, Progress, Shard, Wanted
+from vocab_parallel.local.interface import Gradients, Shard, Wanted
 from vocab_parallel.local.statistics import Statistics
 from vocab_parallel.local.tile_ops import put_product, well_scaled
 
@@ -125,16 +125,13 @@ class Passes:
 
         return self._accumulated(self.comparison.later_columns, of_tile).values
 
-    def gradients(
-        self, statistics: TokenStatistics, grads: Tensor, wanted: Wanted, progress: Progress | None
-    ) -> Gradients:
+    def gradients(self, statistics: TokenStatistics, grads: Tensor, wanted: Wanted) -> Gradients:
         """Return the wanted gradients: that of the hidden states is the sum over these rows.
 
         Args:
             statistics: of all passes, of the whole vocabulary.
             grads: what each value [m, N] receives; one line more where there are labels.
             wanted: the gradients to produce.
-            progress: takes tokens whose gradient is complete; None where nobody waits.
         """
         shard, tile = self.student, self._tile
         lse = None if self.labels is None else self.comparison.student_lse(statistics)
@@ -154,8 +151,6 @@ class Passes:
                 found = wide.to(block.classifier.dtype)
                 if hidden_grad is not None:
                     put_product(hidden_grad[tokens], found, block.classifier, add=True)
-                    if progress is not None and unit is None and rows.stop == shard.num_rows:
-                        progress.complete(hidden_grad, tokens.stop)
                 if sums is not None:
                     hidden = shard.ops.widened(shard.hidden[tokens], shard)
                     put_product(sums, found.T, hidden, add=True)

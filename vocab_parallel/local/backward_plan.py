@@ -3,7 +3,6 @@
     backward     flops          kept between forward and backward, each microbatch in flight
     recompute    8 N D R        nothing
     probs        6 N D R        the logits [N, R] in the operands' dtype (float32 on a CPU)
-    gradients    6 N D R        both gradients, [N, D] and [R, D]; for a scalar loss alone
 
 "probs" turns its logits into probabilities and those into the gradient in one pass, in place. Where
 "auto" has to recompute, it keeps the logits of as many rows as the budget has room for: those
@@ -26,7 +25,7 @@ import torch
 
 from vocab_parallel.local.statistics import accumulation_dtype
 
-Backward = Literal["recompute", "probs", "gradients"]
+Backward = Literal["recompute", "probs"]
 
 
 class TileShape(NamedTuple):
@@ -53,7 +52,7 @@ _GPU_TILE_GRAIN = 256
 _COPIED = TileShape(2048, 4096)
 # Logits of 2 bytes in 32, which kernels read and write whole.
 _SECTOR = 16
-# Fewer tokens at a time than this make the products of "gradients" slower than "recompute".
+# Fewer tokens at a time than this make the products of whole shards slower than tiles.
 _FEWEST_TOKENS = 1024
 # Calls of at most so many tokens are never long.
 _LONG_CALL = 32_768
@@ -69,10 +68,9 @@ class BackwardPlan:
     Attributes:
         backward: how backward finds the logits.
         tile: tokens and rows whose logits are worked on at a time.
-        chunk_tokens: those that forward takes at a time: fewer than all with "gradients" alone.
         span: tokens whose gradient of the hidden states is summed over the group at a time: all,
             or fewer in a long call; equal on all ranks.
-        kept_rows: of how many rows the logits are kept; all with "probs", none with "gradients".
+        kept_rows: of how many rows the logits are kept; all with "probs".
         kept_bytes: held from forward to backward, for each microbatch in flight.
         logits_bytes: of logits, while a microbatch is worked on, beside what is kept.
         float32_bytes: of float32 sums of the gradients' sizes, not counted by the budget.
@@ -82,7 +80,6 @@ class BackwardPlan:
 
     backward: Backward
     tile: TileShape
-    chunk_tokens: int
     span: int
     kept_rows: int
     kept_bytes: int
@@ -101,7 +98,6 @@ def plan_backward(
     memory_budget: int | None = None,
     microbatches_in_flight: int = 1,
     degree: int = 1,
-    scalar_loss: bool = True,
     device_type: str = "cuda",
     chunk_tokens: int | None = None,
     chunk_rows: int | None = None,
@@ -123,8 +119,7 @@ def plan_backward(
         memory_budget: bytes; None means 64 MiB. What is named is taken even where what it keeps
             does not fit.
         microbatches_in_flight: whose forward may wait for its backward at a time.
-        degree: V; with more than one rank "gradients" works on two chunks at a time.
-        scalar_loss: "gradients" needs one number to differentiate.
+        degree: V, over how many ranks the rows are spread.
         device_type: "cpu" or "cuda".
         chunk_tokens, chunk_rows: the tile's sides, in place of those that the budget gives; on a
             GPU rows go by 16.
@@ -135,11 +130,10 @@ def plan_backward(
         in_spans: whether a long call may go in spans; not where all stages carry the vocabulary.
         classifier_dtype: of the classifier, where it has its own. Gradients then count as float32,
             and in ``peak_bytes`` a tile's operands do too.
-        logits_dtype: as in `linear_cross_entropy`; Hopper's kernels are as without it, unless
-            "gradients" is chosen.
+        logits_dtype: as in `linear_cross_entropy`; Hopper's kernels are as without it.
 
     Raises:
-        ValueError: a budget below one logit, or "gradients" for a loss that is no scalar.
+        ValueError: a budget below one logit.
     """
     mixed = classifier_dtype not in (None, dtype)
     product_dtype = torch.promote_types(dtype, classifier_dtype or dtype)
@@ -161,7 +155,7 @@ def plan_backward(
         span=span_tokens(tokens, rows, dtype, has_main_grad) if in_spans else tokens,
         has_main_grad=has_main_grad,
     )
-    return planner.choose(backward, scalar_loss)
+    return planner.choose(backward)
 
 
 def span_tokens(tokens: int, most_rows: int, dtype: torch.dtype, has_main_grad: bool) -> int:
@@ -207,33 +201,13 @@ class Planner(NamedTuple):
     span: int
     has_main_grad: bool
 
-    def choose(self, backward: str, scalar_loss: bool) -> BackwardPlan:
+    def choose(self, backward: str) -> BackwardPlan:
         """Plan as `plan_backward` says."""
         check_budget(self.budget, self._scratch)
-        if backward == "gradients" and self.dtype == torch.float16:
-            raise ValueError(
-                'backward="gradients" computes gradients before it knows the scale of the loss, '
-                "where those of float16 underflow: use "
-                '"probs", "recompute", "auto", or bfloat16'
-            )
-        if backward == "gradients" and not scalar_loss:
-            raise ValueError(
-                'backward="gradients" computes gradients before it knows what the loss receives: '
-                'it needs reduction "mean" or "sum" and no return_lse; use "probs", "recompute" or '
-                '"auto"'
-            )
         if backward == "recompute":
             return self.recompute()
         if backward == "probs" or (backward == "auto" and self._fits(self.probs())):
             return self.probs()
-        if scalar_loss and self.dtype != torch.float16:
-            plans = [self.gradients(chunk) for chunk in self._chunks()]
-            if backward == "gradients":
-                return next((plan for plan in plans if self._fits(plan)), plans[-1])
-            # Sums as large as another classifier count here: recomputing needs none of that size.
-            for plan in plans:
-                if self._fits(plan, plan.float32_bytes):
-                    return plan
         return self.keeping()
 
     def recompute(self) -> BackwardPlan:
@@ -272,16 +246,14 @@ class Planner(NamedTuple):
         beside = tile.tokens * tile.rows * (self._scratch - self._logit)
         return self._plan("probs", tile, self.rows, kept, beside)
 
-    def gradients(self, chunk: int) -> BackwardPlan:
-        """Compute gradients in forward, so many tokens at a time."""
-        buffers = 1 if self.degree == 1 or chunk >= self.tokens else 2
-        logits = buffers * chunk * self._pitch(self.rows) * self._logit
-        kept = (self.tokens + self.rows) * self.hidden_size * self.dtype.itemsize
-        tile = TileShape(chunk, self.rows)
-        if not self.kernels or self._copies:
-            whole = self.recompute().tile
-            tile = TileShape(min(chunk, whole.tokens), whole.rows)
-        return self._plan("gradients", tile, 0, kept, logits, chunk)
+    def chunks(self) -> BackwardPlan:
+        """Keep all logits of a span of tokens at a time, as many as fit, and at least some."""
+        tokens = self.tokens
+        plan = self.probs()
+        while not self._fits(plan) and tokens > _FEWEST_TOKENS:
+            tokens = -(-tokens // 2)
+            plan = self._replace(tokens=tokens, span=tokens).probs()
+        return plan
 
     @property
     def _logit(self) -> int:
@@ -304,16 +276,9 @@ class Planner(NamedTuple):
     def _pitch(self, num_rows: int) -> int:
         return padded(num_rows) if self.kernels else num_rows
 
-    def _chunks(self) -> list[int]:
-        """Return numbers of tokens that "gradients" may take at a time, most first."""
-        chunks = [min(self.chunk_tokens or self.span, self.tokens)]
-        while self.chunk_tokens is None and chunks[-1] > _FEWEST_TOKENS:
-            chunks.append(-(-chunks[-1] // 2))
-        return chunks
-
-    def _fits(self, plan: BackwardPlan, more: int = 0) -> bool:
+    def _fits(self, plan: BackwardPlan) -> bool:
         held = self.microbatches_in_flight * plan.kept_bytes + plan.logits_bytes
-        return held + more <= self.budget
+        return held <= self.budget
 
     def _plan(
         self,
@@ -322,7 +287,6 @@ class Planner(NamedTuple):
         kept_rows: int,
         kept: int,
         logits: int,
-        chunk: int | None = None,
     ) -> BackwardPlan:
         """Add up the float32 sums and the worst moment.
 
@@ -333,19 +297,9 @@ class Planner(NamedTuple):
         narrow = self.dtype.itemsize
         hidden, rows = self.tokens * self.hidden_size, self.rows * self.hidden_size
         split = tile.rows < self.rows or (self.kernels and self.rows % 8 != 0)
-        span = self._span(backward, chunk)
-        if span < self.tokens:
-            beside = logits if backward == "gradients" else kept + logits
-            sums, working, copying = self._bytes_of_spans(span, backward, tile)
-            working += beside
-        elif backward == "gradients":
-            hidden_sum = hidden * (wide if self.degree > 1 else narrow)
-            chunk = self.tokens if chunk is None else chunk
-            sums = rows * wide if chunk < self.tokens else 0
-            own_rows = sums or rows * narrow
-            part = chunk * self.hidden_size * narrow if sums else 0
-            working = logits + hidden_sum + own_rows + part
-            copying = own_rows + (rows * narrow if sums else 0) + hidden * narrow
+        if self.span < self.tokens:
+            sums, working, copying = self._bytes_of_spans(tile)
+            working += kept + logits
         else:
             adds = split or self.degree > 1 or not self.kernels
             hidden_sum = hidden * (wide if adds else narrow)
@@ -364,8 +318,7 @@ class Planner(NamedTuple):
         return BackwardPlan(
             backward=backward,
             tile=tile,
-            chunk_tokens=chunk or self.tokens,
-            span=span,
+            span=self.span,
             kept_rows=kept_rows,
             kept_bytes=kept,
             logits_bytes=logits,
@@ -373,28 +326,18 @@ class Planner(NamedTuple):
             peak_bytes=others + max(working, copying),
         )
 
-    def _span(self, backward: Backward, chunk: int | None) -> int:
-        """Return the tokens of a span; with "gradients" a chunk is one."""
-        is_long = self.span < self.tokens
-        return chunk if is_long and backward == "gradients" and chunk else self.span
-
-    def _bytes_of_spans(
-        self, span: int, backward: Backward, tile: TileShape
-    ) -> tuple[int, int, int]:
+    def _bytes_of_spans(self, tile: TileShape) -> tuple[int, int, int]:
         """Return bytes: of float32 sums, held beside the logits of a span, and after the last one.
 
         While a span is worked on there is its sum, and over a group that of the span before, with
         the part of the reduced one that this rank gets. Afterwards the rows' sums are rounded.
         """
         wide, narrow = accumulation_dtype(self.dtype).itemsize, self.dtype.itemsize
-        own = span * self.hidden_size * wide
+        own = self.span * self.hidden_size * wide
         reduced = own + own // self.degree if self.degree > 1 else 0
         rows = self.rows * self.hidden_size
-        in_forward = backward == "gradients"
-        row_sums = 0 if self.has_main_grad and not in_forward else rows * wide
-        block = tile.rows * self.hidden_size * wide
-        if in_forward or tile.tokens >= span:
-            block = 0
+        row_sums = 0 if self.has_main_grad else rows * wide
+        block = tile.rows * self.hidden_size * wide if tile.tokens < self.span else 0
         copied = rows * narrow if row_sums and narrow < wide else 0
         gradient = self.tokens * self.hidden_size * narrow
         sums = own + reduced + row_sums + block
@@ -402,9 +345,9 @@ class Planner(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def chosen(planner: Planner, backward: str, scalar_loss: bool) -> BackwardPlan:
+def chosen(planner: Planner, backward: str) -> BackwardPlan:
     """Return what `Planner.choose` does; calls of one shape are planned once."""
-    return planner.choose(backward, scalar_loss)
+    return planner.choose(backward)
 
 
 def tile_to_copy(tile: TileShape) -> TileShape:

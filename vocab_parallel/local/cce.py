@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vocab_parallel.local import cce_kernels
 from vocab_parallel.local.backward_plan import BackwardPlan
-from vocab_parallel.local.interface import Gradients, Progress, Shard, Upstream
+from vocab_parallel.local.interface import Gradients, Shard, Upstream
 from vocab_parallel.local.reference import RecomputeOnly
 from vocab_parallel.local.statistics import Statistics
 from vocab_parallel.local.tile_ops import well_scaled
@@ -104,9 +104,7 @@ class CceImpl(RecomputeOnly):
                 return f"has no {what}: leave it out"
         return None
 
-    def forward(
-        self, shard: Shard, plan: BackwardPlan, progress: Progress | None = None
-    ) -> tuple[Statistics, Tensor | None]:
+    def forward(self, shard: Shard, plan: BackwardPlan) -> tuple[Statistics, Tensor | None]:
         """See `LocalImpl.forward`; keeps the rows' mean logits [R], or None."""
         hidden = shard.hidden.contiguous()
         cap = shard.transform.softcap

@@ -15,8 +15,7 @@ full size. A GPU's tile has all tokens unless the budget is tiny.
 tile. Where one kernel makes z and its statistics, forward has no tiles.
 """
 
-from dataclasses import dataclass, fields
-from typing import Literal
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -36,7 +35,7 @@ from vocab_parallel.local.exponentials import (
     sums_of_exponentials,
     whole_exponentials,
 )
-from vocab_parallel.local.interface import Gradients, Progress, Shard, Upstream, token_blocks
+from vocab_parallel.local.interface import Gradients, Shard, Upstream
 from vocab_parallel.local.kept import Kept
 from vocab_parallel.local.row_gradients import RowGradients
 from vocab_parallel.local.statistics import Statistics
@@ -55,24 +54,17 @@ class ChunkedImpl:
         chunk_tokens, chunk_rows: the tile's sides, in place of those that the budget gives; on a
             GPU rows go by 16.
         microbatches_in_flight: how many forwards may wait for their backward, for the choice.
-        overlap: whether communication runs behind the products in pieces. False is one call after
-            the other; "auto" one call each, beside the products that follow, or pieces where the
-            link is slow: `sharded/exchange.py`.
     """
 
     memory_budget: int | None = None
     chunk_tokens: int | None = None
     chunk_rows: int | None = None
     microbatches_in_flight: int = 1
-    overlap: bool | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name == "overlap":
-                if not (isinstance(value, bool) or value == "auto"):
-                    raise ValueError(f'overlap must be True, False or "auto", got {value!r}')
-            elif value is not None and (not isinstance(value, int) or value < 1):
+            if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{field.name} must be a positive integer, got {value!r}")
 
     def plan(
@@ -83,59 +75,60 @@ class ChunkedImpl:
         most_rows: int | None,
         degree: int,
         backward: str,
-        scalar_loss: bool,
         has_main_grad: bool = False,
     ) -> BackwardPlan:
         """See `LocalImpl.plan`.
 
-        Where the size of the vocabulary is not known, ranks cannot plan alike, and a call is not
-        cut into pieces.
+        Where the size of the vocabulary is not known, ranks cannot plan alike, and no call is
+        long.
         """
-        chunk_tokens, span = self.chunk_tokens, max(tokens, 1)
+        span = max(tokens, 1)
         if most_rows is not None:
             span = span_tokens(span, most_rows, shard.hidden.dtype, has_main_grad)
-        else:
-            backward = "recompute" if backward == "auto" else backward
-            chunk_tokens = tokens if backward == "gradients" else chunk_tokens
         if not _may_keep(shard):
-            if backward in ("probs", "gradients"):
+            if backward == "probs":
                 raise ValueError(
-                    f'logits_dtype="float32" with backward="{backward}" keeps logits in '
+                    f'logits_dtype="float32" with backward="probs" keeps logits in '
                     f"{shard.hidden.dtype} on a GPU, unless they are bfloat16 and the loss has "
                     f'neither label_smoothing nor an entropy: use "recompute" or "auto"'
                 )
             backward = "recompute"
-        own_rows = max(shard.num_rows, 1)
-        planner = Planner(
-            tokens=max(tokens, 1),
-            rows=own_rows if most_rows is None else max(most_rows, 1),
+        return chosen(self._planner(shard, max(tokens, 1), degree, span, has_main_grad), backward)
+
+    def plan_chunks(self, shard: Shard, tokens: int) -> BackwardPlan:
+        """Plan for logits of all rows that live for a span of the tokens at a time.
+
+        Whoever needs statistics and gradient of some tokens before the next ones, as
+        `pipeline/spanning` does, makes their logits once.
+        """
+        alone = replace(self, microbatches_in_flight=1)
+        return alone._planner(shard, max(tokens, 1), 1, max(tokens, 1), False).chunks()
+
+    def _planner(
+        self, shard: Shard, tokens: int, degree: int, span: int, has_main_grad: bool
+    ) -> Planner:
+        hopper = isinstance(shard.ops, HopperOps)
+        return Planner(
+            tokens=tokens,
+            rows=max(shard.num_rows, 1),
             hidden_size=shard.hidden.shape[1],
             dtype=shard.product_dtype,
-            logits_dtype=shard.logits_dtype,
+            # No logit that Hopper's kernels do not keep is in memory.
+            logits_dtype=shard.product_dtype if hopper else shard.logits_dtype,
             mixed=shard.mixed,
             device_type=shard.hidden.device.type,
             kernels=shard.ops.kernels,
             degree=degree,
             microbatches_in_flight=self.microbatches_in_flight,
             budget=budget_bytes(self.memory_budget),
-            chunk_tokens=chunk_tokens,
+            chunk_tokens=self.chunk_tokens,
             chunk_rows=self.chunk_rows,
             temporaries=2 + (shard.transform.softcap is not None) + ("expected" in shard.names),
             span=span,
             has_main_grad=has_main_grad,
         )
-        plan = chosen(planner, backward, scalar_loss)
-        own = planner._replace(rows=own_rows)
-        if isinstance(shard.ops, HopperOps):  # no logit that they do not keep is in memory
-            own = own._replace(logits_dtype=shard.product_dtype)
-        if plan.backward == "gradients" or own == planner:
-            return plan
-        # What is left is this rank's own choice; "gradients", which is not, is out.
-        return chosen(own, backward, False)
 
-    def forward(
-        self, shard: Shard, plan: BackwardPlan, progress: Progress | None = None
-    ) -> tuple[Statistics, Kept | None]:
+    def forward(self, shard: Shard, plan: BackwardPlan) -> tuple[Statistics, Kept | None]:
         """See `LocalImpl.forward`."""
         num_kept = _rows_to_keep(shard, plan)
         kept: Tensor | None = None
@@ -145,16 +138,12 @@ class ChunkedImpl:
         reference: Tensor | None = None
         if isinstance(shard.ops, HopperOps):
             reference = shard.ops.reference(shard)
-            memory = budget_bytes(self.memory_budget)
-            for tokens in token_blocks(shard.num_tokens, shard.num_tokens, progress):
-                own = None if kept is None else kept[:, :num_kept]
-                shard.ops.put_statistics(found, shard, tokens, reference, own, memory)
-                if progress is not None:
-                    progress.complete(found.values, tokens.stop)
+            own = None if kept is None else kept[:, :num_kept]
+            shard.ops.put_statistics(found, shard, reference, own, budget_bytes(self.memory_budget))
             if not shard.ops.keeps_probabilities(shard):
                 reference = None
         else:
-            _put_by_tiles(found, shard, plan, kept, num_kept, progress)
+            _put_by_tiles(found, shard, plan, kept, num_kept)
         return found, None if kept is None else Kept(kept, num_kept, reference)
 
     def backward(self, shard: Shard, plan: BackwardPlan, upstream: Upstream) -> Gradients:
@@ -171,20 +160,16 @@ class ChunkedImpl:
         row_grads = RowGradients(shard, upstream, source.unit, one_tile=one_tile)
         for rows in row_slices:
             block = shard.ops.block(shard, rows)
-            # Tokens are complete with the last rows, and where nothing is to be multiplied after.
-            is_last = rows.stop == shard.num_rows and source.unit is None
             row_grads.begin(rows)
             for tokens in blocks(shard.num_tokens, tile.tokens):
                 logits_grad, sums = source.make(block, tokens, rows)
                 if hidden_grad is not None:
-                    _add_hidden_grad(
-                        hidden_grad,
-                        logits_grad,
-                        block,
-                        tokens,
-                        upstream.progress if is_last else None,
-                        add=rows.start > 0,
+                    put_product(
+                        hidden_grad[tokens], logits_grad, block.classifier, add=rows.start > 0
                     )
+                    is_last = rows.stop == shard.num_rows and tokens.stop == shard.num_tokens
+                    if is_last and upstream.when_hidden is not None and source.unit is None:
+                        upstream.when_hidden(hidden_grad)
                 hidden = shard.ops.widened(shard.hidden[tokens], shard)
                 row_grads.add(logits_grad, hidden, sums)
             row_grads.end()
@@ -276,7 +261,7 @@ def _rows_to_keep(shard: Shard, plan: BackwardPlan) -> int:
     """Return of how many of the first rows forward keeps the logits, at most as planned."""
     if not shard.needs_grad:
         return 0
-    whole = plan.backward in ("probs", "gradients")
+    whole = plan.backward == "probs"
     return shard.num_rows if whole else min(plan.kept_rows, shard.num_rows)
 
 
@@ -299,7 +284,6 @@ def _put_by_tiles(
     plan: BackwardPlan,
     kept: Tensor | None,
     num_kept: int,
-    progress: Progress | None,
 ) -> None:
     """Go through the tiles, those of the first ``num_kept`` rows in a place of their own."""
     ops = shard.ops
@@ -308,41 +292,15 @@ def _put_by_tiles(
     # Rows that are not kept come first: what is kept may have the buffer after them.
     row_slices.sort(key=lambda rows: rows.stop <= num_kept)
     buffer = ops.buffer(shard, tile) if kept is None else kept
-    # Tokens are complete with the last rows: to cut small tiles would slow them and hide little.
-    cuts = progress if len(row_slices) == 1 else None
     for index, rows in enumerate(row_slices):
         block = ops.block(shard, rows)
         stays = rows.stop <= num_kept
-        for tokens in token_blocks(shard.num_tokens, tile.tokens, cuts):
+        for tokens in blocks(shard.num_tokens, tile.tokens):
             logits = buffer[tokens, rows] if stays else corner(buffer, tokens, rows)
             ops.put_raw_logits(logits, block, tokens)
             ops.add_statistics(
                 found.of(tokens), logits, block, tokens, first=index == 0, keep=stays
             )
-            if index == len(row_slices) - 1 and progress is not None:
-                progress.complete(found.values, tokens.stop)
-
-
-def _add_hidden_grad(
-    hidden_grad: Tensor,  # (N, D)
-    logits_grad: Tensor,  # (n, r)
-    block: Block,
-    tokens: slice,
-    progress: Progress | None,
-    *,
-    add: bool,
-) -> None:
-    """Put or add a tile's share, part by part where somebody waits for the parts."""
-    ends = {tokens.stop}
-    if progress is not None:
-        ends |= {p.stop for p in progress.pieces if tokens.start < p.stop < tokens.stop}
-    start = tokens.start
-    for stop in sorted(ends):
-        part = logits_grad[start - tokens.start : stop - tokens.start]
-        put_product(hidden_grad[start:stop], part, block.classifier, add=add)
-        if progress is not None:
-            progress.complete(hidden_grad, stop)
-        start = stop
 
 
 def _allocate_hidden_grad(shard: Shard, upstream: Upstream, at_once: bool) -> Tensor | None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vocab_parallel.local.backward_plan import row_blocks
-from vocab_parallel.local.interface import Gradients, Progress, Shard, Upstream, token_blocks
+from vocab_parallel.local.interface import Gradients, Shard, Upstream
 from vocab_parallel.local.kept import Kept
 from vocab_parallel.local.row_gradients import RowGradients
 from vocab_parallel.local.tile_ops import HopperOps, put_product
@@ -48,7 +48,9 @@ def gradients_of_exponentials(kept: Exponentials, shard: Shard, upstream: Upstre
     row_grads = RowGradients(shard, upstream, None, one_tile=True)
     hidden_grad = None
     if upstream.wanted.hidden:
-        hidden_grad = _hidden_grad(kept.values, scale, own, shard, upstream.progress)
+        hidden_grad = _hidden_grad(kept.values, scale, own, shard)
+        if upstream.when_hidden is not None:
+            upstream.when_hidden(hidden_grad)
     if row_grads.classifier is not None:
         _put_classifier_grad(row_grads, kept.values, scale, own, shard)
     if row_grads.bias is not None:
@@ -56,25 +58,15 @@ def gradients_of_exponentials(kept: Exponentials, shard: Shard, upstream: Upstre
     return Gradients(hidden_grad, row_grads.classifier, row_grads.bias)
 
 
-def _hidden_grad(
-    values: Tensor, scale: Tensor, own: Tensor, shard: Shard, progress: Progress | None
-) -> Tensor:
+def _hidden_grad(values: Tensor, scale: Tensor, own: Tensor, shard: Shard) -> Tensor:
     """Return dE = s (Q c) + o c[y] [N, D], the partial sum over this rank's rows."""
     ops = shard.ops
     assert isinstance(ops, HopperOps)
     found = shard.hidden.new_empty(shard.hidden.shape, dtype=shard.sum_dtype)
     sums = found if found.dtype == shard.dtype else torch.empty_like(found, dtype=shard.dtype)
-    for tokens in token_blocks(shard.num_tokens, shard.num_tokens, progress):
-        for rows in row_blocks(shard.num_rows, shard.num_rows, aligned=True):
-            put_product(
-                sums[tokens], values[tokens, rows], shard.classifier[rows], add=rows.start > 0
-            )
-        ops.add_target_rows(
-            sums[tokens], scale[tokens], shard.classifier, own[tokens], shard.targets[tokens],
-            found[tokens],
-        )  # fmt: skip
-        if progress is not None:
-            progress.complete(found, tokens.stop)
+    for rows in row_blocks(shard.num_rows, shard.num_rows, aligned=True):
+        put_product(sums, values[:, rows], shard.classifier[rows], add=rows.start > 0)
+    ops.add_target_rows(sums, scale, shard.classifier, own, shard.targets, found)
     return found
 
 

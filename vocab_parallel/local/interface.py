@@ -12,14 +12,14 @@ A target's own entry takes expm1(s.target - s.lse) for p - 1, so that a confiden
 d.lse p + d.target nearly cancels, keeps its precision.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from vocab_parallel.local.backward_plan import BackwardPlan, blocks
+from vocab_parallel.local.backward_plan import BackwardPlan
 from vocab_parallel.local.statistics import StatisticNames, Statistics, accumulation_dtype
 
 if TYPE_CHECKING:
@@ -133,32 +133,6 @@ class Gradients(NamedTuple):
     bias: Tensor | None
 
 
-class Progress(Protocol):
-    """Takes a result in pieces: a prefix of it is final and may be communicated.
-
-    Attributes:
-        pieces: consecutive slices of the tokens [0, N) that are communicated one by one.
-    """
-
-    pieces: Sequence[slice]
-
-    def complete(self, result: Tensor, stop: int) -> None:
-        """Take the result of the tokens [0, stop), which does not change any more.
-
-        Args:
-            result: statistics [k, N], or the partial gradient [N, D] of the hidden states.
-            stop: counts from 0; never less than in the call before.
-        """
-        ...
-
-
-def token_blocks(num_tokens: int, size: int, progress: Progress | None) -> Iterator[slice]:
-    """Cut the tokens into tiles, or into the parts that are communicated one by one."""
-    if size >= num_tokens and progress is not None:
-        return iter(progress.pieces)
-    return blocks(num_tokens, size)
-
-
 @dataclass(frozen=True)
 class ClassifierGrad:
     """Where the classifier's gradient [R, D] goes.
@@ -189,7 +163,9 @@ class Upstream:
         wanted: the gradients to produce.
         classifier_grad: where that of the classifier goes.
         kept: what this implementation's forward kept.
-        progress: takes tokens whose gradient is complete; None where nobody waits.
+        when_hidden: takes the partial gradient [N, D] of the hidden states once it is final, so
+            that its sum over the group runs beside the classifier's product. An implementation may
+            call it before it returns, or not.
     """
 
     statistics: Statistics
@@ -197,21 +173,11 @@ class Upstream:
     wanted: Wanted
     classifier_grad: ClassifierGrad
     kept: Any = None
-    progress: Progress | None = None
+    when_hidden: Callable[[Tensor], None] | None = None
 
 
 class LocalImpl(Protocol):
-    """One way to do the local work.
-
-    Attributes:
-        overlap: whether communication runs behind the work in pieces, "auto" where whoever
-            communicates may choose; only an implementation that reports its progress gains from it.
-    """
-
-    @property
-    def overlap(self) -> bool | Literal["auto"]:
-        """See above."""
-        ...
+    """One way to do the local work."""
 
     def plan(
         self,
@@ -221,13 +187,12 @@ class LocalImpl(Protocol):
         most_rows: int | None,
         degree: int,
         backward: str,
-        scalar_loss: bool,
         has_main_grad: bool = False,
     ) -> BackwardPlan:
         """Choose how backward finds the logits, equally on all ranks where ranks notice.
 
-        They do where "gradients" communicates in forward, chunk by chunk, and where a long call
-        communicates span by span. All else is a rank's own choice, by its own rows.
+        They do where a long call communicates span by span. All else is a rank's own choice, by
+        its own rows.
 
         Args:
             shard: this rank's rows, without tokens.
@@ -235,7 +200,6 @@ class LocalImpl(Protocol):
             most_rows: of the group's largest shard, equal on all ranks; None where nobody knows.
             degree: V, over how many ranks the rows are spread.
             backward: "auto", or one that the caller names.
-            scalar_loss: whether the loss is one number, which nothing else is returned beside.
             has_main_grad: whether the classifier's gradient is added to a ``main_grad``.
 
         Raises:
@@ -243,10 +207,8 @@ class LocalImpl(Protocol):
         """
         ...
 
-    def forward(
-        self, shard: Shard, plan: BackwardPlan, progress: Progress | None = None
-    ) -> tuple[Statistics, Any]:
-        """Compute the statistics of this shard's logits; reports those that are complete.
+    def forward(self, shard: Shard, plan: BackwardPlan) -> tuple[Statistics, Any]:
+        """Compute the statistics of this shard's logits.
 
         The second of the pair is what the same implementation's backward is given back.
         """

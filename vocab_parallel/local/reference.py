@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vocab_parallel.local.backward_plan import BackwardPlan, TileShape
-from vocab_parallel.local.interface import Gradients, Progress, Shard, Upstream
+from vocab_parallel.local.interface import Gradients, Shard, Upstream
 from vocab_parallel.local.statistics import Statistics, share_of
 
 Leaves = Sequence[Tensor | None]  # hidden states, classifier, bias
@@ -22,12 +22,7 @@ StatisticsFunction = Callable[[Shard, Leaves], Tensor]
 
 
 class RecomputeOnly:
-    """Base of implementations that make the logits anew in backward, and report no progress."""
-
-    @property
-    def overlap(self) -> bool:
-        """See `LocalImpl`: nothing is reported while it works."""
-        return False
+    """Base of implementations that make the logits anew in backward."""
 
     def plan(self, shard: Shard, *, tokens: int, backward: str, **_: Any) -> BackwardPlan:
         """See `LocalImpl.plan`; whatever is held is the implementation's own, and not counted."""
@@ -37,16 +32,14 @@ class RecomputeOnly:
                 f'anew in backward: use backward="recompute" or "auto"'
             )
         tile = TileShape(tokens, shard.num_rows)
-        return BackwardPlan("recompute", tile, tokens, tokens, 0, 0, 0, 0, 0)
+        return BackwardPlan("recompute", tile, tokens, 0, 0, 0, 0, 0)
 
 
 @dataclass(frozen=True)
 class ReferenceImpl(RecomputeOnly):
     """Materialises its shard's logits in float32 or wider; has no options."""
 
-    def forward(
-        self, shard: Shard, plan: BackwardPlan, progress: Progress | None = None
-    ) -> tuple[Statistics, None]:
+    def forward(self, shard: Shard, plan: BackwardPlan) -> tuple[Statistics, None]:
         """See `LocalImpl.forward`."""
         leaves = (shard.hidden, shard.classifier, shard.bias)
         return Statistics(self._statistics()(shard, leaves), shard.names), None

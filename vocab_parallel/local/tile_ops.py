@@ -297,15 +297,14 @@ class HopperOps(TritonOps):
         self,
         found: Statistics,
         shard: Shard,
-        tokens: slice,
         reference: Tensor | None,
         kept: Tensor | None,
         memory: int,
     ) -> None:
-        """Write some tokens' statistics of all rows, within some bytes of memory.
+        """Write all tokens' statistics of all rows, within some bytes of memory.
 
         Args:
-            found: [k, N]; those of the tokens are written.
+            found: [k, N], written.
             reference: [N], that of `reference`; with None, or for a dtype that does not keep
                 exponentials, what is kept are raw logits.
             kept: [N, r]; what is kept of the first rows, written; or None.
@@ -316,7 +315,7 @@ class HopperOps(TritonOps):
         from vocab_parallel.kernels.product_statistics import bytes_a_token, product_statistics
 
         most = memory // bytes_a_token(shard.num_rows, found.names)
-        for part in _evenly(tokens, most, TOKENS):
+        for part in _evenly(shard.num_tokens, most, TOKENS):
             operands = (shard.hidden[part], shard.classifier, shard.bias, shard.targets[part])
             values = found.of(part).values
             own = None if kept is None else kept[part]
@@ -512,11 +511,8 @@ def _gradient_in_place(
         gradient.div_(temperature)
 
 
-def _evenly(tokens: slice, most: int, grain: int) -> list[slice]:
+def _evenly(length: int, most: int, grain: int) -> list[slice]:
     """Cut tokens into as few parts as have at most so many, of about one length by the grain."""
-    length = tokens.stop - tokens.start
     count = -(-length // max(most, grain))
     size = -(-length // (grain * count)) * grain
-    return [
-        slice(tokens.start + part.start, tokens.start + part.stop) for part in blocks(length, size)
-    ]
+    return list(blocks(length, size))

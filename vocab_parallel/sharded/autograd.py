@@ -5,18 +5,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from vocab_parallel.local.interface import Gradients, Wanted
+from vocab_parallel.local.interface import Wanted
 from vocab_parallel.local.statistics import Statistics
 from vocab_parallel.sharded.backward import first_derivative_only, wanted_inputs
 from vocab_parallel.sharded.call import Call
-from vocab_parallel.sharded.gradients_in_forward import LossWithGradients
 from vocab_parallel.sharded.halves import (
     Inputs,
-    classifier_grad,
     gathered_hidden,
     joined_statistics,
     summed_gradients,
-    with_padding,
 )
 from vocab_parallel.sharded.token_loss import TokenLoss
 
@@ -85,7 +82,7 @@ class _VocabStatistics(torch.autograd.Function):
 
 
 class _VocabLoss(torch.autograd.Function):
-    """S and the loss in forward, T in backward; or all in forward, and backward multiplies."""
+    """S and the loss in forward, T in backward."""
 
     @staticmethod
     def forward(
@@ -99,15 +96,9 @@ class _VocabLoss(torch.autograd.Function):
         made: list[Statistics],  # what it is made of is added to it
     ) -> Tensor:
         inputs = Inputs(gathered_hidden(call, hidden), classifier, bias, targets)
-        wanted = Wanted(*(need and call.records for need in ctx.needs_input_grad[:3]))
-        ctx.gradients, ctx.kept = None, None
-        if call.plan.backward == "gradients":
-            work = LossWithGradients(call, inputs, wanted, loss)
-            value, statistics = work.run(), work.statistics
-            ctx.gradients = work.gradients()
-        else:
-            statistics, ctx.kept = joined_statistics(call, inputs, any(wanted))
-            value = loss.total_value(statistics.values)
+        needs_grad = call.records and any(ctx.needs_input_grad[:3])
+        statistics, ctx.kept = joined_statistics(call, inputs, needs_grad)
+        value = loss.total_value(statistics.values)
         made.append(statistics)
         ctx.save_for_backward(*inputs, statistics.values)
         ctx.call, ctx.loss = call.without_tokens(), loss
@@ -118,45 +109,16 @@ class _VocabLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, values = ctx.saved_tensors
         inputs, call = Inputs(*tensors), ctx.call
-        wanted = _wanted(ctx, inputs)
-        handed_out = _hand_out(ctx, wanted)
-        if handed_out is not None:
-            found = Gradients(
-                *(None if one is None else call.shard.ops.scale_(one, grad) for one in handed_out)
-            )
-            return (*_accumulated(call, inputs, found), None, None, None, None)
         names = call.shard.names
-        statistics = Statistics(values, names)
-        upstream = Statistics(ctx.loss.total_gradient(values, grad), names)
-        found = summed_gradients(call, inputs, statistics, upstream, wanted, ctx.kept)
+        found = summed_gradients(
+            call,
+            inputs,
+            Statistics(values, names),
+            Statistics(ctx.loss.total_gradient(values, grad), names),
+            _wanted(ctx, inputs),
+            ctx.kept,
+        )
         return (*found, None, None, None, None)
-
-
-def _hand_out(ctx: Any, wanted: Wanted) -> Gradients | None:
-    """Return the wanted ones of the gradients that forward made; None where one is not there.
-
-    Each is handed out once: it may belong to a parameter afterwards. A graph that is run again
-    makes them again.
-    """
-    made: Gradients | None = ctx.gradients
-    if made is None:
-        return None
-    pairs = list(zip(made, wanted, strict=True))
-    if any(want and gradient is None for gradient, want in pairs):
-        return None
-    ctx.gradients = Gradients(*(None if want else gradient for gradient, want in pairs))
-    return Gradients(*(gradient if want else None for gradient, want in pairs))
-
-
-def _accumulated(call: Call, inputs: Inputs, found: Gradients) -> Gradients:
-    """Add the rows' gradient to the accumulator that ``accumulate_into`` names, if any."""
-    if found.classifier is None:
-        return found
-    target = classifier_grad(call, inputs.classifier).add_to
-    if target is None:
-        return found._replace(classifier=with_padding(found.classifier, inputs.classifier))
-    target.add_(found.classifier[: target.shape[0]])  # padding rows get nothing
-    return found._replace(classifier=None)
 
 
 def _wanted(ctx: Any, inputs: Inputs) -> Wanted:

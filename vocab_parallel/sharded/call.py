@@ -218,15 +218,12 @@ def checked(
     shard = _shard(operands, settings, rows)
     degree = rows.group.degree
     copies = 1 if settings.hidden_layout == "replicated" else degree
-    # What forward computed would need a pass of its own to be added up.
-    adds_later = settings.backward == "auto" and settings.accumulate_into is not None
     plan = impl.plan(
         shard,
         tokens=copies * hidden.shape[:-1].numel(),
         most_rows=rows.most_rows,
         degree=degree,
         backward=settings.backward,
-        scalar_loss=settings.scalar_loss and not adds_later,
         has_main_grad=settings.accumulate_into == "main_grad",
     )
     return Call(operands, settings, rows, shard, impl, plan, torch.is_grad_enabled())
@@ -237,9 +234,7 @@ def _shard(operands: Operands, settings: LossSettings, rows: RankRows) -> Shard:
     hidden, bias = operands.flat_hidden, operands.bias
     none = hidden.new_empty((0, hidden.shape[1]))
     product_dtype = torch.promote_types(hidden.dtype, operands.classifier.dtype)
-    sum_dtype = hidden.dtype
-    if hidden.dtype != torch.float64 and _sums_hidden_grad(settings, rows):
-        sum_dtype = settings.e_grad_reduce_dtype
+    sums = _sums_hidden_grad(settings, rows)
     return Shard(
         hidden=none,
         classifier=rows.tokens_alone(operands.classifier.detach()),
@@ -250,7 +245,7 @@ def _shard(operands: Operands, settings: LossSettings, rows: RankRows) -> Shard:
         grad_names=settings.grad_statistics,
         separate_lse_grad=settings.separate_lse_grad,
         logits_dtype=accumulation_dtype(product_dtype) if settings.logits_dtype else product_dtype,
-        sum_dtype=sum_dtype,
+        sum_dtype=accumulation_dtype(hidden.dtype) if sums else hidden.dtype,
         needs_grad=False,
         ops=tile_ops.choose(hidden, operands.classifier),
     )

@@ -12,6 +12,7 @@ The statistics are exchanged at once, and dE is reduced span by span.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -22,20 +23,13 @@ from vocab_parallel.local.backward_plan import blocks
 from vocab_parallel.local.interface import (
     ClassifierGrad,
     Gradients,
-    Progress,
     Shard,
     Upstream,
     Wanted,
 )
-from vocab_parallel.local.statistics import Statistics
+from vocab_parallel.local.statistics import Statistics, join
 from vocab_parallel.sharded.call import Call
-from vocab_parallel.sharded.exchange import (
-    HiddenGradSpans,
-    HiddenGradSum,
-    Order,
-    StatisticsExchange,
-)
-from vocab_parallel.sharded.rates import rates_of
+from vocab_parallel.sharded.exchange import HiddenGradSum
 
 
 class Inputs(NamedTuple):
@@ -91,30 +85,25 @@ def gathered_hidden(call: Call, hidden: Tensor) -> Tensor:
     return call.rows.group.gather_tokens(hidden) if call.layout.gathers else hidden
 
 
-def own_statistics(
-    call: Call, inputs: Inputs, needs_grad: bool, progress: Progress | None = None
-) -> tuple[Statistics, object]:
+def own_statistics(call: Call, inputs: Inputs, needs_grad: bool) -> tuple[Statistics, object]:
     """S without the exchange: the statistics of this rank's rows, and what T is given back."""
     shard = shard_of(call, inputs, needs_grad)
     if shard is None:
         num_tokens, names = inputs.hidden.shape[0], call.shard.names
         return Statistics.of_no_rows(names, num_tokens, inputs.hidden), None
-    return call.impl.forward(shard, call.plan, progress)
+    return call.impl.forward(shard, call.plan)
 
 
 def joined_statistics(call: Call, inputs: Inputs, needs_grad: bool) -> tuple[Statistics, object]:
     """S: the statistics of the whole vocabulary; all ranks call, and each gets the same.
 
-    Communicates [k, N] float32 of each rank, behind the products where the implementation can.
+    Communicates [k, N] float32 of each rank, once.
     """
-    names, group, num_tokens = call.shard.names, call.rows.group, inputs.hidden.shape[0]
+    names = call.shard.names
     find = _statistics_of_spans if is_long(call, inputs) else own_statistics
-    if group.degree == 1:
-        return find(call, inputs, needs_grad)
-    order = order_of(call, num_tokens)
-    exchange = StatisticsExchange(num_tokens, names, group, order)
-    own, kept = find(call, inputs, needs_grad, exchange if order is Order.PIECES else None)
-    return Statistics(exchange.join(own.values), names), kept
+    own, kept = find(call, inputs, needs_grad)
+    gathered = call.rows.group.gather_shards(own.values)
+    return Statistics(join(gathered, names), names), kept
 
 
 def is_long(call: Call, inputs: Inputs) -> bool:
@@ -122,9 +111,7 @@ def is_long(call: Call, inputs: Inputs) -> bool:
     return call.plan.span < inputs.hidden.shape[0]
 
 
-def _statistics_of_spans(
-    call: Call, inputs: Inputs, needs_grad: bool, progress: Progress | None = None
-) -> tuple[Statistics, object]:
+def _statistics_of_spans(call: Call, inputs: Inputs, needs_grad: bool) -> tuple[Statistics, object]:
     """Return this rank's statistics, and what T of each span is given back."""
     num_tokens = inputs.hidden.shape[0]
     own = Statistics.empty(call.shard.names, num_tokens, inputs.hidden)
@@ -133,8 +120,6 @@ def _statistics_of_spans(
         found, kept_of_span = own_statistics(call, inputs.of(tokens), needs_grad)
         own.values[:, tokens] = found.values
         kept.append(kept_of_span)
-        if progress is not None:
-            progress.complete(own.values, tokens.stop)
     return own, kept
 
 
@@ -162,34 +147,53 @@ def summed_gradients(
 
     Those of classifier and bias have all of this rank's rows, padding too, in the parameters'
     dtypes. That of the classifier is None where it was added to the accumulator that
-    ``accumulate_into`` names. Communicates the sum of [N, D], behind the products.
+    ``accumulate_into`` names. Communicates the sum of [N, D], beside the classifier's product.
     """
     target = classifier_grad(call, inputs.classifier)
     names = call.shard.grad_names
     upstream = Upstream(statistics.first(names), grads.first(names), wanted, target, kept)
-    work = _gradients_of_spans if is_long(call, inputs) else _gradients_at_once
-    found = work(call, inputs, upstream)
+    reduction = hidden_grad_sum(call, inputs.hidden) if wanted.hidden else None
+    if is_long(call, inputs):
+        found = _gradients_of_spans(call, inputs, upstream, reduction)
+    else:
+        found = _gradients_of(call, inputs, upstream, slice(0, inputs.hidden.shape[0]), reduction)
+    if reduction is not None:
+        found = found._replace(hidden=total_hidden_grad(call, reduction))
     added = target.add_to is not None
     return of_all_rows(found, inputs, wanted._replace(classifier=wanted.classifier and not added))
 
 
-def _gradients_at_once(call: Call, inputs: Inputs, upstream: Upstream) -> Gradients:
-    """Return dE [T, D] summed, and the gradients of the rows that are tokens."""
-    if not upstream.wanted.hidden:
-        return own_gradients(call, inputs, upstream)
-    reduction = hidden_grad_sum(call, inputs.hidden)
-    progress = None if call.impl.overlap is False else reduction
-    found = own_gradients(call, inputs, replace(upstream, progress=progress))
-    return found._replace(hidden=total_hidden_grad(call, found.hidden, inputs.hidden, reduction))
+def _gradients_of(
+    call: Call,
+    inputs: Inputs,
+    upstream: Upstream,
+    tokens: slice,
+    reduction: HiddenGradSum | None,
+) -> Gradients:
+    """Return some tokens' gradients of rows and bias; that of the hidden states goes to its sum.
+
+    Args:
+        call: of the loss.
+        inputs, upstream: of these tokens.
+        tokens: which they are, of all.
+        reduction: sums the hidden states' gradient; None where it is not wanted.
+    """
+    if reduction is not None:
+        upstream = replace(upstream, when_hidden=partial(reduction.add, tokens=tokens))
+    found = own_gradients(call, inputs, upstream)
+    if reduction is not None:
+        reduction.add(found.hidden, tokens)
+    return found._replace(hidden=None)
 
 
-def _gradients_of_spans(call: Call, inputs: Inputs, upstream: Upstream) -> Gradients:
-    """Return the same, the tokens taken a span at a time."""
+def _gradients_of_spans(
+    call: Call, inputs: Inputs, upstream: Upstream, reduction: HiddenGradSum | None
+) -> Gradients:
+    """Return the same of all tokens, taken a span at a time."""
     target, wide = upstream.classifier_grad, upstream.statistics.values.dtype
     # What is narrower would be rounded with each span.
     adds_there = target.add_to is not None and target.dtype == wide
     row_sums = RowSums(target if adds_there else ClassifierGrad(wide))
-    reduction = hidden_grad_spans(call, inputs.hidden) if upstream.wanted.hidden else None
     spans = list(blocks(inputs.hidden.shape[0], call.plan.span))
     kept: Sequence[object] = upstream.kept or [None] * len(spans)
     for tokens, kept_of_span in zip(spans, kept, strict=True):
@@ -200,95 +204,30 @@ def _gradients_of_spans(call: Call, inputs: Inputs, upstream: Upstream) -> Gradi
             row_sums.target,
             kept_of_span,
         )
-        _add_span(call, inputs.of(tokens), own, tokens, row_sums, reduction)
+        row_sums.add(_gradients_of(call, inputs.of(tokens), own, tokens, reduction))
     classifier = row_sums.classifier
     if target.add_to is not None and not adds_there:
         classifier = target.placed(classifier)
-    hidden = None if reduction is None else spans_total(call, reduction)
-    return Gradients(hidden, classifier, row_sums.bias)
+    return Gradients(None, classifier, row_sums.bias)
 
 
 def _of_span(statistics: Statistics, tokens: slice) -> Statistics:
     return Statistics(statistics.values[:, tokens].contiguous(), statistics.names)
 
 
-def _add_span(
-    call: Call,
-    inputs: Inputs,  # of the span
-    upstream: Upstream,
-    tokens: slice,
-    row_sums: RowSums,
-    reduction: HiddenGradSpans | None,
-) -> None:
-    """Add a span's gradients to the sums; its own are freed before the next span's are made."""
-    found = own_gradients(call, inputs, upstream)
-    row_sums.add(found)
-    if reduction is not None:
-        reduction.add(found.hidden, tokens)
-
-
-def hidden_grad_sum(
-    call: Call, hidden: Tensor, pieces: list[slice] | None = None
-) -> HiddenGradSum | None:
-    """Return what sums the gradient of the hidden states [N, D] over the group, if any."""
-    if not call.sums_hidden_grad:
-        return None
+def hidden_grad_sum(call: Call, hidden: Tensor) -> HiddenGradSum:
+    """Return what sums the gradient of the hidden states [N, D] over the group."""
     return HiddenGradSum(
-        hidden.shape[0],
-        call.rows.group,
-        order_of(call, hidden.shape[0]),
-        scatters=call.layout.gathers,
-        dtype=call.shard.sum_dtype,
-        out_dtype=hidden.dtype,
-        pieces=pieces,
-    )
-
-
-def hidden_grad_spans(call: Call, hidden: Tensor) -> HiddenGradSpans:
-    """Return what sums the gradient of the hidden states [N, D] of a long call."""
-    return HiddenGradSpans(
         hidden,
         call.rows.group if call.sums_hidden_grad else VocabGroup(),
         scatters=call.layout.gathers,
-        dtype=call.shard.sum_dtype,
-        waits=order_of(call, hidden.shape[0]) is Order.WAITING,
+        dtype=call.shard.sum_dtype if call.sums_hidden_grad else hidden.dtype,
     )
 
 
-def spans_total(call: Call, reduction: HiddenGradSpans) -> Tensor:
-    """Return this rank's summed gradient [T, D] of a long call's hidden states."""
+def total_hidden_grad(call: Call, reduction: HiddenGradSum) -> Tensor:
+    """Return this rank's summed gradient [T, D] of the hidden states."""
     total, scale = reduction.total(), call.settings.hidden_grad_scale
-    return total if scale == 1.0 else total.mul_(scale)
-
-
-def order_of(call: Call, num_tokens: int) -> Order:
-    """Return when a call over so many tokens communicates; all ranks call, and get the same.
-
-    Where nobody has said it, the sum of the hidden states' gradient goes in pieces if it would
-    take longer than the product that it runs beside. Two rates are measured for that, once for a
-    group.
-    """
-    overlap, group = call.impl.overlap, call.rows.group
-    if isinstance(overlap, bool):
-        return Order.PIECES if overlap else Order.WAITING
-    most_rows, device = call.rows.most_rows, call.operands.classifier.device
-    if group.degree == 1 or most_rows is None or device.type == "cpu":
-        return Order.BESIDE
-    rates = rates_of(group, call.shard.product_dtype, device)
-    hidden_size = call.operands.classifier.shape[1]
-    summing = num_tokens * hidden_size * call.shard.sum_dtype.itemsize / rates.bytes_a_second
-    product = 2.0 * num_tokens * hidden_size * most_rows / rates.flops_a_second
-    return Order.PIECES if summing > product else Order.BESIDE
-
-
-def total_hidden_grad(
-    call: Call, partial: Tensor | None, hidden: Tensor, reduction: HiddenGradSum | None
-) -> Tensor:
-    """Sum the shards' partial gradients [N, D] and return this rank's [T, D]."""
-    if partial is None:
-        partial = hidden.new_zeros(hidden.shape)
-    total = partial.to(hidden.dtype) if reduction is None else reduction.total(partial)
-    scale = call.settings.hidden_grad_scale
     return total if scale == 1.0 else total * scale
 
 

@@ -16,7 +16,7 @@ from vocab_parallel.sharded.rows import RankRows
 
 REDUCTIONS = ("mean", "sum", "none")
 LAYOUTS = get_args(HiddenLayout)
-BACKWARDS = ("auto", "recompute", "probs", "gradients")
+BACKWARDS = ("auto", "recompute", "probs")
 ACCUMULATORS = ("grad", "main_grad")
 MIXABLE = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -46,7 +46,6 @@ class LossSettings:
     temperature: float = 1.0
     hidden_layout: HiddenLayout = "replicated"
     hidden_grad_scale: float = 1.0
-    e_grad_reduce_dtype: torch.dtype = torch.float32
     logits_dtype: str | None = None
     backward: str = "auto"
     memory_budget: int | None = None
@@ -111,6 +110,11 @@ class LossSettings:
         """Raise ValueError for a value that cannot be."""
         _one_of("reduction", self.reduction, REDUCTIONS)
         _one_of("hidden_layout", self.hidden_layout, LAYOUTS)
+        if self.backward == "gradients":
+            raise ValueError(
+                'backward="gradients" is no longer there: use "probs", which is as fast, or "auto" '
+                "with a memory_budget"
+            )
         _one_of("backward", self.backward, BACKWARDS)
         if isinstance(self.ignore_index, bool) or not isinstance(self.ignore_index, int):
             raise ValueError(f"ignore_index must be an integer, got {self.ignore_index!r}")
@@ -131,11 +135,6 @@ class LossSettings:
         if not isinstance(self.return_metrics, bool):
             raise ValueError(f"return_metrics must be True or False, got {self.return_metrics!r}")
         self._check_heads()
-        if self.e_grad_reduce_dtype not in (torch.float32, torch.bfloat16, torch.float64):
-            raise ValueError(
-                f"e_grad_reduce_dtype must be torch.float32, torch.float64 or torch.bfloat16, "
-                f"got {self.e_grad_reduce_dtype!r}"
-            )
         if self.logits_dtype not in (None, "float32"):
             raise ValueError(
                 f'logits_dtype must be None or "float32", got {self.logits_dtype!r}: logits of '

@@ -11,8 +11,8 @@ over the logits.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Self, cast
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -56,19 +56,6 @@ class TokenLoss:
     def total(self, statistics: Tensor) -> Tensor:
         """Return their sum over the divisor, a number that is differentiable in the statistics."""
         return cast(Tensor, _Written.apply(statistics, self.total_value, self.total_gradient))
-
-    def part(self, statistics: Tensor, tokens: slice) -> tuple[Tensor, Tensor]:
-        """Return what some tokens add to that total, and what their statistics [k, n] receive.
-
-        Where the total itself receives 1.
-        """
-        own = self.of(tokens)
-        return own.total_value(statistics), own.total_gradient(statistics, statistics.new_ones(()))
-
-    def of(self, tokens: slice) -> Self:
-        """Return that of some of the tokens."""
-        weight = None if self.weight is None else self.weight[tokens]
-        return replace(self, labels=self.labels[tokens], weight=weight)
 
     def values(self, statistics: Tensor) -> Tensor:
         """Return the losses [n] of statistics [k, n]: lse, target, and sum where it is read."""

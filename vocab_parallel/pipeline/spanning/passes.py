@@ -36,6 +36,7 @@ from torch import Tensor, nn
 
 from vocab_parallel.collectives import Pending
 from vocab_parallel.local.backward_plan import blocks
+from vocab_parallel.local.chunked import ChunkedImpl
 from vocab_parallel.local.interface import ClassifierGrad, Upstream, Wanted, owned_targets
 from vocab_parallel.local.statistics import Statistics, accumulation_dtype, join, share_of
 from vocab_parallel.loss import token_losses
@@ -175,10 +176,10 @@ class LossPasses:
             names = held.own.names
             gathered = self._messages.gather.gather_shards(held.own.values)
             held.joined = joined = Statistics(join(gathered, names), names)
-            loss, grads = token_losses(call, held.labels).part(joined.values, slice(None))
-            held.grads = Statistics(grads, names)
+            loss, one = token_losses(call, held.labels), joined.values.new_ones(())
+            held.grads = Statistics(loss.total_gradient(joined.values, one), names)
             if self._last.here:
-                self._losses[microbatch].data.copy_(loss)
+                self._losses[microbatch].data.copy_(loss.total_value(joined.values))
             if held.share is not None:
                 share, held.share = held.share, None
                 scale = share_of(held.own.lse, joined.lse) * held.grads.lse
@@ -345,19 +346,13 @@ def _by_chunks(call: Call, inputs: Inputs) -> tuple[Statistics, Tensor]:
 
     T makes them once more: four products, where S and T that know nothing of each other make five.
     """
-    num_tokens, rows = inputs.hidden.shape[0], call.rows
-    plan = call.impl.plan(
-        call.shard,
-        tokens=num_tokens,
-        most_rows=rows.most_rows,
-        degree=rows.group.degree,
-        backward="gradients",
-        scalar_loss=True,
-    )
+    num_tokens = inputs.hidden.shape[0]
+    assert isinstance(call.impl, ChunkedImpl)
+    plan = call.impl.plan_chunks(call.shard, num_tokens)
     in_chunks = call._replace(plan=plan)
     own = Statistics.empty(call.shard.names, num_tokens, inputs.hidden)
     share = torch.empty_like(inputs.hidden, dtype=own.values.dtype)
-    for tokens in blocks(num_tokens, max(plan.chunk_tokens, 1)):
+    for tokens in blocks(num_tokens, plan.span):
         part = inputs.of(tokens)
         found, kept = own_statistics(in_chunks, part, needs_grad=True)
         own.values[:, tokens] = found.values

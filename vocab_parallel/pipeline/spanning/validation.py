@@ -123,7 +123,6 @@ def _problem_of_options(given: ScheduleArguments) -> str | None:
     settings = given.loss.settings
     for name, wrong in (
         ("shift", settings.num_heads is not None),
-        ("backward", settings.backward == "gradients"),
         ("hidden_layout", settings.hidden_layout == "sequence"),
         ("impl", settings.impl not in _IMPLS),
     ):
