@@ -137,7 +137,6 @@ def _measure(
 def _entries(
     operands: Operands, arguments: Arguments, device: torch.device
 ) -> tuple[dict[str, Contestant], dict[str, str]]:
-    num_tokens = operands.hidden.shape[0]
     entered = contestants.floors(operands)
     entered["ours, probs"] = contestants.ours(operands, backward="probs")
     entered["ours, recompute"] = contestants.ours(

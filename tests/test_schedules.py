@@ -122,11 +122,11 @@ class Work:
 def watch(work: Work) -> None:
     forward, backward = ChunkedImpl.forward, ChunkedImpl.backward
 
-    def counted_forward(self, shard, plan, progress):
+    def counted_forward(self, shard, plan):
         work.forwards += 1
         work.waiting += 1
         work.most_waiting = max(work.most_waiting, work.waiting)
-        return forward(self, shard, plan, progress)
+        return forward(self, shard, plan)
 
     def counted_backward(self, shard, plan, upstream):
         work.backwards[upstream.wanted.hidden, upstream.wanted.classifier] += 1
