@@ -11,10 +11,14 @@ from torch.utils.checkpoint import checkpoint
 from tests.oracle import relative_error
 from tests.recording import ProductRecorder
 from vocab_parallel import (
+    CCEPipelineLoss,
     VocabParallelOptions,
     available_impls,
+    count_valid_tokens,
     linear_cross_entropy,
+    multi_token_cross_entropy,
     predict,
+    score_tokens,
     token_logprobs,
 )
 
@@ -192,6 +196,27 @@ def test_an_ignored_target_counts_for_nothing(impl: str) -> None:
     pairs = (torch.autograd.grad(loss, (e, c)) for loss in (found, expected))
     for ours, want in zip(*pairs, strict=True):
         assert torch.equal(ours, want)
+
+
+def test_an_ignore_index_beyond_the_labels_dtype() -> None:
+    """It ignores nothing; as a number of int32 it would be another token."""
+    e, c, _ = drawn()
+    targets = torch.arange(10, dtype=torch.int32).view(2, 5) % 7
+    per_token = F.cross_entropy((e @ c.T).mT, targets.long(), reduction="none")
+    for wraps_to in (0, 3):
+        given = {"ignore_index": 2**40 + wraps_to}
+        assert torch.allclose(linear_cross_entropy(e, c, targets, **given), per_token.mean())
+        assert torch.allclose(token_logprobs(e, c, targets, **given), -per_token)
+        assert torch.allclose(
+            multi_token_cross_entropy([e], c, targets, shift=(0,), **given), per_token.mean()
+        )
+        assert torch.allclose(CCEPipelineLoss(c, shift=0, **given)(e, targets), per_token.mean())
+        assert int(count_valid_tokens(targets, **given)) == 10
+        scores = score_tokens(e, c, targets, **given)
+        assert int(scores.count) == 10
+        assert torch.allclose(scores.nll, per_token.sum())
+    with pytest.raises(ValueError, match="ignore_index must fit int64"):
+        linear_cross_entropy(e, c, targets, ignore_index=2**63)
 
 
 def test_a_divisor_of_one_element() -> None:

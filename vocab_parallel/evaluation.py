@@ -18,7 +18,7 @@ from vocab_parallel.local.top_k import merge_top_k, top_k_of_shard
 from vocab_parallel.loss import token_logprobs
 from vocab_parallel.sharded.call import Call, Operands, prepare
 from vocab_parallel.sharded.halves import Inputs, gathered_hidden, shard_of
-from vocab_parallel.sharded.layout import HiddenLayout
+from vocab_parallel.sharded.layout import HiddenLayout, is_ignored
 from vocab_parallel.sharded.rows import RankRows
 from vocab_parallel.sharded.settings import LossSettings
 from vocab_parallel.sharded.uncompiled import uncompiled
@@ -187,7 +187,7 @@ def score_tokens(
         rank = RankRows.from_options(vocab_parallel_options).group.rank
         targets = targets[..., rank * length : (rank + 1) * length]
     wanted = targets[..., shift:]
-    valid = wanted != ignore_index
+    valid = ~is_ignored(wanted, ignore_index)
     right = (best[..., :length] == wanted) & valid
     return TokenScores(-logprobs.double().sum(), right.double().sum(), valid.double().sum())
 
@@ -230,7 +230,9 @@ def count_valid_tokens(
         raise ValueError(f"shift must be an integer of at least 0, or several, got {shift!r}")
     count = torch.stack(
         [
-            torch.stack([(part[..., each:] != ignore_index).sum() for part in parts]).sum()
+            torch.stack(
+                [(~is_ignored(part[..., each:], ignore_index)).sum() for part in parts]
+            ).sum()
             for each in shifts
         ]
     )

@@ -108,8 +108,15 @@ def mark_labels(
         outside |= labels >= vocab_size
     marked = labels.masked_fill(outside, OUT_OF_RANGE)
     return shifted(
-        marked.masked_fill(labels == ignore_index, IGNORED).to(torch.int32), shift, IGNORED
+        marked.masked_fill(is_ignored(labels, ignore_index), IGNORED).to(torch.int32),
+        shift,
+        IGNORED,
     )
+
+
+def is_ignored(labels: Tensor, ignore_index: int) -> Tensor:
+    """Tell which labels are ``ignore_index``, which need not fit their dtype: int32 would wrap."""
+    return labels.long() == ignore_index
 
 
 def count_valid(labels: Tensor, *, kernels: bool = False) -> Tensor:

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from vocab_parallel.local.interface import Transform
 from vocab_parallel.local.statistics import StatisticNames, accumulation_dtype
-from vocab_parallel.sharded.layout import HiddenLayout
+from vocab_parallel.sharded.layout import HiddenLayout, is_ignored
 from vocab_parallel.sharded.rows import RankRows
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -114,6 +114,8 @@ class LossSettings:
         _one_of("backward", self.backward, BACKWARDS)
         if isinstance(self.ignore_index, bool) or not isinstance(self.ignore_index, int):
             raise ValueError(f"ignore_index must be an integer, got {self.ignore_index!r}")
+        if not -(2**63) <= self.ignore_index < 2**63:
+            raise ValueError(f"ignore_index must fit int64, got {self.ignore_index}")
         if self.softcap is not None and not _positive(self.softcap):
             raise ValueError(
                 f"softcap must be a positive number or None for no cap, got {self.softcap!r}"
@@ -285,7 +287,7 @@ def target_range(targets: Tensor, ignore_index: int) -> tuple[int, int]:
 
     Waits for a GPU: for validation alone.
     """
-    kept = targets[targets != ignore_index]
+    kept = targets[~is_ignored(targets, ignore_index)]
     return (int(kept.min()), int(kept.max())) if kept.numel() else (0, -1)
 
 
