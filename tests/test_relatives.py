@@ -9,6 +9,7 @@ from tests.oracle import relative_error
 from tests.ranks import run_ranks
 from vocab_parallel import (
     VocabParallelOptions,
+    available_impls,
     count_valid_tokens,
     linear_cross_entropy,
     predict,
@@ -106,6 +107,56 @@ def check_relatives(degree: int) -> None:
         for k in (0, total):
             with pytest.raises(ValueError, match=r"k must be an integer in \[1, 10\]"):
                 predict(own_part(e, layout, -2), c[start:stop], bias[start:stop], k=k, **known)
+
+
+def check_a_rank_that_is_masked(impls: list[str]) -> None:
+    """A bias of -inf on every row of one rank takes these rows out of the softmax, and no more."""
+    torch.manual_seed(11)
+    e = torch.randn(6, HIDDEN, dtype=torch.float64)
+    c = torch.randn(11, HIDDEN, dtype=torch.float64)
+    options = VocabParallelOptions.from_vocab(11)
+    rows = slice(options.start, options.stop)
+    kept = slice(6, 11)  # rank 0 of 2 has the first 6 rows
+    bias = torch.full((11,), -torch.inf, dtype=torch.float64)
+    bias[kept] = torch.randn(5, dtype=torch.float64)
+    targets = torch.arange(6) % 5 + 6
+    whole = [t.clone().requires_grad_() for t in (e, c, bias[kept])]
+    log_p = torch.log_softmax(whole[0] @ whole[1][kept].T + whole[2], -1)
+    chosen = log_p.gather(1, targets[:, None] - 6).squeeze(1)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    weights = torch.randn(2, 6, dtype=torch.float64)
+    total = (torch.stack((chosen, entropy)) * weights).sum()
+    expected = [torch.autograd.grad(each, whole, retain_graph=True) for each in (total, -chosen[1])]
+    for impl in impls:
+        own = [t.clone().requires_grad_() for t in (e, c[rows], bias[rows])]
+        results = token_logprobs(
+            own[0], own[1], targets, own[2], return_entropy=True, impl=impl,
+            vocab_parallel_options=options,
+        )  # fmt: skip
+        loss = linear_cross_entropy(
+            own[0], own[1], targets, own[2], impl=impl, token_weight=torch.eye(6)[1],
+            reduction="sum", vocab_parallel_options=options,
+        )  # fmt: skip
+        assert relative_error(torch.stack(results), torch.stack((chosen, entropy))) < 1e-12
+        for result, want in zip(
+            ((torch.stack(results) * weights).sum(), loss), expected, strict=True
+        ):
+            found = torch.autograd.grad(result, own)
+            assert relative_error(found[0], want[0]) < 1e-12, impl
+            assert relative_error(found[1], want[1][rows], 1.0) < 1e-12, impl
+            unmasked = found[2][bias[rows].isfinite()]
+            assert relative_error(unmasked, want[2][: len(unmasked)], 1.0) < 1e-12, impl
+            assert not found[2][bias[rows] == -torch.inf].any(), impl
+
+
+@pytest.mark.parametrize(
+    "impls",
+    [["chunked", "reference"], pytest.param(["torch_compile"], marks=pytest.mark.slow)],
+)
+def test_a_rank_that_is_masked(impls: list[str]) -> None:
+    if impls == ["torch_compile"] and available_impls()["torch_compile"] != "ready":
+        pytest.skip(available_impls()["torch_compile"])
+    run_ranks(check_a_rank_that_is_masked, 2, impls=impls)
 
 
 @pytest.mark.parametrize("degree", [1, 3])

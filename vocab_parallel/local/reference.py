@@ -142,7 +142,10 @@ def _statistics_of(logits: Tensor, bias: Tensor | None, shard: Shard) -> Tensor:
 
     owned, rows = shard.owned_targets()
     at_target = logits.gather(-1, rows.unsqueeze(-1)).squeeze(-1)
-    lse = torch.logsumexp(logits, -1)
+    # A token whose logits are all -inf (a bias may mask a shard so) has a softmax of NaN.
+    masked = (logits == -torch.inf).all(-1)
+    safe = logits.masked_fill(masked[:, None], 0.0)
+    lse = torch.logsumexp(safe, -1).masked_fill(masked, -torch.inf)
     found = [lse, torch.where(owned, at_target, 0.0)]
     if "sum" in shard.names:
         found.append(logits.sum(-1))
