@@ -159,9 +159,49 @@ def test_a_rank_that_is_masked(impls: list[str]) -> None:
     run_ranks(check_a_rank_that_is_masked, 2, impls=impls)
 
 
+def check_entropy_keeps_its_digits(degree: int) -> None:
+    """An offset of all logits costs the entropy what it costs torch's log_softmax, not its digits.
+
+    float32 holds a number of the offset's size to ``unit``, which no lse can be better than.
+    """
+    offset = 1000.0
+    unit = torch.finfo(torch.float32).eps * offset
+    torch.manual_seed(13)
+    e, c = torch.randn(32, 16), 0.4 * torch.randn(600, 16)
+    bias, upstream = torch.full((600,), offset), torch.randn(32)
+    targets = torch.randint(600, (32,))
+    options = VocabParallelOptions.from_vocab(600)
+    rows = slice(options.start, options.stop)
+
+    def by_torch(dtype: torch.dtype) -> tuple[Tensor, ...]:
+        leaves = [t.to(dtype).requires_grad_() for t in (e, c)]
+        log_p = torch.log_softmax(leaves[0] @ leaves[1].T + bias, -1)
+        entropy = -(log_p.exp() * log_p).sum(-1)
+        return entropy, *torch.autograd.grad((entropy * upstream).sum(), leaves)
+
+    exact, single = by_torch(torch.float64), by_torch(torch.float32)
+    for impl, extra in (("reference", {}), ("chunked", {}), ("chunked", {"chunk_rows": 100})):
+        known = {"vocab_parallel_options": options, "impl": impl, **extra}
+        own = [e.clone().requires_grad_(), c[rows].clone().requires_grad_()]
+        _, entropy = token_logprobs(*own, targets, bias[rows], return_entropy=True, **known)
+        assert relative_error(entropy, exact[0]) < unit, (impl, extra)
+        found = torch.autograd.grad((entropy * upstream).sum(), own)
+        for ours, theirs, want in zip(found, single[1:], exact[1:], strict=True):
+            part = rows if len(want) == 600 else slice(None)
+            allowed = relative_error(theirs[part], want[part]) + unit
+            assert relative_error(ours, want[part]) < allowed, (impl, extra)
+        _, metrics = linear_cross_entropy(*own, targets, bias[rows], return_metrics=True, **known)
+        assert relative_error(metrics.entropy, exact[0].mean()) < unit, (impl, extra)
+
+
+def check_all_relatives(degree: int) -> None:
+    check_relatives(degree)
+    check_entropy_keeps_its_digits(degree)
+
+
 @pytest.mark.parametrize("degree", [1, 3])
 def test_relatives(degree: int) -> None:
-    run_ranks(check_relatives, degree, degree=degree)
+    run_ranks(check_all_relatives, degree, degree=degree)
 
 
 def check_counting() -> None:

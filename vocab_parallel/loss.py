@@ -302,7 +302,7 @@ def token_logprobs(
     logprobs = call.own(logprobs.masked_fill(labels == OUT_OF_RANGE, torch.nan))
     if not return_entropy:
         return logprobs
-    entropy = (statistics.lse - statistics.expected).masked_fill(ignored, 0.0)
+    entropy = (-statistics.expected).masked_fill(ignored, 0.0)
     return logprobs, call.own(entropy)
 
 
