@@ -110,7 +110,9 @@ class Call(NamedTuple):
         weight = self.operands.token_weight
         if weight is None:
             return None
-        wide = weight.detach().to(accumulation_dtype(self.operands.hidden.dtype))
+        # A copy, since backward reads it too: its owner may write to it before.
+        dtype = accumulation_dtype(self.operands.hidden.dtype)
+        wide = weight.detach().to(dtype, copy=True)
         # Kernels read it without a stride.
         return self._arranged(lambda shift: shifted(wide, shift, 0.0)).contiguous()
 
