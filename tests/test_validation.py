@@ -174,6 +174,19 @@ def check_mistakes() -> None:
     with pytest.raises(ValueError, match=r"tokens of e: \[6, 4\]"):
         linear_cross_entropy(**given)
 
+    # Inside of torch.func, on all ranks or on one.
+    given = arguments()
+    e = given.pop("e").detach()
+
+    def loss_of(e: Tensor) -> Tensor:
+        return linear_cross_entropy(e, **given)
+
+    for transform in (torch.func.grad, torch.func.vmap):
+        for which in ((0, 1), (1,)):
+            function = transform(loss_of) if rank in which else loss_of
+            with pytest.raises(ValueError, match=r"e is inside of a transform of torch\.func"):
+                function(e[None] if function is not loss_of and transform is torch.func.vmap else e)
+
     # The collectives are still matched.
     loss = linear_cross_entropy(**arguments())
     assert isinstance(loss, Tensor)

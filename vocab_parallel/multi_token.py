@@ -200,9 +200,8 @@ class _Heads:
             given = settings.num_valid_tokens
             if given is None:
                 given = (self._by_head(self._labels) != IGNORED).sum((0, 2))
-            factors = factors / at_least_one(
-                given.reshape(-1) if isinstance(given, Tensor) else given
-            )
+            given = given.reshape(-1) if isinstance(given, Tensor) else given
+            factors = factors / at_least_one(given, dtype)
         if weighted and settings.head_weights is not None:
             # Numbers of Python's, one by one: a tensor of them would wait for the GPU.
             for head, weight in enumerate(settings.head_weights):
