@@ -20,7 +20,12 @@ from vocab_parallel.sharded.autograd import scalar_loss, vocab_statistics
 from vocab_parallel.sharded.call import Call, Operands, prepare
 from vocab_parallel.sharded.layout import IGNORED, OUT_OF_RANGE, HiddenLayout, count_valid
 from vocab_parallel.sharded.metrics import LossMetrics, loss_metrics
-from vocab_parallel.sharded.settings import LossSettings
+from vocab_parallel.sharded.settings import (
+    LossSettings,
+    parameters_of,
+    translated,
+    unknown_option,
+)
 from vocab_parallel.sharded.token_loss import TokenLoss
 from vocab_parallel.sharded.uncompiled import uncompiled
 
@@ -70,6 +75,7 @@ def linear_cross_entropy(
 
 
 @uncompiled
+@translated
 def linear_cross_entropy(
     e: Tensor,  # (..., T, D)
     c: Tensor,  # (stop - start, D)
@@ -199,8 +205,9 @@ def linear_cross_entropy(
         impl=impl,
         impl_options=impl_options,
     )
+    problem = unknown_option(settings, parameters_of(linear_cross_entropy))
     operands = Operands.of(e, c, targets, bias, token_weight)
-    call = prepare(operands, settings, vocab_parallel_options, validate=validate)
+    call = prepare(operands, settings, vocab_parallel_options, validate=validate, problem=problem)
     labels = call.labels()
     losses = token_losses(call, labels)
     if settings.scalar_loss:
@@ -236,6 +243,7 @@ def token_logprobs(
 
 
 @uncompiled
+@translated
 def token_logprobs(
     e: Tensor,  # (..., T, D)
     c: Tensor,  # (stop - start, D)
@@ -293,8 +301,9 @@ def token_logprobs(
         impl=impl,
         impl_options=impl_options,
     )
+    problem = unknown_option(settings, parameters_of(token_logprobs))
     operands = Operands.of(e, c, targets, bias)
-    call = prepare(operands, settings, vocab_parallel_options, validate=validate)
+    call = prepare(operands, settings, vocab_parallel_options, validate=validate, problem=problem)
     labels = call.labels()
     statistics = vocab_statistics(call, labels)
     ignored = labels == IGNORED

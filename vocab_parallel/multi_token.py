@@ -19,10 +19,16 @@ import torch
 from torch import Tensor
 
 from vocab_parallel.local.statistics import Statistics
+from vocab_parallel.loss import linear_cross_entropy
 from vocab_parallel.sharded.autograd import scalar_loss, vocab_statistics
 from vocab_parallel.sharded.call import Call, Operands, prepare
 from vocab_parallel.sharded.layout import IGNORED
-from vocab_parallel.sharded.settings import LossSettings
+from vocab_parallel.sharded.settings import (
+    LossSettings,
+    parameters_of,
+    translated,
+    unknown_option,
+)
 from vocab_parallel.sharded.token_loss import TokenLoss, at_least_one
 from vocab_parallel.sharded.uncompiled import uncompiled
 
@@ -56,6 +62,7 @@ def multi_token_cross_entropy(
 
 
 @uncompiled
+@translated
 def multi_token_cross_entropy(
     e: Tensor | Sequence[Tensor],  # H of (..., T, D), or (H, ..., T, D)
     c: Tensor,  # (stop - start, D)
@@ -138,6 +145,8 @@ def multi_token_cross_entropy(
             "num_valid_tokens": num_valid_tokens,
         }
     )
+    known = parameters_of(linear_cross_entropy) | parameters_of(multi_token_cross_entropy)
+    problem = problem or unknown_option(settings, known - set(_OTHER_RESULTS))
     operands = Operands.of(hidden, c, targets, bias, token_weight)
     call = prepare(operands, settings, vocab_parallel_options, validate=validate, problem=problem)
     labels = call.labels()

@@ -1,6 +1,5 @@
 """The loss as a pipeline schedule calls it."""
 
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ from vocab_parallel.multi_token import as_tuple, multi_token_cross_entropy, stac
 from vocab_parallel.pipeline.scheduled_loss import ScheduledLoss
 from vocab_parallel.sharded.layout import HiddenLayout
 from vocab_parallel.sharded.metrics import LossMetrics
-from vocab_parallel.sharded.settings import LossSettings
+from vocab_parallel.sharded.settings import LossSettings, parameters_of, unknown_option
 
 _RESULTS = ("return_lse", "return_heads", "return_entropy")  # a schedule takes one number
 _NOT_OPTIONS = ("e", "c", "targets", "bias", *_RESULTS, "num_valid_tokens", "validate")
@@ -211,16 +210,15 @@ def no_loss(*_: Any, **__: Any) -> Tensor:
 
 def _check_options(options: Mapping[str, Any]) -> None:
     """Raise ValueError for an option that the loss does not know, before any microbatch."""
-    parameters = inspect.signature(linear_cross_entropy).parameters
-    known = {*parameters, "head_weights"} - {*_NOT_OPTIONS, "impl_options"}
+    known = {*parameters_of(linear_cross_entropy), "head_weights"} - set(_NOT_OPTIONS)
     for name in options.keys() & set(_NOT_OPTIONS):
         raise ValueError(f"{name} is not an option of a pipeline loss: known are {sorted(known)}")
     settings = _settings_of(options)
     settings.check()
-    try:
-        create_impl(settings.impl, settings.memory_budget, settings.impl_options)
-    except ValueError as error:
-        raise ValueError(f"{error}; options of the loss are {sorted(known)}") from None
+    problem = unknown_option(settings, known)
+    if problem is not None:
+        raise problem
+    create_impl(settings.impl, settings.memory_budget, settings.impl_options)
 
 
 def _settings_of(options: Mapping[str, Any]) -> LossSettings:

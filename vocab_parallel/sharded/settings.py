@@ -1,15 +1,18 @@
 """What a caller of the loss may pass: every rule that one rank can check alone."""
 
+import functools
+import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Self, get_args
+from typing import Any, ParamSpec, Self, TypeVar, get_args
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from vocab_parallel.local.interface import Transform
+from vocab_parallel.local.registry import option_names
 from vocab_parallel.local.statistics import StatisticNames, accumulation_dtype
 from vocab_parallel.sharded.layout import HiddenLayout, is_ignored
 from vocab_parallel.sharded.rows import RankRows
@@ -19,6 +22,17 @@ LAYOUTS = get_args(HiddenLayout)
 BACKWARDS = ("auto", "recompute", "probs", "gradients")
 ACCUMULATORS = ("grad", "main_grad")
 MIXABLE = (torch.float16, torch.bfloat16, torch.float32)
+# What other libraries call arguments of the loss.
+OTHER_NAMES = {
+    "input": "e here, the hidden states",
+    "weight": "c here, this rank's rows of the classifier (classes have no weights, tokens have "
+    "token_weight)",
+    "target": "targets here",
+    "lse_square_scale": "z_loss here",
+    "filter_eps": 'an option of impl="cce" and its presets: no other drops a gradient',
+}
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -165,6 +179,61 @@ class LossSettings:
                 f"head_weights must be {self.num_heads} finite numbers, one for each of shift "
                 f"{self.shift}, got {weights!r}"
             )
+
+
+@functools.cache
+def parameters_of(function: Callable[..., Any]) -> frozenset[str]:
+    """Return the names that a function takes by keyword."""
+    parameters = inspect.signature(function).parameters.values()
+    return frozenset(each.name for each in parameters if each.kind != each.VAR_KEYWORD)
+
+
+def unknown_option(settings: LossSettings, known: Collection[str]) -> ValueError | None:
+    """Say which option neither the loss nor its implementation has, and what may be meant.
+
+    Args:
+        known: what else the caller could have given.
+    """
+    own = option_names(settings.impl) if settings.impl_options else set()
+    unknown = sorted(settings.impl_options.keys() - own)
+    if not unknown:
+        return None
+    import difflib  # only who misspells waits for it
+
+    name, hint = unknown[0], ""
+    nearest = difflib.get_close_matches(name, [*known, *own], n=1)
+    if name in OTHER_NAMES:
+        hint = f", which is {OTHER_NAMES[name]}"
+    elif nearest:
+        hint = f", did you mean {nearest[0]!r}?"
+    return ValueError(
+        f"unknown option {name!r}{hint}: the loss has {sorted(known)}, impl {settings.impl!r} has "
+        f"{sorted(own - set(known))}"
+    )
+
+
+def translated(function: Callable[P, R]) -> Callable[P, R]:
+    """Let a call of ``function`` by other libraries' names say what they are called here."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except TypeError as error:
+            others = [f"{name} is {OTHER_NAMES[name]}" for name in kwargs if name in OTHER_NAMES]
+            if not others or _binds(function, args, kwargs):
+                raise
+            raise ValueError(f"{error}; {', '.join(others)}") from None
+
+    return call
+
+
+def _binds(function: Callable[..., Any], args: Any, kwargs: Any) -> bool:
+    try:
+        inspect.signature(function).bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
 
 
 def check_tensors(
