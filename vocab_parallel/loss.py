@@ -93,6 +93,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     temperature: float = 1.0,
     token_weight: Tensor | None = None,
+    document_ids: Tensor | None = None,
     num_valid_tokens: int | Tensor | None = None,
     hidden_layout: HiddenLayout = "replicated",
     hidden_grad_scale: float = 1.0,
@@ -137,6 +138,10 @@ def linear_cross_entropy(
         temperature: divides the logits, after the softcap.
         token_weight: [..., T], aligned with targets; multiplies each token's loss, and counts for
             nothing where the target is ignored. It gets no gradient.
+        document_ids: [..., T] integers, aligned with targets; a document is a run of equal ones.
+            Position t then predicts ``targets[..., t + shift]`` only where both are of one
+            document; else its target counts as ignored. Other marks do not say where documents
+            begin: a target that is ignored may as well be a prompt within one.
         num_valid_tokens: divides "mean" in place of the count of valid tokens, so that a batch
             may be cut into microbatches at will; an int or a one-element tensor, at least 0 and
             the same on every rank. A negative tensor that nobody checked makes the loss NaN.
@@ -206,7 +211,7 @@ def linear_cross_entropy(
         impl_options=impl_options,
     )
     problem = unknown_option(settings, parameters_of(linear_cross_entropy))
-    operands = Operands.of(e, c, targets, bias, token_weight)
+    operands = Operands.of(e, c, targets, bias, token_weight, document_ids)
     call = prepare(operands, settings, vocab_parallel_options, validate=validate, problem=problem)
     labels = call.labels()
     losses = token_losses(call, labels)
@@ -254,6 +259,7 @@ def token_logprobs(
     shift: int = 0,
     *,
     return_entropy: bool = False,
+    document_ids: Tensor | None = None,
     vocab_parallel_options: Any = None,
     temperature: float = 1.0,
     hidden_layout: HiddenLayout = "replicated",
@@ -302,7 +308,7 @@ def token_logprobs(
         impl_options=impl_options,
     )
     problem = unknown_option(settings, parameters_of(token_logprobs))
-    operands = Operands.of(e, c, targets, bias)
+    operands = Operands.of(e, c, targets, bias, document_ids=document_ids)
     call = prepare(operands, settings, vocab_parallel_options, validate=validate, problem=problem)
     labels = call.labels()
     statistics = vocab_statistics(call, labels)

@@ -75,6 +75,7 @@ def multi_token_cross_entropy(
     reduction: str = "mean",
     num_valid_tokens: int | Tensor | None = None,
     token_weight: Tensor | None = None,
+    document_ids: Tensor | None = None,
     vocab_parallel_options: Any = None,
     validate: bool | None = None,
     **options: Any,
@@ -106,9 +107,11 @@ def multi_token_cross_entropy(
             "none" for [H, ..., T] of this rank's own tokens ([H, ..., T / V] in the "sequence"
             layout), each times its head's weight, 0 where the shift leaves no target.
         num_valid_tokens: divides each head's mean in place of its count of valid tokens: a number
-            for all heads, or a tensor [H], as ``count_valid_tokens(labels, groups, shift=shift)``
-            returns it.
+            for all heads, or a tensor [H], as ``count_valid_tokens(labels, groups, shift=shift,
+            document_ids=document_ids)`` returns it.
         token_weight: [..., T], aligned with targets; moves with each head's shift.
+        document_ids: [..., T], aligned with targets, as in `linear_cross_entropy`: no head predicts
+            a token of another document.
         vocab_parallel_options, validate: as in `linear_cross_entropy`.
         **options: every other option of `linear_cross_entropy`, but for ``return_lse`` and
             ``return_metrics``.
@@ -147,7 +150,7 @@ def multi_token_cross_entropy(
     )
     known = parameters_of(linear_cross_entropy) | parameters_of(multi_token_cross_entropy)
     problem = problem or unknown_option(settings, known - set(_OTHER_RESULTS))
-    operands = Operands.of(hidden, c, targets, bias, token_weight)
+    operands = Operands.of(hidden, c, targets, bias, token_weight, document_ids)
     call = prepare(operands, settings, vocab_parallel_options, validate=validate, problem=problem)
     labels = call.labels()
     heads = _Heads(call, labels)

@@ -18,7 +18,7 @@ from vocab_parallel.sharded.settings import LossSettings, parameters_of, unknown
 # Of log-probabilities, entropies or None, and the microbatch by name.
 LogprobsFunction = Callable[[Tensor, Tensor | None, dict[str, Tensor]], Tensor]
 
-_NOT_OPTIONS = ("e", "c", "targets", "bias", "vocab_parallel_options", "validate")
+_NOT_OPTIONS = ("e", "c", "targets", "bias", "document_ids", "vocab_parallel_options", "validate")
 
 
 class LogprobsPipelineLoss(ScheduledLoss):
@@ -100,7 +100,8 @@ class LogprobsPipelineLoss(ScheduledLoss):
         Args:
             targets: [B, T] ids of the whole vocabulary, as `token_logprobs` takes them.
             **extras: tensors [B, ...] on the targets' device, without a gradient, by the names
-                that the function finds them under.
+                that the function finds them under. ``document_ids`` [B, T] are those of
+                `token_logprobs`, too.
 
         Returns:
             the positions [B] of the sequences, int64 on the targets' device.
@@ -137,6 +138,7 @@ class LogprobsPipelineLoss(ScheduledLoss):
             c,
             batch["targets"],
             rows.bias,
+            document_ids=batch.get("document_ids"),
             vocab_parallel_options=rows.options,
             validate=self.validates(),
             **self._options,

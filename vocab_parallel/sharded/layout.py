@@ -137,5 +137,17 @@ def shifted(per_label: Tensor, shift: int, fill: float) -> Tensor:
     return moved
 
 
+def crosses_documents(document_ids: Tensor, shift: int) -> Tensor:
+    """Tell where position t and label t + shift are of two documents, [..., T - shift] bool.
+
+    Args:
+        document_ids: [..., T] integers; a document is a run of equal ones.
+        shift: at least 0.
+    """
+    begins = document_ids[..., 1:] != document_ids[..., :-1]
+    number = torch.nn.functional.pad(begins.cumsum(-1), (1, 0))
+    return number[..., shift:] != number[..., : number.shape[-1] - shift]
+
+
 def _without_tail(per_token: Tensor, shift: int) -> Tensor:
     return per_token[..., : per_token.shape[-1] - shift] if shift else per_token

@@ -242,6 +242,7 @@ def check_tensors(
     targets: Tensor | None,
     bias: Tensor | None,
     token_weight: Tensor | None,
+    document_ids: Tensor | None,
     settings: LossSettings,
     degree: int,
 ) -> None:
@@ -251,7 +252,8 @@ def check_tensors(
         ValueError: says what was expected, what came and what to do.
     """
     named = {"e": e, "c": c, "targets": targets, "bias": bias, "token_weight": token_weight}
-    optional = ("bias", "token_weight", "targets")
+    named["document_ids"] = document_ids
+    optional = ("bias", "token_weight", "targets", "document_ids")
     for name, tensor in named.items():
         if tensor is not None or name not in optional:
             _check_plain_tensor(name, tensor, e)
@@ -277,10 +279,15 @@ def check_tensors(
             f"targets must hold class ids as int32 or int64, got {targets.dtype}; class "
             f"probabilities are not supported"
         )
+    if document_ids is not None and document_ids.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"document_ids must be int32 or int64, one number a document, got {document_ids.dtype}"
+        )
     if bias is not None and bias.shape != c.shape[:1]:
         raise ValueError(f"bias must be [{c.shape[0]}], a value a row of c, got {list(bias.shape)}")
     if targets is not None:
-        _check_token_shapes(e, targets, token_weight, settings, degree)
+        aligned = {"token_weight": token_weight, "document_ids": document_ids}
+        _check_token_shapes(e, targets, aligned, settings, degree)
 
 
 def mixes(e: Tensor, c: Tensor) -> bool:
@@ -432,7 +439,11 @@ def _check_plain_tensor(name: str, tensor: Tensor | None, e: Tensor) -> None:
 
 
 def _check_token_shapes(
-    e: Tensor, targets: Tensor, token_weight: Tensor | None, settings: LossSettings, degree: int
+    e: Tensor,
+    targets: Tensor,
+    aligned: Mapping[str, Tensor | None],  # with targets
+    settings: LossSettings,
+    degree: int,
 ) -> None:
     expected = list(e.shape[:-1])
     if settings.num_heads is not None and expected.pop(0) != settings.num_heads:
@@ -447,11 +458,11 @@ def _check_token_shapes(
             f"targets must be {expected} for e {list(e.shape)} with hidden_layout="
             f'"{settings.hidden_layout}" on {degree} ranks, got {list(targets.shape)}'
         )
-    if token_weight is not None and token_weight.shape != targets.shape:
-        raise ValueError(
-            f"token_weight must have the shape of targets {expected}, got "
-            f"{list(token_weight.shape)}"
-        )
+    for name, tensor in aligned.items():
+        if tensor is not None and tensor.shape != targets.shape:
+            raise ValueError(
+                f"{name} must have the shape of targets {expected}, got {list(tensor.shape)}"
+            )
     length = expected[-1]
     for shift in settings.shift if isinstance(settings.shift, tuple) else (settings.shift,):
         if not isinstance(shift, int) or not 0 <= shift < max(length, 1):
