@@ -91,6 +91,8 @@ def of_the_loss(draw: Draw, layout: str) -> Relative:
         options |= {"backward": draw.choice(ways), "chunk_rows": 3, "chunk_tokens": 4}
     if options["reduction"] == "mean" and draw.random() < 0.4:
         tensors["num_valid_tokens"] = torch.tensor(7)
+    if draw.random() < 0.4:
+        tensors["document_ids"] = torch.arange(BATCH * LENGTH).view(BATCH, LENGTH) // 4
     function = linear_cross_entropy
     if draw.random() < 0.3:
         function = multi_token_cross_entropy  # type: ignore[assignment]
