@@ -21,6 +21,7 @@ def oracle(
     z_loss: float = 0.0,
     temperature: float = 1.0,
     token_weight: Tensor | None = None,
+    document_ids: Tensor | None = None,
     num_valid_tokens: int | None = None,
     vocab_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -35,6 +36,8 @@ def oracle(
     targets = targets[..., shift:]
 
     valid = targets != ignore_index
+    if document_ids is not None:
+        valid = valid & (document_ids[..., shift:] == document_ids[..., : length - shift])
     log_probabilities = torch.log_softmax(logits, -1)
     chosen = targets.masked_fill(~valid, 0).long().unsqueeze(-1)
     loss = -(1 - label_smoothing) * log_probabilities.gather(-1, chosen).squeeze(-1)

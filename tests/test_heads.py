@@ -180,7 +180,10 @@ def test_refused_heads() -> None:
 def test_options_are_known_before_a_step() -> None:
     head = linear()
     for options, message in (
-        ({"lable_smoothing": 0.1}, r"has no option \['lable_smoothing'\].*'label_smoothing'"),
+        (
+            {"lable_smoothing": 0.1},
+            "unknown option 'lable_smoothing', did you mean 'label_smoothing'",
+        ),
         ({"return_lse": True}, "return_lse is not an option of a pipeline loss"),
         ({"impl": "fast"}, "unknown impl 'fast'"),
         ({"z_loss": -1.0}, "z_loss must be a number of at least 0"),

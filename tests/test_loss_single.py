@@ -11,10 +11,16 @@ from torch.utils.checkpoint import checkpoint
 from tests.oracle import relative_error
 from tests.recording import ProductRecorder
 from vocab_parallel import (
+    CCEPipelineLoss,
     VocabParallelOptions,
     available_impls,
+    count_valid_tokens,
     linear_cross_entropy,
+    linear_distillation,
+    linear_distillation_from_top_k,
+    multi_token_cross_entropy,
     predict,
+    score_tokens,
     token_logprobs,
 )
 
@@ -193,6 +199,27 @@ def test_an_ignored_target_counts_for_nothing(impl: str) -> None:
         assert torch.equal(ours, want)
 
 
+def test_an_ignore_index_beyond_the_labels_dtype() -> None:
+    """It ignores nothing; as a number of int32 it would be another token."""
+    e, c, _ = drawn()
+    targets = torch.arange(10, dtype=torch.int32).view(2, 5) % 7
+    per_token = F.cross_entropy((e @ c.T).mT, targets.long(), reduction="none")
+    for wraps_to in (0, 3):
+        given = {"ignore_index": 2**40 + wraps_to}
+        assert torch.allclose(linear_cross_entropy(e, c, targets, **given), per_token.mean())
+        assert torch.allclose(token_logprobs(e, c, targets, **given), -per_token)
+        assert torch.allclose(
+            multi_token_cross_entropy([e], c, targets, shift=(0,), **given), per_token.mean()
+        )
+        assert torch.allclose(CCEPipelineLoss(c, shift=0, **given)(e, targets), per_token.mean())
+        assert int(count_valid_tokens(targets, **given)) == 10
+        scores = score_tokens(e, c, targets, **given)
+        assert int(scores.count) == 10
+        assert torch.allclose(scores.nll, per_token.sum())
+    with pytest.raises(ValueError, match="ignore_index must fit int64"):
+        linear_cross_entropy(e, c, targets, ignore_index=2**63)
+
+
 def test_a_divisor_of_one_element() -> None:
     """A tensor of shape [1] makes no loss of that shape."""
     e, c, targets = drawn()
@@ -207,7 +234,55 @@ def test_a_divisor_of_one_element() -> None:
     # On one rank arguments are always checked, but on a GPU no value is read.
     from vocab_parallel.sharded.token_loss import at_least_one
 
-    assert at_least_one(torch.tensor([-5])).isnan()
+    assert at_least_one(torch.tensor([-5]), torch.float32).isnan()
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_changes_nothing(default: torch.dtype) -> None:
+    """Whatever torch.set_default_dtype says; a count in bfloat16 would be rounded, too."""
+    torch.manual_seed(0)
+    e, c = (torch.randn(n, 4, dtype=torch.float32, requires_grad=True) for n in (301, 9))
+    targets, ids = torch.arange(301) % 9, torch.arange(602).view(301, 2) % 9
+    log_q = torch.full((301, 2), -1.5, dtype=torch.float32)
+    seven = torch.tensor(7)
+
+    def results() -> list[Tensor]:
+        scores = score_tokens(e, c, targets)
+        loss, lse, metrics = linear_cross_entropy(
+            e, c, targets, return_lse=True, return_metrics=True, z_loss=0.1
+        )
+        differentiable = [
+            loss,
+            lse,
+            linear_cross_entropy(e, c, targets),
+            linear_cross_entropy(e, c, targets, num_valid_tokens=seven, backward="gradients"),
+            linear_cross_entropy(e, c, targets, num_valid_tokens=7, label_smoothing=0.1),
+            linear_cross_entropy(e, c, targets, reduction="none", impl="reference"),
+            *token_logprobs(e, c, targets, return_entropy=True),
+            multi_token_cross_entropy([e, e], c, targets, shift=(0, 1), head_weights=(1.0, 0.3)),
+            CCEPipelineLoss(c, shift=0)(e, targets),
+            linear_distillation(e, c, e.detach().flip(-1), c.detach()),
+            linear_distillation_from_top_k(e, c, ids, log_q, targets=targets),
+        ]
+        grads = [
+            torch.autograd.grad(each.sum(), (e, c), retain_graph=True) for each in differentiable
+        ]
+        assert all(each.dtype == torch.float32 for each in differentiable)
+        others = [metrics.accuracy, metrics.entropy, scores.nll, predict(e, c).lse]
+        return [*differentiable, *others, *(t for pair in grads for t in pair)]
+
+    expected = results()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        found = results()
+    finally:
+        torch.set_default_dtype(before)
+    for ours, want in zip(found, expected, strict=True):
+        assert ours.dtype == want.dtype
+        assert torch.equal(ours, want)
+    exact = F.cross_entropy(e.double() @ c.double().T, targets)
+    assert relative_error(found[2], exact) < 1e-6
 
 
 def test_autocast() -> None:

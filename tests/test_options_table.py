@@ -152,7 +152,7 @@ def metrics_errors(impl: str) -> dict[str, float]:
     }
 
 
-def heads_errors(impl: str) -> dict[str, float]:
+def heads_errors(impl: str, document_ids: Tensor | None = None) -> dict[str, float]:
     options = VocabParallelOptions.from_vocab(sum(ROWS))
     torch.manual_seed(0)
     e, c = torch.randn(3, 12, 24).half(), torch.randn(sum(ROWS), 24).half()
@@ -160,11 +160,11 @@ def heads_errors(impl: str) -> dict[str, float]:
     extra: dict[str, Any] = {"filter_eps": 1e-7} if impl == "cce" else {}
     loss = multi_token_cross_entropy(
         leaf, c[options.start : options.stop], torch.arange(12), shift=shift, impl=impl,
-        vocab_parallel_options=options, **extra,
+        vocab_parallel_options=options, document_ids=document_ids, **extra,
     )  # fmt: skip
     loss.backward()
     wide = e.double().requires_grad_()
-    exact, _ = multi_token_oracle(wide, c, torch.arange(12), shift=shift)
+    exact, _ = multi_token_oracle(wide, c, torch.arange(12), shift=shift, document_ids=document_ids)
     exact.backward()
     assert isinstance(wide.grad, Tensor)
     return {"loss": relative_error(loss, exact), "e": relative_error(leaf.grad, wide.grad)}
@@ -201,6 +201,9 @@ def make_page(path: str) -> None:
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     cells = [entry(lambda impl=impl: heads_errors(impl)) for impl in IMPLS]
     lines.append("| several predictions, `multi_token_cross_entropy` | " + " | ".join(cells) + " |")
+    documents = torch.tensor([4, 3, 5, 0]).repeat_interleave(torch.tensor([5, 1, 2, 4]))
+    cells = [entry(lambda impl=impl: heads_errors(impl, documents)) for impl in IMPLS]
+    lines.append("| the same of packed documents, `document_ids` | " + " | ".join(cells) + " |")
     cells = [entry(lambda impl=impl: entropy_errors(impl)) for impl in IMPLS]
     lines.append("| entropy, `token_logprobs` | " + " | ".join(cells) + " |")
     cells = [entry(lambda impl=impl: metrics_errors(impl)) for impl in IMPLS]

@@ -9,6 +9,7 @@ from tests.oracle import relative_error
 from tests.ranks import run_ranks
 from vocab_parallel import (
     VocabParallelOptions,
+    available_impls,
     count_valid_tokens,
     linear_cross_entropy,
     predict,
@@ -108,9 +109,99 @@ def check_relatives(degree: int) -> None:
                 predict(own_part(e, layout, -2), c[start:stop], bias[start:stop], k=k, **known)
 
 
+def check_a_rank_that_is_masked(impls: list[str]) -> None:
+    """A bias of -inf on every row of one rank takes these rows out of the softmax, and no more."""
+    torch.manual_seed(11)
+    e = torch.randn(6, HIDDEN, dtype=torch.float64)
+    c = torch.randn(11, HIDDEN, dtype=torch.float64)
+    options = VocabParallelOptions.from_vocab(11)
+    rows = slice(options.start, options.stop)
+    kept = slice(6, 11)  # rank 0 of 2 has the first 6 rows
+    bias = torch.full((11,), -torch.inf, dtype=torch.float64)
+    bias[kept] = torch.randn(5, dtype=torch.float64)
+    targets = torch.arange(6) % 5 + 6
+    whole = [t.clone().requires_grad_() for t in (e, c, bias[kept])]
+    log_p = torch.log_softmax(whole[0] @ whole[1][kept].T + whole[2], -1)
+    chosen = log_p.gather(1, targets[:, None] - 6).squeeze(1)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    weights = torch.randn(2, 6, dtype=torch.float64)
+    total = (torch.stack((chosen, entropy)) * weights).sum()
+    expected = [torch.autograd.grad(each, whole, retain_graph=True) for each in (total, -chosen[1])]
+    for impl in impls:
+        own = [t.clone().requires_grad_() for t in (e, c[rows], bias[rows])]
+        results = token_logprobs(
+            own[0], own[1], targets, own[2], return_entropy=True, impl=impl,
+            vocab_parallel_options=options,
+        )  # fmt: skip
+        loss = linear_cross_entropy(
+            own[0], own[1], targets, own[2], impl=impl, token_weight=torch.eye(6)[1],
+            reduction="sum", vocab_parallel_options=options,
+        )  # fmt: skip
+        assert relative_error(torch.stack(results), torch.stack((chosen, entropy))) < 1e-12
+        for result, want in zip(
+            ((torch.stack(results) * weights).sum(), loss), expected, strict=True
+        ):
+            found = torch.autograd.grad(result, own)
+            assert relative_error(found[0], want[0]) < 1e-12, impl
+            assert relative_error(found[1], want[1][rows], 1.0) < 1e-12, impl
+            unmasked = found[2][bias[rows].isfinite()]
+            assert relative_error(unmasked, want[2][: len(unmasked)], 1.0) < 1e-12, impl
+            assert not found[2][bias[rows] == -torch.inf].any(), impl
+
+
+@pytest.mark.parametrize(
+    "impls",
+    [["chunked", "reference"], pytest.param(["torch_compile"], marks=pytest.mark.slow)],
+)
+def test_a_rank_that_is_masked(impls: list[str]) -> None:
+    if impls == ["torch_compile"] and available_impls()["torch_compile"] != "ready":
+        pytest.skip(available_impls()["torch_compile"])
+    run_ranks(check_a_rank_that_is_masked, 2, impls=impls)
+
+
+def check_entropy_keeps_its_digits(degree: int) -> None:
+    """An offset of all logits costs the entropy what it costs torch's log_softmax, not its digits.
+
+    float32 holds a number of the offset's size to ``unit``, which no lse can be better than.
+    """
+    offset = 1000.0
+    unit = torch.finfo(torch.float32).eps * offset
+    torch.manual_seed(13)
+    e, c = torch.randn(32, 16), 0.4 * torch.randn(600, 16)
+    bias, upstream = torch.full((600,), offset), torch.randn(32)
+    targets = torch.randint(600, (32,))
+    options = VocabParallelOptions.from_vocab(600)
+    rows = slice(options.start, options.stop)
+
+    def by_torch(dtype: torch.dtype) -> tuple[Tensor, ...]:
+        leaves = [t.to(dtype).requires_grad_() for t in (e, c)]
+        log_p = torch.log_softmax(leaves[0] @ leaves[1].T + bias, -1)
+        entropy = -(log_p.exp() * log_p).sum(-1)
+        return entropy, *torch.autograd.grad((entropy * upstream).sum(), leaves)
+
+    exact, single = by_torch(torch.float64), by_torch(torch.float32)
+    for impl, extra in (("reference", {}), ("chunked", {}), ("chunked", {"chunk_rows": 100})):
+        known = {"vocab_parallel_options": options, "impl": impl, **extra}
+        own = [e.clone().requires_grad_(), c[rows].clone().requires_grad_()]
+        _, entropy = token_logprobs(*own, targets, bias[rows], return_entropy=True, **known)
+        assert relative_error(entropy, exact[0]) < unit, (impl, extra)
+        found = torch.autograd.grad((entropy * upstream).sum(), own)
+        for ours, theirs, want in zip(found, single[1:], exact[1:], strict=True):
+            part = rows if len(want) == 600 else slice(None)
+            allowed = relative_error(theirs[part], want[part]) + unit
+            assert relative_error(ours, want[part]) < allowed, (impl, extra)
+        _, metrics = linear_cross_entropy(*own, targets, bias[rows], return_metrics=True, **known)
+        assert relative_error(metrics.entropy, exact[0].mean()) < unit, (impl, extra)
+
+
+def check_all_relatives(degree: int) -> None:
+    check_relatives(degree)
+    check_entropy_keeps_its_digits(degree)
+
+
 @pytest.mark.parametrize("degree", [1, 3])
 def test_relatives(degree: int) -> None:
-    run_ranks(check_relatives, degree, degree=degree)
+    run_ranks(check_all_relatives, degree, degree=degree)
 
 
 def check_counting() -> None:

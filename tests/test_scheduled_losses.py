@@ -81,6 +81,8 @@ class Batch:
         self.labels = self.tokens.clone()
         self.labels[torch.rand(size, generator=generator) < 0.2] = -100
         self.labels[2:4] = -100  # a microbatch of padding
+        begins = torch.rand(size, generator=generator) < 0.3
+        self.document_ids = begins.cumsum(-1)
         self.old = -torch.rand(size, generator=generator, dtype=torch.float64) - 2
         self.advantage = torch.randn(size[0], generator=generator, dtype=torch.float64)
 
@@ -170,7 +172,10 @@ class Step:
 
 
 def check_several_predictions(schedule: str, output: str, layout: str, groups: StageGroups) -> None:
+    """Of packed documents where the last stage returns a tuple."""
     batch = Batch(layout, groups)
+    packed = output == "tuple"
+    document_ids = batch.document_ids if packed else None
     options = {"softcap": 5.0, "z_loss": 0.01, "label_smoothing": 0.1}
 
     def make(head: nn.Module) -> CCEPipelineLoss:
@@ -179,18 +184,22 @@ def check_several_predictions(schedule: str, output: str, layout: str, groups: S
         )
         loss.head_weights = WEIGHTS
         counted = [groups.vocab_group] if layout == "sharded" else []
-        labels = batch.own(batch.labels)
-        loss.num_valid_tokens = count_valid_tokens(labels, counted, shift=SHIFT)
+        loss.num_valid_tokens = count_valid_tokens(
+            batch.own(batch.labels), counted, shift=SHIFT,
+            document_ids=batch.own(batch.document_ids) if packed else None,
+        )  # fmt: skip
         return loss
 
     step = Step(schedule, output, layout, groups, make)
     target = None if step.head is None else batch.own(batch.labels)
+    if target is not None and packed:
+        target = torch.stack((target, batch.own(batch.document_ids)), -2)
     found = step.run(batch.own_tokens(), target)
     whole = toy(step.num_stages)
     heads = hidden_states(whole, step.num_stages, "tensor", batch.tokens)
     want, _ = multi_token_oracle(
         heads, whole["head"].weight, batch.labels, whole["head"].bias, shift=SHIFT,
-        head_weights=WEIGHTS, **options,
+        head_weights=WEIGHTS, document_ids=document_ids, **options,
     )  # fmt: skip
     want.backward()
     step.check(found, want, whole)

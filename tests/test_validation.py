@@ -11,7 +11,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tests.ranks import run_ranks
-from vocab_parallel import VocabParallelOptions, linear_cross_entropy, token_logprobs
+from vocab_parallel import (
+    CCEPipelineLoss,
+    VocabParallelOptions,
+    linear_cross_entropy,
+    multi_token_cross_entropy,
+    token_logprobs,
+)
 from vocab_parallel.sharded.call import Operands
 from vocab_parallel.sharded.settings import LossSettings
 
@@ -119,7 +125,7 @@ MISTAKES: list[tuple[Change, str]] = [
     (setting(reduction="avg"), r"unknown reduction 'avg': known are \['mean', 'sum', 'none'\]"),
     (setting(hidden_layout="split"), "unknown hidden_layout 'split'"),
     (setting(backward="never"), "unknown backward 'never'"),
-    (setting(chunk=3), r"has no option \['chunk'\]: its own options are \['chunk_rows'"),
+    (setting(chunk=3), r"unknown option 'chunk', .*impl 'auto' has \['chunk_rows'"),
     (setting(softcap=0), "softcap must be a positive number"),
     (setting(softcap=float("nan")), "softcap must be a positive number"),
     (setting(temperature=0.0), "temperature must be a positive number"),
@@ -174,6 +180,19 @@ def check_mistakes() -> None:
     with pytest.raises(ValueError, match=r"tokens of e: \[6, 4\]"):
         linear_cross_entropy(**given)
 
+    # Inside of torch.func, on all ranks or on one.
+    given = arguments()
+    e = given.pop("e").detach()
+
+    def loss_of(e: Tensor) -> Tensor:
+        return linear_cross_entropy(e, **given)
+
+    for transform in (torch.func.grad, torch.func.vmap):
+        for which in ((0, 1), (1,)):
+            function = transform(loss_of) if rank in which else loss_of
+            with pytest.raises(ValueError, match=r"e is inside of a transform of torch\.func"):
+                function(e[None] if function is not loss_of and transform is torch.func.vmap else e)
+
     # The collectives are still matched.
     loss = linear_cross_entropy(**arguments())
     assert isinstance(loss, Tensor)
@@ -203,3 +222,35 @@ def check_outsider() -> None:
 
 def test_a_rank_outside_of_the_group() -> None:
     run_ranks(check_outsider, 2)
+
+
+def test_misspelt_options() -> None:
+    """The nearest of the loss's options and of the implementation's, or what others call it."""
+    given = arguments()
+    e, c, targets = given["e"], torch.zeros(VOCABULARY, HIDDEN), given["targets"]
+    for name, words in (
+        ("lable_smoothing", "did you mean 'label_smoothing'"),
+        ("ignore_idx", "did you mean 'ignore_index'"),
+        ("chunk_row", "did you mean 'chunk_rows'"),
+        ("lse_square_scale", "which is z_loss here"),
+        ("filter_eps", 'which is an option of impl="cce"'),
+        ("weight", "which is c here.*token_weight"),
+        ("colour", r"the loss has \[.*\], impl 'auto' has \['chunk_rows'"),
+    ):
+        with pytest.raises(ValueError, match=rf"unknown option '{name}'.*{words}"):
+            linear_cross_entropy(e, c, targets, **{name: 0.1})
+        with pytest.raises(ValueError, match=rf"unknown option '{name}'.*{words}"):
+            multi_token_cross_entropy([e], c, targets, shift=(0,), **{name: 0.1})
+        with pytest.raises(ValueError, match=rf"unknown option '{name}'.*{words}"):
+            CCEPipelineLoss(c, **{name: 0.1})
+    # What a relative does not have is not what it may be meant.
+    with pytest.raises(ValueError, match=r"unknown option 'label_smoothing': the loss has"):
+        token_logprobs(e, c, targets, label_smoothing=0.1)
+    with pytest.raises(ValueError, match="did you mean 'head_weights'"):
+        multi_token_cross_entropy([e], c, targets, shift=(0,), head_weight=(1.0,))
+    with pytest.raises(ValueError, match=r"input is e here.*weight is c here.*target is targets"):
+        linear_cross_entropy(input=e, weight=c, target=targets)
+    with pytest.raises(ValueError, match=r"missing .*'targets'; target is targets here"):
+        token_logprobs(e, c, target=targets)
+    with pytest.raises(TypeError, match=r"missing .*'targets'"):
+        linear_cross_entropy(e, c)

@@ -41,6 +41,7 @@ span of 8192 tokens at a time: in the gathering layouts by sum_at, a call for ea
 a span has.
 """
 
+import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -230,13 +231,18 @@ class VocabGroup:
         return self.gather_tokens(own).view(self.degree, len(values)).cpu()
 
     def exchange_objects(self, value: Any) -> list[Any]:
-        """Gather a small picklable object of every rank, to word an error."""
+        """Gather a small picklable object of every rank, to word an error.
+
+        By `exchange_integers`, since torch's all_gather_object fails inside of torch.func.
+        """
         if self.degree == 1:
             return [value]
-        gathered: list[Any] = [None] * self.degree
-        with _named("an exchange of messages", self.group):
-            dist.all_gather_object(gathered, value, group=self.group)
-        return gathered
+        own = list(pickle.dumps(value))
+        lengths = self.exchange_integers([len(own)])[:, 0].tolist()
+        every = self.exchange_integers(own + [0] * (max(lengths) - len(own))).tolist()
+        return [
+            pickle.loads(bytes(each[:length])) for each, length in zip(every, lengths, strict=True)
+        ]
 
 
 def exchange_with_peer(own: Tensor, peer: int, group: ProcessGroup) -> Tensor:

@@ -18,7 +18,7 @@ from vocab_parallel.local.top_k import merge_top_k, top_k_of_shard
 from vocab_parallel.loss import token_logprobs
 from vocab_parallel.sharded.call import Call, Operands, prepare
 from vocab_parallel.sharded.halves import Inputs, gathered_hidden, shard_of
-from vocab_parallel.sharded.layout import HiddenLayout
+from vocab_parallel.sharded.layout import HiddenLayout, crosses_documents, is_ignored
 from vocab_parallel.sharded.rows import RankRows
 from vocab_parallel.sharded.settings import LossSettings
 from vocab_parallel.sharded.uncompiled import uncompiled
@@ -155,6 +155,7 @@ def score_tokens(
     softcap: float | None = None,
     shift: int = 0,
     *,
+    document_ids: Tensor | None = None,
     vocab_parallel_options: Any = None,
     hidden_layout: HiddenLayout = "replicated",
     memory_budget: int | None = None,
@@ -180,14 +181,18 @@ def score_tokens(
         "memory_budget": memory_budget,
         "validate": validate,
     }
-    logprobs = token_logprobs(e, c, targets, bias, ignore_index, softcap, shift, **given)
+    logprobs = token_logprobs(
+        e, c, targets, bias, ignore_index, softcap, shift, document_ids=document_ids, **given
+    )
     best = predict(e, c, bias, softcap=softcap, **given).ids[..., 0]
     length = logprobs.shape[-1]
     if hidden_layout == "sequence" and vocab_parallel_options is not None:
         rank = RankRows.from_options(vocab_parallel_options).group.rank
         targets = targets[..., rank * length : (rank + 1) * length]
     wanted = targets[..., shift:]
-    valid = wanted != ignore_index
+    valid = ~is_ignored(wanted, ignore_index)
+    if document_ids is not None and shift:
+        valid &= ~crosses_documents(document_ids, shift)
     right = (best[..., :length] == wanted) & valid
     return TokenScores(-logprobs.double().sum(), right.double().sum(), valid.double().sum())
 
@@ -197,6 +202,7 @@ def count_valid_tokens(
     groups: Iterable[ProcessGroup | None] = (),
     shift: int | Sequence[int] = 0,
     ignore_index: int = -100,
+    document_ids: Tensor | Iterable[Tensor] | None = None,
 ) -> Tensor:
     """Count the valid labels of a step over its microbatches and over groups of ranks.
 
@@ -214,6 +220,7 @@ def count_valid_tokens(
         shift: as the loss has it; the first ``shift`` labels of a sequence count for nothing.
             Several, as `multi_token_cross_entropy` has them, give one count for each, [H].
         ignore_index: labels that count for nothing.
+        document_ids: as the loss has them, given as the labels are.
 
     Returns:
         An int64 tensor without dimensions, or [H], on the labels' device, equal on all ranks of
@@ -228,11 +235,19 @@ def count_valid_tokens(
     shifts = [shift] if isinstance(shift, int) else list(shift)
     if not all(isinstance(each, int) and each >= 0 for each in shifts):
         raise ValueError(f"shift must be an integer of at least 0, or several, got {shift!r}")
+    documents: list[Tensor] | list[None] = [None] * len(parts)
+    if document_ids is not None:
+        documents = [document_ids] if isinstance(document_ids, Tensor) else list(document_ids)
+    if [d.shape for d in documents if d is not None] not in ([], [part.shape for part in parts]):
+        raise ValueError("document_ids must be given as the labels are, in tensors of their shapes")
+
+    def valid(part: Tensor, ids: Tensor | None, own: int) -> Tensor:
+        found = ~is_ignored(part[..., own:], ignore_index)
+        return found if ids is None or not own else found & ~crosses_documents(ids, own)
+
+    pairs = list(zip(parts, documents, strict=True))
     count = torch.stack(
-        [
-            torch.stack([(part[..., each:] != ignore_index).sum() for part in parts]).sum()
-            for each in shifts
-        ]
+        [torch.stack([valid(*pair, each).sum() for pair in pairs]).sum() for each in shifts]
     )
     if isinstance(shift, int):
         count = count.squeeze(0)

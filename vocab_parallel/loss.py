@@ -20,7 +20,12 @@ from vocab_parallel.sharded.autograd import scalar_loss, vocab_statistics
 from vocab_parallel.sharded.call import Call, Operands, prepare
 from vocab_parallel.sharded.layout import IGNORED, OUT_OF_RANGE, HiddenLayout, count_valid
 from vocab_parallel.sharded.metrics import LossMetrics, loss_metrics
-from vocab_parallel.sharded.settings import LossSettings
+from vocab_parallel.sharded.settings import (
+    LossSettings,
+    parameters_of,
+    translated,
+    unknown_option,
+)
 from vocab_parallel.sharded.token_loss import TokenLoss
 from vocab_parallel.sharded.uncompiled import uncompiled
 
@@ -70,6 +75,7 @@ def linear_cross_entropy(
 
 
 @uncompiled
+@translated
 def linear_cross_entropy(
     e: Tensor,  # (..., T, D)
     c: Tensor,  # (stop - start, D)
@@ -87,6 +93,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     temperature: float = 1.0,
     token_weight: Tensor | None = None,
+    document_ids: Tensor | None = None,
     num_valid_tokens: int | Tensor | None = None,
     hidden_layout: HiddenLayout = "replicated",
     hidden_grad_scale: float = 1.0,
@@ -130,6 +137,10 @@ def linear_cross_entropy(
         temperature: divides the logits, after the softcap.
         token_weight: [..., T], aligned with targets; multiplies each token's loss, and counts for
             nothing where the target is ignored. It gets no gradient.
+        document_ids: [..., T] integers, aligned with targets; a document is a run of equal ones.
+            Position t then predicts ``targets[..., t + shift]`` only where both are of one
+            document; else its target counts as ignored. Other marks do not say where documents
+            begin: a target that is ignored may as well be a prompt within one.
         num_valid_tokens: divides "mean" in place of the count of valid tokens, so that a batch
             may be cut into microbatches at will; an int or a one-element tensor, at least 0 and
             the same on every rank. A negative tensor that nobody checked makes the loss NaN.
@@ -195,8 +206,9 @@ def linear_cross_entropy(
         impl=impl,
         impl_options=impl_options,
     )
-    operands = Operands.of(e, c, targets, bias, token_weight)
-    call = prepare(operands, settings, vocab_parallel_options, validate=validate)
+    problem = unknown_option(settings, parameters_of(linear_cross_entropy))
+    operands = Operands.of(e, c, targets, bias, token_weight, document_ids)
+    call = prepare(operands, settings, vocab_parallel_options, validate=validate, problem=problem)
     labels = call.labels()
     losses = token_losses(call, labels)
     if settings.scalar_loss:
@@ -232,6 +244,7 @@ def token_logprobs(
 
 
 @uncompiled
+@translated
 def token_logprobs(
     e: Tensor,  # (..., T, D)
     c: Tensor,  # (stop - start, D)
@@ -242,6 +255,7 @@ def token_logprobs(
     shift: int = 0,
     *,
     return_entropy: bool = False,
+    document_ids: Tensor | None = None,
     vocab_parallel_options: Any = None,
     temperature: float = 1.0,
     hidden_layout: HiddenLayout = "replicated",
@@ -287,8 +301,9 @@ def token_logprobs(
         impl=impl,
         impl_options=impl_options,
     )
-    operands = Operands.of(e, c, targets, bias)
-    call = prepare(operands, settings, vocab_parallel_options, validate=validate)
+    problem = unknown_option(settings, parameters_of(token_logprobs))
+    operands = Operands.of(e, c, targets, bias, document_ids=document_ids)
+    call = prepare(operands, settings, vocab_parallel_options, validate=validate, problem=problem)
     labels = call.labels()
     statistics = vocab_statistics(call, labels)
     ignored = labels == IGNORED
@@ -296,7 +311,7 @@ def token_logprobs(
     logprobs = call.own(logprobs.masked_fill(labels == OUT_OF_RANGE, torch.nan))
     if not return_entropy:
         return logprobs
-    entropy = (statistics.lse - statistics.expected).masked_fill(ignored, 0.0)
+    entropy = (-statistics.expected).masked_fill(ignored, 0.0)
     return logprobs, call.own(entropy)
 
 

@@ -19,10 +19,16 @@ import torch
 from torch import Tensor
 
 from vocab_parallel.local.statistics import Statistics
+from vocab_parallel.loss import linear_cross_entropy
 from vocab_parallel.sharded.autograd import scalar_loss, vocab_statistics
 from vocab_parallel.sharded.call import Call, Operands, prepare
 from vocab_parallel.sharded.layout import IGNORED
-from vocab_parallel.sharded.settings import LossSettings
+from vocab_parallel.sharded.settings import (
+    LossSettings,
+    parameters_of,
+    translated,
+    unknown_option,
+)
 from vocab_parallel.sharded.token_loss import TokenLoss, at_least_one
 from vocab_parallel.sharded.uncompiled import uncompiled
 
@@ -56,6 +62,7 @@ def multi_token_cross_entropy(
 
 
 @uncompiled
+@translated
 def multi_token_cross_entropy(
     e: Tensor | Sequence[Tensor],  # H of (..., T, D), or (H, ..., T, D)
     c: Tensor,  # (stop - start, D)
@@ -68,6 +75,7 @@ def multi_token_cross_entropy(
     reduction: str = "mean",
     num_valid_tokens: int | Tensor | None = None,
     token_weight: Tensor | None = None,
+    document_ids: Tensor | None = None,
     vocab_parallel_options: Any = None,
     validate: bool | None = None,
     **options: Any,
@@ -99,9 +107,11 @@ def multi_token_cross_entropy(
             "none" for [H, ..., T] of this rank's own tokens ([H, ..., T / V] in the "sequence"
             layout), each times its head's weight, 0 where the shift leaves no target.
         num_valid_tokens: divides each head's mean in place of its count of valid tokens: a number
-            for all heads, or a tensor [H], as ``count_valid_tokens(labels, groups, shift=shift)``
-            returns it.
+            for all heads, or a tensor [H], as ``count_valid_tokens(labels, groups, shift=shift,
+            document_ids=document_ids)`` returns it.
         token_weight: [..., T], aligned with targets; moves with each head's shift.
+        document_ids: [..., T], aligned with targets, as in `linear_cross_entropy`: no head predicts
+            a token of another document.
         vocab_parallel_options, validate: as in `linear_cross_entropy`.
         **options: every other option of `linear_cross_entropy`, but for ``return_lse`` and
             ``return_metrics``.
@@ -138,7 +148,9 @@ def multi_token_cross_entropy(
             "num_valid_tokens": num_valid_tokens,
         }
     )
-    operands = Operands.of(hidden, c, targets, bias, token_weight)
+    known = parameters_of(linear_cross_entropy) | parameters_of(multi_token_cross_entropy)
+    problem = problem or unknown_option(settings, known - set(_OTHER_RESULTS))
+    operands = Operands.of(hidden, c, targets, bias, token_weight, document_ids)
     call = prepare(operands, settings, vocab_parallel_options, validate=validate, problem=problem)
     labels = call.labels()
     heads = _Heads(call, labels)
@@ -200,9 +212,8 @@ class _Heads:
             given = settings.num_valid_tokens
             if given is None:
                 given = (self._by_head(self._labels) != IGNORED).sum((0, 2))
-            factors = factors / at_least_one(
-                given.reshape(-1) if isinstance(given, Tensor) else given
-            )
+            given = given.reshape(-1) if isinstance(given, Tensor) else given
+            factors = factors / at_least_one(given, dtype)
         if weighted and settings.head_weights is not None:
             # Numbers of Python's, one by one: a tensor of them would wait for the GPU.
             for head, weight in enumerate(settings.head_weights):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.oracle import metrics_oracle, oracle, relative_error
-from vocab_parallel import linear_cross_entropy
+from vocab_parallel import linear_cross_entropy, token_logprobs
 from vocab_parallel.local import tile_ops
 from vocab_parallel.local.tile_ops import TritonOps
 
@@ -103,6 +103,29 @@ def test_metrics(
     assert relative_error(loss, plain, 1.0) < 1e-6
     for ours, theirs in zip(grads, plain_grads, strict=True):
         assert relative_error(ours, theirs) < 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("way", [{}, {"backward": "recompute", "chunk_rows": 512}])
+def test_an_offset_costs_the_entropy_no_digits(dtype: torch.dtype, way: dict[str, Any]) -> None:
+    """As far as float32 holds a number of the offset's size, which an lse is."""
+    offset = 1000.0
+    unit = torch.finfo(torch.float32).eps * offset
+    e, c, targets = drawn(dtype, dtype)
+    bias = torch.full((ROWS,), offset, dtype=dtype, device="cuda")
+    leaves = [e.requires_grad_(), c.requires_grad_()]
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    log_p = torch.log_softmax(wide[0] @ wide[1].T + offset, -1)
+    want = (-(log_p.exp() * log_p).sum(-1)).masked_fill(targets == -100, 0.0)
+    exact = torch.autograd.grad(want.sum(), wide)
+    options = {"logits_dtype": "float32", "return_entropy": True, **way}
+    _, entropy = token_logprobs(*leaves, targets, bias, **options)
+    assert relative_error(entropy, want) < unit
+    rounding = torch.finfo(dtype).eps
+    for ours, theirs in zip(torch.autograd.grad(entropy.sum(), leaves), exact, strict=True):
+        assert relative_error(ours, theirs) < 2.0 * (unit + rounding)
+    _, metrics = linear_cross_entropy(*leaves, targets, bias, return_metrics=True)
+    assert relative_error(metrics.entropy, want.sum() / (targets != -100).sum()) < unit + rounding
 
 
 def test_predictions_of_two_dtypes() -> None:

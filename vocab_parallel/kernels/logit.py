@@ -154,11 +154,12 @@ def gradient_of(  # type: ignore[no-untyped-def]
     gradient = p * lse_grad
     own = lse_grad * expm1(at_target - lse) + (lse_grad + target_grad)
     if EXPECTED > 0:
-        finite = tl.where(p > 0.0, z, 0.0)
-        gradient += p * expected_grad * (1.0 + finite - expected)
+        finite = tl.where(p > 0.0, z - lse, 0.0)
+        gradient += p * expected_grad * (finite - expected)
         # As above: a logit of -inf has no probability, and 0 times -inf is not 0.
-        finite_target = tl.where(at_target == -float("inf"), 0.0, at_target)
-        own += expected_grad * tl.exp(at_target - lse) * (1.0 + finite_target - expected)
+        log_p = at_target - lse
+        finite_log_p = tl.where(log_p == -float("inf"), 0.0, log_p)
+        own += expected_grad * tl.exp(log_p) * (finite_log_p - expected)
     gradient = tl.where(is_target, own, gradient)
     if SUM > 0:
         gradient += sum_grad

@@ -134,6 +134,7 @@ def _logits_statistics(  # type: ignore[no-untyped-def]
     # Compared with 0 and not by >: a NaN stays one.
     divisor = tl.where(total == 0.0, 1.0, total)
     lse = tl.where(total == 0.0, -float("inf"), peak + tl.log(divisor))
+    origin = tl.where(total == 0.0, 0.0, peak)
 
     out = statistics + token
     joined = lse
@@ -151,12 +152,16 @@ def _logits_statistics(  # type: ignore[no-untyped-def]
             summed += tl.load(out + SUM * statistics_stride)
         tl.store(out + SUM * statistics_stride, summed)
     if EXPECTED > 0:
-        expected = tl.sum(weighted, 0) / divisor
+        expected = tl.sum(weighted, 0) / divisor - tl.where(total == 0.0, 0.0, lse - origin)
         if not FIRST:
+            # See `local/statistics.py`; a part whose lse is -inf has no share.
             safe = tl.where(joined == -float("inf"), 0.0, joined)
-            expected = expected * tl.exp(lse - safe) + tl.exp(before - safe) * tl.load(
-                out + EXPECTED * statistics_stride
-            )
+            earlier = tl.load(out + EXPECTED * statistics_stride)
+            share, share_before = tl.exp(lse - safe), tl.exp(before - safe)
+            own = share * (expected + tl.where(lse == -float("inf"), 0.0, lse - safe))
+            own += share_before * (earlier + tl.where(before == -float("inf"), 0.0, before - safe))
+            shares = share + share_before  # 1, but for the rounding of each lse
+            expected = own / tl.where(shares == 0.0, 1.0, shares)
         tl.store(out + EXPECTED * statistics_stride, expected)
     if RIVAL > 0:
         rival = tl.max(rivals, 0)
@@ -175,8 +180,9 @@ def _join_block(z, peak, totals, weighted, EXPECTED: tl.constexpr):  # type: ign
     shift = tl.where(new_peak == -float("inf"), 0.0, new_peak)
     rescale = tl.exp2((peak - shift) * LOG2E)
     exponential = tl.exp2(z * LOG2E - shift * LOG2E)
+    if EXPECTED:  # relative to `shift`, which moves with the peak
+        finite = tl.where(exponential > 0.0, z - shift, 0.0)
+        moved = tl.where(peak == -float("inf"), 0.0, peak - shift)
+        weighted = (weighted + moved * totals) * rescale + finite * exponential
     totals = totals * rescale + exponential
-    if EXPECTED:
-        finite = tl.where(exponential > 0.0, z, 0.0)
-        weighted = weighted * rescale + finite * exponential
     return new_peak, totals, weighted

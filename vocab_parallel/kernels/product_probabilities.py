@@ -100,7 +100,8 @@ def _product_probabilities(  # type: ignore[no-untyped-def]
         inside = tokens < num_tokens
         # Before the product, which hides the wait for them.
         target = load_target(targets, tokens, num_tokens)
-        shift = load_reference(reference, tokens, num_tokens) * LOG2E
+        origin = load_reference(reference, tokens, num_tokens)
+        shift = origin * LOG2E
         first, second = multiply(hidden, classifier, token, row, DEPTHS, TOKENS, ROWS, DEPTH)
         store_at_target(
             at_target, first, second, row, num_rows, tokens, target, inside, bias, softcap,
@@ -124,7 +125,8 @@ def _product_probabilities(  # type: ignore[no-untyped-def]
             total += tl.sum(exponential, 1)
             if EXPECTED > 0:
                 # A logit of -inf adds nothing: not 0 times -inf.
-                weighted += tl.sum(tl.where(exponential > 0.0, z, 0.0) * exponential, 1)
+                finite = tl.where(exponential > 0.0, z - origin[:, None], 0.0)
+                weighted += tl.sum(finite * exponential, 1)
             if RIVAL > 0:
                 is_rival = (columns < num_rows)[None, :] & (columns[None, :] != target[:, None])
                 rival = tl.maximum(rival, tl.max(tl.where(is_rival, z, -float("inf")), 1))
@@ -135,7 +137,7 @@ def _product_probabilities(  # type: ignore[no-untyped-def]
         lse = (shift + exponent) / LOG2E
         expected = weighted
         if EXPECTED > 0:
-            expected = weighted / total
+            expected = weighted / total - (lse - origin)
         if tl.max(tl.abs(exponent)) > FARTHEST:
             lse, by_maximum = _by_maximum(
                 first, second, row, num_rows, bias, softcap, temperature,
@@ -157,7 +159,7 @@ def _by_maximum(  # type: ignore[no-untyped-def]
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_TEMPERATURE: tl.constexpr,
     HAS_EXPECTED: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """The lse and the mean of each token's logits in two halves, however far apart they lie."""
+    """The lse of each token's logits in two halves, however far apart, and their mean from it."""
     LOG2E: tl.constexpr = 1.4426950408889634
     TOKENS: tl.constexpr = first.shape[0]
     peak = tl.full((TOKENS,), -float("inf"), tl.float32)
@@ -171,15 +173,17 @@ def _by_maximum(  # type: ignore[no-untyped-def]
         z = to_logit(z, softcap, temperature, HAS_SOFTCAP, HAS_TEMPERATURE)
         z = tl.where(columns[None, :] < num_rows, z, -float("inf"))
         larger = tl.maximum(peak, tl.max(z, 1))
-        shift = tl.where(larger == -float("inf"), 0.0, larger) * LOG2E
+        origin = tl.where(larger == -float("inf"), 0.0, larger)
+        shift = origin * LOG2E
         exponential = tl.exp2(z * LOG2E - shift[:, None])
         rescale = tl.exp2(peak * LOG2E - shift)
-        total = total * rescale + tl.sum(exponential, 1)
         if HAS_EXPECTED:
-            finite = tl.where(exponential > 0.0, z, 0.0)
+            finite = tl.where(exponential > 0.0, z - origin[:, None], 0.0)
+            weighted += tl.where(peak == -float("inf"), 0.0, peak - origin) * total
             weighted = weighted * rescale + tl.sum(finite * exponential, 1)
+        total = total * rescale + tl.sum(exponential, 1)
         peak = larger
     # Compared with 0 and not by >: a NaN stays one.
     divisor = tl.where(total == 0.0, 1.0, total)
     lse = tl.where(total == 0.0, peak, peak + tl.log(divisor))
-    return lse, weighted / divisor
+    return lse, weighted / divisor - tl.where(total == 0.0, 0.0, lse - origin)

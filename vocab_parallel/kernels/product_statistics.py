@@ -112,15 +112,17 @@ def _product_statistics(  # type: ignore[no-untyped-def]
                 rival = tl.maximum(rival, tl.max(others, 1))
             larger = tl.maximum(peak, tl.max(z, 1))
             # A row of -inf alone (a bias may mask rows so) must not give -inf - -inf.
-            shift = tl.where(larger == -float("inf"), 0.0, larger) * LOG2E
+            origin = tl.where(larger == -float("inf"), 0.0, larger)
+            shift = origin * LOG2E
             exponential = tl.exp2(z * LOG2E - shift[:, None])
             rescale = tl.exp2(peak * LOG2E - shift)
-            total = total * rescale + tl.sum(exponential, 1)
             if SUM > 0:
                 plain += tl.sum(tl.where(columns[None, :] < num_rows, z, 0.0), 1)
-            if EXPECTED > 0:
-                finite = tl.where(exponential > 0.0, z, 0.0)
+            if EXPECTED > 0:  # relative to `origin`, which moves with the peak
+                finite = tl.where(exponential > 0.0, z - origin[:, None], 0.0)
+                weighted += tl.where(peak == -float("inf"), 0.0, peak - origin) * total
                 weighted = weighted * rescale + tl.sum(finite * exponential, 1)
+            total = total * rescale + tl.sum(exponential, 1)
             peak = larger
         out = parts + (row // ROWS).to(tl.int64) * num_tokens + tokens
         # Compared with 0 and not by >: a NaN stays one.
@@ -130,7 +132,7 @@ def _product_statistics(  # type: ignore[no-untyped-def]
         if SUM > 0:
             tl.store(out + (SUM - 1) * part, plain, mask=inside)
         if EXPECTED > 0:
-            expected = weighted / divisor
+            expected = weighted / divisor - tl.where(total == 0.0, 0.0, lse - origin)
             tl.store(out + (EXPECTED - 1) * part, expected, mask=inside)
         if RIVAL > 0:
             tl.store(out + (RIVAL - 1) * part, rival, mask=inside)

@@ -140,12 +140,14 @@ def _join_blocks(  # type: ignore[no-untyped-def]
         shift = tl.where(larger == -float("inf"), 0.0, larger)
         rescale = tl.exp2((peak - shift) * LOG2E)
         share = tl.exp2((lse - shift) * LOG2E)
-        total = total * rescale + share
         if SUM > 0:
             plain += tl.load(at + (SUM - 1) * part, mask=here, other=0.0)
-        if EXPECTED > 0:
+        if EXPECTED > 0:  # relative to `shift`, which moves with the peak
             expected = tl.load(at + (EXPECTED - 1) * part, mask=here, other=0.0)
-            weighted = weighted * rescale + share * expected
+            expected += tl.where(share > 0.0, lse - shift, 0.0)
+            moved = tl.where(peak == -float("inf"), 0.0, peak - shift)
+            weighted = (weighted + moved * total) * rescale + share * expected
+        total = total * rescale + share
         if RIVAL > 0:
             rival = tl.load(at + (RIVAL - 1) * part, mask=here, other=-float("inf"))
             rivals = tl.maximum(rivals, rival)
@@ -164,7 +166,8 @@ def _join_blocks(  # type: ignore[no-untyped-def]
     if SUM > 0:
         tl.store(out + SUM * statistics_stride, tl.sum(plain, 0), mask=inside)
     if EXPECTED > 0:
-        expected = tl.sum(weighted * rescale, 0) / divisor
+        weighted += tl.where(peak == -float("inf"), 0.0, peak - shift[None, :]) * total
+        expected = tl.sum(weighted * rescale, 0) / divisor - tl.where(sums == 0.0, 0.0, lse - shift)
         tl.store(out + EXPECTED * statistics_stride, expected, mask=inside)
     if RIVAL > 0:
         tl.store(out + RIVAL * statistics_stride, tl.max(rivals, 0), mask=inside)

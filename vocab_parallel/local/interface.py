@@ -6,7 +6,7 @@ never meets an empty shard, an empty batch or a padding row: those end before it
 The gradient of a logit follows from the statistics s of the whole vocabulary and the gradients d
 that they receive (`statistics.py` names them): with p = exp(z - s.lse),
 
-    dz = d.lse p + d.target [is target] + d.sum + d.expected p (1 + z - s.expected)
+    dz = d.lse p + d.target [is target] + d.sum + d.expected p (z - s.lse - s.expected)
 
 A target's own entry takes expm1(s.target - s.lse) for p - 1, so that a confident token, whose
 d.lse p + d.target nearly cancels, keeps its precision.

@@ -135,15 +135,18 @@ def _statistics_of(logits: Tensor, bias: Tensor | None, shard: Shard) -> Tensor:
 
     owned, rows = shard.owned_targets()
     at_target = logits.gather(-1, rows.unsqueeze(-1)).squeeze(-1)
-    lse = torch.logsumexp(logits, -1)
+    # A token whose logits are all -inf (a bias may mask a shard so) has a softmax of NaN.
+    masked = (logits == -torch.inf).all(-1)
+    safe = logits.masked_fill(masked[:, None], 0.0)
+    lse = torch.logsumexp(safe, -1).masked_fill(masked, -torch.inf)
     found = [lse, torch.where(owned, at_target, 0.0)]
     if "sum" in shard.names:
         found.append(logits.sum(-1))
     if "expected" in shard.names:
+        log_p = torch.log_softmax(safe, -1)
         # A logit of -inf has no probability, and adds nothing to the mean: not 0 times -inf.
-        finite = logits.masked_fill(logits == -torch.inf, 0.0)
-        probabilities = torch.exp(logits - lse.masked_fill(lse == -torch.inf, 0.0)[:, None])
-        found.append((probabilities * finite).sum(-1))
+        finite = log_p.masked_fill(safe == -torch.inf, 0.0)
+        found.append((log_p.exp() * finite).sum(-1).masked_fill(masked, 0.0))
     if "rival" in shard.names:
         others = logits.scatter(-1, rows.unsqueeze(-1), -torch.inf).amax(-1)
         found.append(torch.where(owned, others, logits.amax(-1)))
@@ -154,12 +157,13 @@ def _shard_gradients(own: Statistics, whole: Statistics, grads: Statistics) -> S
     """Pull the gradients [k, N] of the joined statistics back to this shard's statistics.
 
     With w = exp(lse_r - lse), the shard's share of the probability: dlse / dlse_r = w,
-    dexpected / dexpected_r = w and dexpected / dlse_r = w (expected_r - expected).
+    dexpected / dexpected_r = w and dexpected / dlse_r = w (expected_r + lse_r - lse - expected).
     """
     share = share_of(own.lse, whole.lse)
     pulled = Statistics(grads.values.clone(), grads.names)
     pulled.lse.mul_(share)
     if "expected" in own:
         pulled.expected.mul_(share)
-        pulled.lse.add_(pulled.expected * (own.expected - whole.expected))
+        beyond = own.expected + (own.lse - whole.lse) - whole.expected
+        pulled.lse.add_((pulled.expected * beyond).masked_fill(share == 0.0, 0.0))
     return pulled

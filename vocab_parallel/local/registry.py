@@ -63,11 +63,11 @@ def create_impl(name: str, memory_budget: int | None, options: Mapping[str, Any]
     reason = _why_unavailable(chosen)
     if reason is not None:
         raise ValueError(f"impl {chosen!r} does not work here: {reason}")
-    cls = _CLASSES.get(chosen, CceImpl)
+    cls = _class(chosen)
     given: dict[str, Any] = {}
     if cls is CceImpl:
         given = {**(cce.preset(chosen) or {}), "name": chosen}
-    allowed = {field.name for field in fields(cls)} - {"name"}
+    allowed = option_names(name)
     if memory_budget is not None and "memory_budget" in allowed:
         given["memory_budget"] = memory_budget
     for name in options.keys() & _REMOVED.keys():
@@ -78,6 +78,17 @@ def create_impl(name: str, memory_budget: int | None, options: Mapping[str, Any]
         raise ValueError(f"impl {chosen!r} has no option {unknown}: its own options are {own}")
     impl: LocalImpl = cls(**{**given, **options})
     return impl
+
+
+def option_names(name: str) -> set[str]:
+    """Return the names of the options that the implementation ``name`` has."""
+    return {field.name for field in fields(_class("chunked" if name == "auto" else name))} - {
+        "name"
+    }
+
+
+def _class(name: str) -> type:
+    return _CLASSES.get(name, CceImpl)
 
 
 def _names() -> list[str]:

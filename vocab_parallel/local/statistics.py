@@ -5,7 +5,8 @@ With z the logits of a token over some rows, an implementation returns some of:
     lse       logsumexp(z)
     target    z at the token's target where these rows have it, else 0
     sum       the sum of z, for label smoothing
-    expected  the mean of z under softmax(z), for the entropy: H = lse - expected
+    expected  the mean of z - lse under softmax(z): minus the entropy. The difference, since the
+              mean of z itself would lose the entropy's digits to an offset of the logits
     rival     the largest z of rows other than the target, for the accuracy
 
 Statistics of a shard and of the whole vocabulary have the same shape, [k, N]. The gradients that
@@ -114,6 +115,18 @@ def share_of(part_lse: Tensor, lse: Tensor) -> Tensor:
     return (part_lse - lse.masked_fill(lse == -torch.inf, 0.0)).exp()
 
 
+def join_means(expected: Tensor, lse: Tensor, joined_lse: Tensor) -> Tensor:
+    """Return ``expected`` [...] of the union of some parts, from [parts, ...] of each.
+
+    Each part's own mean is taken from the joint lse, and counts by its share of the probability.
+    """
+    shares = share_of(lse, joined_lse)
+    total = shares.sum(0)  # 1, but for the rounding of each lse
+    # A part without a share may have an lse of -inf: not 0 times -inf.
+    means = (shares * (expected + (lse - joined_lse))).masked_fill(shares == 0.0, 0.0)
+    return means.sum(0) / total.masked_fill(total == 0.0, 1.0)
+
+
 def join(gathered: Tensor, names: StatisticNames) -> Tensor:
     """Join the statistics [V, k, N] of parts of the vocabulary into those of the whole [k, N]."""
     if gathered.shape[0] == 1:
@@ -125,9 +138,7 @@ def join(gathered: Tensor, names: StatisticNames) -> Tensor:
     if "sum" in names:
         torch.sum(parts.sum, 0, out=joined.sum)
     if "expected" in names:
-        # Each part's mean counts by its share of the probability.
-        shares = share_of(parts.lse, joined.lse)
-        torch.sum(shares * parts.expected, 0, out=joined.expected)
+        joined.expected.copy_(join_means(parts.expected, parts.lse, joined.lse))
     if "rival" in names:
         torch.amax(parts.rival, 0, out=joined.rival)
     return joined.values

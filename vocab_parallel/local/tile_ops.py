@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vocab_parallel.local.backward_plan import TileShape, blocks, padded
 from vocab_parallel.local.interface import Shard, owned_targets
-from vocab_parallel.local.statistics import Statistics, share_of
+from vocab_parallel.local.statistics import Statistics, join_means
 
 _HOPPER = 9
 # Rows whose logits tell about where a token's largest lie, of so many tokens at a time.
@@ -151,15 +151,18 @@ class TileOps:
             largest = logits.amax(1)
         # A row of -inf alone (a bias may mask rows so) must not give -inf - -inf.
         largest.clamp_(min=torch.finfo(logits.dtype).min)
+        logits.sub_(largest.unsqueeze(1))
         # A logit of -inf has no probability, and adds nothing to the mean: not 0 times -inf.
         values = logits.masked_fill(logits == -torch.inf, 0.0) if "expected" in found else None
-        exponentials = logits.sub_(largest.unsqueeze(1)).exp_()
+        exponentials = logits.exp_()
         total = exponentials.sum(1)
         lse = total.log().add_(largest)
         joined = torch.logaddexp(found.lse, lse)
         if values is not None:
             expected = values.mul_(exponentials).sum(1).div_(total.masked_fill(total == 0.0, 1.0))
-            found.expected.mul_(share_of(found.lse, joined)).add_(share_of(lse, joined) * expected)
+            expected.sub_(lse - largest)
+            both = torch.stack((found.expected, expected)), torch.stack((found.lse, lse))
+            found.expected.copy_(join_means(*both, joined))
         found.lse.copy_(joined)
 
     def put_gradient(
@@ -490,14 +493,16 @@ def _gradient_in_place(
     lse, target, factor = (x.unsqueeze(1) for x in (statistics.lse, statistics.target, grads.lse))
     capped = None if cap is None else logits * (temperature / cap)
     at_target = factor * torch.expm1(target - lse) + (factor + grads.target.unsqueeze(1))
+    logits.sub_(lse)
     if "expected" in statistics:
         mean, mean_grad = statistics.expected.unsqueeze(1), grads.expected.unsqueeze(1)
         # No probability, no gradient: not 0 times -inf.
         finite = logits.masked_fill(logits == -torch.inf, 0.0)
-        factor = finite.sub_(mean - 1.0).mul_(mean_grad).add_(factor)
-        finite_target = target.masked_fill(target == -torch.inf, 0.0)
-        at_target += mean_grad * (target - lse).exp() * (1.0 + finite_target - mean)
-    gradient = logits.sub_(lse).exp_().mul_(factor)
+        factor = finite.sub_(mean).mul_(mean_grad).add_(factor)
+        log_p = target - lse
+        finite_log_p = log_p.masked_fill(target == -torch.inf, 0.0)
+        at_target += mean_grad * log_p.exp() * (finite_log_p - mean)
+    gradient = logits.exp_().mul_(factor)
     inside, index = owned_targets(targets, gradient.shape[1])
     index = index.unsqueeze(1)
     gradient.scatter_(

@@ -1,6 +1,5 @@
 """A pipeline loss that is the user's own function of log-probabilities and entropies."""
 
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,12 +13,12 @@ from vocab_parallel.pipeline.scheduled_loss import ScheduledLoss
 from vocab_parallel.sharded.agreement import Claim, agree
 from vocab_parallel.sharded.layout import HiddenLayout
 from vocab_parallel.sharded.rows import RankRows
-from vocab_parallel.sharded.settings import LossSettings
+from vocab_parallel.sharded.settings import LossSettings, parameters_of, unknown_option
 
 # Of log-probabilities, entropies or None, and the microbatch by name.
 LogprobsFunction = Callable[[Tensor, Tensor | None, dict[str, Tensor]], Tensor]
 
-_NOT_OPTIONS = ("e", "c", "targets", "bias", "vocab_parallel_options", "validate", "impl_options")
+_NOT_OPTIONS = ("e", "c", "targets", "bias", "document_ids", "vocab_parallel_options", "validate")
 
 
 class LogprobsPipelineLoss(ScheduledLoss):
@@ -101,7 +100,8 @@ class LogprobsPipelineLoss(ScheduledLoss):
         Args:
             targets: [B, T] ids of the whole vocabulary, as `token_logprobs` takes them.
             **extras: tensors [B, ...] on the targets' device, without a gradient, by the names
-                that the function finds them under.
+                that the function finds them under. ``document_ids`` [B, T] are those of
+                `token_logprobs`, too.
 
         Returns:
             the positions [B] of the sequences, int64 on the targets' device.
@@ -138,6 +138,7 @@ class LogprobsPipelineLoss(ScheduledLoss):
             c,
             batch["targets"],
             rows.bias,
+            document_ids=batch.get("document_ids"),
             vocab_parallel_options=rows.options,
             validate=self.validates(),
             **self._options,
@@ -210,7 +211,7 @@ def _problem_of_batch(batch: Mapping[str, Any]) -> ValueError | None:
 
 def _check_options(options: Mapping[str, Any]) -> None:
     """Raise ValueError for an option that `token_logprobs` does not know."""
-    known = inspect.signature(token_logprobs).parameters.keys() - set(_NOT_OPTIONS)
+    known = parameters_of(token_logprobs) - set(_NOT_OPTIONS)
     settings = LossSettings.of(options)
     unknown = [
         name
@@ -222,7 +223,7 @@ def _check_options(options: Mapping[str, Any]) -> None:
             f"{unknown[0]} is not an option of token_logprobs: known are {sorted(known)}"
         )
     settings.check()
-    try:
-        create_impl(settings.impl, settings.memory_budget, settings.impl_options)
-    except ValueError as error:
-        raise ValueError(f"{error}; options of the loss are {sorted(known)}") from None
+    problem = unknown_option(settings, known)
+    if problem is not None:
+        raise problem
+    create_impl(settings.impl, settings.memory_budget, settings.impl_options)

@@ -1,6 +1,5 @@
 """The loss as a pipeline schedule calls it."""
 
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,10 +13,11 @@ from vocab_parallel.multi_token import as_tuple, multi_token_cross_entropy, stac
 from vocab_parallel.pipeline.scheduled_loss import ScheduledLoss
 from vocab_parallel.sharded.layout import HiddenLayout
 from vocab_parallel.sharded.metrics import LossMetrics
-from vocab_parallel.sharded.settings import LossSettings
+from vocab_parallel.sharded.settings import LossSettings, parameters_of, unknown_option
 
 _RESULTS = ("return_lse", "return_heads", "return_entropy")  # a schedule takes one number
-_NOT_OPTIONS = ("e", "c", "targets", "bias", *_RESULTS, "num_valid_tokens", "validate")
+_OF_A_CALL = ("e", "c", "targets", "bias", "document_ids", "num_valid_tokens", "validate")
+_NOT_OPTIONS = (*_OF_A_CALL, *_RESULTS)
 
 
 class CCEPipelineLoss(ScheduledLoss):
@@ -104,11 +104,16 @@ class CCEPipelineLoss(ScheduledLoss):
     def __call__(
         self,
         hidden_states: Tensor | tuple[Tensor, ...],  # (..., T, D); "sequence": (..., T / V, D)
-        labels: Tensor,  # (..., T)
+        labels: Tensor,  # (..., T), or (..., 2, T) with document ids
         *,
         num_valid_tokens: int | Tensor | None = None,
     ) -> Tensor:
         """Return the scalar loss of one microbatch, equal on every rank of the vocab group.
+
+        A schedule splits one target into microbatches. Where sequences have several documents, it
+        holds the labels and ``document_ids`` of `linear_cross_entropy`, one under the other:
+
+            schedule.step(target=torch.stack((labels, document_ids), -2), ...)
 
         The first call agrees over the group that the arguments are right, on any device; the
         later ones as `linear_cross_entropy` does by default. A schedule may call it on
@@ -125,12 +130,14 @@ class CCEPipelineLoss(ScheduledLoss):
         rows = self.output_weight.read()
         e, c = _operands(rows, hidden_states)
         several = self.settings.num_heads is not None
+        labels, document_ids = _labels_and_documents(labels, hidden_states, several)
         found: Any = (multi_token_cross_entropy if several else linear_cross_entropy)(
             e,
             c,
             labels,
             rows.bias,
             vocab_parallel_options=rows.options,
+            document_ids=document_ids,
             num_valid_tokens=divisor,
             validate=self.validates(),
             **self._options,
@@ -211,21 +218,32 @@ def no_loss(*_: Any, **__: Any) -> Tensor:
 
 def _check_options(options: Mapping[str, Any]) -> None:
     """Raise ValueError for an option that the loss does not know, before any microbatch."""
-    parameters = inspect.signature(linear_cross_entropy).parameters
-    known = {*parameters, "head_weights"} - {*_NOT_OPTIONS, "impl_options"}
+    known = {*parameters_of(linear_cross_entropy), "head_weights"} - set(_NOT_OPTIONS)
     for name in options.keys() & set(_NOT_OPTIONS):
         raise ValueError(f"{name} is not an option of a pipeline loss: known are {sorted(known)}")
     settings = _settings_of(options)
     settings.check()
-    try:
-        create_impl(settings.impl, settings.memory_budget, settings.impl_options)
-    except ValueError as error:
-        raise ValueError(f"{error}; options of the loss are {sorted(known)}") from None
+    problem = unknown_option(settings, known)
+    if problem is not None:
+        raise problem
+    create_impl(settings.impl, settings.memory_budget, settings.impl_options)
 
 
 def _settings_of(options: Mapping[str, Any]) -> LossSettings:
     """Return all options but a tensor of the tokens'."""
     return LossSettings.of({name: each for name, each in options.items() if name != "token_weight"})
+
+
+def _labels_and_documents(
+    labels: Any, hidden_states: Any, several: bool
+) -> tuple[Any, Tensor | None]:
+    """Return labels [..., T], and the document ids where these lie under them in [..., 2, T]."""
+    of_one = hidden_states[0] if isinstance(hidden_states, tuple | list) else hidden_states
+    if isinstance(of_one, Tensor) and isinstance(labels, Tensor):
+        dims = of_one.dim() - (several and of_one is hidden_states)  # of [..., T, D]
+        if labels.dim() == dims and labels.shape[-2] == 2:
+            return labels[..., 0, :], labels[..., 1, :]
+    return labels, None
 
 
 def _operands(rows: Rows, hidden_states: Any) -> tuple[Any, Tensor]:

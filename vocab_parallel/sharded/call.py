@@ -14,7 +14,13 @@ from vocab_parallel.local.registry import create_impl
 from vocab_parallel.local.statistics import accumulation_dtype
 from vocab_parallel.sharded import settings as rules
 from vocab_parallel.sharded.agreement import Claim, agree
-from vocab_parallel.sharded.layout import TokenLayout, mark_labels, shifted
+from vocab_parallel.sharded.layout import (
+    IGNORED,
+    TokenLayout,
+    crosses_documents,
+    mark_labels,
+    shifted,
+)
 from vocab_parallel.sharded.rows import RankRows
 from vocab_parallel.sharded.settings import LossSettings
 
@@ -29,6 +35,7 @@ class Operands:
         targets: [..., T], or None where a call has none.
         bias: [rows] or None.
         token_weight: [..., T] or None.
+        document_ids: [..., T] or None.
     """
 
     hidden: Tensor
@@ -36,6 +43,7 @@ class Operands:
     targets: Tensor | None
     bias: Tensor | None = None
     token_weight: Tensor | None = None
+    document_ids: Tensor | None = None
 
     @classmethod
     def of(
@@ -45,13 +53,14 @@ class Operands:
         targets: Tensor | None,
         bias: Tensor | None = None,
         token_weight: Tensor | None = None,
+        document_ids: Tensor | None = None,
     ) -> "Operands":
         """Cast hidden states and classifier as autocast casts the operands of a linear layer."""
         tensors = isinstance(e, Tensor) and isinstance(c, Tensor)
         if tensors and not e.is_meta and torch.is_autocast_enabled(e.device.type):
             dtype = torch.get_autocast_dtype(e.device.type)
             e, c = (t if t.dtype == torch.float64 else t.to(dtype) for t in (e, c))
-        return cls(e, c, targets, bias, token_weight)
+        return cls(e, c, targets, bias, token_weight, document_ids)
 
     @property
     def flat_hidden(self) -> Tensor:
@@ -101,7 +110,12 @@ class Call(NamedTuple):
         vocab_size, kernels = self.rows.vocab_size, self.shard.ops.kernels
 
         def marked(shift: int) -> Tensor:
-            return mark_labels(targets, settings.ignore_index, vocab_size, shift, kernels=kernels)
+            found = mark_labels(targets, settings.ignore_index, vocab_size, shift, kernels=kernels)
+            documents = self.operands.document_ids
+            if documents is not None and shift:
+                crosses = crosses_documents(documents, shift)
+                found[..., : crosses.shape[-1]].masked_fill_(crosses, IGNORED)
+            return found
 
         return self._arranged(marked)
 
@@ -110,7 +124,9 @@ class Call(NamedTuple):
         weight = self.operands.token_weight
         if weight is None:
             return None
-        wide = weight.detach().to(accumulation_dtype(self.operands.hidden.dtype))
+        # A copy, since backward reads it too: its owner may write to it before.
+        dtype = accumulation_dtype(self.operands.hidden.dtype)
+        wide = weight.detach().to(dtype, copy=True)
         # Kernels read it without a stride.
         return self._arranged(lambda shift: shifted(wide, shift, 0.0)).contiguous()
 
@@ -203,6 +219,7 @@ def checked(
         operands.targets,
         operands.bias,
         operands.token_weight,
+        operands.document_ids,
         settings,
         rows.group.degree,
     )
@@ -275,8 +292,12 @@ def agreed(settings: LossSettings, operands: Operands, rows: RankRows) -> dict[s
     hidden = operands.hidden
     tensors = [(each.name, getattr(operands, each.name)) for each in fields(operands)]
     records = torch.is_grad_enabled()
+    documents = operands.document_ids
+    if settings.hidden_layout == "sharded":
+        documents = None  # each rank has its own
     return {
         **settings.agreed(),
+        "document_ids (their checksum)": 0 if documents is None else rules.target_digest(documents),
         "reduce_e_grad": rows.reduce_e_grad,
         "largest_shard": rows.largest_shard,
         "tokens of e": hidden.shape[:-1].numel(),

@@ -108,8 +108,15 @@ def mark_labels(
         outside |= labels >= vocab_size
     marked = labels.masked_fill(outside, OUT_OF_RANGE)
     return shifted(
-        marked.masked_fill(labels == ignore_index, IGNORED).to(torch.int32), shift, IGNORED
+        marked.masked_fill(is_ignored(labels, ignore_index), IGNORED).to(torch.int32),
+        shift,
+        IGNORED,
     )
+
+
+def is_ignored(labels: Tensor, ignore_index: int) -> Tensor:
+    """Tell which labels are ``ignore_index``, which need not fit their dtype: int32 would wrap."""
+    return labels.long() == ignore_index
 
 
 def count_valid(labels: Tensor, *, kernels: bool = False) -> Tensor:
@@ -128,6 +135,18 @@ def shifted(per_label: Tensor, shift: int, fill: float) -> Tensor:
     moved = torch.full_like(per_label, fill)
     moved[..., :-shift] = per_label[..., shift:]
     return moved
+
+
+def crosses_documents(document_ids: Tensor, shift: int) -> Tensor:
+    """Tell where position t and label t + shift are of two documents, [..., T - shift] bool.
+
+    Args:
+        document_ids: [..., T] integers; a document is a run of equal ones.
+        shift: at least 0.
+    """
+    begins = document_ids[..., 1:] != document_ids[..., :-1]
+    number = torch.nn.functional.pad(begins.cumsum(-1), (1, 0))
+    return number[..., shift:] != number[..., : number.shape[-1] - shift]
 
 
 def _without_tail(per_token: Tensor, shift: int) -> Tensor:

@@ -56,6 +56,6 @@ def loss_metrics(statistics: Statistics, labels: Tensor) -> LossMetrics:
     counted = labels != IGNORED
     # A NaN among the logits may not have reached the rival, but lse has it.
     correct = counted & (statistics.target >= statistics.rival) & ~statistics.lse.isnan()
-    entropy = (statistics.lse - statistics.expected).masked_fill(~counted, 0.0)
+    entropy = (-statistics.expected).masked_fill(~counted, 0.0)
     parts = torch.stack((counted.to(values.dtype), correct.to(values.dtype), entropy))
     return LossMetrics.of_sums(parts.sum(1, dtype=torch.float64), values.dtype)

@@ -1,17 +1,20 @@
 """What a caller of the loss may pass: every rule that one rank can check alone."""
 
+import functools
+import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Self, get_args
+from typing import Any, ParamSpec, Self, TypeVar, get_args
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from vocab_parallel.local.interface import Transform
+from vocab_parallel.local.registry import option_names
 from vocab_parallel.local.statistics import StatisticNames, accumulation_dtype
-from vocab_parallel.sharded.layout import HiddenLayout
+from vocab_parallel.sharded.layout import HiddenLayout, is_ignored
 from vocab_parallel.sharded.rows import RankRows
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -19,6 +22,17 @@ LAYOUTS = get_args(HiddenLayout)
 BACKWARDS = ("auto", "recompute", "probs")
 ACCUMULATORS = ("grad", "main_grad")
 MIXABLE = (torch.float16, torch.bfloat16, torch.float32)
+# What other libraries call arguments of the loss.
+OTHER_NAMES = {
+    "input": "e here, the hidden states",
+    "weight": "c here, this rank's rows of the classifier (classes have no weights, tokens have "
+    "token_weight)",
+    "target": "targets here",
+    "lse_square_scale": "z_loss here",
+    "filter_eps": 'an option of impl="cce" and its presets: no other drops a gradient',
+}
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -118,6 +132,8 @@ class LossSettings:
         _one_of("backward", self.backward, BACKWARDS)
         if isinstance(self.ignore_index, bool) or not isinstance(self.ignore_index, int):
             raise ValueError(f"ignore_index must be an integer, got {self.ignore_index!r}")
+        if not -(2**63) <= self.ignore_index < 2**63:
+            raise ValueError(f"ignore_index must fit int64, got {self.ignore_index}")
         if self.softcap is not None and not _positive(self.softcap):
             raise ValueError(
                 f"softcap must be a positive number or None for no cap, got {self.softcap!r}"
@@ -164,12 +180,68 @@ class LossSettings:
             )
 
 
+@functools.cache
+def parameters_of(function: Callable[..., Any]) -> frozenset[str]:
+    """Return the names that a function takes by keyword."""
+    parameters = inspect.signature(function).parameters.values()
+    return frozenset(each.name for each in parameters if each.kind != each.VAR_KEYWORD)
+
+
+def unknown_option(settings: LossSettings, known: Collection[str]) -> ValueError | None:
+    """Say which option neither the loss nor its implementation has, and what may be meant.
+
+    Args:
+        known: what else the caller could have given.
+    """
+    own = option_names(settings.impl) if settings.impl_options else set()
+    unknown = sorted(settings.impl_options.keys() - own)
+    if not unknown:
+        return None
+    import difflib  # only who misspells waits for it
+
+    name, hint = unknown[0], ""
+    nearest = difflib.get_close_matches(name, [*known, *own], n=1)
+    if name in OTHER_NAMES:
+        hint = f", which is {OTHER_NAMES[name]}"
+    elif nearest:
+        hint = f", did you mean {nearest[0]!r}?"
+    return ValueError(
+        f"unknown option {name!r}{hint}: the loss has {sorted(known)}, impl {settings.impl!r} has "
+        f"{sorted(own - set(known))}"
+    )
+
+
+def translated(function: Callable[P, R]) -> Callable[P, R]:
+    """Let a call of ``function`` by other libraries' names say what they are called here."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except TypeError as error:
+            others = [f"{name} is {OTHER_NAMES[name]}" for name in kwargs if name in OTHER_NAMES]
+            if not others or _binds(function, args, kwargs):
+                raise
+            raise ValueError(f"{error}; {', '.join(others)}") from None
+
+    return call
+
+
+def _binds(function: Callable[..., Any], args: Any, kwargs: Any) -> bool:
+    try:
+        inspect.signature(function).bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
+
+
 def check_tensors(
     e: Tensor,
     c: Tensor,
     targets: Tensor | None,
     bias: Tensor | None,
     token_weight: Tensor | None,
+    document_ids: Tensor | None,
     settings: LossSettings,
     degree: int,
 ) -> None:
@@ -179,7 +251,8 @@ def check_tensors(
         ValueError: says what was expected, what came and what to do.
     """
     named = {"e": e, "c": c, "targets": targets, "bias": bias, "token_weight": token_weight}
-    optional = ("bias", "token_weight", "targets")
+    named["document_ids"] = document_ids
+    optional = ("bias", "token_weight", "targets", "document_ids")
     for name, tensor in named.items():
         if tensor is not None or name not in optional:
             _check_plain_tensor(name, tensor, e)
@@ -205,10 +278,15 @@ def check_tensors(
             f"targets must hold class ids as int32 or int64, got {targets.dtype}; class "
             f"probabilities are not supported"
         )
+    if document_ids is not None and document_ids.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"document_ids must be int32 or int64, one number a document, got {document_ids.dtype}"
+        )
     if bias is not None and bias.shape != c.shape[:1]:
         raise ValueError(f"bias must be [{c.shape[0]}], a value a row of c, got {list(bias.shape)}")
     if targets is not None:
-        _check_token_shapes(e, targets, token_weight, settings, degree)
+        aligned = {"token_weight": token_weight, "document_ids": document_ids}
+        _check_token_shapes(e, targets, aligned, settings, degree)
 
 
 def mixes(e: Tensor, c: Tensor) -> bool:
@@ -284,7 +362,7 @@ def target_range(targets: Tensor, ignore_index: int) -> tuple[int, int]:
 
     Waits for a GPU: for validation alone.
     """
-    kept = targets[targets != ignore_index]
+    kept = targets[~is_ignored(targets, ignore_index)]
     return (int(kept.min()), int(kept.max())) if kept.numel() else (0, -1)
 
 
@@ -360,7 +438,11 @@ def _check_plain_tensor(name: str, tensor: Tensor | None, e: Tensor) -> None:
 
 
 def _check_token_shapes(
-    e: Tensor, targets: Tensor, token_weight: Tensor | None, settings: LossSettings, degree: int
+    e: Tensor,
+    targets: Tensor,
+    aligned: Mapping[str, Tensor | None],  # with targets
+    settings: LossSettings,
+    degree: int,
 ) -> None:
     expected = list(e.shape[:-1])
     if settings.num_heads is not None and expected.pop(0) != settings.num_heads:
@@ -375,11 +457,11 @@ def _check_token_shapes(
             f"targets must be {expected} for e {list(e.shape)} with hidden_layout="
             f'"{settings.hidden_layout}" on {degree} ranks, got {list(targets.shape)}'
         )
-    if token_weight is not None and token_weight.shape != targets.shape:
-        raise ValueError(
-            f"token_weight must have the shape of targets {expected}, got "
-            f"{list(token_weight.shape)}"
-        )
+    for name, tensor in aligned.items():
+        if tensor is not None and tensor.shape != targets.shape:
+            raise ValueError(
+                f"{name} must have the shape of targets {expected}, got {list(tensor.shape)}"
+            )
     length = expected[-1]
     for shift in settings.shift if isinstance(settings.shift, tuple) else (settings.shift,):
         if not isinstance(shift, int) or not 0 <= shift < max(length, 1):

@@ -113,7 +113,7 @@ class TokenLoss:
 
     def divided(self, total: Tensor) -> Tensor:
         """Return a sum over the tokens, or what it receives, over the divisor."""
-        return total if self.divisor is None else total / at_least_one(self.divisor)
+        return total if self.divisor is None else total / at_least_one(self.divisor, total.dtype)
 
     @property
     def _share(self) -> float:
@@ -128,11 +128,14 @@ class TokenLoss:
         )
 
 
-def at_least_one(divisor: int | Tensor) -> int | Tensor:
-    """Return the divisor of a mean; no tokens at all have the mean 0, fewer are nobody's."""
+def at_least_one(divisor: int | Tensor, dtype: torch.dtype) -> int | Tensor:
+    """Return the divisor of a mean, a tensor in the loss's dtype, whatever torch's default is.
+
+    An empty batch has the mean 0; a negative count gives NaN.
+    """
     if isinstance(divisor, int):
         return max(divisor, 1)
-    return torch.where(divisor < 0, torch.nan, divisor.clamp(min=1))
+    return divisor.clamp(min=1).to(dtype).masked_fill(divisor < 0, torch.nan)
 
 
 class _Written(torch.autograd.Function):
