@@ -13,6 +13,7 @@ from tests.oracle import oracle, relative_error
 from tests.ranks import rank_device
 from vocab_parallel import VocabParallelOptions, linear_cross_entropy
 from vocab_parallel.local import backward_plan
+from vocab_parallel.sharded import bound
 
 # Below these norms an error is compared with the floor: a loss of 0 is the difference of two
 # logits of ordinary size, and rounds as they do.
@@ -64,10 +65,12 @@ def spans_of(tokens: int | None, longest: int = 10) -> Iterator[None]:
     before = backward_plan._LONG_CALL, backward_plan._SPAN_TOKENS
     backward_plan._LONG_CALL = longest if tokens else 2**60
     backward_plan._SPAN_TOKENS = tokens or before[1]
+    bound.forget()
     try:
         yield
     finally:
         backward_plan._LONG_CALL, backward_plan._SPAN_TOKENS = before
+        bound.forget()
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from tests.oracle import relative_error
 from tests.ranks import run_ranks
 from vocab_parallel import CCEPipelineLoss, VocabParallelClassifier, linear_cross_entropy
-from vocab_parallel.sharded.call import Operands, prepare
+from vocab_parallel.sharded.call import prepare
+from vocab_parallel.sharded.operands import Operands
 from vocab_parallel.sharded.settings import LossSettings
 
 HIDDEN = 6

@@ -126,7 +126,7 @@ def check_layout(layout: str) -> None:
     exact, _ = multi_token_oracle(
         wide_e, wide_c, targets, shift=SHIFT, head_weights=WEIGHTS, **whole
     )
-    for way in ({"impl": "reference"}, {"backward": "recompute"}, {"backward": "gradients"}):
+    for way in ({"impl": "reference"}, {"backward": "recompute"}, {"backward": "probs"}):
         leaves = [hidden.clone().requires_grad_(), c[rows].clone().requires_grad_()]
         found = multi_token_cross_entropy(
             leaves[0],

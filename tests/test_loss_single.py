@@ -255,7 +255,7 @@ def test_the_default_dtype_changes_nothing(default: torch.dtype) -> None:
             loss,
             lse,
             linear_cross_entropy(e, c, targets),
-            linear_cross_entropy(e, c, targets, num_valid_tokens=seven, backward="gradients"),
+            linear_cross_entropy(e, c, targets, num_valid_tokens=seven, backward="probs"),
             linear_cross_entropy(e, c, targets, num_valid_tokens=7, label_smoothing=0.1),
             linear_cross_entropy(e, c, targets, reduction="none", impl="reference"),
             *token_logprobs(e, c, targets, return_entropy=True),

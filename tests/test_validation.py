@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable
 from dataclasses import fields, replace
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -18,7 +19,8 @@ from vocab_parallel import (
     multi_token_cross_entropy,
     token_logprobs,
 )
-from vocab_parallel.sharded.call import Operands
+from vocab_parallel.sharded import bound
+from vocab_parallel.sharded.operands import Operands
 from vocab_parallel.sharded.settings import LossSettings
 
 TOKENS, HIDDEN, VOCABULARY = 6, 4, 11
@@ -254,3 +256,51 @@ def test_misspelt_options() -> None:
         token_logprobs(e, c, target=targets)
     with pytest.raises(TypeError, match=r"missing .*'targets'"):
         linear_cross_entropy(e, c)
+
+
+def check_calls_found_again() -> None:
+    """What is known of a shape is of this rank alone: a later mistake still ends on all of them."""
+    group = dist.new_group(timeout=timedelta(seconds=40))
+    for _ in range(2):
+        for _ in range(3):  # the first makes, the others find
+            given = arguments() | {
+                "vocab_parallel_options": VocabParallelOptions.from_vocab(VOCABULARY, group)
+            }
+            linear_cross_entropy(**given).backward()
+        assert len(bound._bound) == 1, "a group made anew is the same shape"
+        for change in (
+            lambda given, rank: given.update(e=torch.randn(TOKENS + 1, HIDDEN)),
+            lambda given, rank: given.update(e=given["e"].double()),
+            setting(shift=1.0),
+            setting(shift=True, z_loss=True),
+            setting(softcap=3.0),
+            target(VOCABULARY),
+            setting(num_valid_tokens=-1),
+        ):
+            given = arguments()
+            given["vocab_parallel_options"] = VocabParallelOptions.from_vocab(VOCABULARY, group)
+            on_rank(1, change)(given, dist.get_rank())
+            with pytest.raises(ValueError, match=r"rank 1|rank by rank"):
+                linear_cross_entropy(**given)
+        bound._bound.clear()
+        dist.barrier()
+        dist.destroy_process_group(group)
+        group = dist.new_group(timeout=timedelta(seconds=40))
+    dist.barrier()
+
+
+def test_calls_found_again() -> None:
+    run_ranks(check_calls_found_again, 2)
+
+
+def test_what_is_kept_of_a_shape() -> None:
+    """Neither the parameter nor the group: a dictionary must keep nothing alive, and be small."""
+    e, c = torch.randn(4, 3), torch.randn(7, 3)
+    bound.forget()
+    linear_cross_entropy(e, c, torch.zeros(4, dtype=torch.int64))
+    (kept,) = bound._bound.values()
+    assert kept.shard.classifier.shape == c.shape
+    assert kept.shard.classifier.untyped_storage().nbytes() == c.element_size()
+    for tokens in range(1, 300):
+        linear_cross_entropy(e[:1].expand(tokens, 3), c, torch.zeros(tokens, dtype=torch.int64))
+    assert len(bound._bound) <= bound._MOST

@@ -16,9 +16,10 @@ from vocab_parallel.local.backward_plan import budget_bytes
 from vocab_parallel.local.statistics import accumulation_dtype
 from vocab_parallel.local.top_k import merge_top_k, top_k_of_shard
 from vocab_parallel.loss import token_logprobs
-from vocab_parallel.sharded.call import Call, Operands, prepare
+from vocab_parallel.sharded.call import Call, prepare
 from vocab_parallel.sharded.halves import Inputs, gathered_hidden, shard_of
 from vocab_parallel.sharded.layout import HiddenLayout, crosses_documents, is_ignored
+from vocab_parallel.sharded.operands import Operands
 from vocab_parallel.sharded.rows import RankRows
 from vocab_parallel.sharded.settings import LossSettings
 from vocab_parallel.sharded.uncompiled import uncompiled

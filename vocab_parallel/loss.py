@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from vocab_parallel.sharded.autograd import scalar_loss, vocab_statistics
-from vocab_parallel.sharded.call import Call, Operands, prepare
+from vocab_parallel.sharded.call import Call, prepare
 from vocab_parallel.sharded.layout import IGNORED, OUT_OF_RANGE, HiddenLayout, count_valid
 from vocab_parallel.sharded.metrics import LossMetrics, loss_metrics
+from vocab_parallel.sharded.operands import Operands
 from vocab_parallel.sharded.settings import (
     LossSettings,
     parameters_of,

@@ -21,8 +21,9 @@ from torch import Tensor
 from vocab_parallel.local.statistics import Statistics
 from vocab_parallel.loss import linear_cross_entropy
 from vocab_parallel.sharded.autograd import scalar_loss, vocab_statistics
-from vocab_parallel.sharded.call import Call, Operands, prepare
+from vocab_parallel.sharded.call import Call, prepare
 from vocab_parallel.sharded.layout import IGNORED
+from vocab_parallel.sharded.operands import Operands
 from vocab_parallel.sharded.settings import (
     LossSettings,
     parameters_of,

@@ -13,7 +13,8 @@ from vocab_parallel.distillation.labels import LabelTerm
 from vocab_parallel.distillation.passes import Comparison, check_memory
 from vocab_parallel.distillation.top_k_teacher import ABSENT, TopKTeacher
 from vocab_parallel.local.statistics import accumulation_dtype
-from vocab_parallel.sharded.call import Call, Operands, agreed, checked, prepare, rows_of
+from vocab_parallel.sharded.call import Call, agreed, checked, prepare, rows_of
+from vocab_parallel.sharded.operands import Operands
 from vocab_parallel.sharded.settings import LossSettings, target_digest
 
 

@@ -24,9 +24,9 @@ from vocab_parallel.distillation.call import (
 )
 from vocab_parallel.distillation.top_k_teacher import TopKTeacher
 from vocab_parallel.loss import token_losses
-from vocab_parallel.sharded.call import Operands
 from vocab_parallel.sharded.halves import gathered_hidden
 from vocab_parallel.sharded.layout import IGNORED, OUT_OF_RANGE, HiddenLayout
+from vocab_parallel.sharded.operands import Operands
 from vocab_parallel.sharded.settings import LossSettings
 from vocab_parallel.sharded.uncompiled import uncompiled
 

@@ -22,15 +22,6 @@ _CLASSES: Mapping[str, type] = {
 }
 
 
-# Options of earlier versions, and what to do without them.
-_REMOVED = {
-    "overlap": "there is one collective each way, the gradient's beside the classifier's product; "
-    "leave it out",
-    "e_grad_reduce_dtype": "the hidden states' gradient is summed in float32 (float64 for "
-    "float64), since a sum in bfloat16 has up to twice eager's error; leave it out",
-}
-
-
 def available_impls() -> dict[str, str]:
     """Tell for every implementation "ready", or why it does not work on this machine.
 
@@ -70,8 +61,6 @@ def create_impl(name: str, memory_budget: int | None, options: Mapping[str, Any]
     allowed = option_names(name)
     if memory_budget is not None and "memory_budget" in allowed:
         given["memory_budget"] = memory_budget
-    for name in options.keys() & _REMOVED.keys():
-        raise ValueError(f"{name} is no longer an option: {_REMOVED[name]}")
     unknown = sorted(options.keys() - allowed)
     if unknown:
         own = sorted(allowed - {"memory_budget"})

@@ -1,19 +1,18 @@
 """One call of the loss or of a relative: arguments in, checked and agreed on over the group."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from vocab_parallel.local import tile_ops
 from vocab_parallel.local.backward_plan import BackwardPlan
 from vocab_parallel.local.interface import LocalImpl, Shard
-from vocab_parallel.local.registry import create_impl
 from vocab_parallel.local.statistics import accumulation_dtype
 from vocab_parallel.sharded import settings as rules
 from vocab_parallel.sharded.agreement import Claim, agree
+from vocab_parallel.sharded.bound import bound_of
 from vocab_parallel.sharded.layout import (
     IGNORED,
     TokenLayout,
@@ -21,51 +20,9 @@ from vocab_parallel.sharded.layout import (
     mark_labels,
     shifted,
 )
+from vocab_parallel.sharded.operands import Operands
 from vocab_parallel.sharded.rows import RankRows
 from vocab_parallel.sharded.settings import LossSettings
-
-
-@dataclass(frozen=True)
-class Operands:
-    """The tensors of a call; autocast has been applied to the first two.
-
-    Attributes:
-        hidden: [..., T, D]; [H, ..., T, D] where each position makes H predictions.
-        classifier: [rows, D].
-        targets: [..., T], or None where a call has none.
-        bias: [rows] or None.
-        token_weight: [..., T] or None.
-        document_ids: [..., T] or None.
-    """
-
-    hidden: Tensor
-    classifier: Tensor
-    targets: Tensor | None
-    bias: Tensor | None = None
-    token_weight: Tensor | None = None
-    document_ids: Tensor | None = None
-
-    @classmethod
-    def of(
-        cls,
-        e: Tensor,
-        c: Tensor,
-        targets: Tensor | None,
-        bias: Tensor | None = None,
-        token_weight: Tensor | None = None,
-        document_ids: Tensor | None = None,
-    ) -> "Operands":
-        """Cast hidden states and classifier as autocast casts the operands of a linear layer."""
-        tensors = isinstance(e, Tensor) and isinstance(c, Tensor)
-        if tensors and not e.is_meta and torch.is_autocast_enabled(e.device.type):
-            dtype = torch.get_autocast_dtype(e.device.type)
-            e, c = (t if t.dtype == torch.float64 else t.to(dtype) for t in (e, c))
-        return cls(e, c, targets, bias, token_weight, document_ids)
-
-    @property
-    def flat_hidden(self) -> Tensor:
-        """[T, D], this rank's tokens in one row."""
-        return self.hidden.reshape(-1, self.hidden.shape[-1])
 
 
 class Call(NamedTuple):
@@ -96,7 +53,7 @@ class Call(NamedTuple):
     @property
     def sums_hidden_grad(self) -> bool:
         """Whether the gradient of the hidden states is summed over the group."""
-        return _sums_hidden_grad(self.settings, self.rows)
+        return self.rows.sums_hidden_grad(self.settings.hidden_layout)
 
     def without_tokens(self) -> "Call":
         """Return what backward needs of the call: no tensor of the tokens' is kept alive by it."""
@@ -210,67 +167,16 @@ def checked(
     operands: Operands, settings: LossSettings, rows: RankRows, *, reads_values: bool
 ) -> Call:
     """Check what one rank alone can check, and choose who does the work."""
-    settings.check()
-    impl = create_impl(settings.impl, settings.memory_budget, settings.impl_options)
-    hidden, classifier = operands.hidden, operands.classifier
-    rules.check_tensors(
-        hidden,
-        classifier,
-        operands.targets,
-        operands.bias,
-        operands.token_weight,
-        operands.document_ids,
-        settings,
-        rows.group.degree,
-    )
+    bound = bound_of(operands, settings, rows)
     rules.check_token_divisor(
         settings.num_valid_tokens,
-        hidden,
+        operands.hidden,
         settings.reduction,
         reads_values=reads_values,
         num_heads=settings.num_heads,
     )
-    rules.check_rows(classifier, rows, settings)
-    rules.check_accumulation(classifier, settings.accumulate_into)
-    shard = _shard(operands, settings, rows)
-    degree = rows.group.degree
-    copies = 1 if settings.hidden_layout == "replicated" else degree
-    plan = impl.plan(
-        shard,
-        tokens=copies * hidden.shape[:-1].numel(),
-        most_rows=rows.most_rows,
-        degree=degree,
-        backward=settings.backward,
-        has_main_grad=settings.accumulate_into == "main_grad",
-    )
-    return Call(operands, settings, rows, shard, impl, plan, torch.is_grad_enabled())
-
-
-def _shard(operands: Operands, settings: LossSettings, rows: RankRows) -> Shard:
-    """Describe this rank's rows for the local work; no tensor of the tokens' is held."""
-    hidden, bias = operands.flat_hidden, operands.bias
-    none = hidden.new_empty((0, hidden.shape[1]))
-    product_dtype = torch.promote_types(hidden.dtype, operands.classifier.dtype)
-    sums = _sums_hidden_grad(settings, rows)
-    return Shard(
-        hidden=none,
-        classifier=rows.tokens_alone(operands.classifier.detach()),
-        bias=None if bias is None else rows.tokens_alone(bias.detach()),
-        targets=none[:, 0],
-        transform=settings.transform,
-        names=settings.statistics,
-        grad_names=settings.grad_statistics,
-        separate_lse_grad=settings.separate_lse_grad,
-        logits_dtype=accumulation_dtype(product_dtype) if settings.logits_dtype else product_dtype,
-        sum_dtype=accumulation_dtype(hidden.dtype) if sums else hidden.dtype,
-        needs_grad=False,
-        ops=tile_ops.choose(hidden, operands.classifier),
-    )
-
-
-def _sums_hidden_grad(settings: LossSettings, rows: RankRows) -> bool:
-    gathers = settings.hidden_layout != "replicated"
-    return rows.group.degree > 1 and (gathers or rows.reduce_e_grad)
+    rules.check_accumulation(operands.classifier, settings.accumulate_into)
+    return Call(operands, settings, rows, *bound, torch.is_grad_enabled())
 
 
 def _claim(rows: RankRows, targets: Tensor | None, settings: LossSettings) -> Claim:

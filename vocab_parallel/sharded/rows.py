@@ -78,6 +78,11 @@ class RankRows:
             return self.stop - self.start
         return min(max(self.vocab_size - self.start, 0), self.stop - self.start)
 
+    def sums_hidden_grad(self, hidden_layout: str) -> bool:
+        """Tell whether the gradient of the hidden states is summed over the group."""
+        gathers = hidden_layout != "replicated"
+        return self.group.degree > 1 and (gathers or self.reduce_e_grad)
+
     def tokens_alone(self, parameter: Tensor) -> Tensor:
         """Return the rows of a parameter [rows, ...] that are tokens, without padding."""
         count = self.num_token_rows

@@ -3,7 +3,7 @@
 import functools
 import inspect
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ParamSpec, Self, TypeVar, get_args
 
@@ -15,6 +15,7 @@ from vocab_parallel.local.interface import Transform
 from vocab_parallel.local.registry import option_names
 from vocab_parallel.local.statistics import StatisticNames, accumulation_dtype
 from vocab_parallel.sharded.layout import HiddenLayout, is_ignored
+from vocab_parallel.sharded.operands import Operands
 from vocab_parallel.sharded.rows import RankRows
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -30,6 +31,13 @@ OTHER_NAMES = {
     "target": "targets here",
     "lse_square_scale": "z_loss here",
     "filter_eps": 'an option of impl="cce" and its presets: no other drops a gradient',
+}
+# Options of earlier versions, and what to do without them.
+REMOVED = {
+    "overlap": "there is one collective each way, the gradient's beside the classifier's product; "
+    "leave it out",
+    "e_grad_reduce_dtype": "the hidden states' gradient is summed in float32 (float64 for "
+    "float64), since a sum in bfloat16 has up to twice eager's error; leave it out",
 }
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -75,6 +83,18 @@ class LossSettings:
         own = {name: value for name, value in options.items() if name in names}
         rest = {name: value for name, value in options.items() if name not in names}
         return cls(**own, impl_options=rest)
+
+    @property
+    def key(self) -> Hashable:
+        """What tells two settings apart but for the divisor; 1, 1.0 and True are not one.
+
+        It has no hash where a setting that cannot be has none.
+        """
+        options = tuple(sorted(self.impl_options.items()))
+        own = {**self.__dict__, "num_valid_tokens": None, "impl_options": options}
+        values = tuple(own.values())
+        several = self.shift if isinstance(self.shift, tuple) else ()
+        return values, tuple(map(type, (*values, *several)))
 
     def agreed(self) -> dict[str, Any]:
         """Return every setting by name, for a comparison over the group; reads a tensor's value."""
@@ -197,9 +217,11 @@ def unknown_option(settings: LossSettings, known: Collection[str]) -> ValueError
     unknown = sorted(settings.impl_options.keys() - own)
     if not unknown:
         return None
+    name, hint = unknown[0], ""
+    if name in REMOVED:
+        return ValueError(f"{name} is no longer an option: {REMOVED[name]}")
     import difflib  # only who misspells waits for it
 
-    name, hint = unknown[0], ""
     nearest = difflib.get_close_matches(name, [*known, *own], n=1)
     if name in OTHER_NAMES:
         hint = f", which is {OTHER_NAMES[name]}"
@@ -235,26 +257,18 @@ def _binds(function: Callable[..., Any], args: Any, kwargs: Any) -> bool:
     return True
 
 
-def check_tensors(
-    e: Tensor,
-    c: Tensor,
-    targets: Tensor | None,
-    bias: Tensor | None,
-    token_weight: Tensor | None,
-    document_ids: Tensor | None,
-    settings: LossSettings,
-    degree: int,
-) -> None:
+def check_tensors(operands: Operands, settings: LossSettings, degree: int) -> None:
     """Check shapes, dtypes and devices of the tensors against one another.
 
     Raises:
         ValueError: says what was expected, what came and what to do.
     """
-    named = {"e": e, "c": c, "targets": targets, "bias": bias, "token_weight": token_weight}
-    named["document_ids"] = document_ids
-    optional = ("bias", "token_weight", "targets", "document_ids")
-    for name, tensor in named.items():
-        if tensor is not None or name not in optional:
+    e, c, targets, bias, token_weight, document_ids = operands.tensors
+    assert e is not None
+    assert c is not None
+    names = ("e", "c", "targets", "bias", "token_weight", "document_ids")
+    for name, tensor in zip(names, operands.tensors, strict=True):
+        if tensor is not None or name in ("e", "c"):
             _check_plain_tensor(name, tensor, e)
     several = settings.num_heads is not None
     if e.dim() < 2 + several or c.dim() != 2:

@@ -43,7 +43,7 @@ from vocab_parallel.loss import token_losses
 from vocab_parallel.pipeline.pipeline_loss import CCEPipelineLoss
 from vocab_parallel.pipeline.spanning.owners import Owners
 from vocab_parallel.sharded.backward import first_derivative_only
-from vocab_parallel.sharded.call import Call, Operands, prepare
+from vocab_parallel.sharded.call import Call, prepare
 from vocab_parallel.sharded.halves import (
     Inputs,
     classifier_grad,
@@ -52,6 +52,7 @@ from vocab_parallel.sharded.halves import (
     with_padding,
 )
 from vocab_parallel.sharded.metrics import loss_metrics
+from vocab_parallel.sharded.operands import Operands
 from vocab_parallel.sharded.settings import LossSettings
 
 
