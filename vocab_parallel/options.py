@@ -41,18 +41,43 @@ class VocabParallelOptions(SharesGroup):
 
     @classmethod
     def from_vocab(
-        cls, vocab_size: int, group: ProcessGroup | None = None, reduce_e_grad: bool = True
+        cls,
+        vocab_size: int,
+        group: ProcessGroup | None = None,
+        reduce_e_grad: bool = True,
+        *,
+        num_rows: int | None = None,
     ) -> Self:
-        """Split a vocabulary evenly: the first ``vocab_size % V`` ranks hold one row more.
+        """Split a vocabulary evenly: the first ``num_rows % V`` ranks hold one row more.
 
         This is cut-cross-entropy's partition. A `VocabParallelClassifier` uses another one, the
         ceiling partition of DTensor's ``Shard(0)``: take ``classifier.options`` there.
+
+        Args:
+            vocab_size: the true vocabulary, how many rows are tokens.
+            group, reduce_e_grad: see the attributes.
+            num_rows: rows of the classifier, where it is padded to more than the vocabulary: the
+                rows from ``vocab_size`` on are padding. None means that every row is a token.
+
+        Raises:
+            ValueError: sizes that are not positive integers, or fewer rows than tokens.
         """
+        count = vocab_size if num_rows is None else num_rows
+        sizes = (("vocab_size", vocab_size), ("num_rows", count))
+        for name, size in sizes:
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise ValueError(f"{name} must be a positive integer, got {size!r}")
+        if count < vocab_size:
+            raise ValueError(
+                f"a classifier of num_rows={count} rows has no place for vocab_size={vocab_size} "
+                f"tokens: num_rows counts the padding too"
+            )
         rank, degree = group_rank_and_size(group)
-        share, remainder = divmod(vocab_size, degree)
+        share, remainder = divmod(count, degree)
         start = rank * share + min(rank, remainder)
         stop = start + share + (rank < remainder)
-        return cls(start, stop, group, reduce_e_grad, vocab_size)
+        largest = None if num_rows is None else -(-count // degree)
+        return cls(start, stop, group, reduce_e_grad, vocab_size, largest)
 
 
 def generator_of_rows(device: torch.device, start: int) -> torch.Generator:

@@ -9,6 +9,7 @@ the module names its rows, and marks whatever takes their place.
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, Self
 
+import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
@@ -81,6 +82,28 @@ class VocabRows(SharesGroup, nn.Module):
         self._is_tied_copy = False
         self.register_load_state_dict_post_hook(_mark_loaded)
 
+    def get_extra_state(self) -> Tensor:
+        """Return [start, stop, vocab_size] on the CPU, for the state dict: whose rows these are.
+
+        A checkpoint of plain tensors keeps one rank's rows under the name that all ranks have.
+        """
+        return torch.tensor([self.start, self.stop, self.vocab_size], device="cpu")
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Refuse a state dict that has other rows than this rank's.
+
+        Raises:
+            ValueError: on this rank; a load communicates nothing.
+        """
+        start, stop, vocab_size = (int(number) for number in state)
+        if (start, stop, vocab_size) != (self.start, self.stop, self.vocab_size):
+            raise ValueError(
+                f"this rank holds rows [{self.start}, {self.stop}) of {self.vocab_size}, but the "
+                f"state dict has rows [{start}, {stop}) of {vocab_size}: each rank has its own "
+                f"rows under one name, so save and load them by rows_for_checkpoint(...), or load "
+                f"on each rank what it has saved"
+            )
+
     def row_parameters(self) -> Iterator[nn.Parameter]:
         """Yield the parameters that hold rows now; of a parametrized one, what it is made from."""
         for name in self.row_names:
@@ -126,6 +149,13 @@ class VocabRows(SharesGroup, nn.Module):
         """Register a parameter, by assignment too, and mark it where it holds rows."""
         super().register_parameter(name, param)
         self.mark_rows()
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        # Whoever has rows without saying whose (a slice of a whole layer) vouches for them.
+        state_dict.setdefault(f"{prefix}_extra_state", self.get_extra_state())
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
         # FSDP2 writes past `register_parameter` where a class has no method of this name.
