@@ -5,9 +5,9 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
-from stage_groups.groups import StageGroups, VocabOver
+from stage_groups.groups import StageGroups, VocabOver, groups_along
 
 MESH_AXES = ("pp", "data", "vocab")
 
@@ -35,9 +35,9 @@ def build_stage_groups(
         vocab: vocab degree V: over how many ranks a classifier's rows are split.
         data: data degree.
         device_type: "cpu" or "cuda"; None means the accelerator where there is one.
-        timeout: of every collective on the new groups. None means that of the default group,
-            which a mesh would not inherit on its own: a dead peer would be noticed only after
-            half an hour.
+        timeout: of every collective, send and receive on the new groups. None means that of the
+            default group, which a mesh would not inherit on its own: a dead peer would be noticed
+            only after half an hour.
         vocab_over: which ranks share the rows of the vocabulary. "last_stage": the V ranks of a
             row of the mesh, each row a vocab group, of which the last stage's computes the loss.
             "all_stages": the P x V ranks of all stages and columns, which need a schedule that
@@ -64,11 +64,12 @@ def build_stage_groups(
             f"{data * pipeline * vocab} ranks or change a degree"
         )
     device_type = device_type or _default_device_type()
-    mesh = init_device_mesh(device_type, (pipeline, data, vocab), mesh_dim_names=MESH_AXES)
     timeout = timeout or _default_group_timeout(device_type)
-    if timeout is not None:
-        for axis in MESH_AXES:
-            mesh.get_group(axis).set_timeout(timeout)
+    ranks = torch.arange(world).view(pipeline, data, vocab)
+    # The timeout is given where a group is made: gloo's sends and receives keep that one, whatever
+    # `set_timeout` says later.
+    groups = [groups_along(ranks, (axis,), timeout) for axis in range(ranks.dim())]
+    mesh = DeviceMesh.from_group(groups, device_type, ranks, mesh_dim_names=MESH_AXES)
     return StageGroups.from_mesh(mesh, vocab_over=vocab_over, timeout=timeout)
 
 

@@ -1,10 +1,12 @@
 """StageGroups: a device mesh read as data x pipeline x vocab."""
 
+import math
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal, NamedTuple, Self, get_args
 
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -159,17 +161,27 @@ def _axes(mesh: DeviceMesh, names: tuple[str, ...]) -> DeviceMesh | None:
     return selected._flatten("_".join(names)) if len(names) > 1 else selected
 
 
+def groups_along(ranks: Tensor, axes: tuple[int, ...], timeout: timedelta | None) -> ProcessGroup:
+    """Create the groups of ranks that share some axes, and return this rank's; all ranks call.
+
+    Args:
+        ranks: of the mesh, int64 of its shape.
+        axes: along which a group's ranks lie.
+        timeout: of every collective, send and receive; None means torch's own.
+    """
+    moved = ranks.movedim(axes, tuple(range(-len(axes), 0)))
+    size = math.prod(moved.shape[-len(axes) :])
+    own: ProcessGroup | None = None
+    for members in moved.reshape(-1, size).tolist():
+        group = dist.new_group(members, timeout=timeout)  # every rank takes part in every group
+        if dist.get_rank() in members:
+            own = group
+    assert own is not None, "a rank of the mesh is in one group"
+    return own
+
+
 def _message_groups(
     mesh: DeviceMesh, axes: tuple[int, int], timeout: timedelta | None
 ) -> MessageGroups:
     """Create three more groups of the ranks that share both axes, and return this rank's."""
-    moved = mesh.mesh.movedim(axes, (-2, -1))
-    members = moved.reshape(-1, moved.shape[-2] * moved.shape[-1]).tolist()
-    made: list[ProcessGroup] = []
-    for _ in MessageGroups._fields:
-        for ranks in members:  # every rank takes part in making every group
-            group = dist.new_group(ranks, timeout=timeout)
-            if dist.get_rank() in ranks:
-                assert isinstance(group, ProcessGroup)
-                made.append(group)
-    return MessageGroups(*made)
+    return MessageGroups(*(groups_along(mesh.mesh, axes, timeout) for _ in MessageGroups._fields))

@@ -193,12 +193,12 @@ class Run:
         }
 
 
-def drawn(groups: StageGroups, case: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def drawn(groups: StageGroups, case: dict[str, Any], length: int = LENGTH) -> tuple[Tensor, Tensor]:
     """Draw tokens and labels [columns, M, b, T]; columns that share tokens have equal ones."""
     generator = torch.Generator().manual_seed(1)
     apart = case.get("columns") == "apart"
     columns, count = groups.column_degree if apart else 1, case["microbatches"]
-    tokens = torch.randint(case["vocabulary"], (columns, count, 2, LENGTH), generator=generator)
+    tokens = torch.randint(case["vocabulary"], (columns, count, 2, length), generator=generator)
     labels = tokens.clone()
     ignored = case.get("options", {}).get("ignore_index", -100)
     labels[torch.rand(labels.shape, generator=generator) < 0.3] = ignored
@@ -212,14 +212,8 @@ def check_case(groups: StageGroups, case: dict[str, Any]) -> None:
     run = Run(groups, case)
     tokens, labels = drawn(groups, case)
     count = case["microbatches"]
-    expected_losses, expected = one_process(
-        case,
-        run.num_stages,
-        tokens.transpose(0, 1).flatten(1, 2),
-        labels.transpose(0, 1).flatten(1, 2),
-    )
-    column = groups.column_rank if case.get("columns") == "apart" else 0
-    own = [each[column].flatten(0, 1).to(rank_device()) for each in (tokens, labels)]
+    expected_losses, expected = expected_of(run, tokens, labels)
+    own = own_of(run, tokens, labels)
     left: list[Tensor] = []
     for turn in range(2):
         for parameter in run.parameters().values():
@@ -231,13 +225,7 @@ def check_case(groups: StageGroups, case: dict[str, Any]) -> None:
         assert len(losses) == (count if run.has_last else 0)
         for loss, want in zip(losses, expected_losses, strict=False):
             assert relative_error(loss.cpu(), want, 1.0) < 1e-12, case
-        body = [p for name, p in run.parameters().items() if name.startswith("layer")]
-        if case.get("columns") == "apart":
-            for parameter in body:
-                dist.all_reduce(parameter.grad, group=groups.columns_group)
-            for name, parameter in run.parameters().items():
-                if name.startswith("embedding.") and not case.get("embedding"):
-                    dist.all_reduce(parameter.grad, group=groups.columns_group)
+        sum_over_columns(run)
         check_gradients(run, expected)
         everything = tokens.flatten(0, 2), labels.flatten(0, 2)
         check_reported(run, expected, *everything)
@@ -251,6 +239,49 @@ def check_case(groups: StageGroups, case: dict[str, Any]) -> None:
     norm = clip_grad_norm_(nn.ModuleList(run.modules), 1e9, groups)
     wanted = torch.stack([p.grad.norm() for p in expected.parameters()]).norm()
     assert relative_error(norm.cpu(), wanted) < 1e-10, case
+    if "token_weight" not in run.options:  # it has one length
+        check_lengths(run)
+
+
+def check_lengths(run: Run) -> None:
+    """Steps and evaluations may have sequences of other lengths, with and without each other."""
+    for length, trains in ((LENGTH + 3, True), (LENGTH - 1, True), (LENGTH + 1, False)):
+        for parameter in run.parameters().values():
+            parameter.grad = None
+        tokens, labels = drawn(run.groups, run.case, length)
+        expected_losses, expected = expected_of(run, tokens, labels)
+        losses = run.step(*own_of(run, tokens, labels), trains=trains)
+        assert len(losses) == (run.microbatches if run.has_last else 0)
+        for loss, want in zip(losses, expected_losses, strict=False):
+            assert relative_error(loss.cpu(), want, 1.0) < 1e-12, (run.case, length)
+        if trains:
+            sum_over_columns(run)
+            check_gradients(run, expected)
+        else:
+            assert all(p.grad is None for p in run.parameters().values()), run.case
+
+
+def expected_of(run: Run, tokens: Tensor, labels: Tensor) -> tuple[list[Tensor], nn.ModuleDict]:
+    """Return one process's losses and gradients of what was drawn."""
+    every = (each.transpose(0, 1).flatten(1, 2) for each in (tokens, labels))
+    return one_process(run.case, run.num_stages, *every)
+
+
+def own_of(run: Run, *drawn: Tensor) -> list[Tensor]:
+    """Return this column's [b, T] of what was drawn."""
+    column = run.groups.column_rank if run.case.get("columns") == "apart" else 0
+    return [each[column].flatten(0, 1).to(rank_device()) for each in drawn]
+
+
+def sum_over_columns(run: Run) -> None:
+    """Sum the gradients of what the columns replicate, where each has its own tokens."""
+    if run.case.get("columns") != "apart":
+        return
+    for name, parameter in run.parameters().items():
+        if name.startswith("layer") or (
+            name.startswith("embedding.") and not run.case.get("embedding")
+        ):
+            dist.all_reduce(parameter.grad, group=run.groups.columns_group)
 
 
 def check_reported(run: Run, expected: nn.ModuleDict, tokens: Tensor, labels: Tensor) -> None:
@@ -449,6 +480,12 @@ def check_refusals() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             schedule.step(*inputs, **given)
+    check_unlike_lengths(schedule)
+    given = torch.zeros(2, LENGTH, HIDDEN)
+    fixed = PipelineStage(
+        owner, rank, 2, device, input_args=given, output_args=given, group=groups.pipeline_group
+    )
+    check_unlike_lengths(SpanningSchedule(fixed, 2, loss(rows), groups))
     # The same rows under a schedule whose last stage alone calls the loss would never come.
     plain = Schedule1F1B(stage_of(owner), n_microbatches=2, loss_fn=loss(rows) if mine else no_loss)
     with pytest.raises(ValueError, match="let all stages carry the vocabulary with SpanningSched"):
@@ -460,6 +497,24 @@ def check_refusals() -> None:
         embeds.step(*([labels] if mine else []), target=labels)
     with pytest.raises(ValueError, match=r"targets must lie in \[0, 9\)"):
         embeds.step(labels + 9, target=labels)
+
+
+def check_unlike_lengths(schedule: SpanningSchedule) -> None:
+    """Inputs longer or shorter than the labels are refused everywhere, and nothing is left."""
+    first = schedule._stages[0].is_first
+    for length, of_labels in ((8, 5), (5, 5), (8, 5), (3, 5), (5, 8), (8, 8), (5, 5)):
+        inputs = [torch.randn(4, length, HIDDEN)] if first else []
+        labels = torch.randint(9, (4, of_labels), generator=torch.Generator().manual_seed(0))
+        losses: list[Tensor] = []
+        call = {"target": labels, "losses": None if first else losses, "return_outputs": False}
+        if length == of_labels:
+            schedule.step(*inputs, **call)
+            assert all(bool(loss.isfinite()) for loss in losses)
+            assert len(losses) == (0 if first else 2)
+            continue
+        message = rf"states \[2, {of_labels}, 6\] .* returns \[2, {length}, 6\] .* one length"
+        with pytest.raises(ValueError, match=message):
+            schedule.step(*inputs, **call)
 
 
 def test_refusals() -> None:

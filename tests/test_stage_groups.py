@@ -1,5 +1,6 @@
 """The mesh: who is in which group, which stages a rank runs, what is refused."""
 
+import time
 from datetime import timedelta
 
 import pytest
@@ -71,6 +72,30 @@ def check_mesh() -> None:
         build_stage_groups(2, 2, data=3)
     with pytest.raises(ValueError, match="vocab must be a positive integer, got 0"):
         build_stage_groups(2, 0)
+
+    check_timeouts()
+
+
+def check_timeouts() -> None:
+    """A wait for one peer ends with the group's timeout, though the peer is alive."""
+    made = {}
+    for seconds in (1, 2):
+        limit = timedelta(seconds=seconds)
+        made[seconds] = [
+            build_stage_groups(*degrees, device_type="cpu", timeout=limit)
+            for degrees in ((2, 2), (4, 1))
+        ]
+    for seconds, both in made.items():
+        for groups in both:
+            if groups.pipeline_rank == 0:
+                start = time.monotonic()
+                with pytest.raises(RuntimeError, match=f"Timed out waiting {seconds}000ms"):
+                    dist.irecv(torch.zeros(1), group=groups.pipeline_group, group_src=1).wait()
+                assert time.monotonic() - start < seconds + 5
+    dist.barrier()  # the peers have stayed
+    assert dist.group.WORLD is not None
+    timeout = dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout
+    assert timeout == timedelta(seconds=GROUP_TIMEOUT), "the default group is as it was"
 
 
 def test_mesh() -> None:

@@ -18,6 +18,7 @@ from torch.distributed.pipelining.schedules import (
     _ComputationType,
     _PipelineScheduleRuntime,
 )
+from torch.utils._pytree import tree_leaves
 
 from stage_groups import StageGroups
 from vocab_parallel.modules.embedding import VocabParallelEmbedding
@@ -39,6 +40,7 @@ from vocab_parallel.pipeline.spanning.validation import (
     StepInputs,
     agree_on_schedule,
     agree_on_shapes,
+    differs_somewhere,
     step_inputs,
 )
 from vocab_parallel.sharded.backward import keep_graph, loses_nodes
@@ -128,7 +130,7 @@ class SpanningSchedule(_PipelineScheduleRuntime):
         # torch calls its loss_fn only to infer shapes.
         super().__init__(own, n_microbatches, loss_fn=_no_loss_yet, scale_grads=scale_grads)
         self.loss_fn = loss_fn
-        self._given, self._trains, self._validated = given, True, False
+        self._given, self._trains = given, True
         barriers = barriers_of(loss_fn.settings) if barriers is None else barriers
         messages = VocabMessages.of(groups)
         shared = loss_fn.settings.hidden_layout == "replicated"
@@ -139,6 +141,7 @@ class SpanningSchedule(_PipelineScheduleRuntime):
         self._inputs: StepInputs | None = None
         self._hidden: Tensor | None = None  # of the shape of the last stage's hidden states
         self._shapes_of: bool | None = None  # whether they are those of training
+        self._shapes: list[torch.Size] | None = None  # of the last step's labels and inputs
 
         listed = tasks_of(own, schedule, n_microbatches)
         costs = costs or _even(len(listed))
@@ -170,7 +173,9 @@ class SpanningSchedule(_PipelineScheduleRuntime):
     ) -> Any:
         """Run one step, as torch's schedules do; all ranks call, each with its column's labels.
 
-        On a CPU every step agrees first that its inputs are right, on a GPU the first one.
+        On a CPU every step agrees first that its inputs are right, on a GPU the first one and each
+        whose labels have another shape than those before. Then shapes are inferred, whatever the
+        stages were made for, so that a step or an evaluation may have sequences of any length.
 
         Args:
             args: inputs of the first stage, on its ranks; with an embedding the ids [b, T], on all.
@@ -181,10 +186,12 @@ class SpanningSchedule(_PipelineScheduleRuntime):
             kwargs: of the stages' modules.
 
         Raises:
-            ValueError: on every rank, labels or ids that cannot be right on some.
+            ValueError: on every rank, labels, ids or lengths that cannot be right on some.
         """
         self._trains = self._has_backward
         on_cpu = self._given.loss.output_weight.tensors[0].is_cpu
+        shapes, known = _shapes_of((target, args, kwargs)), self._shapes
+        validate = on_cpu or known is None or shapes[:1] != known[:1]  # the labels', on all ranks
         self._inputs = inputs = step_inputs(
             self._given,
             self._last,
@@ -192,9 +199,10 @@ class SpanningSchedule(_PipelineScheduleRuntime):
             target,
             loss_kwargs,
             trains=self._trains,
-            validate=on_cpu or not self._validated,
+            validate=validate,
         )
-        self._validated = True
+        if validate and differs_somewhere(shapes != known, self._given):
+            self._forget_shapes()
         self.pipeline_order_with_comms = self._lists[self._trains]  # type: ignore[assignment]
         if inputs.ids is not None and self._embedding is not None:
             self._embedding.begin(inputs.ids, trains=self._trains)
@@ -206,7 +214,15 @@ class SpanningSchedule(_PipelineScheduleRuntime):
             )
         finally:
             self.loss_fn.num_valid_tokens = before
+        self._shapes = shapes
         return result
+
+    def _forget_shapes(self) -> None:
+        """Have torch infer the stages' shapes in this step; all ranks call."""
+        for stage in self._stages:
+            _forget_shapes_of(stage)
+        self._stages_forward_initialized = self._stages_backward_initialized = False
+        self._shapes = self._shapes_of = None
 
     def _split_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
         split, kwargs_split = super()._split_inputs(args, kwargs)
@@ -312,6 +328,20 @@ def _hidden_of(stage: Any) -> tuple[torch.Size, torch.dtype]:
     known = getattr(stage, "_stage_meta", None)  # since torch 2.13
     outputs = stage.get_outputs_meta() if known is None else known.outputs
     return torch.Size(outputs[0].shape), outputs[0].dtype
+
+
+def _forget_shapes_of(stage: Any) -> None:
+    """Make a stage infer its shapes, also where it was given some when it was made."""
+    given = getattr(stage, "_user_meta", None)  # since torch 2.13
+    if given is not None:
+        stage._user_meta = type(given)()
+    else:
+        stage.inputs_meta = stage._outputs_meta = None
+
+
+def _shapes_of(inputs: Any) -> list[torch.Size]:
+    """Return the shapes of all tensors in a step's inputs."""
+    return [leaf.shape for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
 
 
 def _no_loss_yet(hidden: Any, labels: Any) -> Tensor:

@@ -395,6 +395,12 @@ def _microbatches(of_all: Tensor, parts: int, count: int) -> list[Tensor]:
     return [cut[:, number].flatten(0, 1) for number in range(count)]
 
 
+def differs_somewhere(differs: bool, given: ScheduleArguments) -> bool:
+    """Tell whether something is so on any rank; all ranks call, and wait for one integer each."""
+    group = VocabGroup.of(given.groups.vocab_group)
+    return bool(group.exchange_integers([int(differs)]).any())
+
+
 def agree_on_shapes(
     own: tuple[torch.Size, torch.dtype] | None,
     labels: Tensor,
@@ -422,6 +428,7 @@ def agree_on_shapes(
         raise ValueError(
             f"the last stage must return hidden states {list(wanted)} in {rows.dtype} for a "
             f"microbatch's labels and the classifier's rows, but returns "
-            f"{'; '.join(f'{list(one)} in {kind}' for one, kind in known)}"
+            f"{'; '.join(f'{list(one)} in {kind}' for one, kind in known)}: give step inputs and "
+            f"labels of one length"
         )
     return torch.Size(shape), dtype
