@@ -198,11 +198,10 @@ def layers_of_stage(
     Raises:
         ValueError: more stages than layers.
     """
-    shape = ModelShape.of(config.model_type, config.to_dict())
     if spans:
-        counts = layer_counts(shape.layers, num_stages, 0.0)
+        counts = layer_counts(config.num_hidden_layers, num_stages, 0.0)
     else:
-        counts = shape.layer_counts(num_stages)
+        counts = ModelShape.of_config(config.model_type, config).layer_counts(num_stages)
     start = sum(counts[:stage])
     return range(start, start + counts[stage])
 

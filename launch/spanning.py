@@ -40,7 +40,7 @@ def spanning_plan(
         num_stages, style: of the pipeline.
         fills: whether ranks with fewer layers get more rows.
     """
-    shape = ModelShape.of(config.model_type, config.to_dict())
+    shape = ModelShape.of_config(config.model_type, config)
     ranks, columns = groups.pipeline_degree, groups.column_degree
     layers = [
         float(len(layers_of_stage(stage, num_stages, config, spans=True)))

@@ -11,9 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import tyro
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from launch.arguments import TrainArguments
+from launch.configs import load_config
+from launch.model import layers_of_stage
 from launch.planning.balance import layer_counts
 from launch.planning.command import PlanArguments, parse_bytes, plan
 from launch.planning.estimate import Job, Mesh, estimate_stages
@@ -21,6 +25,7 @@ from launch.planning.hardware import Hardware
 from launch.planning.loss_time import LAUNCHES, loss_seconds, passes_seconds
 from launch.planning.meshes import best_of
 from launch.planning.orders import SCHEDULES, SINGLE, most_in_flight, orders, stages_of
+from launch.planning.published import PUBLISHED
 from launch.planning.rank_work import HELD, RankWork, Rows, filling_helps
 from launch.planning.shape import ModelShape
 from launch.planning.spanning import SpanningPlanner, tasks_of
@@ -55,7 +60,9 @@ def test_time_of_the_measured_loss(way: str, budget: float) -> None:
     found = json.loads(MEASURED.read_text())["shapes"]
     for shape, rows_found in found.items():
         hidden, rows = map(int, shape.split("x"))
-        model = ModelShape("", rows, hidden, hidden, 1, 1, 1, hidden, False, False)
+        sizes = dict.fromkeys(("num_hidden_layers", "num_attention_heads"), 1)
+        sizes |= {"vocab_size": rows, "hidden_size": hidden, "intermediate_size": hidden}
+        model = ModelShape.of("", sizes)
         job = Job(model, 8192, 1, 1, "1f1b", memory_budget=int(budget))
         stage = estimate_stages(job, Mesh(1, 1, 1), Hardware.load("h200"))[-1]
         assert stage.loss_way == way
@@ -174,7 +181,7 @@ def test_memory_of_all_stages() -> None:
         for rank, stage in enumerate(step.stages):
             assert stage.rows == rows
             norm = shape.hidden if rank == 3 else 0
-            body = stage.layers * shape.layer_parameters + norm
+            body = stage.layers * shape.layer_parameters[0] + norm
             assert stage.parameters == body + ends * rows * shape.hidden
             assert stage.weights == 2 * stage.parameters
             assert stage.in_flight == 4 - rank + 1, "one more than 1F1B's own"
@@ -196,7 +203,7 @@ def test_memory_of_all_stages() -> None:
             lost = last_stage[0].parameters - step.stages[0].parameters
             whole = (151_936 - 2 * rows) * shape.hidden
             own = last_stage[0].layers - step.stages[0].layers
-            assert lost == whole + own * shape.layer_parameters, "no whole embedding"
+            assert lost == whole + own * shape.layer_parameters[0], "no whole embedding"
 
 
 def test_seconds_of_passes() -> None:
@@ -426,6 +433,8 @@ def test_balance() -> None:
         ({"gpus": 0}, "--gpus must be at least 1, got 0"),
         ({"gpu_memory": "2GB"}, "below one layer of qwen3-32b"),
         ({"gpu_memory": "lots"}, "'lots' is no size"),
+        ({"gpu_memory": "80"}, "--gpu-memory 80 has no unit: give 80GB"),
+        ({"memory_budget": "64"}, "--memory-budget 64 has no unit"),
         ({"hardware": "abacus"}, r"unknown hardware 'abacus': give a file, or one of \['a100'"),
         (
             {"gpu_memory": "200GB"},
@@ -511,20 +520,156 @@ def test_the_example_of_the_page() -> None:
     assert start_command(best, job, arguments) in text
 
 
-def test_config_files(tmp_path: Path) -> None:
-    config = {
-        "model_type": "llama", "vocab_size": 1000, "hidden_size": 64, "intermediate_size": 128,
-        "num_hidden_layers": 4, "num_attention_heads": 4,
-    }  # fmt: skip
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    shape = ModelShape.load(str(tmp_path))
-    assert (shape.kv_heads, shape.head_size, shape.tied) == (4, 16, False)
-    del config["vocab_size"]
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"has no \['vocab_size'\]"):
-        ModelShape.load(str(tmp_path / "config.json"))
+SIZES = {
+    "vocab_size": 1000, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+}  # fmt: skip
+
+
+def write_config(folder: Path, family: str, **given: Any) -> str:
+    """Write a config.json by hand: what transformers saves leaves no key out."""
+    folder.mkdir(exist_ok=True)
+    values = {"model_type": family, **SIZES, **given}
+    kept = {key: value for key, value in values.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(kept))
+    return str(folder)
+
+
+def parameters_of(folder: str) -> int:
+    """Count transformers' own model."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("family", "given"),
+    [
+        ("mixtral", {"num_key_value_heads": 2, "num_local_experts": 4}),
+        ("gpt_oss", {"num_key_value_heads": 2, "num_local_experts": 8, "head_dim": 16}),
+        ("qwen3_next", {"num_key_value_heads": 2, "num_experts": 16}),
+        ("deepseek_v3", {"num_key_value_heads": 4, "n_routed_experts": 16, "n_group": 4,
+                         "first_k_dense_replace": 1}),
+        ("llama", {}), ("qwen2", {"num_key_value_heads": 2}), ("gemma2", {}), ("gemma2", {
+            "tie_word_embeddings": False}), ("qwen3", {}),
+    ],
+)  # fmt: skip
+def test_parameters_of_every_family(family: str, given: dict[str, Any], tmp_path: Path) -> None:
+    """All stages together have what the model has, and a tied embedding once more a stage."""
+    folder = write_config(tmp_path / family, family, **given)
+    right = parameters_of(folder)
+    shape = ModelShape.load(folder)
+    job = Job(shape, 16, 1, 4, "1f1b")
+    for stages, vocab in ((1, 1), (2, 1), (2, 2), (4, 1)):
+        found = estimate_stages(job, Mesh(1, stages, vocab), Hardware.load("h200"))
+        total = sum(stage.parameters for stage in found)
+        rows = 1000 - 1000 // vocab  # the last stage's, that other ranks have
+        first = rows if shape.tied else 0
+        twice = 1000 if shape.tied and stages > 1 else 0
+        assert total == right + 64 * (twice - rows - first), (stages, vocab)
+    spanning = SpanningPlanner(Hardware.load("h200"))
+    step = spanning.step(job, Mesh(1, 4, 1), "balanced", simulated=True)
+    assert sum(stage.parameters for stage in step.stages) == right
+
+
+def test_layers_that_differ_stand_on_their_own_stage(tmp_path: Path) -> None:
+    """DeepSeek's first layer is dense; the others have experts, of which a token passes 2."""
+    folder = write_config(
+        tmp_path / "deep", "deepseek_v3", num_key_value_heads=4, n_routed_experts=16, n_group=4,
+        first_k_dense_replace=1, num_experts_per_tok=2, moe_intermediate_size=32,
+    )  # fmt: skip
+    shape = ModelShape.load(folder)
+    dense, *experts = shape.layer_parameters
+    expert = 3 * 64 * 32
+    assert len(set(experts)) == 1
+    router, ours = 16 * 64, 3 * 64 * 128
+    assert experts[0] - dense == 16 * expert + expert + router - ours, "one is shared"
+    passed = (ours + 3 * (3 * expert + router)) / 4
+    assert shape.intermediate == round(passed / (3 * 64))
+    stages = estimate_stages(Job(shape, 16, 1, 4, "1f1b"), Mesh(1, 4, 1), Hardware.load("h200"))
+    assert [stage.layers for stage in stages] == [1, 1, 1, 1]
+    assert stages[0].parameters == dense + 1000 * 64
+    assert stages[1].parameters == experts[0]
+
+
+def test_experts_that_a_token_passes(tmp_path: Path) -> None:
+    """Time is that of the top-k; memory that of all."""
+    shapes = [
+        ModelShape.load(write_config(tmp_path / str(number), "mixtral", num_local_experts=number))
+        for number in (2, 8)
+    ]
+    few, many = shapes
+    router = 6 * 64
+    assert many.layer_products - few.layer_products == router
+    assert many.layer_parameters[0] - few.layer_parameters[0] == 6 * 3 * 64 * 128 + router
+    one = ModelShape.load(
+        write_config(tmp_path / "one", "mixtral", num_local_experts=8, num_experts_per_tok=1)
+    )
+    assert many.layer_products - one.layer_products == 3 * 64 * 128
+
+
+@pytest.mark.parametrize("model", sorted(PUBLISHED))
+def test_published_names_are_what_transformers_counts(model: str) -> None:
+    """Published names are data: no transformers counts them, yet every size is the same."""
+    config = AutoConfig.for_model(**PUBLISHED[model])
+    assert ModelShape.load(model) == ModelShape.of_config(model, config)
+
+
+@pytest.mark.parametrize(
+    ("family", "expected"),
+    [("gemma2", (4, 256, True)), ("qwen3", (32, 128, False)), ("qwen2", (32, 8, False)),
+     ("llama", (4, 16, False))],
+)  # fmt: skip
+def test_keys_left_out_are_the_familys(
+    family: str, expected: tuple[int, int, bool], tmp_path: Path
+) -> None:
+    """Key-value heads, their size and tying, of a config.json without any of the three."""
+    heads = {"num_attention_heads": 32, "hidden_size": 256} if family == "qwen2" else {}
+    shape = ModelShape.load(write_config(tmp_path / family, family, **heads))
+    assert (shape.kv_heads, shape.head_size, shape.tied) == expected
+
+
+def test_the_trainer_cuts_what_was_planned(tmp_path: Path) -> None:
+    for family in ("mixtral", "qwen3_next"):
+        folder = write_config(tmp_path / family, family, num_hidden_layers=9)
+        config = load_config(folder)[0]
+        for stages in (1, 2, 3):
+            cut = [len(layers_of_stage(stage, stages, config)) for stage in range(stages)]
+            assert cut == ModelShape.load(folder).layer_counts(stages)
+
+
+def test_config_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_config(tmp_path / "there", "llama")
+    assert ModelShape.load(f"{folder}/config.json") == ModelShape.load(folder)
+    assert ModelShape.load(folder).name == "there"
+    for family, given, message in (
+        ("llama", {"vocab_size": None}, "has no vocab_size"),
+        ("gpt2", {}, r"GPT2LMHeadModel of there cannot be planned: .*'transformer\.wte\.weight'"),
+        ("phi", {}, r"PhiForCausalLM of there cannot be planned: .*model\.final_layernorm"),
+        ("bert", {"is_decoder": True}, "BertLMHeadModel of there cannot be planned"),
+        ("llava", {}, "of there cannot be planned|cannot be built|cannot be read"),
+        ("nothing", {}, "cannot be read: .*`nothing`"),
+        ("mixtral", {"num_experts_per_tok": "two"}, "cannot be read|cannot be planned"),
+    ):
+        write_config(tmp_path / "there", family, **given)
+        with pytest.raises(ValueError, match=message):
+            ModelShape.load(folder)
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"is no config\.json: give one"):
+        ModelShape.load(str(tmp_path / "other.json"))
+    monkeypatch.setitem(sys.modules, "transformers", None)  # as where it is not installed
+    monkeypatch.delitem(sys.modules, "launch.configs")
+    with pytest.raises(ValueError, match="transformers counts, and it is not installed"):
+        ModelShape.load(folder)
+    assert ModelShape.load("qwen3-8b").layers == 36
+
+
+def test_sizes_have_units() -> None:
     assert parse_bytes("--x", "64MiB") == 64 * MIB
     assert parse_bytes("--x", "1.5 GB") == 1.5e9
+    assert parse_bytes("--x", "1000B") == 1000
+    with pytest.raises(ValueError, match="--x 80 has no unit: give 80GB, 80MiB or 80B"):
+        parse_bytes("--x", "80")
 
 
 def test_command(tmp_path: Path) -> None:

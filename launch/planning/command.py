@@ -14,7 +14,7 @@ from launch.planning.meshes import MeshPlan, VocabOver, plan_meshes
 from launch.planning.shape import ModelShape
 from launch.planning.table import print_table, verdict
 
-_UNITS = {"": 1.0, "MB": 1e6, "GB": 1e9, "MIB": 2.0**20, "GIB": 2.0**30}
+_UNITS = {"B": 1.0, "MB": 1e6, "GB": 1e9, "MIB": 2.0**20, "GIB": 2.0**30}
 
 
 def run(
@@ -97,14 +97,17 @@ def _hardware(name: str | None, memory: float | None) -> Hardware:
 
 
 def parse_bytes(flag: str, text: str) -> float:
-    """Read 80GB, 64MiB or a number of bytes.
+    """Read 80GB, 64MiB or 1000B.
 
     Raises:
-        ValueError: anything else.
+        ValueError: anything else, and a number without a unit, which could mean GB or bytes.
     """
     found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?)\s*([A-Za-z]*)\s*", text)
+    if found is not None and not found[2]:
+        number = found[1]
+        raise ValueError(f"{flag} {text} has no unit: give {number}GB, {number}MiB or {number}B")
     if found is None or found[2].upper() not in _UNITS:
-        raise ValueError(f"{flag} {text!r} is no size: give 80GB or 64MiB, or bytes")
+        raise ValueError(f"{flag} {text!r} is no size: give 80GB, 64MiB or 1000B")
     return float(found[1]) * _UNITS[found[2].upper()]
 
 

@@ -181,9 +181,10 @@ def estimate_stage(
         waits: whether the stage waits while its vocab group communicates.
     """
     shape, tokens, layers = job.shape, job.tokens, counts[stage]
-    parameters = layers * shape.layer_parameters + vocabulary * shape.hidden
+    first = sum(counts[:stage])
+    parameters = sum(shape.layer_parameters[first : first + layers]) + vocabulary * shape.hidden
     if stage == len(counts) - 1:
-        parameters += shape.hidden  # the norm
+        parameters += shape.norm_parameters
     activations = waiting * layers * job.layer_bytes
     if job.recompute_layers:  # the layer that runs again
         activations += tokens * shape.activation_bytes(job.itemsize)

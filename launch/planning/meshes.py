@@ -95,7 +95,7 @@ def plan_meshes(
     """
     if gpus < 1:
         raise ValueError(f"--gpus must be at least 1, got {gpus}")
-    least = job.shape.layer_parameters * (2 * job.itemsize + job.state_bytes)
+    least = max(job.shape.layer_parameters) * (2 * job.itemsize + job.state_bytes)
     if gpu_memory < least:
         raise ValueError(
             f"--gpu-memory {gpu_memory / 1e9:.2f}GB is below one layer of {job.shape.name}, whose "
