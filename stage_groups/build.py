@@ -1,5 +1,6 @@
 """Create the process groups. The only place in the project that does."""
 
+import os
 from datetime import timedelta
 
 import torch
@@ -64,6 +65,7 @@ def build_stage_groups(
             f"{data * pipeline * vocab} ranks or change a degree"
         )
     device_type = device_type or _default_device_type()
+    _choose_device(device_type)
     timeout = timeout or _default_group_timeout(device_type)
     ranks = torch.arange(world).view(pipeline, data, vocab)
     # The timeout is given where a group is made: gloo's sends and receives keep that one, whatever
@@ -91,6 +93,15 @@ def build_host_group(timeout: timedelta | None = None) -> ProcessGroup:
 
 def _default_device_type() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _choose_device(device_type: str) -> None:
+    """Make torchrun's local rank this process's GPU where the program has not chosen one.
+
+    As `init_device_mesh` does, and a mesh of groups that are there does not.
+    """
+    if device_type == "cuda" and not torch.cuda.is_initialized() and "LOCAL_RANK" in os.environ:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
 
 
 def _default_group_timeout(device_type: str) -> timedelta | None:
