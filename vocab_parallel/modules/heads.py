@@ -105,12 +105,14 @@ class OutputWeight:
 
         Raises:
             ValueError: a DTensor that is not sharded over its rows alone, or a module that has
-                become more than its weight.
+                become more than its weight, or a weight of other rows than its module says.
         """
         weight, bias, adapters = self._parts()
         options = self.options
         if options is None and not isinstance(self.owner, Tensor):
             options = getattr(_unwrapped(self.owner), "options", None)
+            if options is None and not isinstance(weight, DTensor):
+                _check_rows(_unwrapped(self.owner), weight)
         if options is None and isinstance(weight, DTensor):
             options = _options_of_dtensor(weight)
         return Rows(
@@ -173,6 +175,19 @@ def _check_module(module: nn.Module) -> None:
             f"its weight (and output_bias) themselves if they are not, or say so by an attribute "
             f"logits_are_linear = True of the module"
         )
+
+
+def _check_rows(module: Any, weight: Tensor) -> None:
+    """Raise ValueError where a plain weight has not the rows that its module says it has."""
+    module = module.base_layer if _is_lora(module) else module
+    for name in ("out_features", "num_embeddings"):
+        rows = getattr(module, name, None)
+        if isinstance(rows, int) and rows != weight.shape[0]:
+            raise ValueError(
+                f"output_weight is a {type(module).__name__} of {name}={rows} whose weight has "
+                f"{weight.shape[0]} rows here: it would be taken for the whole vocabulary. Pass "
+                f"vocab_parallel_options that say which rows these are, and their group"
+            )
 
 
 def _has_foreign_hooks(module: nn.Module) -> bool:

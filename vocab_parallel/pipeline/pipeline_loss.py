@@ -19,6 +19,12 @@ _RESULTS = ("return_lse", "return_heads", "return_entropy")  # a schedule takes 
 _OF_A_CALL = ("e", "c", "targets", "bias", "document_ids", "num_valid_tokens", "validate")
 _NOT_OPTIONS = (*_OF_A_CALL, *_RESULTS)
 
+_DIVIDED_TWICE = (
+    "num_valid_tokens already divides by the tokens of the whole step, but the "
+    "schedule was built with scale_grads=True and divides by the number of "
+    "microbatches again: build it with scale_grads=False"
+)
+
 
 class CCEPipelineLoss(ScheduledLoss):
     """``loss_fn`` of a pipeline schedule: the linear cross-entropy of the last stage's output.
@@ -82,7 +88,7 @@ class CCEPipelineLoss(ScheduledLoss):
             )
         self.reduction = reduction
         self.accumulate_into = loss_options.get("accumulate_into")
-        self.num_valid_tokens: int | Tensor | None = None
+        self._num_valid_tokens: int | Tensor | None = None
         self._metric_sums: Tensor | None = None  # (3,), of the microbatches so far
         self._metrics_dtype = torch.float32
         options: dict[str, Any] = {
@@ -121,13 +127,10 @@ class CCEPipelineLoss(ScheduledLoss):
         """
         divisor = self.num_valid_tokens if num_valid_tokens is None else num_valid_tokens
         if divisor is not None and self.scaled_by_schedule:
-            raise ValueError(
-                "num_valid_tokens already divides by the tokens of the whole step, but the "
-                "schedule was built with scale_grads=True and divides by the number of "
-                "microbatches again: build it with scale_grads=False"
-            )
+            raise ValueError(_DIVIDED_TWICE)
         self.warn_of_kept_outputs()
         rows = self.output_weight.read()
+        self._check_rows_are_a_shard(rows)
         e, c = _operands(rows, hidden_states)
         several = self.settings.num_heads is not None
         labels, document_ids = _labels_and_documents(labels, hidden_states, several)
@@ -148,6 +151,28 @@ class CCEPipelineLoss(ScheduledLoss):
         if not self.infers_shapes():
             self.add_metrics(metrics)
         return self.finished(loss)
+
+    @property
+    def num_valid_tokens(self) -> int | Tensor | None:
+        """See above."""
+        return self._num_valid_tokens
+
+    @num_valid_tokens.setter
+    def num_valid_tokens(self, count: int | Tensor | None) -> None:
+        if count is not None and self.scaled_by_schedule:
+            raise ValueError(_DIVIDED_TWICE)
+        self._num_valid_tokens = count
+
+    def _check_rows_are_a_shard(self, rows: Rows) -> None:
+        """Refuse rows that were a shard when the loss was made, and are whole now."""
+        gathers = self.settings.hidden_layout != "replicated"
+        if gathers and rows.options is None and self._was_sharded:
+            raise ValueError(
+                f'hidden_layout="{self.settings.hidden_layout}" says that the ranks share the rows '
+                f"of the classifier, but its DTensor weight is whole when the loss is called, as "
+                f"FSDP2 gathers it: each rank would return the loss of its own tokens alone. "
+                f"Leave hidden_layout out, or shard the rows by VocabParallelClassifier"
+            )
 
     def metrics(self) -> LossMetrics:
         """Return the metrics of all microbatches since it was last called: of a step, at its end.

@@ -4,6 +4,7 @@ import warnings
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from vocab_parallel.modules.heads import OutputWeight
 from vocab_parallel.sharded.backward import keep_graph, loses_nodes
@@ -33,6 +34,7 @@ class ScheduledLoss:
         self._stage: Any = None
         self._validated = False
         self._keeps_graph = loses_nodes()
+        self._was_sharded = self._is_sharded()
 
     def bind(self, last_stage: Any, *, scale_grads: bool, microbatches_in_flight: int) -> None:
         """Tell the loss in which schedule it is; `validate_pipeline_loss` does.
@@ -45,9 +47,14 @@ class ScheduledLoss:
                 which ``backward="auto"`` counts on.
         """
         self._last_stage = self._stage = last_stage
+        self._was_sharded = self._was_sharded or self._is_sharded()
         self.scaled_by_schedule = scale_grads
         if self._options["impl"] in ("auto", "chunked"):
             self._options.setdefault("microbatches_in_flight", microbatches_in_flight)
+
+    def _is_sharded(self) -> bool:
+        """Tell whether the rows are a DTensor's now: FSDP2 gathers such before a stage runs."""
+        return any(isinstance(tensor, DTensor) for tensor in self.output_weight.tensors)
 
     def infers_shapes(self) -> bool:
         """Tell whether a call of a schedule is none of a microbatch, but infers shapes.

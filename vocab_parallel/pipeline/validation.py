@@ -1,8 +1,10 @@
 """What cannot be right between a schedule, its stages and the loss, said on every rank."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -11,7 +13,9 @@ from vocab_parallel.pipeline.problems import problem_of_loss, problem_of_stages
 from vocab_parallel.pipeline.scheduled_loss import ScheduledLoss
 
 
-def validate_pipeline_loss(schedule: Any, loss: Any) -> None:
+def validate_pipeline_loss(
+    schedule: Any, loss: Any, *, optimizer: torch.optim.Optimizer | None = None
+) -> None:
     """Refuse a schedule and a loss that would train wrongly together, or hang.
 
     Call it on every rank of the world after building the schedule, with whatever was given to the
@@ -21,6 +25,11 @@ def validate_pipeline_loss(schedule: Any, loss: Any) -> None:
     classifier), give the `CCEPipelineLoss` here, once for each. A `LogprobsPipelineLoss` is checked
     likewise, but for its function's scale, which nobody knows. It also tells the loss how many
     microbatches the schedule has in flight on the last stage, for its choice of ``backward``.
+
+    Args:
+        schedule: of torch.distributed.pipelining, or a `SpanningSchedule`.
+        loss: what the schedule was given as ``loss_fn``, see above.
+        optimizer: of this rank's parameters, to be checked too; built after the rows were sharded.
 
     Raises:
         ValueError: on every rank, where on some rank
@@ -34,6 +43,9 @@ def validate_pipeline_loss(schedule: Any, loss: Any) -> None:
             the loss is a sum, or was given a divisor, and ``scale_grads=True`` divides it again;
             the loss accumulates the classifier's gradient by itself, and the schedule scales it
                 or splits the backward;
+            the schedule has no ``loss_fn`` on some rank (`no_loss` is one), which hangs its steps;
+            the optimizer lacks a parameter of this rank's stages that requires a gradient, as one
+                that was built before the rows were sharded does, or has one twice, or another;
             the loss is compiled, or a stage is wrapped by DDP or FSDP, under a schedule that
                 splits the backward;
             the vocab group has a rank that does not run the last stage, and would never come,
@@ -51,6 +63,7 @@ def validate_pipeline_loss(schedule: Any, loss: Any) -> None:
             if other
             else None
         )
+        text = text or _problem_of_optimizer(optimizer, schedule._stages)
         _agree_over_world(text, True, [])
         return
     if isinstance(schedule, schedules.PipelineScheduleSingle):
@@ -69,7 +82,9 @@ def validate_pipeline_loss(schedule: Any, loss: Any) -> None:
         | schedules.ScheduleDualPipeV,
     )
     last = next((stage for stage in stages if stage.is_last), None)
-    problem = problem_of_stages(stages, schedule.scale_grads, splits)
+    problem = _problem_of_loss_fn(schedule)
+    problem = problem or problem_of_stages(stages, schedule.scale_grads, splits)
+    problem = problem or _problem_of_optimizer(optimizer, stages)
     members: list[int] = []
     if problem is None and last is not None:
         problem = problem_of_loss(loss, schedule.scale_grads, splits)
@@ -88,6 +103,49 @@ def validate_pipeline_loss(schedule: Any, loss: Any) -> None:
             fills = isinstance(schedule, schedules.ScheduleGPipe)
             in_flight = schedule._n_microbatches if fills else 1
         loss.bind(last, scale_grads=schedule.scale_grads, microbatches_in_flight=in_flight)
+
+
+def _problem_of_loss_fn(schedule: Any) -> str | None:
+    if schedule._loss_fn is not None:
+        return None
+    return (
+        "the schedule has loss_fn=None, and whichever rank has none waits for a step that the "
+        "others never end: give it no_loss on the ranks without the last stage"
+    )
+
+
+def _problem_of_optimizer(optimizer: Any, stages: Sequence[Any]) -> str | None:
+    """Say which parameter an optimizer lacks, has twice or should not have, or None."""
+    if optimizer is None:
+        return None
+    held = Counter(id(each) for group in optimizer.param_groups for each in group["params"])
+    own = {
+        id(parameter): f"{name} of stage {stage.stage_index}"
+        for stage in stages
+        for name, parameter in stage.submod.named_parameters()
+    }
+    trained = {
+        id(parameter)
+        for stage in stages
+        for parameter in stage.submod.parameters()
+        if parameter.requires_grad
+    }
+    twice = [own.get(key, "a foreign parameter") for key, count in held.items() if count > 1]
+    missing = [own[key] for key in own if key in trained and key not in held]
+    if twice:
+        return f"the optimizer has {twice[0]} twice, and would step it twice: name each once"
+    if missing:
+        return (
+            f"the optimizer lacks {missing[0]}, which would never change: build it after the rows "
+            f"are sharded, of all parameters of this rank's stages"
+        )
+    if len(held.keys() - own.keys()):
+        return (
+            f"the optimizer has {len(held.keys() - own.keys())} parameters of none of this rank's "
+            f"stages, such as the classifier before its rows were sharded: build it after that, "
+            f"of the stages' parameters alone"
+        )
+    return None
 
 
 def _problem_of_weight(tensors: Sequence[Tensor], module: nn.Module) -> str | None:
