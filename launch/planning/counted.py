@@ -98,6 +98,6 @@ def _part_passed(name: str, layer: nn.Module, key: str, config: Any) -> float:
             f"num_experts_per_tok"
         )
     module = layer.get_submodule(f"{before}.experts")
-    listed = isinstance(module, nn.ModuleList)
-    number = len(module) if listed else layer.get_parameter(key).shape[0]
+    stacked = layer.get_parameter(key).shape
+    number = len(module) if isinstance(module, nn.ModuleList) else stacked[0]
     return min(1.0, each_token / number)

@@ -77,13 +77,21 @@ class ModelShape:
             ValueError: one that cannot be built or counted.
         """
         model: Any = model_of(name, config)
-        heads = getattr(config, "num_attention_heads", None)
+        try:
+            heads = getattr(config, "num_attention_heads", None)
+            kv_heads = getattr(config, "num_key_value_heads", None)
+            head_size = getattr(config, "qk_head_dim", None) or getattr(config, "head_dim", None)
+        except Exception as error:  # transformers' own, where these are of each layer
+            raise ValueError(f"{name} cannot be planned: {error}") from error
         if not isinstance(heads, int):
             raise ValueError(f"{name} cannot be planned: it has no num_attention_heads")
         parameters = {key: parameter.shape for key, parameter in model.named_parameters()}
         vocabulary, hidden = model.model.embed_tokens.weight.shape
+        if parameters.get("lm_head.weight", (vocabulary, hidden)) != (vocabulary, hidden):
+            raise ValueError(
+                f"{name} cannot be planned: its embedding and classifier differ in shape"
+            )
         layers = [count_layer(name, layer, config) for layer in model.model.layers]
-        head_size = getattr(config, "qk_head_dim", None) or getattr(config, "head_dim", None)
         others = sum(layer.others for layer in layers) / len(layers)
         return cls(
             name=name,
@@ -91,7 +99,7 @@ class ModelShape:
             hidden=hidden,
             intermediate=round(others / (3 * hidden)),
             heads=heads,
-            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            kv_heads=kv_heads or heads,
             head_size=head_size or hidden // heads,
             tied="lm_head.weight" not in parameters,
             qk_norm=any(".q_norm." in key for key in parameters),
