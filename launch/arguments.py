@@ -276,7 +276,7 @@ class TrainArguments(DataArguments):
         """See `DataArguments.validate_paths`; the model's folder and --export too."""
         super().validate_paths()
         if self.eval_text is not None:
-            find_source(self.eval_text)
+            find_source(self.eval_text, "--eval-text")
         if self.tracker is not None and not _is_installed(self.tracker):
             raise ValueError(
                 f"--tracker {self.tracker} needs the package {self.tracker}: pip install "

@@ -8,6 +8,8 @@ A checkpoint is a folder ``step-000123``:
     history.json        its losses so far
     SHA256SUMS          of all of these
 
+Beside them a file ``lock`` is held by the run that uses the folder (`launch/folder_lock.py`).
+
 It is written as ``step-000123.partial`` and renamed when every rank is done and all of it is on the
 disk: a save that is killed leaves a partial folder, which nobody reads and the next save of that
 step replaces.
@@ -19,7 +21,7 @@ import shutil
 import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
@@ -34,10 +36,11 @@ from launch.checksums import write_synced as write
 from launch.command import raised_on_all
 from launch.data.batches import Batches
 from launch.disk import as_values, try_to_write
+from launch.folder_lock import lock_folder
 from launch.model import CLASSIFIER, EMBEDDING, vocabulary_rows
 from launch.optimizer import AdamW
 from launch.run_identity import StepsDigest, run_identity
-from launch.tensor_files import CheckedReader, CheckedWriter
+from launch.tensor_files import TENSORS, CheckedReader, CheckedWriter
 from launch.training_pipeline import Pipeline
 from vocab_parallel import rows_for_checkpoint
 
@@ -103,6 +106,7 @@ class Checkpoints:
         self._digest = StepsDigest(batches)
         self._run = uuid.uuid4().hex  # rank 0's counts; a resumed run keeps its own
         self._saving: _Saving | None = None
+        self._lock: IO[str] | None = None
 
     def save(self, losses: list[float], seconds: list[float]) -> None:
         """Begin to save; training may go on when it returns. All ranks call it.
@@ -162,16 +166,17 @@ class Checkpoints:
         All ranks call it.
 
         Raises:
-            UserError: the folder has finished checkpoints, or cannot be written to.
+            UserError: the folder has finished checkpoints, cannot be written to, or is another
+                run's at this time.
         """
         with raised_on_all():
+            self._open_folder()
             complete = complete_checkpoints(self._folder)
             if complete:
                 raise ValueError(
                     f"--checkpoint {self._folder} has the checkpoint {complete[-1].name} of a run "
                     f"before this one: go on from it with --resume, or give another folder"
                 )
-            try_to_write(self._folder, "--checkpoint")
         return History()
 
     def resume(self) -> History:
@@ -181,10 +186,11 @@ class Checkpoints:
         of its files; nothing in it is executed.
 
         Raises:
-            UserError: it is damaged, or of another model, seed or text; nothing was loaded.
+            UserError: it is damaged, or of another model, seed or text, or another run has the
+                folder at this time; nothing was loaded.
         """
         with raised_on_all():
-            try_to_write(self._folder, "--checkpoint")
+            self._open_folder()
             complete = complete_checkpoints(self._folder)
         newest = self._agree_on(complete[-1].name if complete else None)
         if newest is None:
@@ -193,6 +199,9 @@ class Checkpoints:
         sums: dict[str, str] = {}
         with raised_on_all(), as_values(f"{newest} cannot be read", other):
             sums = read_sums(newest)
+            unsaid = sorted({_RUN, _HISTORY, TENSORS} - sums.keys())
+            if unsaid:
+                raise ValueError(f"{newest / SUMS} is damaged: it has no checksum of {unsaid[0]}")
             verify_share(newest, sums, dist.get_rank(), dist.get_world_size())
         with raised_on_all(), as_values(f"{newest} cannot be read"):
             history = self._read_run(newest)
@@ -202,6 +211,13 @@ class Checkpoints:
             dcp.load(self._state(), storage_reader=reader, process_group=self._group)
         self._optimizer.round_copies()
         return history
+
+    def _open_folder(self) -> None:
+        """See that the folder takes files, and on rank 0 that no other run uses it."""
+        try_to_write(self._folder, "--checkpoint")
+        if dist.get_rank() == 0:
+            with as_values(f"--checkpoint {self._folder} cannot be written to"):
+                self._lock = lock_folder(self._folder, "--checkpoint")
 
     def _agree_on(self, name: str | None) -> Path | None:
         """Return the checkpoint that rank 0 sees.

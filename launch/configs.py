@@ -1,6 +1,7 @@
 """Which model: a published configuration, a Hugging Face folder, or sizes from the command line."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +62,45 @@ def load_config(model: str) -> tuple[PretrainedConfig, Path | None]:
     for name in ("vocab_size", "hidden_size", "num_hidden_layers"):
         if not any(isinstance(raw.get(one), int) for one in (name, names.get(name))):
             raise ValueError(f"{path} has no {name}: give a causal language model's config.json")
+        value = next(raw[one] for one in (name, names.get(name)) if isinstance(raw.get(one), int))
+        if value < 1:
+            raise ValueError(f"{path} has {name} = {value}: it must be at least 1")
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises what its classes make of the values
         words = str(error).strip().partition("\n")[0]
         raise ValueError(f"{path} cannot be read: {words}") from error
     return config, folder
+
+
+def known_positions(config: PretrainedConfig) -> int | None:
+    """Return up to how many positions a model knows, or None where its configuration is silent.
+
+    What rotary positions are scaled by counts.
+    """
+    known = getattr(config, "max_position_embeddings", None)
+    if not isinstance(known, int):
+        return None
+    rope = getattr(config, "rope_parameters", None) or {}
+    scaled = [  # families with several types of layers have one such part for each
+        part["factor"] * (part.get("original_max_position_embeddings") or known)
+        for part in (rope, *(each for each in rope.values() if isinstance(each, dict)))
+        if isinstance(part.get("factor"), int | float)
+    ]
+    return int(max(known, *scaled)) if scaled else known
+
+
+def say_beyond_positions(config: PretrainedConfig, longest: int) -> None:
+    """Warn where sequences are longer than what a model knows; one rank calls it."""
+    known = known_positions(config)
+    if known is not None and longest > known:
+        print(
+            f"UNKNOWN POSITIONS: documents of {longest} tokens, but by its configuration "
+            f"(max_position_embeddings) the model knows {known} positions; give --sequence "
+            f"{known}, or raise the number in config.json where it is to learn more",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _refuse_foreign_code(raw: dict[str, Any], path: Path) -> None:

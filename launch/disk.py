@@ -31,7 +31,13 @@ def as_values(what: str, remedy: str = "") -> Iterator[None]:
         raise ValueError(f"{what}: {_first_line(cause)}") from error
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{what}: {_first_line(error)}") from error
-    except (KeyError, TypeError, AttributeError, RecursionError) as error:  # unlike JSON
+    except (
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+        OverflowError,
+    ) as error:  # unlike JSON
         raise ValueError(f"{what}: {error!r}") from error
     except ValueError as error:
         raise ValueError(f"{error}{remedy}") from error

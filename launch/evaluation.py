@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from launch.arguments import EvaluateArguments, TrainArguments
 from launch.command import raised_on_all
+from launch.configs import say_beyond_positions
 from launch.data.load import load_batches
 from launch.last_words import record
 from launch.model import build_stage
@@ -54,6 +55,7 @@ def evaluate(arguments: EvaluateArguments, device: torch.device) -> TokenScores:
             refuse_to_look_across([stage])
     if dist.get_rank() == 0:
         say_random(arguments.model, source)
+        say_beyond_positions(config, batches.longest)
     stage.eval()
     head, total = stage.lm_head, None
     for batch in tqdm(batches, desc="scoring", disable=dist.get_rank() != 0):

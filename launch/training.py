@@ -13,6 +13,7 @@ from launch.arguments import TrainArguments
 from launch.check import compare_with_one_process
 from launch.checkpoint import Checkpoints
 from launch.command import raised_on_all
+from launch.configs import say_beyond_positions
 from launch.data.batches import Batch, Batches
 from launch.data.load import load_batches
 from launch.disk import try_to_write
@@ -92,9 +93,11 @@ def run(arguments: TrainArguments, device: torch.device) -> bool:
                 sequence=arguments.sequence,
                 vocabulary=config.vocab_size,
                 model=arguments.model,
+                option="--eval-text",
             )
     if dist.get_rank() == 0:
         say_random(arguments.model, source)
+        say_beyond_positions(config, batches.longest)
     with raised_on_all():
         pipeline = build_pipeline(arguments, config, source, groups, device)
     with raised_on_all():

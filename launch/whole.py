@@ -16,13 +16,20 @@ def model_without_memory(config: PretrainedConfig, dtype: torch.dtype) -> Any:
     Parameters and buffers that the family keeps in float32 are so in every dtype.
 
     Raises:
-        ValueError: a model of other parts.
+        ValueError: a model of other parts, or values that no model can be built of.
     """
-    with torch.device("meta"):
-        # A copy, since building writes the dtype into the configuration.
-        whole = AutoModelForCausalLM.from_config(
-            copy.deepcopy(config), dtype=dtype, trust_remote_code=False
-        )
+    try:
+        with torch.device("meta"):
+            # A copy, since building writes the dtype into the configuration.
+            whole = AutoModelForCausalLM.from_config(
+                copy.deepcopy(config), dtype=dtype, trust_remote_code=False
+            )
+    except Exception as error:  # transformers raises what its classes make of the values
+        words = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"no {config.model_type} can be built of its configuration: {type(error).__name__}: "
+            f"{words}; look for a value in config.json that is not right"
+        ) from error
     inner = getattr(whole, "model", None)
     if not all(hasattr(inner, part) for part in PARTS):
         raise ValueError(_of_other_parts(whole))

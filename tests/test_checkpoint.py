@@ -136,7 +136,7 @@ def test_resume_on_another_mesh(
         first, tmp_path / "whole", *SIZES, "--steps", "4", "--checkpoint", folder,
         "--checkpoint-every", "2",
     )  # fmt: skip
-    assert sorted(os.listdir(folder)) == ["step-000002", "step-000004"]
+    assert sorted(os.listdir(folder)) == ["lock", "step-000002", "step-000004"]
     (Path(folder) / "step-000004").rename(Path(folder) / "step-000004.bak")  # a user's own copy
     (Path(folder) / "step-notes").write_text("the loss looked odd here")
     # What a kill left of an older one, which the next save finds.
@@ -149,7 +149,7 @@ def test_resume_on_another_mesh(
     assert rest["first_step"] == 2
     assert rest["losses"] == pytest.approx(whole["losses"], rel=1e-5)
     assert rest["losses"][:2] == whole["losses"][:2]
-    there = ["step-000002", "step-000004", "step-000004.bak", "step-notes"]
+    there = ["lock", "step-000002", "step-000004", "step-000004.bak", "step-notes"]
     assert sorted(os.listdir(folder)) == there
 
     # No step is left: what is saved is exported, as it is, in the dtype asked for.
@@ -263,6 +263,8 @@ def test_hostile_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     )
     code = {"auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}}
 
+    bad_rope = {"rope_scaling": {"rope_type": "linear", "factor": "x"}, "rope_parameters": None}
+
     def refused(match: str) -> None:
         with pytest.raises(ValueError, match=match):
             model_of(TrainArguments(model=str(folder)))
@@ -272,6 +274,11 @@ def test_hostile_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         (json.dumps(own | {"attn_implementation": "evil/kernel"}), "asks for code from elsewhere"),
         (json.dumps(own | {"x": {"_attn_implementation": "evil/a:b"}}), "code from elsewhere"),
         (json.dumps(own | {"hidden_act": 3, "layer_types": 5}), "config.json cannot be read"),
+        (json.dumps(own | {"hidden_size": -1}), "has hidden_size = -1: it must be at least 1"),
+        (json.dumps(own | {"hidden_size": 0}), "has hidden_size = 0: it must be at least 1"),
+        (json.dumps(own | {"hidden_act": "nope"}), "no qwen3 can be built .*KeyError: 'nope'"),
+        (json.dumps(own | bad_rope), "no qwen3 can be built .*: TypeError: .*'str'"),
+        (json.dumps(own | {"head_dim": -4}), "no qwen3 can be built .* negative dimension"),
         ("[1]", "is no configuration"),
         ("[" * 10**5, "is not JSON"),
     ):

@@ -10,6 +10,8 @@ import pickle
 import random
 import resource
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,7 +28,7 @@ from launch.command import UserError
 from launch.data.batches import Batches
 from launch.optimizer import AdamW
 from stage_groups import build_host_group
-from tests.ranks import run_ranks
+from tests.ranks import ROOT, run_ranks
 from vocab_parallel import VocabParallelClassifier
 
 CONFIG = SimpleNamespace(model_type="toy", vocab_size=11, hidden_size=3)
@@ -247,6 +249,8 @@ def check_everything_else(folder: str) -> None:
     check_hostile_metadata(f"{folder}/metadata")
     check_other_runs(f"{folder}/others")
     check_disks(f"{folder}/disks")
+    check_two_runs(f"{folder}/two")
+    check_sums_without_a_line(f"{folder}/sums")
 
 
 def check_other_runs(folder: str) -> None:
@@ -282,7 +286,7 @@ def check_other_runs(folder: str) -> None:
         second.save()
     second.checkpoints.finish()
     assert sorted(os.listdir(kept)) == [
-        "step-000001", "step-000001.bak", "step-000003.replaced-1", "step-000004",
+        "lock", "step-000001", "step-000001.bak", "step-000003.replaced-1", "step-000004",
         "step-000004.replaced-1", "step-000005",
     ]  # fmt: skip
     assert (kept / "step-000003.replaced-1" / "notes").read_text() == "mine"
@@ -307,7 +311,7 @@ def check_disks(folder: str) -> None:
         run.checkpoints.finish()
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     dist.barrier()
-    assert os.listdir(kept) == ["step-000001"]  # the partial one is gone
+    assert sorted(os.listdir(kept)) == ["lock", "step-000001"]  # the partial one is gone
     dist.barrier()
     run.save()
     run.checkpoints.finish()
@@ -316,6 +320,55 @@ def check_disks(folder: str) -> None:
     for call in (Run(nowhere, ids).checkpoints.begin, Run(nowhere, ids).checkpoints.resume):
         with pytest.raises(UserError, match=r"cannot be written to: .*Not a directory"):
             call()
+
+
+def check_two_runs(folder: str) -> None:
+    """A folder is one run's at a time, until the process that has it ends, however it does."""
+    kept, ids = Path(folder), torch.arange(STEPS * 6).view(STEPS, 2, 3)
+    holder: subprocess.Popen[str] | None = None
+    if dist.get_rank() == 0:
+        kept.mkdir()
+        hold = (
+            "import sys, pathlib; from launch.folder_lock import lock_folder\n"
+            "held = lock_folder(pathlib.Path(sys.argv[1]), '--checkpoint')\n"
+            "print('held', flush=True); sys.stdin.read()"
+        )
+        holder = subprocess.Popen(
+            [sys.executable, "-c", hold, folder],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
+        )  # fmt: skip
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+    dist.barrier()
+    for call in (Run(kept, ids).checkpoints.begin, Run(kept, ids).checkpoints.resume):
+        with pytest.raises(UserError, match=r"is in use by another run, process \d+ on .*: wait"):
+            call()
+    if holder is not None:
+        holder.kill()
+        holder.communicate()
+    dist.barrier()
+    assert Run(kept, ids).checkpoints.begin().step == 0
+
+
+def check_sums_without_a_line(folder: str) -> None:
+    """What SHA256SUMS does not name was not compared; numbers that no float is are no history."""
+    kept, ids = Path(folder), torch.arange(STEPS * 6).view(STEPS, 2, 3)
+    run = Run(kept, ids)
+    run.checkpoints.begin()
+    run.step()
+    run.save()
+    run.checkpoints.finish()
+    newest = kept / "step-000001"
+    sums = newest / SUMS
+    text = sums.read_text() if dist.get_rank() == 0 else ""
+    for name in ("run.json", "history.json", "tensors.json"):
+        lines = [line for line in text.splitlines() if not line.endswith(f"  {name}")]
+        once(lambda lines=lines: sums.write_text("".join(f"{line}\n" for line in lines)))
+        assert_refused(Run(kept, ids), rf"SHA256SUMS is damaged: it has no checksum of {name}")
+    once(lambda: sums.write_text(text))
+    history = b'{"losses": [1' + b"0" * 400 + b'], "seconds": [1.0]}'
+    once(lambda: rewrite(newest, "history.json", history))
+    assert_refused(Run(kept, ids), r"step-000001 cannot be read: OverflowError")
 
 
 def test_malice_other_runs_and_disks(tmp_path: Path) -> None:

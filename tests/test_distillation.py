@@ -549,6 +549,69 @@ def test_masked_rows(name: str, k: int | None) -> None:
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("masked", ["all but the k", "the k", "all but the k, of both"])
+def test_masked_rows_of_a_top_k(name: str, dtype: torch.dtype, masked: str) -> None:
+    """What the student's mask leaves to one side of a top-k alone is compared as what it is."""
+    e, c, teacher_e, teacher_c = operands(dtype)
+    bias = torch.zeros(40, dtype=dtype)
+    bias[slice(4) if masked == "the k" else slice(4, None)] = -torch.inf
+    own = bias if masked.endswith("of both") else torch.zeros_like(bias)
+    log_q = torch.log_softmax(teacher_e @ teacher_c.T + own, -1)[:, :4].contiguous()
+    ids = torch.arange(4).expand(24, 4)
+    # The outcomes are five: the k, and the rest.
+    wide = (e.detach().double().requires_grad_(), c.detach().double().requires_grad_())
+    log_p = torch.log_softmax(wide[0] @ wide[1].T + bias, -1)
+    rest = torch.zeros(24, 1) if masked != "the k" else log_p[:, 4:].exp().sum(-1, keepdim=True)
+    p = torch.cat([log_p[:, :4].exp(), rest.double()], -1)
+    q = log_q.double().exp()
+    left = (1.0 - q.sum(-1, keepdim=True)) * (not masked.endswith("of both"))
+    q = torch.cat([q, left], -1)
+    m = 0.5 * q + 0.5 * p
+
+    def kl(one: Tensor, two: Tensor) -> Tensor:
+        there = one > 0
+        return (one * (one.where(there, 1.0).log() - two.where(there, 1.0).log())).sum(-1).mean()
+
+    wanted = {
+        "forward_kl": lambda: kl(q, p),
+        "reverse_kl": lambda: kl(p, q),
+        "js": lambda: 0.5 * kl(q, m) + 0.5 * kl(p, m),
+    }[name]()
+    loss = linear_distillation_from_top_k(e, c, ids, log_q, bias, divergence=name)
+    if name == "forward_kl" and not masked.endswith("of both"):
+        assert wanted == loss == torch.inf
+        return
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-4
+    assert 0.0 < wanted.item() < torch.inf
+    assert relative_error(loss, wanted) < tolerance
+    for one, other in zip(
+        torch.autograd.grad(loss, (e, c)), torch.autograd.grad(wanted, wide), strict=True
+    ):
+        assert relative_error(one, other, GRAD_FLOOR) < tolerance
+
+
+@pytest.mark.parametrize("k", [None, 5])
+@pytest.mark.parametrize("ignore_index", [0, 7, -100])
+def test_without_targets_none_is_ignored(k: int | None, ignore_index: int) -> None:
+    """Whatever label would be ignored: there are none."""
+    e, c, teacher_e, teacher_c = operands(torch.float64)
+    log_q = torch.log_softmax(teacher_e @ teacher_c.T, -1)
+    options: dict[str, Any] = {"ignore_index": ignore_index}
+    if k is None:
+        loss = linear_distillation(e, c, teacher_e, teacher_c, **options)
+        wanted = distillation_oracle(e, c, log_q)
+    else:
+        given, ids = log_q.topk(k)
+        loss = linear_distillation_from_top_k(e, c, ids, given, **options)
+        wanted = distillation_oracle(e, c, given, ids=ids)
+    assert relative_error(loss, wanted) < 1e-12
+    found, exact = (torch.autograd.grad(each, (e, c)) for each in (loss, wanted))
+    for one, other in zip(found, exact, strict=True):
+        assert relative_error(one, other) < 1e-12
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
 @pytest.mark.parametrize("k", [None, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_memory_is_that_of_a_tile(name: str, k: int | None, dtype: torch.dtype) -> None:

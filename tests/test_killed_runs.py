@@ -130,7 +130,7 @@ def test_killed_saves(mesh: tuple[int, int], kills: int, tmp_path: Path) -> None
     print(f"{kills} kills, {in_saves} of them while a save was under way")
     assert in_saves > 0
     names = [f"step-{step:06d}" for step in (steps - 1, steps)]
-    assert sorted(os.listdir(checkpoints)) == names
+    assert sorted(os.listdir(checkpoints)) == ["lock", *names]
 
     command = arguments_of(mesh, tmp_path, steps, "--out", str(tmp_path / "whole"))
     with started(mesh[0] * mesh[1], command, output) as process:
@@ -238,7 +238,7 @@ def test_a_full_disk_and_one_that_takes_nothing(tmp_path: Path) -> None:
         assert "cannot be saved: [Errno 28] No space left on device" in output.read_text()
         assert output.read_text().count("Traceback") == 1, "torchrun's own"
         assert checked() == ["step-000001", "step-000002"]
-        assert sorted(os.listdir(disk)) == checked(), "nothing is left of the third"
+        assert sorted(os.listdir(disk)) == ["lock", *checked()], "nothing is left of the third"
 
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
         assert run("nothing", 6, *saving, "--resume") != 0

@@ -1,5 +1,8 @@
 """token_logprobs, predict and count_valid_tokens on real ranks against whole logits."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -104,9 +107,39 @@ def check_relatives(degree: int) -> None:
             assert not found.scores.requires_grad
             lse = own_part(torch.logsumexp(logits.detach(), -1), layout, -1)
             assert relative_error(found.lse, lse) < 1e-12
+        check_masked_predictions(e, c, layout, options)
         for k in (0, total):
             with pytest.raises(ValueError, match=r"k must be an integer in \[1, 10\]"):
                 predict(own_part(e, layout, -2), c[start:stop], bias[start:stop], k=k, **known)
+        unknown = SimpleNamespace(
+            start=start, stop=stop, group=options.group, reduce_e_grad=True, vocab_size=None
+        )
+        with pytest.raises(ValueError, match=rf"k must be an integer in \[1, {total}\]"):
+            predict(
+                own_part(e, layout, -2), c[start:stop], k=total + 1,
+                vocab_parallel_options=unknown, hidden_layout=layout,
+            )  # fmt: skip
+
+
+def check_masked_predictions(e: Tensor, c: Tensor, layout: str, options: Any) -> None:
+    """Beside tokens that are masked k ids are k tokens, on ranks with nothing but these too."""
+    rows, vocabulary = slice(options.start, options.stop), options.vocab_size
+    for kept in ([3], [0, 7, 9], []):
+        bias = torch.full((c.shape[0],), -torch.inf, dtype=torch.float64)
+        bias[kept] = 0.5
+        logits = own_part(e, layout, -2) @ c[:vocabulary].T + bias[:vocabulary]
+        for k, budget in ((1, None), (4, 96), (vocabulary, 96)):
+            found = predict(
+                own_part(e, layout, -2), c[rows], bias[rows], k=k, memory_budget=budget,
+                vocab_parallel_options=options, hidden_layout=layout,
+            )  # fmt: skip
+            wanted = logits.topk(k).values
+            assert torch.allclose(found.scores, wanted, rtol=1e-12, atol=0.0)
+            ids = found.ids.sort(-1).values
+            assert bool((ids[..., 1:] > ids[..., :-1]).all()), (layout, kept, k)
+            assert int(ids.min()) >= 0, (layout, kept, k)
+            assert int(ids.max()) < vocabulary, (layout, kept, k)
+            assert torch.equal(logits.gather(-1, found.ids), wanted)
 
 
 def check_a_rank_that_is_masked(impls: list[str]) -> None:

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer
 
 from launch.arguments import DataArguments, EvaluateArguments, TrainArguments
-from launch.configs import load_config
+from launch.configs import known_positions, load_config, say_beyond_positions
 from launch.data.batches import IGNORED, Batches
 from launch.data.load import load_batches
 from launch.data.tokenizers import QwenTokenizer, save_tokenizer
@@ -264,6 +264,10 @@ def test_ids(tmp_path: Path) -> None:
         np.save(path, wrong)
         with pytest.raises(ValueError, match=match):
             load(path, None, steps=3, sequence=20, vocabulary=50)
+    with path.open("wb") as opened:
+        np.savez(opened, ids=ids)
+    with pytest.raises(ValueError, match=r"ids\.npy: expected one array .* archive of arrays"):
+        load(path, None)
     path.write_bytes(b"")
     with pytest.raises(ValueError, match=r"--text .*ids\.npy"):
         load(path, None)
@@ -321,6 +325,61 @@ def test_conversations(tmp_path: Path) -> None:
     write_tokenizer(tmp_path / "strict", chat="{{ raise_exception('no such role') }}")
     with pytest.raises(ValueError, match=r"the chat template of .* says: no such role"):
         load(path, None, tokenizer=tmp_path / "strict", chat_labels="all")
+
+
+def test_text_that_teaches_nothing(tmp_path: Path) -> None:
+    """Where no token counts for the loss there is nothing to train on, or to score."""
+    path = tmp_path / "chat.jsonl"
+    asked = [{"role": "user", "content": "the quick brown fox"}]
+    path.write_text(f"{json.dumps({'messages': asked})}\n" * 30)
+    write_tokenizer(tmp_path / "marked", chat=CHAT)
+    with pytest.raises(ValueError, match=r"--text .*chat\.jsonl: no token .* counts for the loss"):
+        load(path, None, tokenizer=tmp_path / "marked")
+    every = load(path, None, tokenizer=tmp_path / "marked", chat_labels="all")
+    assert every.counts_any
+    answered = [*asked, {"role": "assistant", "content": "jumps"}]
+    path.write_text("".join(f"{json.dumps({'messages': one})}\n" for one in (answered, asked)))
+    some = load(path, None, tokenizer=tmp_path / "marked", batch=1, sequence=16)
+    assert int((some[0].labels[:, 1:] != IGNORED).sum()) > 0
+    ids = tmp_path / "ids.npy"
+    np.save(ids, np.arange(100))
+    assert load(ids, None).counts_any
+
+
+@pytest.mark.parametrize(
+    ("rope", "known"),
+    [
+        (None, 64),
+        ({"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}, 128),
+        (
+            {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 32,
+                "rope_theta": 1e4,
+            },
+            128,
+        ),
+    ],
+)
+def test_positions_that_a_model_knows(
+    rope: dict[str, Any] | None, known: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Beyond them a warning, which counts positions in documents, not in packed sequences."""
+    given = {} if rope is None else {"rope_parameters": rope}
+    config = AutoConfig.for_model("qwen3", **SIZES, max_position_embeddings=64, **given)
+    assert known_positions(config) == known
+    say_beyond_positions(config, known)
+    assert capsys.readouterr().err == ""
+    say_beyond_positions(config, known + 1)
+    said = capsys.readouterr().err
+    assert f"of {known + 1} tokens" in said
+    assert f"the model knows {known} positions" in said
+    ids = torch.zeros(1, 1, 10, dtype=torch.int64)
+    starts = torch.zeros_like(ids, dtype=torch.bool)
+    starts[..., [0, 3, 9]] = True
+    assert Batches(ids).longest == 10
+    assert Batches(ids, starts).longest == 6
 
 
 def test_evaluate_takes_the_same_options() -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -18,7 +19,7 @@ from launch.configs import config_of_sizes, load_config
 from launch.model import layers_of_stage
 from launch.planning.shape import ModelShape
 from tests.ranks import ROOT, run_program, torchrun
-from tests.small_tokenizer import write_tokenizer
+from tests.small_tokenizer import CHAT, write_tokenizer
 
 SMALL = [
     *("--hidden", "32", "--layers", "4", "--batch", "24", "--sequence", "16"),
@@ -177,6 +178,24 @@ def test_mistakes(arguments: list[str], words: str, tmp_path: Path) -> None:
     mesh = ["--pipeline", "1", "--microbatches", "1", "--out", str(tmp_path / "out")]
     code, output = torchrun(2, ["-m", "launch.train", *mesh, *arguments])
     assert_one_sentence(code, output, words)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("option", [pytest.param("--text", marks=pytest.mark.slow), "--eval-text"])
+def test_text_in_which_no_token_counts(option: str, tmp_path: Path) -> None:
+    """Conversations that nobody answers are no text to train on, nor to score."""
+    write_tokenizer(tmp_path / "tokenizer", chat=CHAT)
+    text = tmp_path / "chat.jsonl"
+    asked = {"messages": [{"role": "user", "content": "the quick brown fox"}]}
+    text.write_text(f"{json.dumps(asked)}\n" * 30)
+    np.save(tmp_path / "ids.npy", np.arange(100))
+    arguments = ["--pipeline", "1", "--vocab", "2", "--microbatches", "1", "--hidden", "32"]
+    arguments += ["--vocabulary", "300", "--batch", "2", "--sequence", "8", "--steps", "1"]
+    arguments += ["--tokenizer", str(tmp_path / "tokenizer"), "--out", str(tmp_path / "out")]
+    if option == "--eval-text":
+        arguments += ["--text", str(tmp_path / "ids.npy"), "--eval-every", "1"]
+    code, output = torchrun(2, ["-m", "launch.train", *arguments, option, str(text)])
+    assert_one_sentence(code, output, f"{option} {text}: no token of what is read counts")
     assert not (tmp_path / "out").exists()
 
 

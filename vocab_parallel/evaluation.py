@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroup
 from vocab_parallel.collectives import VocabGroup
 from vocab_parallel.local.backward_plan import budget_bytes
 from vocab_parallel.local.statistics import accumulation_dtype
-from vocab_parallel.local.top_k import merge_top_k, top_k_of_shard
+from vocab_parallel.local.top_k import NO_ROW, merge_top_k, top_k_of_shard
 from vocab_parallel.loss import token_logprobs
 from vocab_parallel.sharded.call import Call, prepare
 from vocab_parallel.sharded.halves import Inputs, gathered_hidden, shard_of
@@ -29,7 +29,8 @@ class Prediction(NamedTuple):
     """The k most probable tokens of each position, the first one the argmax.
 
     Attributes:
-        ids: [..., T, k] int64, of the whole vocabulary.
+        ids: [..., T, k] int64, distinct tokens of the whole vocabulary, also where their logits are
+            -inf.
         scores: [..., T, k], their logits (after softcap and temperature), descending.
         lse: [..., T]; ``scores - lse[..., None]`` are log-probabilities.
     """
@@ -92,10 +93,11 @@ def predict(
     if shard is None:
         dtype = accumulation_dtype(hidden.dtype)
         scores = hidden.new_full((hidden.shape[0], k), -torch.inf, dtype=dtype)
-        rows, lse = torch.zeros_like(scores, dtype=torch.int64), scores[:, 0].clone()
+        rows, lse = torch.full_like(scores, NO_ROW, dtype=torch.int64), scores[:, 0].clone()
     else:
         scores, rows, lse = top_k_of_shard(shard, k, budget_bytes(memory_budget))
-    return _join(call, scores, rows + call.rows.start, lse)
+    ids = torch.where(rows == NO_ROW, NO_ROW, rows + call.rows.start)
+    return _join(call, scores, ids, lse)
 
 
 def _join(call: Call, scores: Tensor, ids: Tensor, lse: Tensor) -> Prediction:
@@ -115,7 +117,10 @@ def _join(call: Call, scores: Tensor, ids: Tensor, lse: Tensor) -> Prediction:
 
 def _check_k(k: Any, call: Call) -> None:
     vocab_size = call.rows.vocab_size
-    if not isinstance(k, int) or k < 1 or (vocab_size is not None and k > vocab_size):
+    if vocab_size is None:  # options without it
+        own = torch.tensor(call.rows.num_token_rows, device=call.operands.hidden.device)
+        vocab_size = int(call.rows.group.sum(own))
+    if not isinstance(k, int) or k < 1 or k > vocab_size:
         raise ValueError(f"k must be an integer in [1, {vocab_size}], got {k!r}")
 
 

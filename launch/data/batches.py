@@ -70,6 +70,19 @@ class Batches:
     starts: Tensor | None = None
     counted: Tensor | None = None
 
+    @property
+    def counts_any(self) -> bool:
+        """Whether a token counts for the loss at all."""
+        return any(bool((batch.labels[:, 1:] != IGNORED).any()) for batch in self)
+
+    @property
+    def longest(self) -> int:
+        """Of how many tokens the longest document is, or sequence where they are not packed."""
+        if self.starts is None:
+            return self.ids.shape[-1]
+        positions = (batch.position_ids for batch in self)
+        return 1 + max(int(each.max()) for each in positions if each is not None)
+
     def __len__(self) -> int:
         return len(self.ids)
 

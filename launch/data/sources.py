@@ -37,10 +37,11 @@ class Source:
     saved: bool = False
 
 
-def find_source(text: Path | None) -> Source:
+def find_source(text: Path | None, option: str = "--text") -> Source:
     """Find what to read; None is the Python standard library.
 
-    Of a folder whose files are named by split, only those of "train" are read.
+    Of a folder whose files are named by split, only those of "train" are read. Messages name the
+    option of the command line.
 
     Raises:
         ValueError: nothing of that name, an empty folder, or files of several kinds.
@@ -48,7 +49,7 @@ def find_source(text: Path | None) -> Source:
     if text is None:
         library = Path(sysconfig.get_path("stdlib"))
         return Source("the standard library", "text", sorted(library.glob("*.py")))
-    name = f"--text {text}"
+    name = f"{option} {text}"
     if text.is_file():
         if text.suffix == ".npy":
             return Source(name, "ids", [text])

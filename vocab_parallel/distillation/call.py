@@ -109,6 +109,12 @@ def targets_or_zeros(e: Any, c: Any, targets: Tensor | None, layout: str, option
     return torch.zeros(shape, dtype=torch.int32, device=e.device)
 
 
+def ignored_label(targets: Tensor | None, ignore_index: Any) -> Any:
+    """Return which label is ignored: without targets none of the zeros that stand for them."""
+    no_label = LossSettings.ignore_index
+    return no_label if targets is None and ignore_index == 0 else ignore_index
+
+
 def prepare_hidden(
     operands: Operands,
     teacher: Operands,

@@ -16,6 +16,8 @@ from typing import Literal, cast, get_args
 import torch
 from torch import Tensor
 
+from vocab_parallel.local.statistics import accumulation_dtype
+
 DivergenceName = Literal["forward_kl", "reverse_kl", "js"]
 DIVERGENCES = get_args(DivergenceName)
 
@@ -101,3 +103,14 @@ def log_remainder(log_q: Tensor) -> Tensor:  # (k, N) -> (N,)
     least = math.log(torch.finfo(log_q.dtype).eps)
     rest = -torch.expm1(torch.logsumexp(log_q.double(), 0).clamp(max=0.0))
     return rest.log().clamp(min=least).to(log_q.dtype)
+
+
+def rounding_of(log_q: Tensor, given_dtype: torch.dtype) -> Tensor:  # (k, N) -> (N,)
+    """Return up to which remainder probabilities that sum up to 1 may leave by rounding alone.
+
+    Each logarithm is rounded in proportion to its size, in the dtype that it was given in; what
+    computed it in float32 or wider is granted 64 times that one's epsilon.
+    """
+    computed = 64.0 * torch.finfo(accumulation_dtype(given_dtype)).eps
+    least = max(computed, torch.finfo(log_q.dtype).eps)
+    return torch.special.entr(log_q.exp()).sum(0) * torch.finfo(given_dtype).eps + least

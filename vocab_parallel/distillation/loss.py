@@ -17,6 +17,7 @@ from vocab_parallel.distillation.autograd import Job, TeacherTensors, student_va
 from vocab_parallel.distillation.call import (
     DistillationSettings,
     Student,
+    ignored_label,
     marked_ids,
     prepare_hidden,
     prepare_top_k,
@@ -110,7 +111,7 @@ def linear_distillation(
     """
     own = DistillationSettings(divergence, beta, cross_entropy_weight)
     settings = LossSettings(
-        ignore_index=ignore_index,
+        ignore_index=ignored_label(targets, ignore_index),
         softcap=softcap,
         reduction=reduction,
         shift=shift,
@@ -199,7 +200,7 @@ def linear_distillation_from_top_k(
     """
     own = DistillationSettings(divergence, beta, cross_entropy_weight, other)
     settings = LossSettings(
-        ignore_index=ignore_index,
+        ignore_index=ignored_label(targets, ignore_index),
         softcap=softcap,
         reduction=reduction,
         shift=shift,
@@ -228,7 +229,14 @@ def linear_distillation_from_top_k(
     log_q = gathered_hidden(call, log_q.to(call.shard.dtype)).T
     values = student_values(Job(student, None), marked, TeacherTensors(ids))
     teacher, k = TopKTeacher(ids, call.rows.start), ids.shape[1]
-    divergences = teacher.divergences(values[: 1 + k], log_q, student.divergence, other=other)
+    divergences = teacher.divergences(
+        values[: 1 + k],
+        log_q,
+        student.divergence,
+        other=other,
+        vocab_size=call.rows.vocab_size,
+        given_dtype=teacher_logprobs.dtype,
+    )
     return _reduced(student, marked, divergences, values[-1])
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vocab_parallel.distillation.columns import Column, Columns, TokenStatistics
-from vocab_parallel.distillation.divergences import Divergence, log_remainder
+from vocab_parallel.distillation.divergences import Divergence, log_remainder, rounding_of
 from vocab_parallel.distillation.labels import logsumexp_
 
 ABSENT = -1  # the id of an entry that is none: its log-probability is -inf
@@ -79,7 +79,14 @@ class TopKTeacher:
         return torch.cat([statistics["rest_lse"].unsqueeze(0), statistics["chosen"]])
 
     def divergences(
-        self, values: Tensor, log_q: Tensor, divergence: Divergence, *, other: bool
+        self,
+        values: Tensor,
+        log_q: Tensor,
+        divergence: Divergence,
+        *,
+        other: bool,
+        vocab_size: int | None,
+        given_dtype: torch.dtype,
     ) -> Tensor:
         """Return the divergence of each token [N], differentiable in the values [1 + k, N].
 
@@ -89,13 +96,19 @@ class TopKTeacher:
             divergence: which.
             other: whether the teacher's remainder counts as one more token. Otherwise its k are
                 scaled up to a probability of 1.
+            vocab_size: of the whole vocabulary, None where it is not known.
+            given_dtype: that the teacher's log-probabilities were given in.
         """
         rest, chosen = values[0], values[1:].masked_fill(self._absent, -torch.inf)
-        lse = torch.logaddexp(rest, torch.logsumexp(chosen, 0))
-        log_p = torch.cat([chosen, rest.unsqueeze(0)]) - lse
+        # One log_softmax of all outcomes: the k alone may all be masked, and have no gradient then.
+        log_p = torch.log_softmax(torch.cat([chosen, rest.unsqueeze(0)]), 0)
         if other:
-            # No token is left where the k are the vocabulary.
-            rest_q = log_remainder(log_q).masked_fill(rest == -torch.inf, -torch.inf)
+            rest_q = log_remainder(log_q)
+            nothing = rest_q.exp() <= rounding_of(log_q, given_dtype)
+            if vocab_size is not None:  # the k are the vocabulary
+                nothing |= (~self._absent).sum(0) == vocab_size
+            # A student without a rest may have a teacher with one: that divergence is infinite.
+            rest_q = rest_q.masked_fill(nothing & (rest == -torch.inf), -torch.inf)
         else:
             sums = torch.logsumexp(log_q, 0)
             log_q = log_q - sums.masked_fill(sums == -torch.inf, 0.0)

@@ -7,17 +7,20 @@ from vocab_parallel.local.backward_plan import blocks, tile_shape, tile_to_copy
 from vocab_parallel.local.interface import Shard
 from vocab_parallel.local.tile_ops import finish_logits_
 
+NO_ROW = -1  # in the place of a row that a shard has not
+
 
 def top_k_of_shard(shard: Shard, k: int, memory_budget: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return (scores [N, k], rows [N, k] int64, lse [N]) of a shard; scores in float32 or wider.
 
-    Scores are in descending order; where the shard has fewer than k rows, -inf and row 0 fill up.
+    Scores are in descending order and rows distinct; where the shard has fewer than k rows, -inf
+    and `NO_ROW` fill up.
     Holds at most ``memory_budget`` bytes of logits at a time.
     """
     dtype = shard.dtype
     num_tokens, num_rows = shard.num_tokens, shard.num_rows
     scores = shard.hidden.new_full((num_tokens, k), -torch.inf, dtype=dtype)
-    rows = torch.zeros((num_tokens, k), dtype=torch.int64, device=shard.hidden.device)
+    rows = torch.full((num_tokens, k), NO_ROW, dtype=torch.int64, device=shard.hidden.device)
     lse = shard.hidden.new_full((num_tokens,), -torch.inf, dtype=dtype)
     # The logits, and the temporary that logsumexp makes of them.
     tile = tile_shape(num_tokens, num_rows, 2 * dtype.itemsize, memory_budget, scores.device.type)
@@ -32,10 +35,12 @@ def top_k_of_shard(shard: Shard, k: int, memory_budget: int) -> tuple[Tensor, Te
             finish_logits_(logits, block)
             lse[tokens] = torch.logaddexp(lse[tokens], torch.logsumexp(logits, 1))
             found, index = logits.topk(min(k, logits.shape[1]))
-            scores[tokens], rows[tokens] = merge_top_k(
-                torch.cat([scores[tokens], found], 1),
-                torch.cat([rows[tokens], index + own_rows.start], 1),
-                k,
+            # Of the rows until here alone: a row whose score is -inf comes before what fills up.
+            before, now = slice(min(k, own_rows.start)), slice(min(k, own_rows.stop))
+            scores[tokens, now], rows[tokens, now] = merge_top_k(
+                torch.cat([scores[tokens, before], found], 1),
+                torch.cat([rows[tokens, before], index + own_rows.start], 1),
+                now.stop,
             )
     return scores, rows, lse
 
@@ -43,7 +48,9 @@ def top_k_of_shard(shard: Shard, k: int, memory_budget: int) -> tuple[Tensor, Te
 def merge_top_k(scores: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Keep the k largest of some candidates [N, m >= k], in descending order.
 
-    Of equal scores the candidate that stands first wins.
+    Of equal scores the candidate that stands first wins, and every row before `NO_ROW`.
     """
+    rows_first = (ids == NO_ROW).to(torch.int8).argsort(dim=1, stable=True)
+    scores, ids = scores.gather(1, rows_first), ids.gather(1, rows_first)
     order = scores.argsort(dim=1, descending=True, stable=True)[:, :k]
     return scores.gather(1, order), ids.gather(1, order)
