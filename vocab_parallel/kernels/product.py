@@ -116,9 +116,10 @@ def store_at_target(  # type: ignore[no-untyped-def]
     """
     here = inside & (target >= row) & (target < tl.minimum(row + 2 * HALF, num_rows))
     if tl.max(here.to(tl.int32)) > 0:
-        columns = row + tl.arange(0, HALF)
-        z = tl.sum(tl.where(columns[None, :] == target[:, None], first, 0.0), 1)
-        z += tl.sum(tl.where((columns + HALF)[None, :] == target[:, None], second, 0.0), 1)
+        lanes = tl.arange(0, HALF)[None, :]
+        lane = (target - row)[:, None]
+        z = tl.sum(tl.where(lanes == lane, first, 0.0), 1)
+        z += tl.sum(tl.where(lanes == lane - HALF, second, 0.0), 1)
         if HAS_BIAS:
             z += tl.load(bias + target, mask=here, other=0.0).to(tl.float32)
         z = to_logit(z, softcap, temperature, HAS_SOFTCAP, HAS_TEMPERATURE)

@@ -120,7 +120,9 @@ def _product_probabilities(  # type: ignore[no-untyped-def]
                 z = z / temperature
             exponential = tl.exp2(z * LOG2E - shift[:, None])
             if start + HALF > num_rows:
-                exponential = tl.where(columns[None, :] < num_rows, exponential, 0.0)
+                # Not by columns: the compiler would compare them in every tile, ahead of the branch.
+                lanes = tl.arange(0, HALF)
+                exponential = tl.where(lanes[None, :] < num_rows - start, exponential, 0.0)
             total += tl.sum(exponential, 1)
             if EXPECTED > 0:
                 # A logit of -inf adds nothing: not 0 times -inf.
