@@ -179,8 +179,8 @@ def _join_pieces(  # type: ignore[no-untyped-def]
         columns = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
         inside = columns < width
         at = matrix + row.to(tl.int64) * matrix_stride + columns
-        piece = pieces + (block * 2 + (~at_first).to(tl.int32)).to(tl.int64) * width
-        total = tl.load(piece + columns, mask=inside, other=0.0)
+        begun = block * 2 + (~at_first).to(tl.int32)
+        total = tl.load(pieces + begun.to(tl.int64) * width + columns, mask=inside, other=0.0)
         start = stop
         while start < num_tokens:
             place = start + tl.arange(0, PIECES) * BLOCK
