@@ -63,7 +63,7 @@ def _constants(has_bias: bool, parts: tuple[bool, bool], depth: int) -> Constant
         ("ROWS", _ROWS),
         ("DEPTH", _DEPTH),
         ("num_warps", 4),
-        ("num_stages", 6),
+        ("num_stages", 8),
     )
 
 

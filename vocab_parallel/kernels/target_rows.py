@@ -19,15 +19,15 @@ from vocab_parallel.kernels.launch import Constants, kernel
 from vocab_parallel.kernels.logit import cdiv
 
 # Of a block of the order; of them a program loads so many at a time, and so many columns.
-_BLOCK, _TOKENS, _WIDTH = 32, 4, 2048
+_BLOCK, _TOKENS, _WIDTH = 32, 2, 2048
 # Sums of pieces that a program joins at a time, and columns.
 _PIECES, _JOINED = 16, 128
 # More tokens than this are sorted by torch: to compare each with each costs 8 us for 8192 of them,
 # but grows with the square.
 _MOST_COMPARED = 16_384
 # Tokens that a program finds the places of, and others it compares them with at a time.
-_OWN, _OTHERS = 32, 512
-_ORDERING: Constants = (("OWN", _OWN), ("OTHERS", _OTHERS), ("num_warps", 8))
+_OWN, _OTHERS = 16, 256
+_ORDERING: Constants = (("OWN", _OWN), ("OTHERS", _OTHERS), ("UNROLL", 4), ("num_warps", 4))
 # Of a program that gives tokens their rows.
 _ROWS, _COLUMNS = 4, 512
 
@@ -53,7 +53,8 @@ def order_by_target(targets: Tensor) -> TargetOrder:
 
 @kernel
 def _order_by_target(  # type: ignore[no-untyped-def]
-    targets, ordered, order, num_tokens, OWN: tl.constexpr, OTHERS: tl.constexpr
+    targets, ordered, order, num_tokens,
+    OWN: tl.constexpr, OTHERS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """A token's place is the number of those before it: each is compared with each."""
     first = tl.program_id(0) * OWN
@@ -62,12 +63,12 @@ def _order_by_target(  # type: ignore[no-untyped-def]
     lane = tl.arange(0, OTHERS)[None, :]
     before = tl.zeros((OWN, OTHERS), tl.int32)
     among = first // OTHERS * OTHERS  # the others of this block are before some and behind some
-    for start in range(0, among, OTHERS):
+    for start in tl.range(0, among, OTHERS, loop_unroll_factor=UNROLL):
         before += (tl.load(targets + start + lane) <= own).to(tl.int32)
     other = among + lane
     target = tl.load(targets + other, mask=other < num_tokens, other=2**31 - 1)
     before += ((target < own) | ((target == own) & (other < token))).to(tl.int32)
-    for start in range(among + OTHERS, num_tokens, OTHERS):
+    for start in tl.range(among + OTHERS, num_tokens, OTHERS, loop_unroll_factor=UNROLL):
         other = start + lane
         target = tl.load(targets + other, mask=other < num_tokens, other=2**31 - 1)
         before += (target < own).to(tl.int32)
