@@ -205,24 +205,6 @@ def test_partial_gradients_stay_partial() -> None:
         assert relative_error(got, want) < 1e-12
 
 
-def test_references_are_sampled_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No [N, 256] logits of the rows that a reference is taken from, however many tokens."""
-    ops = tile_ops.HopperOps()
-    shard = Shard(
-        torch.randn(20, 8), torch.randn(600, 8), torch.randn(600), torch.zeros(20).int(),
-        Transform(3.0), ("lse", "target"), ("lse", "target"), False, torch.float32, torch.float32,
-        True, ops,
-    )  # fmt: skip
-    whole = ops.reference(shard)
-    monkeypatch.setattr(tile_ops, "_SAMPLED_TOKENS", 7)
-    with AllocationRecorder([shard.hidden, shard.classifier]) as seen:
-        parts = ops.reference(shard)
-    assert whole is not None
-    assert parts is not None
-    assert relative_error(parts, whole) < 1e-6
-    assert seen.largest.size == 7 * 256 * 4
-
-
 LONG = (262_144, 75_968, 2048)
 
 

@@ -104,6 +104,15 @@ def multiply(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _one_half(z, bit):  # type: ignore[no-untyped-def]
+    """The upper half of the columns of tokens [n, r] whose bit is set, the lower half of others."""
+    TOKENS: tl.constexpr = z.shape[0]
+    HALF: tl.constexpr = z.shape[1] // 2
+    lower, upper = tl.split(tl.permute(tl.reshape(z, (TOKENS, 2, HALF)), (0, 2, 1)))
+    return tl.where((bit != 0)[:, None], upper, lower)
+
+
+@triton.jit
 def store_at_target(  # type: ignore[no-untyped-def]
     out, first, second, row, num_rows, tokens, target, inside, bias, softcap, temperature,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_TEMPERATURE: tl.constexpr,
@@ -116,9 +125,17 @@ def store_at_target(  # type: ignore[no-untyped-def]
     """
     here = inside & (target >= row) & (target < tl.minimum(row + 2 * HALF, num_rows))
     if tl.max(here.to(tl.int32)) > 0:
-        columns = row + tl.arange(0, HALF)
-        z = tl.sum(tl.where(columns[None, :] == target[:, None], first, 0.0), 1)
-        z += tl.sum(tl.where((columns + HALF)[None, :] == target[:, None], second, 0.0), 1)
+        # Half of the columns are left out at a time, by the bits of the target's place: a third of
+        # the instructions that comparing each column takes.
+        lane = target - row
+        z = tl.where(((lane & HALF) != 0)[:, None], second, first)
+        z = _one_half(z, lane & (HALF // 2))
+        z = _one_half(z, lane & (HALF // 4))
+        z = _one_half(z, lane & (HALF // 8))
+        z = _one_half(z, lane & (HALF // 16))
+        LEFT: tl.constexpr = HALF // 16
+        is_target = tl.arange(0, LEFT)[None, :] == (lane & (LEFT - 1))[:, None]
+        z = tl.sum(tl.where(is_target, z, 0.0), 1)
         if HAS_BIAS:
             z += tl.load(bias + target, mask=here, other=0.0).to(tl.float32)
         z = to_logit(z, softcap, temperature, HAS_SOFTCAP, HAS_TEMPERATURE)

@@ -89,7 +89,8 @@ def _constants(
     return (
         *logit_constants(has_bias, parts, names).items(),
         ("HAS_SUMS", sum_tokens),
-        *product.tile_constants(depth, programs).items(),
+        # Sums over tokens need the memory that a fourth step's operands would lie in.
+        *product.tile_constants(depth, programs, stages=3 if sum_tokens else 4).items(),
     )
 
 

@@ -4,7 +4,11 @@ With r a number of each token, its reference, the kernel writes exp(z - r) where
 probability is that times exp(r - lse), a number of the token, so that both gradients are products
 of what was kept (`kept_probabilities.py`). No maximum is looked for: the sum over a tile is that of
 the same numbers. bfloat16 and float32 have room for 88 nats on either side of r; a tile in which a
-token's sum has left them is done again by its maximum, in registers.
+token's sum has left them, or one that has rows beyond the last, is done again by its maximum, in
+registers.
+
+Its time beside cuBLAS's is that of the instructions between two tiles' products. A branch that
+masks a tile's exponentials, taken or not, keeps the compiler from mixing them with the sums: 3.6%.
 
 Statistics that receive no gradient, for metrics, cost a sum and a maximum a logit: what is kept is
 the same.
@@ -120,8 +124,6 @@ def _product_probabilities(  # type: ignore[no-untyped-def]
             if HAS_TEMPERATURE:
                 z = z / temperature
             exponential = tl.exp2(z * LOG2E - shift[:, None])
-            if start + HALF > num_rows:
-                exponential = tl.where(columns[None, :] < num_rows, exponential, 0.0)
             total += tl.sum(exponential, 1)
             if EXPECTED > 0:
                 # A logit of -inf adds nothing: not 0 times -inf.
@@ -138,7 +140,8 @@ def _product_probabilities(  # type: ignore[no-untyped-def]
         expected = weighted
         if EXPECTED > 0:
             expected = weighted / total - (lse - origin)
-        if tl.max(tl.abs(exponent)) > FARTHEST:
+        # Rows beyond the last one were read as 0 and counted: a mask of every tile's would be dear.
+        if (tl.max(tl.abs(exponent)) > FARTHEST) | (row + ROWS > num_rows):
             lse, by_maximum = _by_maximum(
                 first, second, row, num_rows, bias, softcap, temperature,
                 HAS_BIAS, HAS_SOFTCAP, HAS_TEMPERATURE, EXPECTED > 0, HALF,

@@ -1,20 +1,80 @@
 """What tokens' targets receive, which is left out of the products with kept exponentials.
 
-Each row of a matrix gets what the tokens give whose target it is: tokens are sorted by their
-target, and one program adds up those of one row, however many, in float32. No two write to the same
-place, and the result is the same each time. And each token gets its target's row.
+Each row of a matrix gets what the tokens give whose target it is. Tokens are ordered by their
+target, and cut into pieces: a piece has one target and lies in one block of the order. A program
+adds up a piece in float32. It adds the sum to the row where that piece is all of the row's tokens;
+else it writes the sum apart, and a second kernel adds up the pieces' sums in their order. So many
+tokens of one target are shared by programs, no two write to the same place, and the result is the
+same each time. And each token gets its target's row.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from vocab_parallel.kernels.launch import Constants, kernel
 from vocab_parallel.kernels.logit import cdiv
 
-# Of a program that adds up a row, and of one that gives tokens their rows.
-_TOKENS, _WIDTH = 16, 256
+# Of a block of the order; of them a program loads so many at a time, and so many columns.
+_BLOCK, _TOKENS, _WIDTH = 32, 2, 2048
+# Sums of pieces that a program joins at a time, and columns.
+_PIECES, _JOINED = 16, 128
+# More tokens than this are sorted by torch: to compare each with each costs 8 us for 8192 of them,
+# but grows with the square.
+_MOST_COMPARED = 16_384
+# Tokens that a program finds the places of, and others it compares them with at a time.
+_OWN, _OTHERS = 16, 256
+_ORDERING: Constants = (("OWN", _OWN), ("OTHERS", _OTHERS), ("UNROLL", 4), ("num_warps", 4))
+# Of a program that gives tokens their rows.
 _ROWS, _COLUMNS = 4, 512
+
+
+class TargetOrder(NamedTuple):
+    """Tokens in the order of their targets; those of one target in their own."""
+
+    targets: Tensor  # (n,) int32, ascending
+    tokens: Tensor  # (n,) int32 or int64
+
+
+def order_by_target(targets: Tensor) -> TargetOrder:
+    """Order tokens by their targets (n,) int32, without a wait for the device."""
+    num_tokens = len(targets)
+    if num_tokens > _MOST_COMPARED:
+        return TargetOrder(*targets.sort(stable=True))
+    order = TargetOrder(torch.empty_like(targets), torch.empty_like(targets))
+    _order_by_target.start(
+        targets, (cdiv(num_tokens, _OWN),), (targets, *order, num_tokens), _ORDERING
+    )
+    return order
+
+
+@kernel
+def _order_by_target(  # type: ignore[no-untyped-def]
+    targets, ordered, order, num_tokens,
+    OWN: tl.constexpr, OTHERS: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """A token's place is the number of those before it: each is compared with each."""
+    first = tl.program_id(0) * OWN
+    token = (first + tl.arange(0, OWN))[:, None]
+    own = tl.load(targets + token, mask=token < num_tokens, other=0)
+    lane = tl.arange(0, OTHERS)[None, :]
+    before = tl.zeros((OWN, OTHERS), tl.int32)
+    among = first // OTHERS * OTHERS  # the others of this block are before some and behind some
+    for start in tl.range(0, among, OTHERS, loop_unroll_factor=UNROLL):
+        before += (tl.load(targets + start + lane) <= own).to(tl.int32)
+    other = among + lane
+    target = tl.load(targets + other, mask=other < num_tokens, other=2**31 - 1)
+    before += ((target < own) | ((target == own) & (other < token))).to(tl.int32)
+    for start in tl.range(among + OTHERS, num_tokens, OTHERS, loop_unroll_factor=UNROLL):
+        other = start + lane
+        target = tl.load(targets + other, mask=other < num_tokens, other=2**31 - 1)
+        before += (target < own).to(tl.int32)
+    place = tl.sum(before, 1, keep_dims=True)
+    tl.store(ordered + place, own, mask=token < num_tokens)
+    tl.store(order + place, token, mask=token < num_tokens)
 
 
 def add_to_target_rows(
@@ -26,45 +86,66 @@ def add_to_target_rows(
     """Add each token's values, times its weight, to the row that is its target."""
     assert matrix.stride(1) == values.stride(1) == weight.stride(0) == 1
     num_tokens, width = values.shape
-    ordered, order = targets.sort(stable=True)
-    block = min(_WIDTH, triton.next_power_of_2(width))
+    order = order_by_target(targets)
+    blocks = cdiv(num_tokens, _BLOCK)
+    # Of each block a piece that begins it, and one that ends it.
+    pieces = values.new_empty((blocks, 2, width), dtype=torch.float32)
+    columns = min(_WIDTH, triton.next_power_of_2(width))
+    joined = min(_JOINED, columns)
     with torch.cuda.device_of(matrix):
-        _add_to_target_rows[(num_tokens, cdiv(width, block))](
+        _add_pieces[(num_tokens, cdiv(width, columns))](
             matrix,
             matrix.stride(0),
             values,
             values.stride(0),
             weight,
-            ordered,
-            order,
+            order.targets,
+            order.tokens,
+            pieces,
             num_tokens,
             len(matrix),
             width,
+            BLOCK=_BLOCK,
             TOKENS=_TOKENS,
-            WIDTH=block,
+            WIDTH=columns,
+            num_warps=max(1, min(columns // 256, 8)),
+        )
+        _join_pieces[(blocks, cdiv(width, joined))](
+            matrix,
+            matrix.stride(0),
+            order.targets,
+            pieces,
+            num_tokens,
+            len(matrix),
+            width,
+            BLOCK=_BLOCK,
+            PIECES=_PIECES,
+            WIDTH=joined,
             num_warps=4,
         )
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def _add_to_target_rows(  # type: ignore[no-untyped-def]
-    matrix, matrix_stride, values, values_stride, weight, ordered, order,
+def _add_pieces(  # type: ignore[no-untyped-def]
+    matrix, matrix_stride, values, values_stride, weight, ordered, order, pieces,
     num_tokens, num_rows, width,
-    TOKENS: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0)
     row = tl.load(ordered + first)
-    before = tl.load(ordered + first - 1, mask=first > 0, other=-1)
-    if (row >= 0) & (row < num_rows) & (row != before):
+    begins = tl.load(ordered + first - 1, mask=first > 0, other=-1) != row
+    if (row >= 0) & (row < num_rows) & (begins | (first % BLOCK == 0)):
+        stop = tl.minimum(first // BLOCK * BLOCK + BLOCK, num_tokens)
+        ends = tl.load(ordered + stop, mask=stop < num_tokens, other=-1) != row
         columns = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
         inside = columns < width
         total = tl.zeros((WIDTH,), tl.float32)
-        start, going = first, 1
-        while going > 0:
+        start = first
+        while start < stop:
             place = start + tl.arange(0, TOKENS)
-            here = place < num_tokens
+            here = place < stop
             here = here & (tl.load(ordered + place, mask=here, other=-1) == row)
-            token = tl.load(order + place, mask=here, other=0)
+            token = tl.load(order + place, mask=here, other=0).to(tl.int64)
             by = tl.load(weight + token, mask=here, other=0.0)
             value = tl.load(
                 values + token[:, None] * values_stride + columns[None, :],
@@ -72,9 +153,44 @@ def _add_to_target_rows(  # type: ignore[no-untyped-def]
                 other=0.0,
             )
             total += tl.sum(value.to(tl.float32) * by[:, None], 0)
-            going = tl.min(here.to(tl.int32))  # all of them were this row's: more may be
-            start += TOKENS
+            # All of them were this row's: more may be.
+            start = tl.where(tl.min(here.to(tl.int32)) > 0, start + TOKENS, stop)
+        if begins & ends:
+            at = matrix + row.to(tl.int64) * matrix_stride + columns
+            total += tl.load(at, mask=inside, other=0.0).to(tl.float32)
+            tl.store(at, total.to(matrix.dtype.element_ty), mask=inside)
+        else:
+            piece = first // BLOCK * 2 + (first % BLOCK != 0).to(tl.int32)
+            tl.store(pieces + piece.to(tl.int64) * width + columns, total, mask=inside)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _join_pieces(  # type: ignore[no-untyped-def]
+    matrix, matrix_stride, ordered, pieces, num_tokens, num_rows, width,
+    BLOCK: tl.constexpr, PIECES: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Add up the pieces of a row that begins in this block and goes on in the next one."""
+    block = tl.program_id(0)
+    first, stop = block * BLOCK, block * BLOCK + BLOCK
+    row = tl.load(ordered + stop, mask=stop < num_tokens, other=-1)
+    at_first = tl.load(ordered + first) == row
+    before = tl.load(ordered + first - 1, mask=first > 0, other=-1) == row
+    goes_on = tl.load(ordered + stop - 1, mask=stop < num_tokens, other=-2) == row
+    if (row >= 0) & (row < num_rows) & goes_on & ~before:
+        columns = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+        inside = columns < width
         at = matrix + row.to(tl.int64) * matrix_stride + columns
+        begun = block * 2 + (~at_first).to(tl.int32)
+        total = tl.load(pieces + begun.to(tl.int64) * width + columns, mask=inside, other=0.0)
+        start = stop
+        while start < num_tokens:
+            place = start + tl.arange(0, PIECES) * BLOCK
+            here = place < num_tokens
+            here = here & (tl.load(ordered + place, mask=here, other=-1) == row)
+            piece = pieces + (place // BLOCK * 2).to(tl.int64)[:, None] * width
+            mask = here[:, None] & inside[None, :]
+            total += tl.sum(tl.load(piece + columns[None, :], mask=mask, other=0.0), 0)
+            start = tl.where(tl.min(here.to(tl.int32)) > 0, start + PIECES * BLOCK, num_tokens)
         total += tl.load(at, mask=inside, other=0.0).to(tl.float32)
         tl.store(at, total.to(matrix.dtype.element_ty), mask=inside)
 

@@ -22,8 +22,6 @@ from vocab_parallel.local.interface import Shard, owned_targets
 from vocab_parallel.local.statistics import Statistics, join_means
 
 _HOPPER = 9
-# Rows whose logits tell about where a token's largest lie, of so many tokens at a time.
-_SAMPLE, _SAMPLED_TOKENS = 256, 32_768
 
 
 def choose(hidden: Tensor, classifier: Tensor) -> "TileOps":
@@ -275,22 +273,14 @@ class HopperOps(TritonOps):
     def reference(self, shard: Shard) -> Tensor | None:
         """Return a number near each token's largest logits [N], or None where none is of use.
 
-        It is the largest of some of the shard's rows, in the operands' dtype. Whatever it is the
-        results are right; the farther it lies from a token's lse, the more of its logits are done
-        twice.
+        It is the largest of some of the shard's rows. Whatever it is the results are right; the
+        farther it lies from a token's lse, the more of its logits are done twice.
         """
         if shard.grad_names != ("lse", "target"):
             return None
-        step = max(shard.num_rows // _SAMPLE, 1)
-        sample = slice(None, _SAMPLE * step, step)
-        rows = shard.classifier[sample]
-        bias = None if shard.bias is None else shard.bias[sample]
-        block = Block(shard, 0, rows, bias)
-        found = [
-            finish_logits_(hidden @ rows.T, block).amax(1)
-            for hidden in shard.hidden.split(_SAMPLED_TOKENS)
-        ]
-        return found[0] if len(found) == 1 else torch.cat(found)
+        from vocab_parallel.kernels.reference import token_reference
+
+        return token_reference(shard.hidden, shard.classifier, shard.bias, shard.transform)
 
     def keeps_probabilities(self, shard: Shard) -> bool:
         """Tell whether forward keeps exponentials; float16 has no room for them."""
