@@ -18,8 +18,6 @@ from vocab_parallel import (
     multi_token_cross_entropy,
     plan_backward,
 )
-from vocab_parallel.local import tile_ops
-from vocab_parallel.local.interface import Shard, Transform
 
 MIB = 2**20
 LAYOUTS = ("replicated", "sharded", "sequence")

@@ -5,8 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import get_schedule_class
 from torch.nn.parallel import DistributedDataParallel
@@ -17,6 +20,7 @@ from tests.ranks import run_ranks
 from vocab_parallel import (
     CCEPipelineLoss,
     VocabParallelClassifier,
+    VocabParallelOptions,
     linear_cross_entropy,
     validate_pipeline_loss,
 )
@@ -147,6 +151,7 @@ def check_refusals() -> None:
         ("GPipe", alone, CCEPipelineLoss(whole["head"]), True, "is not a parameter of the last"),
         ("GPipe", alone, unowned_bias, True, "is not a parameter of the last"),
         ("GPipe", alone, F.cross_entropy, True, "must be a CCEPipelineLoss"),
+        ("GPipe", alone, None, True, "loss_fn=None, .* give it no_loss"),
         ("GPipe", alone, good, True, None),
         ("GPipe", alone, CCEPipelineLoss(head.weight, head.bias), True, None),
         ("GPipe", alone, summed, True, 'reduction="sum" is not a mean'),
@@ -174,6 +179,9 @@ def check_refusals() -> None:
     validate_pipeline_loss(schedule_of("GPipe", [ToyStage(whole, True, head)], late), late)
     with pytest.raises(ValueError, match="build it with scale_grads=False"):
         late(torch.zeros(1, 4, HIDDEN).double(), torch.zeros(1, 4).long(), num_valid_tokens=3)
+    with pytest.raises(ValueError, match="build it with scale_grads=False"):
+        late.num_valid_tokens = 3  # before any step is sent
+    check_optimizers(whole, head)
 
     # Outputs that are kept alive are warned of, once.
     tokens = torch.randint(VOCABULARY, (4, LENGTH))
@@ -189,8 +197,64 @@ def check_refusals() -> None:
         assert len(texts) == kept, texts
 
 
+def check_optimizers(whole: nn.ModuleDict, head: VocabParallelClassifier) -> None:
+    """Each parameter that is trained once, and no other: the whole head is not the sharded one."""
+    stage, loss = ToyStage(whole, True, head), CCEPipelineLoss(head)
+    schedule = schedule_of("GPipe", [stage], loss)
+    own = list(stage.parameters())
+    for parameters, message in (
+        (own, None),
+        ([p for p in own if p is not head.weight], "lacks .*, which would never change"),
+        ([*own, *whole["head"].parameters()], "parameters of none of this rank's stages"),
+        ([*own, own[0]], "has .* twice"),
+    ):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's own, of a duplicate
+            optimizer = torch.optim.SGD(parameters, lr=0.1)
+        if message is None:
+            validate_pipeline_loss(schedule, loss, optimizer=optimizer)
+            continue
+        with pytest.raises(ValueError, match=message):
+            validate_pipeline_loss(schedule, loss, optimizer=optimizer)
+
+
 def test_refusals() -> None:
     run_ranks(check_refusals, 1)
+
+
+def test_fewer_rows_than_the_module_says() -> None:
+    """A shard that another trainer hands over as a plain tensor is not the whole vocabulary."""
+    torch.manual_seed(0)
+    head = nn.Linear(HIDDEN, VOCABULARY, bias=False)
+    own = VOCABULARY // 2
+    head.weight = nn.Parameter(head.weight.detach()[:own].clone())
+    e, labels = torch.randn(1, 4, HIDDEN), torch.randint(own, (1, 4))
+    with pytest.raises(ValueError, match=f"out_features={VOCABULARY} whose weight has {own} rows"):
+        CCEPipelineLoss(head)(e, labels)
+    options = VocabParallelOptions(0, own, vocab_size=own)  # whoever says which rows they are
+    loss = CCEPipelineLoss(head, shift=0, vocab_parallel_options=options)(e, labels)
+    exact = F.cross_entropy((e @ head.weight.T).flatten(0, 1), labels.flatten())
+    assert torch.allclose(loss, exact)
+
+
+def check_gathered_head() -> None:
+    """FSDP2 hands over the whole head: in a gathering layout the loss would be one rank's alone."""
+    mesh = init_device_mesh("cpu", (2,))
+    head = nn.Linear(HIDDEN, VOCABULARY, bias=False)
+    fully_shard(head, mesh=mesh)
+    e, labels = torch.randn(1, 4, HIDDEN), torch.randint(VOCABULARY, (1, 4))
+    losses = {
+        layout: CCEPipelineLoss(head, hidden_layout=layout) for layout in ("sharded", "replicated")
+    }
+    head.unshard()
+    with pytest.raises(ValueError, match="whole when the loss is called"):
+        losses["sharded"](e, labels)
+    assert losses["replicated"](e, labels).isfinite()
+    dist.barrier()
+
+
+def test_gathered_head() -> None:
+    run_ranks(check_gathered_head, 2)
 
 
 def check_refused_everywhere() -> None:

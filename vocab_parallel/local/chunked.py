@@ -35,8 +35,7 @@ from vocab_parallel.local.exponentials import (
     sums_of_exponentials,
     whole_exponentials,
 )
-from vocab_parallel.local.interface import Gradients, Shard, Upstream
-from vocab_parallel.local.kept import Kept
+from vocab_parallel.local.interface import Gradients, Kept, Shard, Upstream
 from vocab_parallel.local.row_gradients import RowGradients
 from vocab_parallel.local.statistics import Statistics
 from vocab_parallel.local.tile_ops import Block, HopperOps, corner, put_product, well_scaled

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from vocab_parallel.local.backward_plan import row_blocks
-from vocab_parallel.local.interface import Gradients, Shard, Upstream
-from vocab_parallel.local.kept import Kept
+from vocab_parallel.local.interface import Gradients, Kept, Shard, Upstream
 from vocab_parallel.local.row_gradients import RowGradients
 from vocab_parallel.local.tile_ops import HopperOps, put_product
 
