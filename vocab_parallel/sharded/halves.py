@@ -178,7 +178,7 @@ def _gradients_of(
         tokens: which they are, of all.
         reduction: sums the hidden states' gradient; None where it is not wanted.
     """
-    if reduction is not None:
+    if reduction is not None and call.sums_hidden_grad:  # else it is only rounded, once all is done
         upstream = replace(upstream, when_hidden=partial(reduction.add, tokens=tokens))
     found = own_gradients(call, inputs, upstream)
     if reduction is not None:
