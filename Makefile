@@ -56,8 +56,9 @@ test-all: $(VENV)/.test  ## the larger matrices too
 	$(BIN)/pytest -n 2 -m 'not gpu'
 
 # On a GPU machine the torch that is there is used: PYTHON names its interpreter.
-test-gpu:  ## kernels and NCCL ranks, on a machine with a CUDA device
-	PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m pytest -p no:cacheprovider -rP tests/gpu
+# pytest-benchmark, where it is installed, warns of several workers, and a warning is an error.
+test-gpu:  ## kernels and NCCL ranks, on a machine with a CUDA device (about 7 minutes on an H200)
+	PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m pytest -n 8 -p no:cacheprovider -p no:benchmark -rP tests/gpu
 
 bench: $(VENV)/.test  ## what can be measured on this machine (about 10 minutes)
 	@echo 'about 10 minutes on 2 cores, half an hour on GPUs; the last line of each benchmark is JSON'

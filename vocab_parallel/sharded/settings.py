@@ -263,9 +263,8 @@ def check_tensors(operands: Operands, settings: LossSettings, degree: int) -> No
     Raises:
         ValueError: says what was expected, what came and what to do.
     """
-    e, c, targets, bias, token_weight, document_ids = operands.tensors
-    assert e is not None
-    assert c is not None
+    e, c, targets, bias = operands.hidden, operands.classifier, operands.targets, operands.bias
+    token_weight, document_ids = operands.token_weight, operands.document_ids
     names = ("e", "c", "targets", "bias", "token_weight", "document_ids")
     for name, tensor in zip(names, operands.tensors, strict=True):
         if tensor is not None or name in ("e", "c"):
