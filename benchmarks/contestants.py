@@ -126,6 +126,19 @@ def draw_over_group(
     return Operands(e.requires_grad_(), c.to(dtype).requires_grad_(), targets, options)
 
 
+def other_targets(operands: Operands) -> dict[str, Operands]:
+    """Return operands whose targets repeat: by Zipf's law, as text's do, and all of one row."""
+    num_rows = operands.rows.shape[0]
+    # The inverse of log(1 + x) / log(1 + rows), the distribution of ranks under Zipf's law.
+    share = torch.rand(operands.targets.shape, device=operands.targets.device, dtype=torch.float64)
+    zipf = ((num_rows + 1.0) ** share - 1.0).long().clamp(max=num_rows - 1)
+    one = torch.full_like(operands.targets, num_rows // 3)
+    return {
+        "Zipf's targets": replace(operands, targets=zipf),
+        "one target": replace(operands, targets=one),
+    }
+
+
 def confident(operands: Operands) -> Operands:
     """Return operands whose every target has most of the probability: a trained model's.
 
@@ -204,10 +217,12 @@ def between_collectives(operands: Operands, gathers: bool, products: Contestant)
     return run
 
 
-def ours(operands: Operands, **options: Any) -> Contestant:
-    """Return our loss with some options."""
+def ours(
+    operands: Operands, *, loss: Callable[..., Any] = linear_cross_entropy, **options: Any
+) -> Contestant:
+    """Return our loss, or an older one, with some options."""
     return lambda: operands.gradients(
-        linear_cross_entropy(
+        loss(
             operands.hidden,
             operands.rows,
             operands.targets,
@@ -361,8 +376,11 @@ def _fla(operands: Operands) -> Contestant:
 def _quack(operands: Operands) -> Contestant:
     from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
+    tokens, width = operands.hidden.shape
+    # All tokens at once are its fastest; as many as the hidden size it takes for another tensor.
+    chunk = tokens if tokens != width else tokens // 2
     return lambda: operands.gradients(
         chunked_linear_cross_entropy(
-            operands.hidden, operands.rows, operands.targets, reduction="mean"
+            operands.hidden, operands.rows, operands.targets, reduction="mean", chunk_size=chunk
         )
     )

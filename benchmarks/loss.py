@@ -1,12 +1,14 @@
 """Time, memory and error of the loss, forward and backward, on one shard: ours beside its peers.
 
     python -m benchmarks.loss                                on a GPU: six shards, every peer
-    python -m benchmarks.loss --shapes 2048x37984 --no-peers
+    python -m benchmarks.loss --shapes 2048x37984 --no-peers --against ../older
     python -m benchmarks.loss --tokens 1024 --shapes 256x37984 --dtype float32    on a laptop
 
 The floor is the fastest of the three matrix products alone, in chunks of 2048, 4096 and 8192
-tokens, timed in the same run. Memory is what a call holds above its inputs and the two gradients
-that it returns. Contestants are interleaved; times are medians. `--plot` writes time over memory.
+tokens, timed in the same run. An older checkout (`git worktree add ../older COMMIT`) can be timed
+beside today's code in the same rounds. Targets are uniform; two rows have others. Memory is what a
+call holds above its inputs and the two gradients that it returns. Contestants are interleaved;
+times are medians. `--plot` writes time over memory.
 The last line of the output is one JSON document.
 """
 
@@ -27,9 +29,12 @@ from benchmarks import contestants
 from benchmarks.contestants import Contestant, Operands
 from benchmarks.exact import exact_gradients, relative_errors
 from benchmarks.measure import Measurement, interleaved
+from benchmarks.older import older_library
 
 MIB = 2**20
-GPU_SHAPES = ("2048x37984", "5120x37984", "5120x18992", "4096x31040", "2048x50646", "5120x151936")
+GPU_SHAPES = (
+    "2048x37984", "5120x37984", "2048x75968", "4096x75968", "2048x18992", "5120x151936",
+)  # fmt: skip
 CPU_SHAPES = ("256x37984",)
 # Float64 of a larger shard takes longer than it teaches.
 MOST_LOGITS_FOR_ERRORS = 4e8
@@ -51,6 +56,8 @@ class Arguments:
     """Whether other packages' losses are timed."""
     errors: bool = True
     """Whether gradients are compared with float64."""
+    against: Path | None = None
+    """Time the `vocab_parallel` of this checkout, too."""
     curve: bool = True
     """Whether each way is timed at several sizes of its tiles."""
     plot: Path | None = None
@@ -112,6 +119,12 @@ def _measure(
     operands: Operands, arguments: Arguments, device: torch.device
 ) -> tuple[dict[str, Row], dict[str, str]]:
     entered, missing = _entries(operands, arguments, device)
+    for kind, case in contestants.other_targets(operands).items():
+        entered[f"ours, probs, {kind}"] = contestants.ours(case, backward="probs")
+    if arguments.against is not None:
+        older = older_library(arguments.against).linear_cross_entropy
+        for name, options in (("probs", {"backward": "probs"}), ("auto 64 MiB", {})):
+            entered[f"older, {name}"] = contestants.ours(operands, loss=older, **options)
     found = interleaved(entered, device=device, rounds=arguments.rounds)
     floor = min(one.milliseconds for name, one in found.items() if name.startswith("products"))
     table = {}
@@ -142,12 +155,13 @@ def _entries(
     entered["ours, recompute"] = contestants.ours(
         operands, backward="recompute", memory_budget=64 * MIB
     )
+    entered["ours, auto 64 MiB"] = contestants.ours(operands)
     if arguments.curve:
         for budget in (16, 32, 128):
             entered[f"ours, recompute {budget} MiB"] = contestants.ours(
                 operands, backward="recompute", memory_budget=budget * MIB
             )
-        for budget in (64, 128, 256, 512):
+        for budget in (128, 256, 512):
             entered[f"ours, auto {budget} MiB"] = contestants.ours(
                 operands, memory_budget=budget * MIB
             )

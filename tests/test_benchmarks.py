@@ -10,9 +10,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+import vocab_parallel
 from benchmarks import contestants, host
 from benchmarks.contestants import Gradients
 from benchmarks.exact import exact_gradients, relative_errors
+from benchmarks.older import older_library
 from benchmarks.ranks import Ranks
 from benchmarks.several_gpus import FLOOR_OF, LAYOUTS, WAYS
 from benchmarks.several_gpus_table import between_markers, markdown
@@ -156,3 +158,22 @@ def test_host_times(capsys: pytest.CaptureFixture[str]) -> None:
     assert "run_backward" in printed
     with pytest.raises(ValueError, match="expected names of"):
         host.chosen(forwards, ("nobody",))
+
+
+def test_an_older_library_beside_todays() -> None:
+    """It is another copy of the code, and what it times is the same loss."""
+    older = older_library(ROOT)
+    assert older.__name__ != vocab_parallel.__name__
+    assert older.linear_cross_entropy is not vocab_parallel.linear_cross_entropy
+    operands = contestants.draw(16, 8, 40, torch.float64, torch.device("cpu"))
+    for case in (operands, *contestants.other_targets(operands).values()):
+        assert 0 <= int(case.targets.min()) <= int(case.targets.max()) < 40
+        for options in ({"backward": "probs"}, {}):
+            pair = zip(
+                contestants.ours(case, loss=older.linear_cross_entropy, **options)(),
+                contestants.ours(case, **options)(),
+                strict=True,
+            )
+            assert all(torch.equal(*both) for both in pair)
+    with pytest.raises(ValueError, match="expected a checkout with the package"):
+        older_library(ROOT / "docs")
