@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vocab_parallel import VocabParallelOptions, linear_cross_entropy
 from vocab_parallel.collectives import VocabGroup
-from vocab_parallel.sharded.layout import HiddenLayout
+from vocab_parallel.layout import HiddenLayout
 
 Gradients = tuple[Tensor, Tensor]
 Contestant = Callable[[], Gradients]

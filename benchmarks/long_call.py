@@ -29,7 +29,7 @@ from torch import Tensor
 
 from benchmarks.measure import interleaved
 from vocab_parallel import linear_cross_entropy, plan_backward
-from vocab_parallel.local.backward_plan import blocks
+from vocab_parallel.plan import blocks
 
 
 @dataclass(frozen=True)

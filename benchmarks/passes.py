@@ -18,7 +18,7 @@ from rich.table import Table
 from benchmarks.measure import interleaved
 from vocab_parallel.kernels.logits_gradient import logits_gradient
 from vocab_parallel.kernels.logits_statistics import logits_statistics
-from vocab_parallel.local.backward_plan import padded
+from vocab_parallel.plan import padded
 
 
 @dataclass(frozen=True)

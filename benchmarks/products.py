@@ -16,12 +16,12 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.measure import interleaved
+from vocab_parallel.backends.torch import put_product
 from vocab_parallel.kernels.logits_gradient import logits_gradient
 from vocab_parallel.kernels.logits_statistics import logits_statistics
 from vocab_parallel.kernels.product_gradient import product_gradient
 from vocab_parallel.kernels.product_statistics import product_statistics
-from vocab_parallel.local.backward_plan import padded
-from vocab_parallel.local.tile_ops import put_product
+from vocab_parallel.plan import padded
 
 
 @dataclass(frozen=True)

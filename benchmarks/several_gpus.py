@@ -49,7 +49,7 @@ from benchmarks.measure import median_and_spread, peak_of, timed_rounds
 from benchmarks.plot import plot_several_gpus
 from benchmarks.ranks import Ranks
 from vocab_parallel import VocabParallelOptions
-from vocab_parallel.sharded.layout import HiddenLayout
+from vocab_parallel.layout import HiddenLayout
 
 MIB = 2**20
 GPU_SHAPES = ("8192x2048", "8192x5120", "4096x4096", "2048x4096x262144")

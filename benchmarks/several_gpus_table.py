@@ -18,7 +18,7 @@ from typing import Any
 import tyro
 
 from benchmarks.several_gpus import FLOOR_OF, PRODUCTS
-from vocab_parallel.sharded.layout import HiddenLayout
+from vocab_parallel.layout import HiddenLayout
 
 MIB = 2**20
 BEGIN, END = "<!-- several-gpus -->\n", "<!-- end -->\n"

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from launch.arguments import TrainArguments
 from launch.model import PassThrough, Stage, vocabulary_rows
-from vocab_parallel.sharded.backward import loses_nodes
+from vocab_parallel.split_backward import loses_nodes
 
 
 class StageOfShards(PipelineStage):

@@ -11,9 +11,7 @@ from torch import Tensor
 
 from tests.oracle import oracle, relative_error
 from tests.ranks import rank_device
-from vocab_parallel import VocabParallelOptions, linear_cross_entropy
-from vocab_parallel.local import backward_plan
-from vocab_parallel.sharded import bound
+from vocab_parallel import VocabParallelOptions, arguments, linear_cross_entropy, plan
 
 # Below these norms an error is compared with the floor: a loss of 0 is the difference of two
 # logits of ordinary size, and rounds as they do.
@@ -62,15 +60,15 @@ class Case:
 @contextmanager
 def spans_of(tokens: int | None, longest: int = 10) -> Iterator[None]:
     """Let calls of more tokens than ``longest`` go in spans of so many, or no call."""
-    before = backward_plan._LONG_CALL, backward_plan._SPAN_TOKENS
-    backward_plan._LONG_CALL = longest if tokens else 2**60
-    backward_plan._SPAN_TOKENS = tokens or before[1]
-    bound.forget()
+    before = plan._LONG_CALL, plan._SPAN_TOKENS
+    plan._LONG_CALL = longest if tokens else 2**60
+    plan._SPAN_TOKENS = tokens or before[1]
+    arguments.forget()
     try:
         yield
     finally:
-        backward_plan._LONG_CALL, backward_plan._SPAN_TOKENS = before
-        bound.forget()
+        plan._LONG_CALL, plan._SPAN_TOKENS = before
+        arguments.forget()
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tests.oracle import oracle, relative_error
 from vocab_parallel import VocabParallelOptions, linear_cross_entropy, plan_backward
-from vocab_parallel.local.tile_ops import Block, TileOps
+from vocab_parallel.backends.torch import Block, TorchBackend
 
 BACKWARDS = ("recompute", "probs")
 # A budget that keeps the logits of 8 of `drawn`'s 17 rows.
@@ -160,13 +160,13 @@ def test_what_fits_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert plan.kept_bytes == 12 * 8 * 8
     made: list[int] = []
 
-    plain = TileOps.put_raw_logits
+    plain = TorchBackend.put_raw_logits
 
-    def counting(self: TileOps, out: Tensor, block: Block, tokens: slice) -> Tensor:
+    def counting(self: TorchBackend, out: Tensor, block: Block, tokens: slice) -> Tensor:
         made.append(out.shape[1])
         return plain(self, out, block, tokens)
 
-    monkeypatch.setattr(TileOps, "put_raw_logits", counting)
+    monkeypatch.setattr(TorchBackend, "put_raw_logits", counting)
     e, c, targets = drawn()
     loss = linear_cross_entropy(e, c, targets, **PARTLY)
     assert made == [4, 4, 1, 4, 4], "what is kept comes last"

@@ -159,7 +159,7 @@ def test_corners() -> None:
 
 
 def check_refusals() -> None:
-    from vocab_parallel.local import cce_kernels
+    from vocab_parallel.backends import cce_kernels
 
     e, c, targets = draw(0)
     can = cce_kernels.features()

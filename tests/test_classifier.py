@@ -15,9 +15,8 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from tests.oracle import relative_error
 from tests.ranks import run_ranks
 from vocab_parallel import CCEPipelineLoss, VocabParallelClassifier, linear_cross_entropy
-from vocab_parallel.sharded.call import prepare
-from vocab_parallel.sharded.operands import Operands
-from vocab_parallel.sharded.settings import LossSettings
+from vocab_parallel.arguments import Operands, prepare
+from vocab_parallel.settings import LossSettings
 
 HIDDEN = 6
 # Rows of each rank, by degree; ranks without any at the beginning, in the middle and at the end.
@@ -110,7 +109,7 @@ def check_plans(degree: int) -> None:
             settings,
             classifier.options,
             validate=None,
-        ).plan
+        ).bound.plan
         assert plan.kept_bytes + plan.logits_bytes <= budget
         if plan.backward == "probs":
             assert plan.kept_bytes >= num_tokens * own_rows * 8

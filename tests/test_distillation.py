@@ -20,7 +20,7 @@ from vocab_parallel import (
     linear_distillation,
     linear_distillation_from_top_k,
 )
-from vocab_parallel.distillation.call import marked_ids
+from vocab_parallel.distillation.arguments import marked_ids
 from vocab_parallel.distillation.top_k_teacher import ABSENT
 
 LAYOUTS = ("replicated", "sharded", "sequence")

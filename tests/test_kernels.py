@@ -10,31 +10,32 @@ import torch
 from tests.oracle import oracle, relative_error
 from tests.ranks import run_ranks
 from vocab_parallel import linear_cross_entropy, plan_backward
-from vocab_parallel.local import tile_ops
-from vocab_parallel.local.interface import Shard, Transform
-from vocab_parallel.local.statistics import StatisticNames, Statistics
-from vocab_parallel.local.tile_ops import TileOps, TritonOps
-from vocab_parallel.sharded.layout import IGNORED, OUT_OF_RANGE, mark_labels
+from vocab_parallel.backends import registry
+from vocab_parallel.backends.interface import Shard, Transform
+from vocab_parallel.backends.torch import TorchBackend
+from vocab_parallel.layout import IGNORED, OUT_OF_RANGE, mark_labels
+from vocab_parallel.statistics import (
+    EXPECTED,
+    LSE,
+    RIVAL,
+    SUM,
+    TARGET,
+    Columns,
+    count_lines,
+)
 
 INTERPRETED = {"TRITON_INTERPRET": "1"}
 
 
 def drawn_shard(generator: torch.Generator, num_tokens: int, num_rows: int, **given: Any) -> Shard:
-    values: dict[str, Any] = {
+    drawn = {
         "hidden": torch.randn(num_tokens, 8, generator=generator),
         "classifier": torch.randn(num_rows, 8, generator=generator),
         "bias": None,
         "targets": torch.randint(-1, num_rows + 1, (num_tokens,), generator=generator),
-        "transform": Transform(),
-        "names": ("lse", "target"),
-        "separate_lse_grad": True,
         "sum_dtype": torch.float32,
-        "needs_grad": True,
-        "ops": TileOps(),
     }
-    values |= given
-    derived = {"grad_names": values["names"], "logits_dtype": values["hidden"].dtype}
-    return Shard(**{**derived, **values})
+    return Shard.of(**{**drawn, **given})  # type: ignore[arg-type]
 
 
 def spans(num_rows: int) -> list[slice]:
@@ -43,25 +44,28 @@ def spans(num_rows: int) -> list[slice]:
     return [slice(0, cut), slice(cut, num_rows)] if cut else [slice(0, num_rows)]
 
 
-def statistics_of(ops: TileOps, shard: Shard, raw: torch.Tensor) -> torch.Tensor:
-    values = torch.full((len(shard.names), shard.num_tokens), torch.nan)
-    found = Statistics(values, shard.names)
-    for rows in spans(shard.num_rows):
-        logits, tokens = raw.clone()[:, rows], slice(0, shard.num_tokens)
-        block, first = ops.block(shard, rows), rows.start == 0
-        ops.add_statistics(found, logits, block, tokens, first=first, keep=False)
-    return values
+def statistics_of(backend: TorchBackend, shard: Shard, raw: torch.Tensor) -> torch.Tensor:
+    found = torch.full((count_lines(shard.columns), len(shard.hidden)), torch.nan)
+    for rows in spans(len(shard.classifier)):
+        logits, tokens = raw.clone()[:, rows], slice(0, len(shard.hidden))
+        block, first = backend.block(shard, rows), rows.start == 0
+        backend.add_statistics(found, logits, block, tokens, first=first, keep=False)
+    return found
 
 
 def gradient_of(
-    ops: TileOps, shard: Shard, statistics: Statistics, grads: Statistics, raw: torch.Tensor
+    backend: TorchBackend,
+    shard: Shard,
+    statistics: torch.Tensor,
+    grads: torch.Tensor,
+    raw: torch.Tensor,
 ) -> list[torch.Tensor]:
     parts, found = [], []
-    for rows in spans(shard.num_rows):
+    for rows in spans(len(shard.classifier)):
         # A kernel may touch what follows a tile in its row of the buffer.
-        tile, tokens = raw.clone()[:, rows], slice(0, shard.num_tokens)
-        sums = ops.put_gradient(
-            tile, ops.block(shard, rows), tokens, statistics, grads,
+        tile, tokens = raw.clone()[:, rows], slice(0, len(shard.hidden))
+        sums = backend.put_gradient(
+            tile, backend.block(shard, rows), tokens, statistics, grads,
             logits=tile, sum_tokens=shard.bias is not None,
         )  # fmt: skip
         parts.append(tile)
@@ -69,49 +73,50 @@ def gradient_of(
     return [torch.cat(parts, 1), *found]
 
 
-NAMES: list[StatisticNames] = [
-    ("lse", "target"),
-    ("lse", "target", "sum"),
-    ("lse", "target", "expected"),
-    ("lse", "target", "sum", "expected", "rival"),
+COLUMNS: list[Columns] = [
+    (LSE, TARGET),
+    (LSE, TARGET, SUM),
+    (LSE, TARGET, EXPECTED),
+    (LSE, TARGET, SUM, EXPECTED, RIVAL),
 ]
 # Statistics, softcap, temperature, whether there is a bias.
 # Every third: each value meets each of the others.
-CASES = list(itertools.product(NAMES, (None, 1.5), (1.0, 0.7), (False, True)))[::3]
+CASES = list(itertools.product(COLUMNS, (None, 1.5), (1.0, 0.7), (False, True)))[::3]
 
 
 def drawn_bias(generator: torch.Generator, num_rows: int, case: Any) -> torch.Tensor | None:
-    names, softcap, _, has_bias = case
+    columns, softcap, _, has_bias = case
     if not has_bias:
         return None
     bias = torch.randn(num_rows, generator=generator)
-    if softcap is None and "sum" not in names:
+    if softcap is None and SUM not in columns:
         bias[: num_rows // 2] = -torch.inf  # rows that are masked: a block of them, even
     return bias
 
 
 def check_passes() -> None:
+    from vocab_parallel.backends.triton import TritonBackend
+
     generator = torch.Generator().manual_seed(0)
     for turn, case in enumerate(CASES):
-        names, softcap, temperature, _ = case
+        columns, softcap, temperature, _ = case
         num_tokens, num_rows = (1, 5, 70)[turn % 3], (1, 37, 600)[turn % 3]
         bias = drawn_bias(generator, num_rows, case)
         transform = Transform(softcap, temperature)
         shard = drawn_shard(
-            generator, num_tokens, num_rows, transform=transform, bias=bias, names=names
+            generator, num_tokens, num_rows, transform=transform, bias=bias, columns=columns
         )
         # The logits lie in a wider buffer.
         raw = torch.full((num_tokens, num_rows + 3), torch.nan)
         raw[:, :num_rows] = shard.hidden @ shard.classifier.T
-        both = (TileOps(), TritonOps())
-        expected, found = (statistics_of(ops, shard, raw) for ops in both)
+        both = (TorchBackend(), TritonBackend())
+        expected, found = (statistics_of(backend, shard, raw) for backend in both)
         finite = expected.isfinite()
         assert torch.equal(finite, found.isfinite()), case
         assert relative_error(found[finite], expected[finite]) < 1e-6, case
 
-        grads = Statistics(torch.randn(len(names), num_tokens, generator=generator), names)
-        whole = Statistics(expected, names)
-        gradients = [gradient_of(ops, shard, whole, grads, raw) for ops in both]
+        grads = torch.randn(len(columns), num_tokens, generator=generator)
+        gradients = [gradient_of(backend, shard, expected, grads, raw) for backend in both]
         for want, got in zip(*gradients, strict=True):
             known = want.isfinite()  # a target that is masked has no finite gradient
             assert torch.equal(known, got.isfinite()), case
@@ -122,14 +127,14 @@ def check_passes() -> None:
         raw[0, num_rows - 1] = torch.nan  # is in the statistics of its token, and not hidden
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the interpreter says so, too
-            spoiled = [statistics_of(ops, shard, raw) for ops in both]
+            spoiled = [statistics_of(backend, shard, raw) for backend in both]
         for statistics in spoiled:
             assert statistics[0].isnan().tolist() == [token == 0 for token in range(num_tokens)]
 
 
 def check_whole_loss() -> None:
     """Every way through the kernels, in float32, with all options at once."""
-    tile_ops.choose = lambda hidden, classifier: TritonOps()
+    registry.choose = lambda hidden, classifier: "triton"
     torch.manual_seed(0)
     e, c, bias = torch.randn(40, 8), torch.randn(150, 8), torch.randn(150)
     targets = torch.randint(150, (40,))
@@ -167,16 +172,17 @@ def check_whole_loss() -> None:
             assert relative_error(tensor.grad, 2.0 * want) < 5e-6, (backward, extra)
 
 
-class LikeGpu(TritonOps):
-    """A GPU multiplies operands of half precision as they are."""
-
-    def widened(self, operand: torch.Tensor, shard: Shard) -> torch.Tensor:
-        return operand.to(shard.product_dtype)
-
-
 def check_dtypes() -> None:
     """Operands of two dtypes, and float32 logits of float16 operands."""
-    tile_ops.choose = lambda hidden, classifier: LikeGpu()
+    from vocab_parallel.backends.triton import TritonBackend
+
+    class LikeGpu(TritonBackend):
+        """A GPU multiplies operands of half precision as they are."""
+
+        def widened(self, operand: torch.Tensor, shard: Shard) -> torch.Tensor:
+            return operand.to(shard.product_dtype)
+
+    registry.backend_class = lambda name: LikeGpu
     torch.manual_seed(0)
     wide = torch.randn(40, 8), torch.randn(150, 8)
     targets = torch.randint(150, (40,))

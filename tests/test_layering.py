@@ -210,7 +210,7 @@ def closure(module: str) -> set[Path]:
 
 def test_the_loss_reads_few_files() -> None:
     """A reader of the loss can hold it: what it imports, kernels included, is a small set."""
-    files = closure("vocab_parallel.loss")
+    files = closure("vocab_parallel.functional")
     assert len(files) <= 45, sorted(str(path.relative_to(ROOT)) for path in files)
 
 

@@ -232,7 +232,7 @@ def test_a_divisor_of_one_element() -> None:
     with pytest.raises(ValueError, match="at least 0 or a tensor, got True"):
         linear_cross_entropy(e, c, targets, num_valid_tokens=True)
     # On one rank arguments are always checked, but on a GPU no value is read.
-    from vocab_parallel.sharded.token_loss import at_least_one
+    from vocab_parallel.token_loss import at_least_one
 
     assert at_least_one(torch.tensor([-5]), torch.float32).isnan()
 
@@ -300,8 +300,8 @@ def test_autocast() -> None:
 
 def test_a_target_that_nobody_checked_is_nan() -> None:
     """Without validation an id beyond the vocabulary is loud, not another token's loss."""
-    from vocab_parallel.sharded.layout import mark_labels
-    from vocab_parallel.sharded.token_loss import TokenLoss
+    from vocab_parallel.layout import mark_labels
+    from vocab_parallel.token_loss import TokenLoss
 
     marked = mark_labels(torch.tensor([0, 6, 7, -1, -100, 2**40]), -100, 7)
     assert marked.tolist() == [0, 6, -2, -2, -1, -2]

@@ -5,7 +5,7 @@ import torch
 
 from tests.recording import AllocationRecorder
 from vocab_parallel import linear_cross_entropy
-from vocab_parallel.local.backward_plan import tile_shape
+from vocab_parallel.plan import tile_shape
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

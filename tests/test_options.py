@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from vocab_parallel import VocabParallelOptions, linear_cross_entropy
-from vocab_parallel.sharded.rows import RankRows
+from vocab_parallel.rank_rows import RankRows
 
 
 def test_alone() -> None:

@@ -24,7 +24,7 @@ from vocab_parallel import (
     linear_cross_entropy,
     validate_pipeline_loss,
 )
-from vocab_parallel.sharded.backward import keep_graph
+from vocab_parallel.split_backward import keep_graph
 
 HIDDEN, VOCABULARY, LENGTH, BATCH, MICROBATCHES = 6, 23, 8, 8, 4
 

@@ -18,8 +18,7 @@ from tests.cases import Case, differences
 from tests.oracle import oracle, relative_error
 from tests.ranks import ROOT, run_ranks
 from vocab_parallel import linear_cross_entropy, plan_backward, predict, token_logprobs
-from vocab_parallel.local import tile_ops
-from vocab_parallel.local.tile_ops import HopperOps
+from vocab_parallel.backends import registry
 
 PAGE = ROOT / "docs" / "precision.md"
 DTYPES = ("bfloat16", "float16", "float32")
@@ -122,7 +121,7 @@ def test_plans() -> None:
 
 def test_kept_logits_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where Hopper's kernels would keep logits in the operands' dtype, they are not kept."""
-    monkeypatch.setattr(tile_ops, "choose", lambda hidden, classifier: HopperOps())
+    monkeypatch.setattr(registry, "choose", lambda hidden, classifier: "hopper")
     e, c, targets = drawn()
     for dtype, options in ((torch.float16, {}), (torch.bfloat16, {"label_smoothing": 0.1})):
         with pytest.raises(ValueError, match=r"keeps logits in torch.*float16 on a GPU"):

@@ -1,5 +1,6 @@
 """The kernels that multiply and finish in one, against plain torch, in Triton's interpreter."""
 
+import functools
 import warnings
 from typing import Any
 
@@ -10,24 +11,36 @@ from tests.oracle import metrics_oracle, oracle, relative_error
 from tests.ranks import run_ranks
 from tests.test_kernels import CASES, INTERPRETED, drawn_bias, drawn_shard
 from vocab_parallel import linear_cross_entropy
-from vocab_parallel.local import tile_ops
-from vocab_parallel.local.interface import Shard, Transform
-from vocab_parallel.local.statistics import StatisticNames, Statistics
-from vocab_parallel.local.tile_ops import HopperOps, TileOps
+from vocab_parallel.backends import registry
+from vocab_parallel.backends.interface import ClassifierGrad, Shard, Transform, Upstream, Wanted
+from vocab_parallel.backends.torch import TorchBackend
+from vocab_parallel.statistics import EXPECTED, LSE, RIVAL, TARGET, Columns, names_of
 
 HALF = torch.float16  # the interpreter has no bfloat16
 
 
-class InterpretedOps(HopperOps):
-    """A CPU widens operands before its products, these kernels do not."""
+@functools.cache
+def interpreted() -> Any:
+    """Return the class of Hopper's backend on a CPU, in float16; it loads triton."""
+    from vocab_parallel.backends.hopper import HopperBackend
 
-    keeps = True
+    class Interpreted(HopperBackend):
+        """A CPU widens operands before its products, these kernels do not."""
 
-    def widened(self, operand: torch.Tensor, shard: Shard) -> torch.Tensor:
-        return operand
+        keeps = True
 
-    def keeps_probabilities(self, shard: Shard) -> bool:
-        return self.keeps
+        def widened(self, operand: torch.Tensor, shard: Shard) -> torch.Tensor:
+            return operand
+
+        def keeps_exponentials(self, shard: Shard) -> bool:
+            return self.keeps
+
+    return Interpreted
+
+
+def use_interpreted() -> None:
+    registry.choose = lambda hidden, classifier: "hopper"
+    registry.backend_class = lambda name: interpreted()
 
 
 def check_product_kernels() -> None:
@@ -37,7 +50,7 @@ def check_product_kernels() -> None:
     product.num_programs = lambda device, num_tiles: min(num_tiles, 2)
     generator = torch.Generator().manual_seed(0)
     for turn, case in enumerate(CASES):
-        names, softcap, temperature, _ = case
+        columns, softcap, temperature, _ = case
         num_tokens, num_rows = (1, 130, 70)[turn % 3], (5, 150, 300)[turn % 3]
         bias = drawn_bias(generator, num_rows, case)
         shard = drawn_shard(
@@ -47,26 +60,26 @@ def check_product_kernels() -> None:
             hidden=torch.randn(num_tokens, 72, generator=generator).to(HALF),
             classifier=(torch.randn(num_rows, 72, generator=generator) / 8).to(HALF),
             transform=Transform(softcap, temperature),
-            names=names,
+            columns=columns,
             bias=bias,
         )
-        plain, ours = TileOps(), InterpretedOps()
+        plain, ours = TorchBackend(), interpreted()()
         raw = shard.hidden.float() @ shard.classifier.float().T
         tokens = slice(0, num_tokens)
-        want = Statistics.empty(names, num_tokens, shard.hidden)
+        want = torch.empty(len(columns), num_tokens)
         whole = plain.block(shard, slice(0, num_rows))
         plain.add_statistics(want, raw, whole, tokens, first=True, keep=True)
-        found = Statistics(torch.full_like(want.values, torch.nan), names)
+        found = torch.full_like(want, torch.nan)
         num_kept = min(num_rows, 256)
         kept = torch.zeros(num_tokens, 320, dtype=HALF)
-        memory = 4 * 64 * len(names)  # some tokens at a time
+        memory = 4 * 64 * len(columns)  # some tokens at a time
         # several launches, and groups of several widths
         product._TILES_A_PROGRAM, product.SWIZZLE = 1 + turn % 2, 1 + turn % 3
         put_statistics._constants.cache_clear()
         ours.put_statistics(found, shard, None, kept[:, :num_kept], memory)
-        finite = want.values.isfinite()
-        assert torch.equal(finite, found.values.isfinite()), case
-        assert relative_error(found.values[finite], want.values[finite]) < 1e-6, case
+        finite = want.isfinite()
+        assert torch.equal(finite, found.isfinite()), case
+        assert relative_error(found[finite], want[finite]) < 1e-6, case
         assert relative_error(kept[:, :num_kept], raw[:, :num_kept]) < 1e-3, case
         assert not kept[:, num_kept:].any(), "others are not touched"
 
@@ -77,20 +90,20 @@ def check_product_kernels() -> None:
             ours.put_statistics(
                 found, shard._replace(hidden=spoiled), None, kept[:, :num_kept], memory
             )
-        assert found.lse.isnan().tolist() == [token == 0 for token in range(num_tokens)], case
+        assert found[0].isnan().tolist() == [token == 0 for token in range(num_tokens)], case
 
-        grads = Statistics(torch.randn(len(names), num_tokens, generator=generator), names)
+        grads = torch.randn(len(columns), num_tokens, generator=generator)
         cut = num_rows // 16 * 8  # a block of rows begins at 16 bytes
         for rows in (slice(0, cut), slice(cut, num_rows)) if cut else (slice(0, num_rows),):
             tile, summed = raw.clone()[:, rows], bias is not None
             out = torch.zeros(num_tokens, 320, dtype=HALF)
             own = out[:, : tile.shape[1]]
             sums, got = (
-                ops.put_gradient(
-                    to, ops.block(shard, rows), tokens, want, grads,
+                backend.put_gradient(
+                    to, backend.block(shard, rows), tokens, want, grads,
                     logits=logits, sum_tokens=summed,
                 )
-                for ops, to, logits in ((plain, tile, tile), (ours, own, None))
+                for backend, to, logits in ((plain, tile, tile), (ours, own, None))
             )  # fmt: skip
             known = tile.isfinite()  # a target that is masked has no finite gradient
             assert relative_error(own[known], tile[known]) < 1e-3, case
@@ -103,17 +116,20 @@ def check_product_kernels() -> None:
 
 def check_kept_probabilities() -> None:
     """Statistics and gradients of tokens near their reference, far from it, and of one alone."""
+    from vocab_parallel.backends.hopper import settled
     from vocab_parallel.kernels.product_probabilities import product_probabilities
+    from vocab_parallel.kernels.scaling import scale_tokens
+    from vocab_parallel.kernels.target_rows import add_target_rows, add_to_target_rows
 
     generator = torch.Generator().manual_seed(1)
-    ours, plain = InterpretedOps(), TileOps()
+    ours, plain = interpreted()(), TorchBackend()
     for turn, (softcap, temperature, has_bias) in enumerate(
         ((None, 1.0, False), (30.0, 0.7, True), (None, 0.7, True), (None, 1.0, True))
     ):
         num_tokens, num_rows = (70, 1, 130, 70)[turn], (600, 5, 150, 300)[turn]
-        received: StatisticNames = ("lse", "target")
-        names = received if turn == 3 else (*received, "expected", "rival")
-        case = (names, softcap, temperature, has_bias)
+        received: Columns = (LSE, TARGET)
+        columns = received if turn == 3 else (*received, EXPECTED, RIVAL)
+        case = (columns, softcap, temperature, has_bias)
         shard = drawn_shard(
             generator,
             num_tokens,
@@ -121,8 +137,8 @@ def check_kept_probabilities() -> None:
             hidden=torch.randn(num_tokens, 72, generator=generator).to(HALF),
             classifier=(torch.randn(num_rows, 72, generator=generator) / 8).to(HALF),
             transform=Transform(softcap, temperature),
-            names=names,
-            grad_names=received,
+            columns=columns,
+            grad_columns=received,
             bias=drawn_bias(generator, num_rows, case),
         )
         # Nobody's reference is near these tokens' logits, above or below.
@@ -133,37 +149,38 @@ def check_kept_probabilities() -> None:
         reference[3::7] += 200.0
         tokens, whole = slice(0, num_tokens), slice(0, num_rows)
         raw = shard.hidden.float() @ shard.classifier.float().T
-        want = Statistics.empty(shard.names, num_tokens, shard.hidden)
+        want = torch.empty(len(columns), num_tokens)
         block = plain.block(shard, whole)
         plain.add_statistics(want, raw, block, tokens, first=True, keep=True)
-        found = Statistics(torch.full_like(want.values, torch.nan), shard.names)
+        found = torch.full_like(want, torch.nan)
         kept = torch.full((num_tokens, 640), torch.nan)  # float32: the interpreter's bfloat16
         product_probabilities(
-            shard.hidden, shard.classifier, shard.bias, shard.targets, reference, found.values,
-            names, kept[:, :num_rows], shard.transform,
+            shard.hidden, shard.classifier, shard.bias, shard.targets, reference, found,
+            names_of(columns), kept[:, :num_rows], shard.transform,
         )  # fmt: skip
-        finite = want.values.isfinite()
-        assert torch.equal(finite, found.values.isfinite()), case
+        finite = want.isfinite()
+        assert torch.equal(finite, found.isfinite()), case
         tolerance = 1e-6 if softcap is None else 1e-5  # a sigmoid's, times the cap
-        assert relative_error(found.values[finite], want.values[finite]) < tolerance, case
+        assert relative_error(found[finite], want[finite]) < tolerance, case
         assert kept[:, num_rows:].isnan().all(), "others are not touched"
 
-        want, found = want.first(received), found.first(received)
-        grads = Statistics(torch.randn(2, num_tokens, generator=generator), received)
-        grads.lse[::5] = 0.0  # the target's logit alone receives something
-        grads.values[:, 2::5] = 0.0  # nothing does
+        want, found = want[:2], found[:2]
+        grads = torch.randn(2, num_tokens, generator=generator)
+        grads[0, ::5] = 0.0  # the target's logit alone receives something
+        grads[:, 2::5] = 0.0  # nothing does
         plain.put_gradient(raw, block, tokens, want, grads, logits=raw, sum_tokens=False)
         known = raw.isfinite()
+        upstream = Upstream(found, grads, Wanted(True, True, False), ClassifierGrad(HALF))
         for _ in range(2):  # as each half of a split backward
-            scale, own_entry = ours.settle(kept[:, :num_rows], reference, shard, found, grads)
+            scale, own_entry = settled(kept[:, :num_rows], reference, shard, upstream)
         gradient = kept[:, :num_rows] * scale[:, None]
         # What one token gives to its target's row is that row's entry, and what it gets of it.
         eye = torch.eye(num_tokens)
         own = torch.zeros(num_rows, num_tokens)
-        ours.add_to_target_rows(own, eye, own_entry, shard.targets)
+        add_to_target_rows(own, eye, own_entry, shard.targets)
         assert not (gradient.T * own)[known.T].any(), case
         whole_gradient = torch.empty_like(gradient)
-        ours.add_target_rows(
+        add_target_rows(
             kept[:, :num_rows], scale, torch.eye(num_rows), own_entry, shard.targets,
             whole_gradient,
         )  # fmt: skip
@@ -175,11 +192,11 @@ def check_kept_probabilities() -> None:
             error = relative_error(gradient[token][own], raw[token][own], 1e-6)
             assert error < 2e-4, (case, token, error)
         out = torch.empty(num_tokens, num_rows, dtype=HALF)
-        ours.scale_tokens(kept[:, :num_rows], scale, out)
+        scale_tokens(kept[:, :num_rows], scale, out)
         others = known & (kept[:, :num_rows] != 0.0)
         assert relative_error(out[others], raw[others]) < 1e-3
         at_targets = (shard.targets, torch.arange(float(num_tokens)))
-        ours.scale_tokens(kept[:, :num_rows], scale, out, at_targets)
+        scale_tokens(kept[:, :num_rows], scale, out, at_targets)
         for token, target in enumerate(shard.targets.tolist()):
             if 0 <= target < num_rows:
                 assert out[token, target] == token
@@ -187,7 +204,7 @@ def check_kept_probabilities() -> None:
 
 def check_whole_loss() -> None:
     """Every way, in float16, no worse than float16 can be."""
-    tile_ops.choose = lambda hidden, classifier: InterpretedOps()
+    use_interpreted()
     torch.manual_seed(0)
     e, c = torch.randn(140, 64).to(HALF), (torch.randn(300, 64) / 8).to(HALF)
     targets = torch.randint(300, (140,))
@@ -209,7 +226,7 @@ def check_whole_loss() -> None:
         ("probs", {}, False),
         ("probs", {}, True),
     ):
-        InterpretedOps.keeps = keeps
+        interpreted().keeps = keeps
         own = [t.clone().requires_grad_() for t in (e, c, bias)]
         loss, metrics = linear_cross_entropy(
             own[0], own[1], targets, own[2], backward=backward, softcap=3.0, z_loss=0.01,
@@ -226,7 +243,7 @@ def check_whole_loss() -> None:
 
 def check_small_logits() -> None:
     """Tokens whose target is no row here, with a lse far below the 0 of a target that is none."""
-    tile_ops.choose = lambda hidden, classifier: InterpretedOps()
+    use_interpreted()
     torch.manual_seed(0)
     e, c = torch.randn(70, 64).to(HALF), (torch.randn(150, 64) / 8).to(HALF)
     targets = torch.randint(150, (70,))
@@ -234,7 +251,7 @@ def check_small_logits() -> None:
     found = []
     for bias in (torch.full((150,), -150.0), torch.zeros(150)):
         own = [t.to(HALF, copy=True).requires_grad_() for t in (e, c, bias)]
-        InterpretedOps.keeps = True
+        interpreted().keeps = True
         loss = linear_cross_entropy(own[0], own[1], targets, own[2], backward="probs")
         found.append(torch.autograd.grad(loss, own))
     for shifted, plain in zip(*found, strict=True):  # a softmax does not see what all have

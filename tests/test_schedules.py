@@ -28,7 +28,7 @@ from tests.toy_pipeline import (
     draw_batch,
     one_process,
 )
-from vocab_parallel.local.chunked import ChunkedImpl
+from vocab_parallel.backends.torch import TorchBackend
 
 PAGE = ROOT / "docs" / "schedules.md"
 LAYOUTS = ("replicated", "sharded", "sequence")
@@ -120,7 +120,7 @@ class Work:
 
 
 def watch(work: Work) -> None:
-    forward, backward = ChunkedImpl.forward, ChunkedImpl.backward
+    forward, backward = TorchBackend.statistics, TorchBackend.gradients
 
     def counted_forward(self, shard, plan):
         work.forwards += 1
@@ -133,7 +133,7 @@ def watch(work: Work) -> None:
         work.waiting -= upstream.wanted.classifier
         return backward(self, shard, plan, upstream)
 
-    ChunkedImpl.forward, ChunkedImpl.backward = counted_forward, counted_backward
+    TorchBackend.statistics, TorchBackend.gradients = counted_forward, counted_backward
 
 
 def check_work(private_query: bool) -> None:

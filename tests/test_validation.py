@@ -19,9 +19,9 @@ from vocab_parallel import (
     multi_token_cross_entropy,
     token_logprobs,
 )
-from vocab_parallel.sharded import bound
-from vocab_parallel.sharded.operands import Operands
-from vocab_parallel.sharded.settings import LossSettings
+from vocab_parallel import arguments as bound_calls
+from vocab_parallel.arguments import Operands
+from vocab_parallel.settings import LossSettings
 
 TOKENS, HIDDEN, VOCABULARY = 6, 4, 11
 Change = Callable[[dict[str, Any], int], None]
@@ -267,7 +267,7 @@ def check_calls_found_again() -> None:
                 "vocab_parallel_options": VocabParallelOptions.from_vocab(VOCABULARY, group)
             }
             linear_cross_entropy(**given).backward()
-        assert len(bound._bound) == 1, "a group made anew is the same shape"
+        assert len(bound_calls._bound) == 1, "a group made anew is the same shape"
         for change in (
             lambda given, rank: given.update(e=torch.randn(TOKENS + 1, HIDDEN)),
             lambda given, rank: given.update(e=given["e"].double()),
@@ -282,7 +282,7 @@ def check_calls_found_again() -> None:
             on_rank(1, change)(given, dist.get_rank())
             with pytest.raises(ValueError, match=r"rank 1|rank by rank"):
                 linear_cross_entropy(**given)
-        bound._bound.clear()
+        bound_calls._bound.clear()
         dist.barrier()
         dist.destroy_process_group(group)
         group = dist.new_group(timeout=timedelta(seconds=40))
@@ -296,11 +296,11 @@ def test_calls_found_again() -> None:
 def test_what_is_kept_of_a_shape() -> None:
     """Neither the parameter nor the group: a dictionary must keep nothing alive, and be small."""
     e, c = torch.randn(4, 3), torch.randn(7, 3)
-    bound.forget()
+    bound_calls.forget()
     linear_cross_entropy(e, c, torch.zeros(4, dtype=torch.int64))
-    (kept,) = bound._bound.values()
+    (kept,) = bound_calls._bound.values()
     assert kept.shard.classifier.shape == c.shape
     assert kept.shard.classifier.untyped_storage().nbytes() == c.element_size()
     for tokens in range(1, 300):
         linear_cross_entropy(e[:1].expand(tokens, 3), c, torch.zeros(tokens, dtype=torch.int64))
-    assert len(bound._bound) <= bound._MOST
+    assert len(bound_calls._bound) <= bound_calls._MOST

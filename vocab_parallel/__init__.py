@@ -5,6 +5,7 @@ mesh -> rows -> classifier -> loss -> schedule
 
 from typing import TYPE_CHECKING, Any
 
+from vocab_parallel.backends.registry import available_impls
 from vocab_parallel.distillation.loss import linear_distillation, linear_distillation_from_top_k
 from vocab_parallel.evaluation import (
     Prediction,
@@ -13,9 +14,8 @@ from vocab_parallel.evaluation import (
     predict,
     score_tokens,
 )
-from vocab_parallel.local.backward_plan import BackwardPlan, plan_backward
-from vocab_parallel.local.registry import available_impls
-from vocab_parallel.loss import linear_cross_entropy, token_logprobs
+from vocab_parallel.functional import linear_cross_entropy, token_logprobs
+from vocab_parallel.metrics import LossMetrics
 from vocab_parallel.modules.checkpoint import rows_as_dtensor, rows_for_checkpoint
 from vocab_parallel.modules.classifier import VocabParallelClassifier
 from vocab_parallel.modules.columns import sum_over_columns, validate_columns
@@ -31,7 +31,7 @@ from vocab_parallel.pipeline import (
     no_loss,
     validate_pipeline_loss,
 )
-from vocab_parallel.sharded.metrics import LossMetrics
+from vocab_parallel.plan import BackwardPlan, plan_backward
 
 if TYPE_CHECKING:
     from vocab_parallel.pipeline.spanning.schedule import SpanningSchedule

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Shard
 
+from vocab_parallel.functional import linear_cross_entropy
+from vocab_parallel.layout import HiddenLayout
 from vocab_parallel.logit_settings import logit_settings, refuse_other_losses
-from vocab_parallel.loss import linear_cross_entropy
 from vocab_parallel.modules.classifier import VocabParallelClassifier
 from vocab_parallel.modules.heads import OutputWeight
-from vocab_parallel.sharded.layout import HiddenLayout
 
 
 class CausalLMLoss:

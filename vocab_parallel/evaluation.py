@@ -11,18 +11,16 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from vocab_parallel.arguments import Call, Operands, prepare
 from vocab_parallel.collectives import VocabGroup
-from vocab_parallel.local.backward_plan import budget_bytes
-from vocab_parallel.local.statistics import accumulation_dtype
-from vocab_parallel.local.top_k import NO_ROW, merge_top_k, top_k_of_shard
-from vocab_parallel.loss import token_logprobs
-from vocab_parallel.sharded.call import Call, prepare
-from vocab_parallel.sharded.halves import Inputs, gathered_hidden, shard_of
-from vocab_parallel.sharded.layout import HiddenLayout, crosses_documents, is_ignored
-from vocab_parallel.sharded.operands import Operands
-from vocab_parallel.sharded.rows import RankRows
-from vocab_parallel.sharded.settings import LossSettings
-from vocab_parallel.sharded.uncompiled import uncompiled
+from vocab_parallel.engine import Inputs, gathered_hidden, shard_of
+from vocab_parallel.entry import entry
+from vocab_parallel.functional import token_logprobs
+from vocab_parallel.layout import HiddenLayout, crosses_documents, is_ignored
+from vocab_parallel.plan import budget_bytes
+from vocab_parallel.rank_rows import RankRows
+from vocab_parallel.settings import LossSettings
+from vocab_parallel.top_k import NO_ROW, merge_top_k, top_k_of_shard
 
 
 class Prediction(NamedTuple):
@@ -41,7 +39,7 @@ class Prediction(NamedTuple):
 
 
 @torch.no_grad()
-@uncompiled
+@entry
 def predict(
     e: Tensor,  # (..., T, D)
     c: Tensor,  # (stop - start, D)
@@ -91,8 +89,7 @@ def predict(
     inputs = Inputs(hidden, call.operands.classifier, bias, targets)
     shard = shard_of(call, inputs, needs_grad=False)
     if shard is None:
-        dtype = accumulation_dtype(hidden.dtype)
-        scores = hidden.new_full((hidden.shape[0], k), -torch.inf, dtype=dtype)
+        scores = hidden.new_full((hidden.shape[0], k), -torch.inf, dtype=call.bound.shard.dtype)
         rows, lse = torch.full_like(scores, NO_ROW, dtype=torch.int64), scores[:, 0].clone()
     else:
         scores, rows, lse = top_k_of_shard(shard, k, budget_bytes(memory_budget))

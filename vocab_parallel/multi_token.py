@@ -18,25 +18,17 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from vocab_parallel.local.statistics import Statistics
-from vocab_parallel.loss import linear_cross_entropy
-from vocab_parallel.sharded.autograd import scalar_loss, vocab_statistics
-from vocab_parallel.sharded.call import Call, prepare
-from vocab_parallel.sharded.layout import IGNORED
-from vocab_parallel.sharded.operands import Operands
-from vocab_parallel.sharded.settings import (
-    LossSettings,
-    parameters_of,
-    translated,
-    unknown_option,
-)
-from vocab_parallel.sharded.token_loss import TokenLoss, at_least_one
-from vocab_parallel.sharded.uncompiled import uncompiled
+from vocab_parallel.arguments import Call, Operands, prepare
+from vocab_parallel.entry import entry
+from vocab_parallel.functional import linear_cross_entropy, reduced_loss
+from vocab_parallel.layout import IGNORED
+from vocab_parallel.settings import LossSettings, parameters_of, unknown_option
+from vocab_parallel.token_loss import TokenLoss, at_least_one
 
 _OTHER_RESULTS = ("return_lse", "return_entropy", "return_metrics")
 
 
-# For type checkers: what is returned hangs on one argument. The rest is below.
+# For type checkers: the return type depends on one flag. The rest is below.
 @overload
 def multi_token_cross_entropy(
     e: Tensor | Sequence[Tensor],
@@ -62,8 +54,7 @@ def multi_token_cross_entropy(
 ) -> Tensor: ...
 
 
-@uncompiled
-@translated
+@entry
 def multi_token_cross_entropy(
     e: Tensor | Sequence[Tensor],  # H of (..., T, D), or (H, ..., T, D)
     c: Tensor,  # (stop - start, D)
@@ -155,14 +146,8 @@ def multi_token_cross_entropy(
     call = prepare(operands, settings, vocab_parallel_options, validate=validate, problem=problem)
     labels = call.labels()
     heads = _Heads(call, labels)
-    losses = heads.losses(weighted=True)
-    if settings.scalar_loss:
-        loss, statistics = scalar_loss(call, labels, losses)
-    else:
-        statistics = vocab_statistics(call, labels)
-        per_token = reduction == "none"
-        loss = call.own(losses(statistics.values)) if per_token else losses.total(statistics.values)
-    return (loss, heads.own_losses(statistics)) if return_heads else loss
+    loss, values = reduced_loss(call, labels, heads.losses(weighted=True))
+    return (loss, heads.own_losses(values)) if return_heads else loss
 
 
 class _Heads:
@@ -174,7 +159,7 @@ class _Heads:
     def __init__(self, call: Call, labels: Tensor) -> None:
         self._call, self._labels, self._token_weight = call, labels, call.token_weight()
         self._count = call.settings.num_heads or 1
-        self._parts = call.rows.group.degree if call.layout.gathers else 1
+        self._parts = call.rows.group.degree if call.bound.gathers else 1
 
     def losses(self, *, weighted: bool) -> TokenLoss:
         """Return what makes each token's part of the loss, or of its head's own loss."""
@@ -189,12 +174,12 @@ class _Heads:
             call.rows.vocab_size or 0,
             settings.z_loss,
             None,
-            call.shard.ops.kernels,
+            call.bound.backend.kernels,
         )
 
-    def own_losses(self, statistics: Statistics) -> Tensor:
+    def own_losses(self, values: Tensor) -> Tensor:
         """Return each head's own loss [H], without a gradient."""
-        per_token = self.losses(weighted=False).values(statistics.values.detach())
+        per_token = self.losses(weighted=False).values(values.detach())
         return self._by_head(per_token).sum((0, 2))
 
     def _by_head(self, per_token: Tensor) -> Tensor:  # (N,) -> (parts, H, n)
@@ -207,7 +192,7 @@ class _Heads:
 
     def _factors(self, weighted: bool) -> Tensor:
         """Return what each head's tokens are multiplied by, [H]."""
-        settings, dtype = self._call.settings, self._call.shard.dtype
+        settings, dtype = self._call.settings, self._call.bound.shard.dtype
         factors = torch.ones(self._count, dtype=dtype, device=self._labels.device)
         if settings.reduction == "mean":
             given = settings.num_valid_tokens

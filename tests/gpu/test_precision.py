@@ -9,8 +9,7 @@ import torch.nn.functional as F
 
 from tests.oracle import metrics_oracle, oracle, relative_error
 from vocab_parallel import linear_cross_entropy, token_logprobs
-from vocab_parallel.local import tile_ops
-from vocab_parallel.local.tile_ops import TritonOps
+from vocab_parallel.backends import registry
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TOKENS, ROWS, HIDDEN = 700, 3001, 136
@@ -54,7 +53,7 @@ def test_two_dtypes(pair: tuple[torch.dtype, torch.dtype]) -> None:
 def test_float32_logits(dtype: torch.dtype, hopper: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """No logit is rounded: log-probabilities are float32's, and gradients no worse than before."""
     if not hopper:
-        monkeypatch.setattr(tile_ops, "choose", lambda hidden, classifier: TritonOps())
+        monkeypatch.setattr(registry, "choose", lambda hidden, classifier: "triton")
     e, c, targets = drawn(dtype, dtype)
     leaves = [e.requires_grad_(), c.requires_grad_()]
     wide = [t.detach().double().requires_grad_() for t in leaves]
@@ -82,7 +81,7 @@ def test_metrics(
 ) -> None:
     """Right, without a wait for the device, and the loss and its gradients are as without."""
     if not hopper:
-        monkeypatch.setattr(tile_ops, "choose", lambda hidden, classifier: TritonOps())
+        monkeypatch.setattr(registry, "choose", lambda hidden, classifier: "triton")
     e, c, targets = drawn(torch.bfloat16, torch.bfloat16)
     leaves = [e.requires_grad_(), c.requires_grad_()]
     transform = {name: each for name, each in given.items() if name != "z_loss"}

@@ -98,7 +98,7 @@ def check_errors(hidden: int, confident: bool) -> None:
     own_e, own_c = e.clone().requires_grad_(), c.clone().requires_grad_()
     eager = errors(F.cross_entropy((own_e @ own_c.T).float(), targets), own_e, own_c, rows)
     table = {"eager": eager}
-    from vocab_parallel.local import cce_kernels
+    from vocab_parallel.backends import cce_kernels
 
     fp32 = cce_kernels.features().fp32_accumulation
     for impl, state in available_impls().items():

@@ -1,4 +1,4 @@
 """The loss of a student that learns from a teacher's distribution, both over sharded rows.
 
-loss -> call -> autograd -> passes -> teacher, labels -> divergences, columns
+loss -> arguments -> hidden_teacher, top_k_teacher -> comparison -> labels, divergences
 """

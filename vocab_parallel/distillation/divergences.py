@@ -16,7 +16,7 @@ from typing import Literal, cast, get_args
 import torch
 from torch import Tensor
 
-from vocab_parallel.local.statistics import accumulation_dtype
+from vocab_parallel.statistics import accumulation_dtype
 
 DivergenceName = Literal["forward_kl", "reverse_kl", "js"]
 DIVERGENCES = get_args(DivergenceName)

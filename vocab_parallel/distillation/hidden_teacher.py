@@ -3,8 +3,8 @@
 With u the teacher's logits, z the student's, q = softmax(u) and p = softmax(z), what one pass over
 the tiles accumulates with running maxima is
 
-    forward_kl   E_q[u - z] - lse(u) + lse(z)      dz = g (p - q)
-    reverse_kl   E_p[z - u] - lse(z) + lse(u)      dz = g p (z - u - E_p[z - u])
+    forward_kl   E_q[u - z] - lse(u) + lse(z)      dz = g.lse p - g.mean q
+    reverse_kl   E_p[z - u] - lse(z) + lse(u)      dz = p (g.mean (z - u - mean) + g.mean + g.lse)
     js           lse(u), lse(z)
 
 and the third needs another pass, once both lse are known, for the distances to the mixture m:
@@ -22,46 +22,39 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vocab_parallel.distillation.columns import Column, Columns, TokenStatistics
+from vocab_parallel.backends.interface import Shard
+from vocab_parallel.backends.torch import Block, TorchBackend, finish_logits_
+from vocab_parallel.distillation.comparison import Comparison
 from vocab_parallel.distillation.divergences import Divergence, log_mixture_
 from vocab_parallel.distillation.labels import softmax_parts_
-from vocab_parallel.local.backward_plan import padded
-from vocab_parallel.local.interface import Shard
-from vocab_parallel.local.tile_ops import finish_logits_
+from vocab_parallel.plan import padded
+from vocab_parallel.statistics import Column, Columns, Statistics
 
-_TO_MIXTURE = (Column("teacher_to_mixture", "sum"), Column("student_to_mixture", "sum"))
-
-
-def logits_of(shard: Shard, tokens: slice, rows: slice, spare: int = 0) -> Tensor:
-    """Make a tile of logits [n, r + spare] in the accumulation dtype; spare columns are not set."""
-    block = shard.ops.block(shard, rows)
-    num_rows = rows.stop - rows.start
-    wide = num_rows + spare
-    # cuBLAS is slow where lines of the result are not aligned.
-    pitch = padded(wide) if shard.hidden.is_cuda else wide
-    shape = (tokens.stop - tokens.start, pitch)
-    out = shard.hidden.new_empty(shape, dtype=shard.dtype)[:, :wide]
-    finish_logits_(shard.ops.put_raw_logits(out[:, :num_rows], block, tokens), block)
-    return out
+_PRODUCTS = TorchBackend()
+# The second is reported alone, for the gradient of the first.
+_TO_MIXTURE = (Column("js", "sum"), Column("student_to_mixture", "sum"))
 
 
-@dataclass(frozen=True)
-class HiddenTeacher:
+@dataclass(frozen=True, kw_only=True)
+class HiddenTeacher(Comparison):
     """Compares the student's logits with those of a teacher's shard.
+
+    Of the shard's ``others`` the first are the teacher's hidden states [N, D'], and ``beside`` are
+    its rows [R, D'] and their bias.
 
     Attributes:
         divergence: which, and its beta.
-        shard: the teacher's rows of this rank, with the loss's tokens; None where there are none.
+        teacher: its shard, without tokens and rows.
     """
 
     divergence: Divergence
-    shard: Shard | None
+    teacher: Shard
 
-    spare: ClassVar = 0  # columns beside a tile's logits
+    _TILES: ClassVar[dict[str, int]] = {"forward_kl": 4, "reverse_kl": 4, "js": 6}
 
     @property
-    def columns(self) -> Columns:
-        """What one pass accumulates."""
+    def own_columns(self) -> Columns:
+        """See `Comparison.own_columns`."""
         lse = (Column("lse", "logsumexp"), Column("teacher_lse", "logsumexp"))
         if self.divergence.name == "js":
             return lse
@@ -70,28 +63,20 @@ class HiddenTeacher:
 
     @property
     def later_columns(self) -> Columns:
-        """What a second pass adds up, over the tiles and over the group."""
+        """See `Comparison.later_columns`."""
         return _TO_MIXTURE if self.divergence.name == "js" else ()
 
     @property
     def tiles(self) -> int:
-        """How many tensors of a tile's shape are held at the worst moment.
+        """The logits of both, their difference, a mixture, and a comparison with 0."""
+        return self._TILES[self.divergence.name]
 
-        That is in backward: the logits of both, their difference, and what a mixture and the
-        comparison with 0 take.
-        """
-        return {"forward_kl": 4, "reverse_kl": 4, "js": 6}[self.divergence.name]
-
-    def statistics(self, logits: Tensor, tokens: slice, rows: slice) -> list[Tensor]:
-        """Return the statistics of a tile, each [n]; overwrites its logits."""
-        assert self.shard is not None
-        teacher = logits_of(self.shard, tokens, rows)
-        name = self.divergence.name
-        difference = {
-            "forward_kl": lambda: teacher - logits,
-            "reverse_kl": lambda: logits - teacher,
-            "js": lambda: None,
-        }[name]()
+    def own_statistics(self, logits: Tensor, block: Block, tokens: slice) -> list[Tensor]:
+        """See `Comparison.own_statistics`."""
+        teacher, name = self._logits(block, tokens), self.divergence.name
+        difference: Tensor | None = None
+        if name != "js":
+            difference = teacher - logits if name == "forward_kl" else logits - teacher
         lse, student_weights, student_sum = softmax_parts_(logits)
         teacher_lse, teacher_weights, teacher_sum = softmax_parts_(teacher)
         if difference is None:
@@ -104,69 +89,60 @@ class HiddenTeacher:
         mean = weighted.sum(1).div_(total.masked_fill(total == 0.0, 1.0))
         return [lse, teacher_lse, mean]
 
-    def later_statistics(
-        self, logits: Tensor, statistics: TokenStatistics, tokens: slice, rows: slice
-    ) -> list[Tensor]:
-        """Return what a tile adds to the distances to the mixture, each [n]."""
-        assert self.shard is not None
-        beta = self.divergence.beta
-        teacher = logits_of(self.shard, tokens, rows)
-        ratio = _log_ratio(teacher, logits, statistics)
-        q = teacher.sub_(_line(statistics["teacher_lse"])).exp_()
-        p = logits.sub_(_line(statistics["lse"])).exp_()
+    def later_statistics(self, logits: Tensor, block: Block, tokens: slice) -> list[Tensor]:
+        """See `Comparison.later_statistics`."""
+        beta, teacher = self.divergence.beta, self._logits(block, tokens)
+        first = Statistics(block.shard.others[-1][tokens].T, self.columns)
+        lse, teacher_lse = first["lse"], first["teacher_lse"]
+        ratio = _log_ratio(teacher, logits, lse, teacher_lse)
+        q = teacher.sub_(teacher_lse.unsqueeze(1)).exp_()
+        p = logits.sub_(lse.unsqueeze(1)).exp_()
         to_teacher = log_mixture_(-ratio, 1.0 - beta).masked_fill_(q == 0.0, 0.0).mul_(q).sum(1)
         to_student = log_mixture_(ratio, beta).masked_fill_(p == 0.0, 0.0).mul_(p).sum(1)
-        return [to_teacher.neg_(), to_student.neg_()]
+        return [-(beta * to_teacher + (1.0 - beta) * to_student), -to_student]
 
-    def gradient(
-        self, logits: Tensor, statistics: TokenStatistics, grads: Tensor, tokens: slice, rows: slice
-    ) -> Tensor:
-        """Return the gradient [n, r] of a tile's logits, in their place or in another.
-
-        Args:
-            logits: [n, r], the student's.
-            statistics: of the tile's tokens, of the whole vocabulary.
-            grads: [1, n], what each token's divergence receives.
-            tokens, rows: the tile.
-        """
-        assert self.shard is not None
-        teacher = logits_of(self.shard, tokens, rows)
-        lse, teacher_lse = _line(statistics["lse"]), _line(statistics["teacher_lse"])
-        grad = _line(grads[0])
-        name = self.divergence.name
+    def put_own_gradient(
+        self, logits: Tensor, block: Block, tokens: slice, statistics: Tensor, grads: Tensor
+    ) -> None:
+        """See `Comparison.put_own_gradient`."""
+        teacher, name = self._logits(block, tokens), self.divergence.name
+        lse, teacher_lse = (each.unsqueeze(1) for each in statistics[:2])
         if name == "forward_kl":
-            q = teacher.sub_(teacher_lse).exp_()
-            return logits.sub_(lse).exp_().sub_(q).mul_(grad)
+            q = teacher.sub_(teacher_lse).exp_().mul_(grads[2].unsqueeze(1))
+            logits.sub_(lse).exp_().mul_(grads[0].unsqueeze(1)).sub_(q)
+            return
         if name == "reverse_kl":
-            distance = torch.sub(logits, teacher, out=teacher).sub_(_line(statistics["mean"]))
+            mean, grad = statistics[2].unsqueeze(1), grads[2].unsqueeze(1)
+            factor = torch.sub(logits, teacher, out=teacher).sub_(mean).mul_(grad)
+            factor.add_(grad + grads[0].unsqueeze(1))
         else:
-            ratio = _log_ratio(teacher, logits, statistics)
-            distance = log_mixture_(ratio, self.divergence.beta).neg_()
-            distance.sub_(_line(statistics["student_to_mixture"]))
-            grad = grad * (1.0 - self.divergence.beta)
+            ratio = _log_ratio(teacher, logits, statistics[0], statistics[1])
+            factor = log_mixture_(ratio, self.divergence.beta).neg_()
+            factor.sub_(statistics[3].unsqueeze(1))
+            factor.mul_((grads[2] * (1.0 - self.divergence.beta)).unsqueeze(1))
         p = logits.sub_(lse).exp_()
-        return distance.masked_fill_(p == 0.0, 0.0).mul_(p).mul_(grad)
+        p.mul_(factor.masked_fill_(p == 0.0, 0.0))
 
-    def student_lse(self, statistics: TokenStatistics) -> Tensor:
-        """Return the logsumexp [N] of the student's logits."""
-        return statistics["lse"]
-
-    def values(self, statistics: TokenStatistics) -> Tensor:
-        """Return what is differentiated: the divergence of each token, [1, N]."""
+    def divergences(self, statistics: Statistics) -> Tensor:
+        """Return the divergence of each token [N], differentiable in the statistics."""
         if self.divergence.name == "js":
-            beta = self.divergence.beta
-            found = beta * statistics["teacher_to_mixture"]
-            found = found + (1.0 - beta) * statistics["student_to_mixture"]
-        else:
-            apart = statistics["lse"] - statistics["teacher_lse"]
-            found = statistics["mean"] + (apart if self.divergence.name == "forward_kl" else -apart)
-        return found.unsqueeze(0)
+            return statistics["js"]
+        apart = statistics["lse"] - statistics["teacher_lse"]
+        return statistics["mean"] + (apart if self.divergence.name == "forward_kl" else -apart)
+
+    def _logits(self, block: Block, tokens: slice) -> Tensor:
+        """Make the teacher's logits [n, r] of a tile, in the accumulation dtype."""
+        hidden, (rows, bias) = block.shard.others[0], block.shard.beside
+        assert rows is not None
+        shard = self.teacher._replace(hidden=hidden, classifier=rows, bias=bias)
+        own, num_rows = _PRODUCTS.block(shard, block.rows), block.rows.stop - block.rows.start
+        # cuBLAS is slow where lines of the result are not aligned.
+        pitch = padded(num_rows) if hidden.is_cuda else num_rows
+        shape = (tokens.stop - tokens.start, pitch)
+        out = hidden.new_empty(shape, dtype=shard.dtype)[:, :num_rows]
+        return finish_logits_(_PRODUCTS.put_raw_logits(out, own, tokens), own)
 
 
-def _log_ratio(teacher: Tensor, logits: Tensor, statistics: TokenStatistics) -> Tensor:
+def _log_ratio(teacher: Tensor, logits: Tensor, lse: Tensor, teacher_lse: Tensor) -> Tensor:
     """Return log(q / p) of a tile."""
-    return (teacher - logits).sub_(_line(statistics["teacher_lse"] - statistics["lse"]))
-
-
-def _line(per_token: Tensor) -> Tensor:
-    return per_token.unsqueeze(1)
+    return (teacher - logits).sub_((teacher_lse - lse).unsqueeze(1))

@@ -5,7 +5,7 @@ With q the softmax of the teacher's logits and p that of the student's, neither 
     loss = reduce(token_weight ((1 - w) D(q, p) + w nll))      w = cross_entropy_weight
 
 Sources: arXiv 1503.02531, section 2, for the mixture; arXiv 2306.13649, section 2, for the
-divergences; the sharding is that of `vocab_parallel.loss`.
+divergences; the sharding is that of `vocab_parallel.functional`.
 """
 
 from typing import Any
@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vocab_parallel.distillation.autograd import Job, TeacherTensors, student_values
-from vocab_parallel.distillation.call import (
+from vocab_parallel.arguments import Operands
+from vocab_parallel.distillation.arguments import (
     DistillationSettings,
     Student,
     ignored_label,
@@ -23,16 +23,15 @@ from vocab_parallel.distillation.call import (
     prepare_top_k,
     targets_or_zeros,
 )
-from vocab_parallel.distillation.top_k_teacher import TopKTeacher
-from vocab_parallel.loss import token_losses
-from vocab_parallel.sharded.halves import gathered_hidden
-from vocab_parallel.sharded.layout import IGNORED, OUT_OF_RANGE, HiddenLayout
-from vocab_parallel.sharded.operands import Operands
-from vocab_parallel.sharded.settings import LossSettings
-from vocab_parallel.sharded.uncompiled import uncompiled
+from vocab_parallel.engine import gathered_hidden, vocab_statistics
+from vocab_parallel.entry import entry
+from vocab_parallel.functional import token_losses
+from vocab_parallel.layout import IGNORED, OUT_OF_RANGE, HiddenLayout
+from vocab_parallel.settings import LossSettings
+from vocab_parallel.statistics import Statistics
 
 
-@uncompiled
+@entry
 def linear_distillation(
     e: Tensor,  # (..., T, D)
     c: Tensor,  # (stop - start, D)
@@ -63,10 +62,9 @@ def linear_distillation(
 
     Every rank of the vocab group calls it, with its own rows of both classifiers, and every rank
     returns the same loss. Gradients go to e, c and bias; the teacher gets none, and may require
-    none. It communicates 3 float32 for each token in forward (1 more with labels, 2 with labels
-    and a temperature; 2 without the mean for "js", whose second pass over the tiles then sums 2
-    more), and the gradient of the hidden states in backward. The gathering layouts also gather
-    ``teacher_e``.
+    none. It communicates 3 float32 for each token in forward (2 more with labels; 2 without the
+    mean for "js", whose second pass over the tiles then exchanges 2 more), and the gradient of the
+    hidden states in backward. The gathering layouts also gather ``teacher_e``.
 
     Args:
         e, c, bias: the student's hidden states, this rank's rows and their bias, as in
@@ -134,15 +132,17 @@ def linear_distillation(
         has_targets=targets is not None,
         validate=validate,
     )
-    marked = student.labels()
+    marked, num_rows = student.labels(), student.call.rows.num_token_rows
     hidden = gathered_hidden(teacher, teacher.operands.flat_hidden.detach())
-    rows, row_bias = teacher.operands.classifier.detach(), teacher.operands.bias
-    given = TeacherTensors(hidden, rows, None if row_bias is None else row_bias.detach())
-    values = student_values(Job(student, teacher), marked, given)
-    return _reduced(student, marked, values[0], values[-1])
+    rows, row_bias = teacher.operands.classifier.detach()[:num_rows], teacher.operands.bias
+    beside = rows, None if row_bias is None else row_bias.detach()[:num_rows]
+    values = vocab_statistics(student.call, marked, (hidden,), beside)
+    statistics = Statistics(values, student.call.bound.shard.grad_columns)
+    divergences = student.comparison.divergences(statistics)
+    return _reduced(student, marked, divergences, statistics, cross_entropy_weight)
 
 
-@uncompiled
+@entry
 def linear_distillation_from_top_k(
     e: Tensor,  # (..., T, D)
     c: Tensor,  # (stop - start, D)
@@ -171,7 +171,7 @@ def linear_distillation_from_top_k(
     """Return the divergence of a student's softmax from the k likeliest tokens of a teacher.
 
     As `linear_distillation`, for a teacher that was run before, or elsewhere. It communicates
-    k + 1 float32 for each token in forward (1 more with labels, 2 with labels and a temperature),
+    k + 1 float32 for each token in forward (2 more with labels),
     once, for every divergence; the gathering layouts also gather ids and log-probabilities.
 
     Args:
@@ -226,25 +226,28 @@ def linear_distillation_from_top_k(
     call, marked = student.call, student.labels()
     ids, log_q = marked_ids(teacher_ids, teacher_logprobs, call.rows.vocab_size)
     ids = gathered_hidden(call, ids)
-    log_q = gathered_hidden(call, log_q.to(call.shard.dtype)).T
-    values = student_values(Job(student, None), marked, TeacherTensors(ids))
-    teacher, k = TopKTeacher(ids, call.rows.start), ids.shape[1]
-    divergences = teacher.divergences(
-        values[: 1 + k],
+    log_q = gathered_hidden(call, log_q.to(call.bound.shard.dtype)).T
+    values = vocab_statistics(call, marked, (ids,))
+    statistics = Statistics(values, call.bound.shard.grad_columns)
+    divergences = student.comparison.divergences(
+        statistics,
+        ids,
         log_q,
         student.divergence,
         other=other,
         vocab_size=call.rows.vocab_size,
         given_dtype=teacher_logprobs.dtype,
     )
-    return _reduced(student, marked, divergences, values[-1])
+    return _reduced(student, marked, divergences, statistics, cross_entropy_weight)
 
 
-def _reduced(student: Student, labels: Tensor, divergences: Tensor, nll: Tensor) -> Tensor:
-    """Return the loss of the tokens' divergences [N] and, where they count, their labels' [N]."""
-    call, weight = student.call, student.cross_entropy_weight
-    losses = divergences
+def _reduced(
+    student: Student, labels: Tensor, divergences: Tensor, statistics: Statistics, weight: float
+) -> Tensor:
+    """Return the loss of the tokens' divergences [N], mixed with their labels' by a weight."""
+    call, losses = student.call, divergences
     if weight:
+        nll = statistics["label_lse"] - statistics["label_target"]
         losses = (1.0 - weight) * divergences + weight * nll
     tokens = token_losses(call, labels)  # for the weight and the divisor that it has
     if tokens.weight is not None:

@@ -11,76 +11,64 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vocab_parallel.distillation.columns import Column, Columns, TokenStatistics
+from vocab_parallel.backends.torch import Block
+from vocab_parallel.distillation.comparison import Comparison
 from vocab_parallel.distillation.divergences import Divergence, log_remainder, rounding_of
 from vocab_parallel.distillation.labels import logsumexp_
+from vocab_parallel.statistics import Column, Columns, Statistics
 
 ABSENT = -1  # the id of an entry that is none: its log-probability is -inf
 
 
-@dataclass(frozen=True)
-class TopKTeacher:
+@dataclass(frozen=True, kw_only=True)
+class TopKTeacher(Comparison):
     """Picks the student's logits at a teacher's tokens.
 
+    Of the shard's ``others`` the first are the teacher's ids [N, k] int32 of the whole vocabulary,
+    `ABSENT` where there is none.
+
     Attributes:
-        ids: [N, k] int32 of the whole vocabulary, `ABSENT` where there is none.
+        k: how many.
         start: the first row of this rank.
     """
 
-    ids: Tensor
+    k: int
     start: int
 
-    spare: ClassVar = 1  # a column that takes what belongs to other tiles
-    later_columns: ClassVar[Columns] = ()
-    tiles: ClassVar = 2
+    spare: ClassVar[int] = 1  # a column that takes what belongs to other tiles
 
     @property
-    def columns(self) -> Columns:
-        """What one pass accumulates."""
-        chosen = Column("chosen", "sum", width=self.ids.shape[1])
-        return (Column("rest_lse", "logsumexp"), chosen)
+    def own_columns(self) -> Columns:
+        """See `Comparison.own_columns`."""
+        return (Column("rest_lse", "logsumexp"), Column("chosen", "sum", width=self.k))
 
-    def statistics(self, logits: Tensor, tokens: slice, rows: slice) -> list[Tensor]:
-        """Return the statistics of a tile: [n] and [k, n]; overwrites its logits [n, r + 1]."""
-        index = self._columns_of(tokens, rows)
-        logits[:, -1] = 0.0
-        chosen = logits.gather(1, index)
-        logits.scatter_(1, index, -torch.inf)
-        logits[:, -1] = -torch.inf
+    @property
+    def tiles(self) -> int:
+        """The logits, and what their exponentials take."""
+        return 2
+
+    def own_statistics(self, logits: Tensor, block: Block, tokens: slice) -> list[Tensor]:
+        """See `Comparison.own_statistics`."""
+        index = self._columns_of(block, tokens)
+        wide = _with_spare(logits)
+        wide[:, -1] = 0.0
+        chosen = wide.gather(1, index)
+        wide.scatter_(1, index, -torch.inf)
         return [logsumexp_(logits), chosen.T]
 
-    def later_statistics(
-        self, logits: Tensor, statistics: TokenStatistics, tokens: slice, rows: slice
-    ) -> list[Tensor]:
-        """Return nothing: there is no second pass."""
-        return []
-
-    def gradient(
-        self, logits: Tensor, statistics: TokenStatistics, grads: Tensor, tokens: slice, rows: slice
-    ) -> Tensor:
-        """Return the gradient [n, r] of a tile's logits [n, r + 1], in their place.
-
-        Args:
-            grads: [1 + k, n], what the statistics receive.
-            logits, statistics, tokens, rows: see `HiddenTeacher.gradient`.
-        """
-        lse = statistics["rest_lse"]
+    def put_own_gradient(
+        self, logits: Tensor, block: Block, tokens: slice, statistics: Tensor, grads: Tensor
+    ) -> None:
+        """See `Comparison.put_own_gradient`."""
+        lse = statistics[0]
         lse = lse.masked_fill(lse == -torch.inf, 0.0)  # all rows are among the k
         logits.sub_(lse.unsqueeze(1)).exp_().mul_(grads[0].unsqueeze(1))
-        logits.scatter_(1, self._columns_of(tokens, rows), grads[1:].T)
-        return logits[:, :-1]
-
-    def student_lse(self, statistics: TokenStatistics) -> Tensor:
-        """Return the logsumexp [N] of the student's logits."""
-        return torch.logaddexp(statistics["rest_lse"], torch.logsumexp(self._chosen(statistics), 0))
-
-    def values(self, statistics: TokenStatistics) -> Tensor:
-        """Return what is differentiated, [1 + k, N]: the statistics of the pass themselves."""
-        return torch.cat([statistics["rest_lse"].unsqueeze(0), statistics["chosen"]])
+        _with_spare(logits).scatter_(1, self._columns_of(block, tokens), grads[1:].T)
 
     def divergences(
         self,
-        values: Tensor,
+        statistics: Statistics,
+        ids: Tensor,
         log_q: Tensor,
         divergence: Divergence,
         *,
@@ -88,10 +76,11 @@ class TopKTeacher:
         vocab_size: int | None,
         given_dtype: torch.dtype,
     ) -> Tensor:
-        """Return the divergence of each token [N], differentiable in the values [1 + k, N].
+        """Return the divergence of each token [N], differentiable in the statistics.
 
         Args:
-            values: see `values`.
+            statistics: of the whole vocabulary.
+            ids: [N, k], the teacher's.
             log_q: [k, N], the teacher's, -inf for an entry that is none.
             divergence: which.
             other: whether the teacher's remainder counts as one more token. Otherwise its k are
@@ -99,14 +88,16 @@ class TopKTeacher:
             vocab_size: of the whole vocabulary, None where it is not known.
             given_dtype: that the teacher's log-probabilities were given in.
         """
-        rest, chosen = values[0], values[1:].masked_fill(self._absent, -torch.inf)
+        absent = ids.T == ABSENT
+        rest = statistics["rest_lse"]
+        chosen = torch.atleast_2d(statistics["chosen"]).masked_fill(absent, -torch.inf)
         # One log_softmax of all outcomes: the k alone may all be masked, and have no gradient then.
         log_p = torch.log_softmax(torch.cat([chosen, rest.unsqueeze(0)]), 0)
         if other:
             rest_q = log_remainder(log_q)
             nothing = rest_q.exp() <= rounding_of(log_q, given_dtype)
             if vocab_size is not None:  # the k are the vocabulary
-                nothing |= (~self._absent).sum(0) == vocab_size
+                nothing |= (~absent).sum(0) == vocab_size
             # A student without a rest may have a teacher with one: that divergence is infinite.
             rest_q = rest_q.masked_fill(nothing & (rest == -torch.inf), -torch.inf)
         else:
@@ -115,15 +106,13 @@ class TopKTeacher:
             rest_q = torch.full_like(rest, -torch.inf)
         return divergence.of_outcomes(torch.cat([log_q, rest_q.detach().unsqueeze(0)]), log_p)
 
-    def _chosen(self, statistics: TokenStatistics) -> Tensor:
-        return statistics["chosen"].masked_fill(self._absent, -torch.inf)
-
-    @property
-    def _absent(self) -> Tensor:
-        return self.ids.T == ABSENT
-
-    def _columns_of(self, tokens: slice, rows: slice) -> Tensor:
+    def _columns_of(self, block: Block, tokens: slice) -> Tensor:
         """Return the ids' columns [n, k] in a tile, the spare one for those that it has not."""
-        index = self.ids[tokens].long() - (self.start + rows.start)
-        num_rows = rows.stop - rows.start
+        index = block.shard.others[0][tokens].long() - (self.start + block.rows.start)
+        num_rows = block.rows.stop - block.rows.start
         return index.masked_fill_((index < 0) | (index >= num_rows), num_rows)
+
+
+def _with_spare(logits: Tensor) -> Tensor:
+    """Return a tile [n, r] of `Comparison.buffer` with the spare column that follows it."""
+    return logits.as_strided((logits.shape[0], logits.shape[1] + 1), logits.stride())

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
+from vocab_parallel.agreement import Claim, agree
 from vocab_parallel.collectives import VocabGroup
+from vocab_parallel.entry import entry
+from vocab_parallel.layout import target_digest
 from vocab_parallel.modules.vocab_rows import VocabRows
 from vocab_parallel.options import generator_of_rows
-from vocab_parallel.sharded.agreement import Claim, agree
-from vocab_parallel.sharded.settings import target_digest
-from vocab_parallel.sharded.uncompiled import uncompiled
 
 EmbeddingLayout = Literal["sharded", "replicated"]
 
@@ -144,7 +144,7 @@ class VocabParallelEmbedding(VocabRows):
         owned = (ids >= self.start) & (ids < self.stop)
         return owned, (ids - self.start).masked_fill(~owned, 0)
 
-    @uncompiled
+    @entry
     def _check(self, ids: Tensor) -> None:
         validate = self.weight.is_cpu if self.validate is None else self.validate
         problem = self._problem_of(ids, reads_ids=validate)

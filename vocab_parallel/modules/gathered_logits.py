@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vocab_parallel.collectives import VocabGroup
-from vocab_parallel.local.statistics import accumulation_dtype
 from vocab_parallel.partition import row_range
+from vocab_parallel.statistics import accumulation_dtype
 
 
 def replicated_input(hidden: Tensor, group: VocabGroup) -> Tensor:

@@ -10,10 +10,10 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from vocab_parallel.collectives import VocabGroup, group_device
-from vocab_parallel.local.statistics import accumulation_dtype
 from vocab_parallel.modules.columns import columns_of, covers
 from vocab_parallel.modules.gradient_sums import local_part
 from vocab_parallel.modules.vocab_rows import VocabRows, holds_vocab_rows, is_tied_copy
+from vocab_parallel.statistics import accumulation_dtype
 
 
 @torch.no_grad()

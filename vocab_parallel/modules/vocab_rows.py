@@ -15,10 +15,10 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 
+from vocab_parallel.agreement import Claim, agree
 from vocab_parallel.collectives import VocabGroup
 from vocab_parallel.options import group_rank_and_size
 from vocab_parallel.partition import ceiling_rows, checked_rows, row_range
-from vocab_parallel.sharded.agreement import Claim, agree
 from vocab_parallel.shares_group import SharesGroup
 
 _ROWS = "holds_vocab_rows"

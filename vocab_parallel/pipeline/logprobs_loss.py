@@ -6,14 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vocab_parallel.agreement import Claim, agree
+from vocab_parallel.backends.registry import create_backend
 from vocab_parallel.collectives import VocabGroup
-from vocab_parallel.local.registry import create_impl
-from vocab_parallel.loss import token_logprobs
+from vocab_parallel.functional import token_logprobs
+from vocab_parallel.layout import HiddenLayout
 from vocab_parallel.pipeline.scheduled_loss import ScheduledLoss
-from vocab_parallel.sharded.agreement import Claim, agree
-from vocab_parallel.sharded.layout import HiddenLayout
-from vocab_parallel.sharded.rows import RankRows
-from vocab_parallel.sharded.settings import LossSettings, parameters_of, unknown_option
+from vocab_parallel.rank_rows import RankRows
+from vocab_parallel.settings import LossSettings, parameters_of, unknown_option
 
 # Of log-probabilities, entropies or None, and the microbatch by name.
 LogprobsFunction = Callable[[Tensor, Tensor | None, dict[str, Tensor]], Tensor]
@@ -226,4 +226,4 @@ def _check_options(options: Mapping[str, Any]) -> None:
     problem = unknown_option(settings, known)
     if problem is not None:
         raise problem
-    create_impl(settings.impl, settings.memory_budget, settings.impl_options)
+    create_backend(settings.impl, settings.memory_budget, settings.impl_options)

@@ -6,14 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vocab_parallel.local.registry import create_impl
-from vocab_parallel.loss import linear_cross_entropy
+from vocab_parallel.backends.registry import create_backend
+from vocab_parallel.functional import linear_cross_entropy
+from vocab_parallel.layout import HiddenLayout
+from vocab_parallel.metrics import LossMetrics
 from vocab_parallel.modules.heads import Rows
 from vocab_parallel.multi_token import as_tuple, multi_token_cross_entropy, stacked
 from vocab_parallel.pipeline.scheduled_loss import ScheduledLoss
-from vocab_parallel.sharded.layout import HiddenLayout
-from vocab_parallel.sharded.metrics import LossMetrics
-from vocab_parallel.sharded.settings import LossSettings, parameters_of, unknown_option
+from vocab_parallel.settings import LossSettings, parameters_of, unknown_option
 
 _RESULTS = ("return_lse", "return_heads", "return_entropy")  # a schedule takes one number
 _OF_A_CALL = ("e", "c", "targets", "bias", "document_ids", "num_valid_tokens", "validate")
@@ -251,7 +251,7 @@ def _check_options(options: Mapping[str, Any]) -> None:
     problem = unknown_option(settings, known)
     if problem is not None:
         raise problem
-    create_impl(settings.impl, settings.memory_budget, settings.impl_options)
+    create_backend(settings.impl, settings.memory_budget, settings.impl_options)
 
 
 def _settings_of(options: Mapping[str, Any]) -> LossSettings:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from vocab_parallel.modules.heads import OutputWeight
-from vocab_parallel.sharded.backward import keep_graph, loses_nodes
+from vocab_parallel.split_backward import keep_graph, loses_nodes
 
 
 class ScheduledLoss:

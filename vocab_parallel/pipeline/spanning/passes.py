@@ -34,26 +34,31 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from vocab_parallel.arguments import Call, Operands, prepare
+from vocab_parallel.backends.interface import ClassifierGrad, Upstream, Wanted, owned_targets
+from vocab_parallel.backends.torch import TorchBackend
 from vocab_parallel.collectives import Pending
-from vocab_parallel.local.backward_plan import blocks
-from vocab_parallel.local.chunked import ChunkedImpl
-from vocab_parallel.local.interface import ClassifierGrad, Upstream, Wanted, owned_targets
-from vocab_parallel.local.statistics import Statistics, accumulation_dtype, join, share_of
-from vocab_parallel.loss import token_losses
-from vocab_parallel.pipeline.pipeline_loss import CCEPipelineLoss
-from vocab_parallel.pipeline.spanning.owners import Owners
-from vocab_parallel.sharded.backward import first_derivative_only
-from vocab_parallel.sharded.call import Call, prepare
-from vocab_parallel.sharded.halves import (
+from vocab_parallel.engine import (
     Inputs,
     classifier_grad,
     own_gradients,
     own_statistics,
     with_padding,
 )
-from vocab_parallel.sharded.metrics import loss_metrics
-from vocab_parallel.sharded.operands import Operands
-from vocab_parallel.sharded.settings import LossSettings
+from vocab_parallel.functional import token_losses
+from vocab_parallel.metrics import loss_metrics
+from vocab_parallel.pipeline.pipeline_loss import CCEPipelineLoss
+from vocab_parallel.pipeline.spanning.owners import Owners
+from vocab_parallel.plan import blocks
+from vocab_parallel.settings import LossSettings
+from vocab_parallel.split_backward import first_derivative_only
+from vocab_parallel.statistics import (
+    Statistics,
+    accumulation_dtype,
+    count_lines,
+    join,
+    share_of,
+)
 
 
 @dataclass
@@ -66,11 +71,11 @@ class _Microbatch:
     call: Call | None = None
     labels: Tensor | None = None  # [N], marked
     inputs: Inputs | None = None
-    own: Statistics | None = None
+    own: Tensor | None = None  # [k, N]
     kept: object = None
     share: Tensor | None = None  # of dE, [N, D], partial
-    joined: Statistics | None = None
-    grads: Statistics | None = None
+    joined: Tensor | None = None
+    grads: Tensor | None = None
     exchanged: torch.cuda.Event | None = None  # when the three above are there
     summed: Pending | None = None
 
@@ -160,7 +165,7 @@ class LossPasses:
         )
         if not held.trains or self._barriers == 2:
             held.own, held.kept = own_statistics(call, held.inputs, needs_grad=held.trains)
-        elif call.plan.backward == "recompute" and call.settings.impl != "reference":
+        elif call.bound.plan.backward == "recompute" and call.settings.impl != "reference":
             held.own, held.share = _by_chunks(call, held.inputs)
         else:
             held.own, held.kept = own_statistics(call, held.inputs, needs_grad=True)
@@ -174,16 +179,15 @@ class LossPasses:
         assert held.labels is not None
         assert held.own is not None
         with self._beside_layers(held):
-            names = held.own.names
-            gathered = self._messages.gather.gather_shards(held.own.values)
-            held.joined = joined = Statistics(join(gathered, names), names)
-            loss, one = token_losses(call, held.labels), joined.values.new_ones(())
-            held.grads = Statistics(loss.total_gradient(joined.values, one), names)
+            gathered = self._messages.gather.gather_shards(held.own)
+            held.joined = joined = join(gathered, call.bound.shard.columns)
+            loss, one = token_losses(call, held.labels), joined.new_ones(())
+            held.grads = loss.total_gradient(joined, one)
             if self._last.here:
-                self._losses[microbatch].data.copy_(loss.total_value(joined.values))
+                self._losses[microbatch].data.copy_(loss.total_value(joined))
             if held.share is not None:
                 share, held.share = held.share, None
-                scale = share_of(held.own.lse, joined.lse) * held.grads.lse
+                scale = share_of(held.own[0], joined[0]) * held.grads[0]
                 share.mul_(scale.unsqueeze(1))
                 self._add_targets(held, share)
                 self._start_sum(held, share)
@@ -209,10 +213,8 @@ class LossPasses:
         target = classifier_grad(call, weight)
         if call.settings.accumulate_into is None and weight.grad is not None:
             target = ClassifierGrad(weight.grad.dtype, call.rows.tokens_alone(weight.grad))
-        names = call.shard.grad_names
-        upstream = Upstream(
-            held.joined.first(names), held.grads.first(names), wanted, target, held.kept
-        )
+        count = count_lines(call.bound.shard.grad_columns)
+        upstream = Upstream(held.joined[:count], held.grads[:count], wanted, target, held.kept)
         found = own_gradients(call, inputs, upstream)
         if wanted.classifier and target.add_to is None:
             weight.grad = with_padding(found.classifier, weight)
@@ -220,7 +222,7 @@ class LossPasses:
             own = with_padding(found.bias, bias)
             bias.grad = own if bias.grad is None else bias.grad.add_(own)
         if wanted.hidden:
-            dtype = call.shard.sum_dtype
+            dtype = call.bound.shard.sum_dtype
             made = found.hidden
             held.share = (
                 torch.zeros_like(inputs.hidden, dtype=dtype) if made is None else made.to(dtype)
@@ -283,10 +285,11 @@ class LossPasses:
         if rows.shape[0] == 0:
             return
         owned, chosen = owned_targets(inputs.targets, rows.shape[0])
-        factor = grads.lse * torch.expm1(joined.target - joined.lse) + (grads.lse + grads.target)
+        (lse, at_target), (lse_grad, target_grad) = joined[:2], grads[:2]
+        factor = lse_grad * torch.expm1(at_target - lse) + (lse_grad + target_grad)
         cap, temperature = call.settings.transform
         if cap is not None:  # d tanh = 1 - tanh^2
-            factor = factor * (1.0 - (joined.target * (temperature / cap)).square())
+            factor = factor * (1.0 - (at_target * (temperature / cap)).square())
         factor = (factor / temperature).masked_fill(~owned, 0.0)
         share.addcmul_(rows[chosen].to(share.dtype), factor.unsqueeze(1))
 
@@ -294,7 +297,7 @@ class LossPasses:
         call, _ = held.ready
         if self._aside is not None:  # where it is made anew there, the old one is freed early
             partial.record_stream(self._aside)
-        partial = partial.to(call.shard.sum_dtype).contiguous()
+        partial = partial.to(call.bound.shard.sum_dtype).contiguous()
         held.summed = self._last.start_sum(partial.view(held.hidden.shape))
 
     @contextmanager
@@ -323,7 +326,7 @@ class LossPasses:
         layers.wait_event(held.exchanged)
         for made in (held.joined, held.grads):
             if made is not None:
-                made.values.record_stream(layers)
+                made.record_stream(layers)
         held.exchanged = None
 
     def _report(self, held: _Microbatch) -> None:
@@ -331,7 +334,8 @@ class LossPasses:
         assert held.joined is not None
         assert held.labels is not None
         if self._loss.settings.return_metrics:
-            self._loss.add_metrics(loss_metrics(held.joined, held.labels))
+            statistics = Statistics(held.joined, held.ready[0].bound.shard.columns)
+            self._loss.add_metrics(loss_metrics(statistics, held.labels))
 
     def _release(self, held: _Microbatch) -> None:
         """Drop all that no later pass reads; a sum that is under way stays."""
@@ -342,39 +346,40 @@ class LossPasses:
         held.arrives = Pending(held.hidden, None, "", None)
 
 
-def _by_chunks(call: Call, inputs: Inputs) -> tuple[Statistics, Tensor]:
+def _by_chunks(call: Call, inputs: Inputs) -> tuple[Tensor, Tensor]:
     """Make statistics and share of some tokens at a time, for which the logits are made once.
 
     T makes them once more: four products, where S and T that know nothing of each other make five.
     """
-    num_tokens = inputs.hidden.shape[0]
-    assert isinstance(call.impl, ChunkedImpl)
-    plan = call.impl.plan_chunks(call.shard, num_tokens)
-    in_chunks = call._replace(plan=plan)
-    own = Statistics.empty(call.shard.names, num_tokens, inputs.hidden)
-    share = torch.empty_like(inputs.hidden, dtype=own.values.dtype)
+    num_tokens, shard = inputs.hidden.shape[0], call.bound.shard
+    assert isinstance(call.bound.backend, TorchBackend)
+    plan = call.bound.backend.plan_chunks(shard, num_tokens)
+    in_chunks = call._replace(bound=call.bound._replace(plan=plan))
+    own = inputs.hidden.new_empty((count_lines(shard.columns), num_tokens), dtype=shard.dtype)
+    share = torch.empty_like(inputs.hidden, dtype=shard.dtype)
     for tokens in blocks(num_tokens, plan.span):
         part = inputs.of(tokens)
         found, kept = own_statistics(in_chunks, part, needs_grad=True)
-        own.values[:, tokens] = found.values
+        own[:, tokens] = found
         share[tokens] = _local_share(in_chunks, part, found, kept)
     return own, share
 
 
-def _local_share(call: Call, inputs: Inputs, own: Statistics, kept: object) -> Tensor:
+def _local_share(call: Call, inputs: Inputs, own: Tensor, kept: object) -> Tensor:
     """Return this rank's share of dE [n, D] for its local softmax, without the targets' part.
 
     With nothing at the target: there p + d.target is 0.
     """
-    own = own.first(call.shard.grad_names)
-    local = Statistics(torch.zeros_like(own.values), own.names)
-    local.lse.fill_(1.0)
-    local.target.copy_(-share_of(own.target, own.lse))
+    own = own[: count_lines(call.bound.shard.grad_columns)]
+    local = torch.zeros_like(own)
+    local[0] = 1.0
+    local[1] = -share_of(own[1], own[0])
     nothing = ClassifierGrad(inputs.classifier.dtype)
     upstream = Upstream(own, local, Wanted(True, False, False), nothing, kept)
     share = own_gradients(call, inputs, upstream).hidden
-    dtype = own.values.dtype
-    return torch.zeros_like(inputs.hidden, dtype=dtype) if share is None else share.to(dtype)
+    if share is None:
+        share = torch.zeros_like(inputs.hidden, dtype=own.dtype)
+    return share.to(own.dtype)
 
 
 class _DeferredLoss(torch.autograd.Function):

@@ -43,7 +43,7 @@ from vocab_parallel.pipeline.spanning.validation import (
     differs_somewhere,
     step_inputs,
 )
-from vocab_parallel.sharded.backward import keep_graph, loses_nodes
+from vocab_parallel.split_backward import keep_graph, loses_nodes
 
 _V_SHAPED = ("ZBVZeroBubble",)
 

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from stage_groups import StageGroups
+from vocab_parallel.agreement import Claim, agree
 from vocab_parallel.collectives import VocabGroup
+from vocab_parallel.layout import target_digest, target_range
 from vocab_parallel.modules.classifier import VocabParallelClassifier
 from vocab_parallel.modules.embedding import VocabParallelEmbedding
 from vocab_parallel.modules.vocab_rows import VocabRows
@@ -25,8 +27,7 @@ from vocab_parallel.pipeline.problems import (
 )
 from vocab_parallel.pipeline.spanning.owners import Owners
 from vocab_parallel.pipeline.spanning.passes import barriers_of
-from vocab_parallel.sharded.agreement import Claim, agree
-from vocab_parallel.sharded.settings import check_token_divisor, target_digest, target_range
+from vocab_parallel.settings import check_token_divisor
 
 SCHEDULES = ("1F1B", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble")
 _IMPLS = ("auto", "chunked", "reference")

@@ -1,7 +1,7 @@
-"""The one face of every implementation: a shard of rows in, statistics and gradients out.
+"""The one face of every backend: a shard of rows in, statistics and gradients out.
 
-An implementation works on one rank's rows alone. It never communicates, never sees a group, and
-never meets an empty shard, an empty batch or a padding row: those end before it.
+A backend works on one rank's rows alone. It never communicates, never sees a group, and never
+meets an empty shard, an empty batch or a padding row: those end before it.
 
 The gradient of a logit follows from the statistics s of the whole vocabulary and the gradients d
 that they receive (`statistics.py` names them): with p = exp(z - s.lse),
@@ -14,16 +14,13 @@ d.lse p + d.target nearly cancels, keeps its precision.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from vocab_parallel.local.backward_plan import BackwardPlan
-from vocab_parallel.local.statistics import StatisticNames, Statistics, accumulation_dtype
-
-if TYPE_CHECKING:
-    from vocab_parallel.local.tile_ops import TileOps
+from vocab_parallel.plan import BackwardPlan
+from vocab_parallel.statistics import LSE, TARGET, Columns, accumulation_dtype
 
 
 class Transform(NamedTuple):
@@ -41,7 +38,8 @@ class Transform(NamedTuple):
 class Shard(NamedTuple):
     """One rank's share of the work: logits of its rows, for some tokens of the loss.
 
-    A call makes one without tokens, and puts them in where the work begins.
+    All but the tensors is known of a call's shape: `of` makes a shard whose tensors hold nothing,
+    and each call puts its own in.
 
     Attributes:
         hidden: [N, D].
@@ -49,61 +47,83 @@ class Shard(NamedTuple):
         bias: [R], or None.
         targets: [N] int32, the row in [0, R) of each token's target; outside of [0, R) where the
             target is another rank's row, or there is none.
+        others: what a distillation reads beside these of the same tokens, [N, ...] each.
+        beside: and what it reads of no token, the teacher's rows.
         transform: what makes logits of raw entries.
-        names: the statistics that are made.
-        grad_names: those of them, the first ones, that may receive a gradient. A backward is given
-            a shard whose names are these.
+        columns: the statistics that are made.
+        grad_columns: those of them, the first ones, that may receive a gradient.
         separate_lse_grad: whether the gradient of lse may differ from minus that of the target,
             as a z-loss or a use of lse makes it.
+        dtype: of statistics and of accumulation: float32, or float64 for float64.
+        product_dtype: in which hidden states and rows are multiplied: float32 where theirs are two.
+        operand_dtype: in which a tile's operands are there. A GPU multiplies float16 and bfloat16
+            into float32; a CPU has no such product, and widens the operands, which are small and
+            then multiply faster.
         logits_dtype: of a tile of logits that a kernel reads or keeps, at least that of the
             products. Logits that stay in registers are float32.
         sum_dtype: in which the partial gradients of the hidden states are summed over the group,
-            or their own where they are not. An implementation that can writes that dtype.
+            or their own where they are not. A backend that can writes that dtype.
         needs_grad: whether a backward may follow.
-        ops: who works on a tile.
     """
 
     hidden: Tensor
     classifier: Tensor
     bias: Tensor | None
     targets: Tensor
+    others: tuple[Tensor, ...]
+    beside: tuple[Tensor | None, ...]
     transform: Transform
-    names: StatisticNames
-    grad_names: StatisticNames
+    columns: Columns
+    grad_columns: Columns
     separate_lse_grad: bool
+    dtype: torch.dtype
+    product_dtype: torch.dtype
+    operand_dtype: torch.dtype
     logits_dtype: torch.dtype
     sum_dtype: torch.dtype
     needs_grad: bool
-    ops: "TileOps"
 
-    @property
-    def num_tokens(self) -> int:
-        """N."""
-        return self.hidden.shape[0]
-
-    @property
-    def num_rows(self) -> int:
-        """R."""
-        return self.classifier.shape[0]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of statistics and of accumulation: float32, or float64 for float64."""
-        return accumulation_dtype(self.hidden.dtype)
-
-    @property
-    def product_dtype(self) -> torch.dtype:
-        """In which hidden states and rows are multiplied: float32 where theirs are two."""
-        return torch.promote_types(self.hidden.dtype, self.classifier.dtype)
+    @classmethod
+    def of(
+        cls,
+        hidden: Tensor,
+        classifier: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        *,
+        transform: Transform | None = None,
+        columns: Columns = (LSE, TARGET),
+        grad_columns: Columns | None = None,
+        separate_lse_grad: bool = True,
+        logits_dtype: torch.dtype | None = None,
+        sum_dtype: torch.dtype | None = None,
+    ) -> "Shard":
+        """Describe a shard; what is not given follows from the tensors."""
+        dtype = accumulation_dtype(hidden.dtype)
+        product_dtype = torch.promote_types(hidden.dtype, classifier.dtype)
+        return cls(
+            hidden,
+            classifier,
+            bias,
+            targets,
+            (),
+            (),
+            transform or Transform(),
+            columns,
+            columns if grad_columns is None else grad_columns,
+            separate_lse_grad,
+            dtype,
+            product_dtype,
+            product_dtype if hidden.is_cuda else dtype,
+            logits_dtype or product_dtype,
+            sum_dtype or hidden.dtype,
+            needs_grad=True,
+        )
 
     @property
     def mixed(self) -> bool:
         """Whether hidden states and rows have two dtypes: a tile of either is widened."""
         return self.hidden.dtype != self.classifier.dtype
-
-    def owned_targets(self) -> tuple[Tensor, Tensor]:
-        """Return which targets are rows of this shard [N], and int64 rows [N] that are safe."""
-        return owned_targets(self.targets, self.num_rows)
 
 
 def owned_targets(targets: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
@@ -123,9 +143,9 @@ class Wanted(NamedTuple):
 class Gradients(NamedTuple):
     """What a backward produced: None where it was not wanted.
 
-    ``hidden`` [N, D] is the partial sum over this rank's rows, in the dtype that the
-    implementation accumulated it in; ``classifier`` [R, D] is complete and in the dtype of
-    `ClassifierGrad`; ``bias`` [R] is complete, in the parameter's dtype or wider.
+    ``hidden`` [N, D] is the partial sum over this rank's rows, in the dtype that the backend
+    accumulated it in; ``classifier`` [R, D] is complete and in the dtype of `ClassifierGrad`;
+    ``bias`` [R] is complete, in the parameter's dtype or wider.
     """
 
     hidden: Tensor | None
@@ -133,8 +153,7 @@ class Gradients(NamedTuple):
     bias: Tensor | None
 
 
-@dataclass(frozen=True)
-class ClassifierGrad:
+class ClassifierGrad(NamedTuple):
     """Where the classifier's gradient [R, D] goes.
 
     Attributes:
@@ -153,29 +172,29 @@ class ClassifierGrad:
         return self.add_to.add_(gradient)
 
 
-@dataclass(frozen=True)
-class Upstream:
+class Upstream(NamedTuple):
     """What a backward is asked for; it writes to none of these but ``classifier_grad.add_to``.
 
     Attributes:
-        statistics: [k, N], of the whole vocabulary.
-        grads: [k, N], what each statistic receives.
+        statistics: [k, N], of the whole vocabulary, the columns that may receive a gradient.
+        grads: [k, N], what each of them receives.
         wanted: the gradients to produce.
         classifier_grad: where that of the classifier goes.
-        kept: what this implementation's forward kept.
+        kept: what this backend's forward kept.
         when_hidden: takes the partial gradient [N, D] of the hidden states once it is final, so
-            that its sum over the group runs beside the classifier's product. An implementation may
-            call it before it returns, or not.
+            that its sum over the group runs beside the classifier's product. A backend may call it
+            before it returns, or not.
     """
 
-    statistics: Statistics
-    grads: Statistics
+    statistics: Tensor
+    grads: Tensor
     wanted: Wanted
     classifier_grad: ClassifierGrad
     kept: Any = None
     when_hidden: Callable[[Tensor], None] | None = None
 
 
+@dataclass
 class Kept:
     """What forward kept of the logits [N, r] of a shard's first rows, for backward to use once.
 
@@ -185,27 +204,29 @@ class Kept:
     again) makes logits anew.
 
     Attributes:
+        values: what was kept; None where it is gone.
         num_rows: r; the buffer may be wider.
         reference: [N], what exponentials are relative to, or None: raw logits are kept.
     """
 
-    def __init__(self, values: Tensor, num_rows: int, reference: Tensor | None) -> None:
-        self._values: Tensor | None = values
-        self.num_rows = num_rows
-        self.reference = reference
-
-    def peek(self) -> Tensor | None:
-        """Return what was kept, not to be used up; None where it is gone."""
-        return self._values
+    values: Tensor | None
+    num_rows: int
+    reference: Tensor | None
 
     def pop(self) -> Tensor | None:
         """Return what was kept and forget it; None where it is gone."""
-        values, self._values = self._values, None
+        values, self.values = self.values, None
         return values
 
 
-class LocalImpl(Protocol):
-    """One way to do the local work."""
+class Backend(Protocol):
+    """One way to do the local work.
+
+    Attributes:
+        kernels: whether Triton's kernels work on its device, for the labels and losses too.
+    """
+
+    kernels: ClassVar[bool]
 
     def plan(
         self,
@@ -231,17 +252,17 @@ class LocalImpl(Protocol):
             has_main_grad: whether the classifier's gradient is added to a ``main_grad``.
 
         Raises:
-            ValueError: this implementation cannot do what is asked, or nothing fits.
+            ValueError: this backend cannot do what is asked, or nothing fits.
         """
         ...
 
-    def forward(self, shard: Shard, plan: BackwardPlan) -> tuple[Statistics, Any]:
-        """Compute the statistics of this shard's logits.
+    def statistics(self, shard: Shard, plan: BackwardPlan) -> tuple[Tensor, Any]:
+        """Compute the statistics [k, N] of this shard's logits.
 
-        The second of the pair is what the same implementation's backward is given back.
+        The second of the pair is what the same backend's `gradients` is given back.
         """
         ...
 
-    def backward(self, shard: Shard, plan: BackwardPlan, upstream: Upstream) -> Gradients:
+    def gradients(self, shard: Shard, plan: BackwardPlan, upstream: Upstream) -> Gradients:
         """Return the wanted gradients."""
         ...

@@ -8,58 +8,60 @@ they check the formula which the other implementations use.
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from vocab_parallel.local.backward_plan import BackwardPlan, TileShape
-from vocab_parallel.local.interface import Gradients, Shard, Upstream
-from vocab_parallel.local.statistics import Statistics, share_of
+from vocab_parallel.backends.interface import Gradients, Shard, Upstream, owned_targets
+from vocab_parallel.plan import BackwardPlan, TileShape
+from vocab_parallel.statistics import lines_of, share_of
 
 Leaves = Sequence[Tensor | None]  # hidden states, classifier, bias
 StatisticsFunction = Callable[[Shard, Leaves], Tensor]
 
 
 class RecomputeOnly:
-    """Base of implementations that make the logits anew in backward."""
+    """Base of backends that make the logits anew in backward."""
+
+    kernels: ClassVar[bool] = False
 
     def plan(self, shard: Shard, *, tokens: int, backward: str, **_: Any) -> BackwardPlan:
-        """See `LocalImpl.plan`; whatever is held is the implementation's own, and not counted."""
+        """See `Backend.plan`; whatever is held is the backend's own, and not counted."""
         if backward not in ("auto", "recompute"):
             raise ValueError(
                 f'backward="{backward}" is done by impl="chunked" alone; this one makes the logits '
                 f'anew in backward: use backward="recompute" or "auto"'
             )
-        tile = TileShape(tokens, shard.num_rows)
+        tile = TileShape(tokens, shard.classifier.shape[0])
         return BackwardPlan("recompute", tile, tokens, 0, 0, 0, 0, 0)
 
 
 @dataclass(frozen=True)
-class ReferenceImpl(RecomputeOnly):
+class ReferenceBackend(RecomputeOnly):
     """Materialises its shard's logits in float32 or wider; has no options."""
 
-    def forward(self, shard: Shard, plan: BackwardPlan) -> tuple[Statistics, None]:
-        """See `LocalImpl.forward`."""
+    def statistics(self, shard: Shard, plan: BackwardPlan) -> tuple[Tensor, None]:
+        """See `Backend.statistics`."""
         leaves = (shard.hidden, shard.classifier, shard.bias)
-        return Statistics(self._statistics()(shard, leaves), shard.names), None
+        return self._statistics()(shard, leaves), None
 
-    def backward(self, shard: Shard, plan: BackwardPlan, upstream: Upstream) -> Gradients:
-        """See `LocalImpl.backward`."""
+    def gradients(self, shard: Shard, plan: BackwardPlan, upstream: Upstream) -> Gradients:
+        """See `Backend.gradients`."""
         leaves = [
             None if tensor is None else self._leaf(tensor, shard).requires_grad_(want)
             for tensor, want in zip(
                 (shard.hidden, shard.classifier, shard.bias), upstream.wanted, strict=True
             )
         ]
+        shard = shard._replace(columns=shard.grad_columns)
         with torch.enable_grad():
             local = self._statistics()(shard, leaves)
         sought = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
         if not sought:
             return Gradients(None, None, None)
-        own = Statistics(local.detach(), shard.names)
-        pulled = _shard_gradients(own, upstream.statistics, upstream.grads)
-        found = iter(torch.autograd.grad(local, sought, pulled.values))
+        pulled = _shard_gradients(shard, local.detach(), upstream.statistics, upstream.grads)
+        found = iter(torch.autograd.grad(local, sought, pulled))
         hidden, classifier, bias = (
             next(found) if leaf is not None and leaf.requires_grad else None for leaf in leaves
         )
@@ -75,7 +77,7 @@ class ReferenceImpl(RecomputeOnly):
 
 
 @dataclass(frozen=True)
-class TorchCompileImpl(ReferenceImpl):
+class TorchCompileBackend(ReferenceBackend):
     """Materialises its shard's logits in the inputs' dtype and leaves the rest to torch.compile.
 
     The local work of cut-cross-entropy's ``torch_compile``; the logits are computed again in
@@ -85,7 +87,7 @@ class TorchCompileImpl(ReferenceImpl):
     """
 
     def plan(self, shard: Shard, **given: Any) -> BackwardPlan:
-        """See `LocalImpl.plan`."""
+        """See `Backend.plan`."""
         if shard.logits_dtype != shard.product_dtype:
             raise ValueError(
                 f'impl "torch_compile" makes logits in {shard.product_dtype}, as its operands are: '
@@ -133,37 +135,39 @@ def _statistics_of(logits: Tensor, bias: Tensor | None, shard: Shard) -> Tensor:
         logits = cap * torch.tanh(logits / cap)
     logits = logits / temperature
 
-    owned, rows = shard.owned_targets()
+    owned, rows = owned_targets(shard.targets, shard.classifier.shape[0])
+    names = [column.name for column in shard.columns]
     at_target = logits.gather(-1, rows.unsqueeze(-1)).squeeze(-1)
     # A token whose logits are all -inf (a bias may mask a shard so) has a softmax of NaN.
     masked = (logits == -torch.inf).all(-1)
     safe = logits.masked_fill(masked[:, None], 0.0)
     lse = torch.logsumexp(safe, -1).masked_fill(masked, -torch.inf)
     found = [lse, torch.where(owned, at_target, 0.0)]
-    if "sum" in shard.names:
+    if "sum" in names:
         found.append(logits.sum(-1))
-    if "expected" in shard.names:
+    if "expected" in names:
         log_p = torch.log_softmax(safe, -1)
         # A logit of -inf has no probability, and adds nothing to the mean: not 0 times -inf.
         finite = log_p.masked_fill(safe == -torch.inf, 0.0)
         found.append((log_p.exp() * finite).sum(-1).masked_fill(masked, 0.0))
-    if "rival" in shard.names:
+    if "rival" in names:
         others = logits.scatter(-1, rows.unsqueeze(-1), -torch.inf).amax(-1)
         found.append(torch.where(owned, others, logits.amax(-1)))
     return torch.stack(found)
 
 
-def _shard_gradients(own: Statistics, whole: Statistics, grads: Statistics) -> Statistics:
+def _shard_gradients(shard: Shard, own: Tensor, whole: Tensor, grads: Tensor) -> Tensor:
     """Pull the gradients [k, N] of the joined statistics back to this shard's statistics.
 
     With w = exp(lse_r - lse), the shard's share of the probability: dlse / dlse_r = w,
     dexpected / dexpected_r = w and dexpected / dlse_r = w (expected_r + lse_r - lse - expected).
     """
-    share = share_of(own.lse, whole.lse)
-    pulled = Statistics(grads.values.clone(), grads.names)
-    pulled.lse.mul_(share)
-    if "expected" in own:
-        pulled.expected.mul_(share)
-        beyond = own.expected + (own.lse - whole.lse) - whole.expected
-        pulled.lse.add_((pulled.expected * beyond).masked_fill(share == 0.0, 0.0))
+    share = share_of(own[0], whole[0])
+    pulled = grads.clone()
+    pulled[0].mul_(share)
+    at = lines_of(shard.grad_columns).get("expected")
+    if at is not None:
+        pulled[at].mul_(share)
+        beyond = own[at] + (own[0] - whole[0]) - whole[at]
+        pulled[:1].add_((pulled[at] * beyond).masked_fill(share == 0.0, 0.0))
     return pulled

@@ -8,9 +8,12 @@ fit together over the group; all of them then come to the same verdict.
 import hashlib
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass
+from operator import attrgetter
 from typing import Any
 
 from vocab_parallel.collectives import VocabGroup
+
+_BY_START = attrgetter("start", "stop")
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,8 @@ def agree(
     claim: Claim,
     settings: Mapping[str, Any],
     group: VocabGroup,
+    *,
+    digest: int | None = None,
 ) -> None:
     """Raise the same ValueError on every rank of the group, or on none; all must call.
 
@@ -48,6 +53,7 @@ def agree(
         claim: this rank's rows and targets.
         settings: what must be equal on every rank, by name.
         group: the vocab group.
+        digest: of the settings, where the caller has it; see `digest_of`.
 
     Raises:
         ValueError: a rank has a problem; settings differ; the ranges overlap, leave a gap or
@@ -59,7 +65,9 @@ def agree(
             raise problem
         _check_claims([claim])
         return
-    told = group.exchange_integers([problem is not None, _digest(settings), *astuple(claim)])
+    if digest is None:
+        digest = digest_of(settings)
+    told = group.exchange_integers([problem is not None, digest, *astuple(claim)])
     if told[:, 0].any():
         raise _worded_problem(problem, group)
     if (told[:, 1] != told[0, 1]).any():
@@ -101,43 +109,47 @@ def _check_claims(claims: list[Claim]) -> None:
                     f"rank {rank} of the vocab group: they are ids of the whole vocabulary, not "
                     f"of one rank's rows"
                 )
-    if len({claim.targets for claim in claims}) > 1:
-        raise ValueError(
-            f"the ranks of the vocab group have different targets (their checksums are "
-            f'{[claim.targets for claim in claims]}), which only hidden_layout="sharded" has: '
-            f"give every rank the same targets"
-        )
+    for claim in claims:
+        if claim.targets != claims[0].targets:
+            raise ValueError(
+                f"the ranks of the vocab group have different targets (their checksums are "
+                f'{[each.targets for each in claims]}), which only hidden_layout="sharded" has: '
+                f"give every rank the same targets"
+            )
 
 
 def _check_partition(claims: list[Claim]) -> int:
     """Check that the ranges partition one vocabulary; return the number of rows."""
-    listed = ", ".join(f"[{claim.start}, {claim.stop})" for claim in claims)
-    sizes = [claim.vocab_size for claim in claims]
-    if len(set(sizes)) > 1:
-        raise ValueError(
-            f"the ranks of the vocab group have different vocabularies: vocab_size is {sizes} "
-            f"(-1: every row); give every rank the same"
-        )
-    covered = 0
-    for claim in sorted(claims, key=lambda claim: (claim.start, claim.stop)):
+    vocab_size, covered = claims[0].vocab_size, 0
+    for claim in sorted(claims, key=_BY_START):
+        if claim.vocab_size != vocab_size:
+            raise ValueError(
+                f"the ranks of the vocab group have different vocabularies: vocab_size is "
+                f"{[each.vocab_size for each in claims]} (-1: every row); give every rank the same"
+            )
         if claim.start == claim.stop:
             continue
         if claim.start != covered:
             fault = "leave a gap" if claim.start > covered else "overlap"
             raise ValueError(
                 f"the rows of the vocab group {fault} at row {min(claim.start, covered)}: "
-                f"{listed}; VocabParallelOptions.from_vocab gives a partition"
+                f"{_listed(claims)}; VocabParallelOptions.from_vocab gives a partition"
             )
         covered = claim.stop
-    if covered < max(sizes[0], 1):
+    if covered < max(vocab_size, 1):
         raise ValueError(
             f"the rows of the vocab group end at {covered}, before the vocabulary of "
-            f"{max(sizes[0], 1)}: {listed}; VocabParallelOptions.from_vocab gives a partition"
+            f"{max(vocab_size, 1)}: {_listed(claims)}; VocabParallelOptions.from_vocab gives a "
+            f"partition"
         )
     return covered
 
 
-def _digest(settings: Mapping[str, Any]) -> int:
+def _listed(claims: list[Claim]) -> str:
+    return ", ".join(f"[{claim.start}, {claim.stop})" for claim in claims)
+
+
+def digest_of(settings: Mapping[str, Any]) -> int:
     """Return 62 bits of a hash that is the same in every process."""
     text = repr(sorted(settings.items()))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 2

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vocab_parallel.local.tile_ops import put_product, widened
+from vocab_parallel.backends.torch import put_product
 
 OLDEST_CAPABILITY = (8, 0)  # Ampere
 WHOLE_BLOCKS = 256  # rows; every block size of every version's kernels divides it
@@ -167,7 +167,9 @@ def shard_lse(
 
 def _few_logits(hidden: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
     logits = hidden.new_empty((hidden.shape[0], rows.shape[0]), dtype=torch.float32)
-    put_product(logits, widened(hidden, logits.dtype), widened(rows, logits.dtype).T, add=False)
+    if not hidden.is_cuda:  # a CPU has no product into a wider dtype
+        hidden, rows = hidden.to(logits.dtype), rows.to(logits.dtype)
+    put_product(logits, hidden, rows.T, add=False)
     return logits if bias is None else logits.add_(bias)
 
 

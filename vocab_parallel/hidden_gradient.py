@@ -24,7 +24,7 @@ class HiddenGradSum:
 
     Args:
         hidden: [N, D], of all tokens; the result has its dtype.
-        group: of the ranks that sum; one rank alone where nothing is to be summed.
+        group: of the ranks that sum, two or more.
         scatters: whether each rank wants its own tokens.
         dtype: in which they are summed.
     """
@@ -33,7 +33,7 @@ class HiddenGradSum:
         self, hidden: Tensor, group: VocabGroup, *, scatters: bool, dtype: torch.dtype
     ) -> None:
         self._hidden, self._group, self._dtype = hidden, group, dtype
-        self._scatters = scatters and group.degree > 1
+        self._scatters = scatters
         self._length = hidden.shape[0] // (group.degree if self._scatters else 1)
         self._first = group.rank * self._length if self._scatters else 0
         self._rounds = hidden.element_size() < dtype.itemsize
@@ -59,8 +59,6 @@ class HiddenGradSum:
         for part in self._parts(tokens):
             own = partial[part.start - tokens.start : part.stop - tokens.start]
             self._under_way.append((part, self._start(own, part)))
-        if self._group.degree == 1:  # nothing to wait for, and one part's sum is enough
-            self._finish_sums()
 
     def total(self) -> Tensor:
         """Return the summed gradient [N, D], or of this rank's own tokens, in hidden's dtype."""
@@ -91,7 +89,7 @@ class HiddenGradSum:
         """Tell whether each rank sums its share of some tokens, which are rounded and gathered."""
         count, degree = part.stop - part.start, self._group.degree
         divides = count > 0 and count % degree == 0
-        return not self._scatters and self._rounds and degree > 1 and divides
+        return not self._scatters and self._rounds and divides
 
     def _finish_sums(self) -> None:
         """Wait for what is under way, and put what is wanted of it in its place."""

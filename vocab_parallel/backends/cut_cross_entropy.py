@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vocab_parallel.local import cce_kernels
-from vocab_parallel.local.backward_plan import BackwardPlan
-from vocab_parallel.local.interface import Gradients, Shard, Upstream
-from vocab_parallel.local.reference import RecomputeOnly
-from vocab_parallel.local.statistics import Statistics
-from vocab_parallel.local.tile_ops import well_scaled
+from vocab_parallel.backends import cce_kernels
+from vocab_parallel.backends.interface import Gradients, Shard, Upstream, owned_targets
+from vocab_parallel.backends.reference import RecomputeOnly
+from vocab_parallel.backends.torch import well_scaled
+from vocab_parallel.plan import BackwardPlan
+from vocab_parallel.statistics import names_of
 
 # These work the same with every version. The other presets are the installed version's.
 OWN_PRESETS: Mapping[str, Mapping[str, Any]] = {
@@ -39,7 +39,7 @@ NEWER_PRESETS = (
 
 
 @dataclass(frozen=True)
-class CceImpl(RecomputeOnly):
+class CutCrossEntropyBackend(RecomputeOnly):
     """One preset of cut-cross-entropy.
 
     Attributes:
@@ -66,7 +66,7 @@ class CceImpl(RecomputeOnly):
             )
 
     def plan(self, shard: Shard, *, tokens: int, backward: str, **_: Any) -> BackwardPlan:
-        """See `LocalImpl.plan`; refuses what neither the installed kernels nor this file can do."""
+        """See `Backend.plan`; refuses what neither the installed kernels nor this file can do."""
         reason = self._why_not(shard, tokens)
         if reason is not None:
             raise ValueError(f'impl "{self.name}" {reason}; or use impl="chunked"')
@@ -90,37 +90,37 @@ class CceImpl(RecomputeOnly):
             return f"of the installed version needs float16 or bfloat16: {newer}"
         if shard.bias is not None and not can.bias:
             return f"of the installed version has no bias: {newer}"
-        elements = max(tokens, shard.num_rows) * shard.hidden.shape[1]
+        names = names_of(shard.columns)
+        elements = max(tokens, shard.classifier.shape[0]) * shard.hidden.shape[1]
         if elements >= 2**31 and not can.fp32_accumulation:
             return f"of the installed version counts elements in 32 bits: {newer}"
         for refused, what in (
             (shard.transform.temperature != 1.0, "temperature"),
-            ("sum" in shard.names, "label_smoothing"),
+            ("sum" in names, "label_smoothing"),
             (shard.logits_dtype != shard.product_dtype, "logits_dtype"),
-            ("rival" in shard.names, "metrics"),
-            ("expected" in shard.names, "entropy"),
+            ("rival" in names, "metrics"),
+            ("expected" in names, "entropy"),
         ):
             if refused:
                 return f"has no {what}: leave it out"
         return None
 
-    def forward(self, shard: Shard, plan: BackwardPlan) -> tuple[Statistics, Tensor | None]:
-        """See `LocalImpl.forward`; keeps the rows' mean logits [R], or None."""
+    def statistics(self, shard: Shard, plan: BackwardPlan) -> tuple[Tensor, Tensor | None]:
+        """See `Backend.statistics`; keeps the rows' mean logits [R], or None."""
         hidden = shard.hidden.contiguous()
         cap = shard.transform.softcap
         filters = self.filter_eps is not None and shard.needs_grad
         lse, mean_logits = cce_kernels.shard_lse(hidden, shard.classifier, shard.bias, cap, filters)
-        owned, rows = shard.owned_targets()
+        owned, rows = owned_targets(shard.targets, shard.classifier.shape[0])
         target = cce_kernels.chosen_dot(hidden, shard.classifier, rows)
         if shard.bias is not None:
             target += shard.bias[rows]
         if cap is not None:
             target = cap * torch.tanh(target / cap)
-        found = torch.stack([lse, target.masked_fill_(~owned, 0.0)])
-        return Statistics(found, shard.names), mean_logits
+        return torch.stack([lse, target.masked_fill_(~owned, 0.0)]), mean_logits
 
-    def backward(self, shard: Shard, plan: BackwardPlan, upstream: Upstream) -> Gradients:
-        """See `LocalImpl.backward`.
+    def gradients(self, shard: Shard, plan: BackwardPlan, upstream: Upstream) -> Gradients:
+        """See `Backend.gradients`.
 
         The kernel's gradient is nll_grad (p - [is target]) + lse_grad p, so that
         nll_grad = -d.target and lse_grad = d.lse + d.target.
@@ -128,7 +128,7 @@ class CceImpl(RecomputeOnly):
         can = cce_kernels.features()
         statistics, mean_logits = upstream.statistics, upstream.kept
         grads, unit = well_scaled(upstream.grads, shard.hidden.dtype, peak=1.0)
-        lse_grad, target_grad = grads.lse, grads.target
+        lse_grad, target_grad = grads[0], grads[1]
         separate = lse_grad + target_grad if shard.separate_lse_grad else None
         # A sum over the group in float32 follows: let the kernel write float32.
         fp32_hidden = can.fp32_accumulation and (
@@ -136,12 +136,12 @@ class CceImpl(RecomputeOnly):
         )
         filter_eps = self._filter_eps(shard.hidden.dtype)
         hidden = shard.hidden.contiguous()
-        owned, rows = shard.owned_targets()
+        owned, rows = owned_targets(shard.targets, shard.classifier.shape[0])
         request = cce_kernels.BackwardRequest(
             hidden=hidden,
             classifier=shard.classifier,
             bias=shard.bias,
-            lse=statistics.lse.contiguous(),
+            lse=statistics[0].contiguous(),
             targets=torch.where(owned, rows, -1),
             # Without a gradient of lse of its own, the older kernel takes p's factor for both.
             nll_grad=(-target_grad if can.lse_grad else lse_grad).contiguous(),
@@ -158,11 +158,11 @@ class CceImpl(RecomputeOnly):
         )
         found = Gradients(*cce_kernels.backward(request))
         if separate is not None and not can.lse_grad:
-            _add_at_targets(found, shard, statistics.target, separate)
+            _add_at_targets(found, shard, statistics[1], separate)
         if unit is not None:
             for gradient in found:
                 if gradient is not None:
-                    shard.ops.scale_(gradient, unit)
+                    gradient.mul_(unit)
         return found._replace(classifier=upstream.classifier_grad.placed(found.classifier))
 
     def _filter_eps(self, dtype: torch.dtype) -> float | None:
@@ -174,7 +174,7 @@ class CceImpl(RecomputeOnly):
 
 def _add_at_targets(found: Gradients, shard: Shard, target: Tensor, factor: Tensor) -> None:
     """Add factor [is target] to the logits' gradient: one row of the classifier for each token."""
-    owned, rows = shard.owned_targets()
+    owned, rows = owned_targets(shard.targets, shard.classifier.shape[0])
     factor = factor.masked_fill(~owned, 0.0)
     cap = shard.transform.softcap
     if cap is not None:

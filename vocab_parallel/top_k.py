@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from vocab_parallel.local.backward_plan import blocks, tile_shape, tile_to_copy
-from vocab_parallel.local.interface import Shard
-from vocab_parallel.local.tile_ops import finish_logits_
+from vocab_parallel.backends.interface import Shard
+from vocab_parallel.backends.torch import TorchBackend, finish_logits_
+from vocab_parallel.plan import blocks, tile_shape, tile_to_copy
 
 NO_ROW = -1  # in the place of a row that a shard has not
 
@@ -18,7 +18,8 @@ def top_k_of_shard(shard: Shard, k: int, memory_budget: int) -> tuple[Tensor, Te
     Holds at most ``memory_budget`` bytes of logits at a time.
     """
     dtype = shard.dtype
-    num_tokens, num_rows = shard.num_tokens, shard.num_rows
+    num_tokens, num_rows = shard.hidden.shape[0], shard.classifier.shape[0]
+    work = TorchBackend()
     scores = shard.hidden.new_full((num_tokens, k), -torch.inf, dtype=dtype)
     rows = torch.full((num_tokens, k), NO_ROW, dtype=torch.int64, device=shard.hidden.device)
     lse = shard.hidden.new_full((num_tokens,), -torch.inf, dtype=dtype)
@@ -28,10 +29,10 @@ def top_k_of_shard(shard: Shard, k: int, memory_budget: int) -> tuple[Tensor, Te
         tile = tile_to_copy(tile)
     buffer = scores.new_empty(tile)
     for own_rows in blocks(num_rows, tile.rows):
-        block = shard.ops.block(shard, own_rows)
+        block = work.block(shard, own_rows)
         for tokens in blocks(num_tokens, tile.tokens):
             shape = slice(tokens.stop - tokens.start), slice(own_rows.stop - own_rows.start)
-            logits = shard.ops.put_raw_logits(buffer[shape], block, tokens)
+            logits = work.put_raw_logits(buffer[shape], block, tokens)
             finish_logits_(logits, block)
             lse[tokens] = torch.logaddexp(lse[tokens], torch.logsumexp(logits, 1))
             found, index = logits.topk(min(k, logits.shape[1]))

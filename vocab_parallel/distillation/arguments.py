@@ -2,20 +2,19 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from vocab_parallel.arguments import Call, Operands, checked, prepare, rows_of
+from vocab_parallel.distillation.comparison import Comparison
 from vocab_parallel.distillation.divergences import Divergence
 from vocab_parallel.distillation.hidden_teacher import HiddenTeacher
-from vocab_parallel.distillation.labels import LabelTerm
-from vocab_parallel.distillation.passes import Comparison, check_memory
 from vocab_parallel.distillation.top_k_teacher import ABSENT, TopKTeacher
-from vocab_parallel.local.statistics import accumulation_dtype
-from vocab_parallel.sharded.call import Call, agreed, checked, prepare, rows_of
-from vocab_parallel.sharded.operands import Operands
-from vocab_parallel.sharded.settings import LossSettings, target_digest
+from vocab_parallel.layout import target_digest
+from vocab_parallel.settings import LossSettings
+from vocab_parallel.statistics import accumulation_dtype
 
 
 @dataclass(frozen=True)
@@ -63,40 +62,55 @@ class DistillationSettings:
         return divergence
 
 
-@dataclass(frozen=True)
-class Student:
+class Student(NamedTuple):
     """The student's side of a call, whose arguments are known to be right.
 
     Attributes:
-        call: of the loss.
+        call: of the loss, whose backend compares.
+        comparison: that backend.
         has_targets: whether the caller gave labels.
         divergence: to be computed.
-        cross_entropy_weight: of the labels.
     """
 
     call: Call
+    comparison: Any
     has_targets: bool
     divergence: Divergence
-    cross_entropy_weight: float
-
-    @property
-    def labels_term(self) -> LabelTerm | None:
-        """What the labels ask of the passes."""
-        return label_term(self.call.settings, self.cross_entropy_weight)
 
     def labels(self) -> Tensor:
         """Return the labels [N] in the loss's order; gathers those of a "sharded" layout."""
         call = self.call
-        if self.has_targets or not call.layout.gathers or call.layout.layout != "sharded":
+        if self.has_targets or call.settings.hidden_layout != "sharded":
             return call.labels()
         # Without labels every rank marks the same positions.
         alone = call._replace(settings=replace(call.settings, hidden_layout="replicated"))
         return alone.labels().repeat(call.rows.group.degree)
 
 
-def label_term(settings: LossSettings, weight: float) -> LabelTerm | None:
-    """Return what the labels ask of the passes, or None where they count for nothing."""
-    return LabelTerm(float(settings.temperature)) if weight else None
+def _compares(call: Call, comparison: Comparison, equal_rows: int | None) -> Call:
+    """Return the call with its backend, plan and columns.
+
+    Raises:
+        ValueError: not even one logit fits in the budget.
+    """
+    columns = (*comparison.columns, *comparison.later_columns)
+    shard = call.bound.shard._replace(columns=comparison.columns, grad_columns=columns)
+    hidden, degree = call.operands.hidden, call.rows.group.degree
+    plan = comparison.plan(
+        shard,
+        tokens=(degree if call.bound.gathers else 1) * hidden.shape[:-1].numel(),
+        most_rows=equal_rows,
+        degree=degree,
+        backward="recompute",
+    )
+    return call._replace(
+        bound=call.bound._replace(
+            shard=shard,
+            backend=comparison,
+            plan=plan,
+            later_columns=comparison.later_columns,
+        )
+    )
 
 
 def targets_or_zeros(e: Any, c: Any, targets: Tensor | None, layout: str, options: Any) -> Any:
@@ -136,12 +150,16 @@ def prepare_hidden(
     def also(call: Call, reads_values: bool) -> Mapping[str, Any]:
         divergence = own.checked(has_targets)
         teacher_call = _checked_teacher(call, teacher, teacher_softcap)
-        comparison = HiddenTeacher(divergence, None)
-        _check_memory(call, comparison, own)
-        student = Student(call, has_targets, divergence, own.cross_entropy_weight)
-        found.append((student, teacher_call))
-        given = agreed(teacher_call.settings, teacher_call.operands, call.rows)
-        # A teacher's gradient is nobody's.
+        comparison = HiddenTeacher(
+            memory_budget=settings.memory_budget,
+            with_labels=bool(own.cross_entropy_weight),
+            divergence=divergence,
+            teacher=teacher_call.bound.shard,
+        )
+        call = _compares(call, comparison, call.rows.most_rows)
+        found.append((Student(call, comparison, has_targets, divergence), teacher_call))
+        given = teacher_call.bound.equal
+        # The teacher gets no gradient: what it requires need not be equal.
         compared = ("softcap", "tokens of e", "hidden size", "dtype of e", "bias given")
         return {**vars(own), **{f"teacher's {name}": given[name] for name in compared}}
 
@@ -170,14 +188,19 @@ def prepare_top_k(
     def also(call: Call, reads_values: bool) -> Mapping[str, Any]:
         divergence = own.checked(has_targets)
         _check_top_k(ids, logprobs, call)
-        comparison = TopKTeacher(ids.reshape(-1, ids.shape[-1]), 0)
-        _check_memory(call, comparison, own)
+        comparison = TopKTeacher(
+            memory_budget=settings.memory_budget,
+            with_labels=bool(own.cross_entropy_weight),
+            k=ids.shape[-1],
+            start=call.rows.start,
+        )
+        student = _compares(call, comparison, call.rows.most_rows)
         equal = {**vars(own), "k of the teacher": ids.shape[-1]}
         if reads_values:
             _check_top_k_values(ids, logprobs, call)
             if settings.hidden_layout == "replicated":
                 equal["teacher_ids (a checksum)"] = target_digest(ids)
-        found.append(Student(call, has_targets, divergence, own.cross_entropy_weight))
+        found.append(Student(student, comparison, has_targets, divergence))
         return equal
 
     prepare(operands, settings, options, validate=validate, needs_targets=False, also=also)
@@ -199,11 +222,6 @@ def marked_ids(
         outside |= flat >= vocab_size
     log_q = log_q.masked_fill(outside & ~absent, torch.nan)
     return flat.to(torch.int32).masked_fill_(absent, ABSENT), log_q
-
-
-def _check_memory(call: Call, comparison: Comparison, own: DistillationSettings) -> None:
-    labels = label_term(call.settings, own.cross_entropy_weight)
-    check_memory(call.shard, comparison, labels, call.settings.memory_budget)
 
 
 def _checked_teacher(call: Call, teacher: Operands, softcap: float | None) -> Call:

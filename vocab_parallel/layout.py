@@ -16,7 +16,6 @@ tensor is permuted. A shift moves the labels alone: the last ``shift`` positions
 no target, instead of being cut off the hidden states, which would copy them.
 """
 
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -30,37 +29,37 @@ IGNORED = -1  # the label of a position without a target
 OUT_OF_RANGE = -2  # a label that is no token: the loss becomes NaN instead of silently wrong
 
 
-@dataclass(frozen=True)
-class TokenLayout:
-    """Where this rank's tokens stand among those of its vocab group."""
+def arrange(shifted: Tensor, layout: HiddenLayout, group: VocabGroup) -> Tensor:
+    """Bring shifted labels or their weights [..., T] to the loss's flat order [N].
 
-    layout: HiddenLayout
-    group: VocabGroup
+    Gathers those of the "sharded" layout: there all ranks call.
+    """
+    if layout == "replicated" or group.degree == 1:
+        return shifted.reshape(-1)
+    if layout == "sharded":
+        return group.gather_tokens(shifted.reshape(-1))
+    return shifted.unflatten(-1, (group.degree, -1)).movedim(-2, 0).reshape(-1)
 
-    @property
-    def gathers(self) -> bool:
-        """Whether hidden states are gathered over the group."""
-        return self.layout != "replicated" and self.group.degree > 1
 
-    def arrange(self, shifted: Tensor) -> Tensor:
-        """Bring shifted labels or their weights [..., T] to the loss's flat order [N]."""
-        if not self.gathers:
-            return shifted.reshape(-1)
-        if self.layout == "sharded":
-            return self.group.gather_tokens(shifted.reshape(-1))
-        return shifted.unflatten(-1, (self.group.degree, -1)).movedim(-2, 0).reshape(-1)
+def own(
+    per_token: Tensor,
+    layout: HiddenLayout,
+    group: VocabGroup,
+    batch_shape: torch.Size,
+    shift: int,
+) -> Tensor:
+    """Return this rank's part of a result [N], in the shape of its own tokens.
 
-    def own(self, per_token: Tensor, batch_shape: torch.Size, shift: int) -> Tensor:
-        """Return this rank's part of a result [N], in the shape of its own tokens.
-
-        That is [..., T - shift], or [..., T / V] in the "sequence" layout, where the shift's
-        positions lie on the last rank and hold 0. Differentiable: backward gathers every rank's
-        gradient, so all ranks must use the result or none.
-        """
-        if self.gathers:
-            per_token = _OwnTokens.apply(per_token, self.group)
-        per_token = per_token.view(batch_shape)
-        return per_token if self.layout == "sequence" else _without_tail(per_token, shift)
+    That is [..., T - shift], or [..., T / V] in the "sequence" layout, where the shift's positions
+    lie on the last rank and hold 0. Differentiable: backward gathers every rank's gradient, so all
+    ranks must use the result or none.
+    """
+    if layout != "replicated" and group.degree > 1:
+        per_token = _OwnTokens.apply(per_token, group)
+    per_token = per_token.view(batch_shape)
+    if layout == "sequence" or shift == 0:
+        return per_token
+    return per_token[..., : per_token.shape[-1] - shift]
 
 
 class _OwnTokens(torch.autograd.Function):
@@ -107,16 +106,29 @@ def mark_labels(
     if vocab_size is not None:
         outside |= labels >= vocab_size
     marked = labels.masked_fill(outside, OUT_OF_RANGE)
-    return shifted(
-        marked.masked_fill(is_ignored(labels, ignore_index), IGNORED).to(torch.int32),
-        shift,
-        IGNORED,
-    )
+    marked = marked.masked_fill_(labels.long() == ignore_index, IGNORED).to(torch.int32)
+    return shifted(marked, shift, IGNORED) if shift else marked
 
 
 def is_ignored(labels: Tensor, ignore_index: int) -> Tensor:
     """Tell which labels are ``ignore_index``, which need not fit their dtype: int32 would wrap."""
     return labels.long() == ignore_index
+
+
+def target_range(targets: Tensor, ignore_index: int) -> tuple[int, int]:
+    """Return the lowest and the highest target that is not ignored, (0, -1) where all are.
+
+    Waits for a GPU: for validation alone.
+    """
+    kept = targets[targets.long() != ignore_index]
+    return (int(kept.min()), int(kept.max())) if kept.numel() else (0, -1)
+
+
+def target_digest(targets: Tensor) -> int:
+    """Return a number that unlike targets seldom share. Waits for a GPU: for validation alone."""
+    flat = targets.reshape(-1).to(torch.int64)
+    places = torch.arange(1, 2 * len(flat) + 1, 2, device=flat.device)
+    return int((flat * (places * 0x9E3779B97F4A7C15 % 2**63)).sum())
 
 
 def count_valid(labels: Tensor, *, kernels: bool = False) -> Tensor:
@@ -147,7 +159,3 @@ def crosses_documents(document_ids: Tensor, shift: int) -> Tensor:
     begins = document_ids[..., 1:] != document_ids[..., :-1]
     number = torch.nn.functional.pad(begins.cumsum(-1), (1, 0))
     return number[..., shift:] != number[..., : number.shape[-1] - shift]
-
-
-def _without_tail(per_token: Tensor, shift: int) -> Tensor:
-    return per_token[..., : per_token.shape[-1] - shift] if shift else per_token

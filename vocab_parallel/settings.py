@@ -3,20 +3,30 @@
 import functools
 import inspect
 import math
-from collections.abc import Callable, Collection, Hashable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, ParamSpec, Self, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Self, get_args
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from vocab_parallel.local.interface import Transform
-from vocab_parallel.local.registry import option_names
-from vocab_parallel.local.statistics import StatisticNames, accumulation_dtype
-from vocab_parallel.sharded.layout import HiddenLayout, is_ignored
-from vocab_parallel.sharded.operands import Operands
-from vocab_parallel.sharded.rows import RankRows
+from vocab_parallel.backends.interface import Transform
+from vocab_parallel.backends.registry import option_names
+from vocab_parallel.layout import HiddenLayout
+from vocab_parallel.rank_rows import RankRows
+from vocab_parallel.statistics import (
+    EXPECTED,
+    LSE,
+    RIVAL,
+    SUM,
+    TARGET,
+    Columns,
+    accumulation_dtype,
+)
+
+if TYPE_CHECKING:
+    from vocab_parallel.arguments import Operands
 
 REDUCTIONS = ("mean", "sum", "none")
 LAYOUTS = get_args(HiddenLayout)
@@ -39,8 +49,6 @@ REMOVED = {
     "e_grad_reduce_dtype": "the hidden states' gradient is summed in float32 (float64 for "
     "float64), since a sum in bfloat16 has up to twice eager's error; leave it out",
 }
-P = ParamSpec("P")
-R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -48,7 +56,7 @@ class LossSettings:
     """All that `linear_cross_entropy` and its relatives take beside tensors and rows.
 
     Every rank of a group passes the same: many of them decide what the ranks communicate, and the
-    others what each of them returns. So all are agreed on (`agreed`), a new one too.
+    others what each of them returns. So all are agreed on, a new one too.
 
     ``shift`` is a tuple where each position makes several predictions: hidden states then have an
     axis of their own for them, the first one.
@@ -85,26 +93,6 @@ class LossSettings:
         return cls(**own, impl_options=rest)
 
     @property
-    def key(self) -> Hashable:
-        """What tells two settings apart but for the divisor; 1, 1.0 and True are not one.
-
-        It has no hash where a setting that cannot be has none.
-        """
-        options = tuple(sorted(self.impl_options.items()))
-        own = {**self.__dict__, "num_valid_tokens": None, "impl_options": options}
-        values = tuple(own.values())
-        several = self.shift if isinstance(self.shift, tuple) else ()
-        return values, tuple(map(type, (*values, *several)))
-
-    def agreed(self) -> dict[str, Any]:
-        """Return every setting by name, for a comparison over the group; reads a tensor's value."""
-        values = {each.name: getattr(self, each.name) for each in fields(self)}
-        values["impl_options"] = sorted(self.impl_options.items())
-        if isinstance(self.num_valid_tokens, Tensor):
-            values["num_valid_tokens"] = self.num_valid_tokens.tolist()
-        return values
-
-    @property
     def num_heads(self) -> int | None:
         """H, how many predictions a position makes, or None where there is no axis for them."""
         return len(self.shift) if isinstance(self.shift, tuple) else None
@@ -115,20 +103,20 @@ class LossSettings:
         return Transform(self.softcap, float(self.temperature))
 
     @property
-    def grad_statistics(self) -> StatisticNames:
+    def grad_columns(self) -> Columns:
         """The statistics of the logits that what has a gradient is made of."""
-        names: StatisticNames = ("lse", "target")
+        columns: Columns = (LSE, TARGET)
         if self.label_smoothing:
-            names = (*names, "sum")
-        return (*names, "expected") if self.return_entropy else names
+            columns = (*columns, SUM)
+        return (*columns, EXPECTED) if self.return_entropy else columns
 
     @property
-    def statistics(self) -> StatisticNames:
+    def columns(self) -> Columns:
         """Those, and after them what is only reported."""
-        names = self.grad_statistics
+        columns = self.grad_columns
         if not self.return_metrics:
-            return names
-        return (*names, "rival") if self.return_entropy else (*names, "expected", "rival")
+            return columns
+        return (*columns, RIVAL) if self.return_entropy else (*columns, EXPECTED, RIVAL)
 
     @property
     def scalar_loss(self) -> bool:
@@ -213,7 +201,9 @@ def unknown_option(settings: LossSettings, known: Collection[str]) -> ValueError
     Args:
         known: what else the caller could have given.
     """
-    own = option_names(settings.impl) if settings.impl_options else set()
+    if not settings.impl_options:
+        return None
+    own = option_names(settings.impl)
     unknown = sorted(settings.impl_options.keys() - own)
     if not unknown:
         return None
@@ -233,20 +223,18 @@ def unknown_option(settings: LossSettings, known: Collection[str]) -> ValueError
     )
 
 
-def translated(function: Callable[P, R]) -> Callable[P, R]:
-    """Let a call of ``function`` by other libraries' names say what they are called here."""
+def names_translated(
+    function: Callable[..., Any], error: TypeError, args: Any, kwargs: Mapping[str, Any]
+) -> Exception:
+    """Return what to raise where ``function`` was called by other libraries' names.
 
-    @functools.wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        try:
-            return function(*args, **kwargs)
-        except TypeError as error:
-            others = [f"{name} is {OTHER_NAMES[name]}" for name in kwargs if name in OTHER_NAMES]
-            if not others or _binds(function, args, kwargs):
-                raise
-            raise ValueError(f"{error}; {', '.join(others)}") from None
-
-    return call
+    Args:
+        error: of the call; it is returned where it says something else.
+    """
+    others = [f"{name} is {OTHER_NAMES[name]}" for name in kwargs if name in OTHER_NAMES]
+    if not others or _binds(function, args, kwargs):
+        return error
+    return ValueError(f"{error}; {', '.join(others)}")
 
 
 def _binds(function: Callable[..., Any], args: Any, kwargs: Any) -> bool:
@@ -257,7 +245,7 @@ def _binds(function: Callable[..., Any], args: Any, kwargs: Any) -> bool:
     return True
 
 
-def check_tensors(operands: Operands, settings: LossSettings, degree: int) -> None:
+def check_tensors(operands: "Operands", settings: LossSettings, degree: int) -> None:
     """Check shapes, dtypes and devices of the tensors against one another.
 
     Raises:
@@ -266,7 +254,7 @@ def check_tensors(operands: Operands, settings: LossSettings, degree: int) -> No
     e, c, targets, bias = operands.hidden, operands.classifier, operands.targets, operands.bias
     token_weight, document_ids = operands.token_weight, operands.document_ids
     names = ("e", "c", "targets", "bias", "token_weight", "document_ids")
-    for name, tensor in zip(names, operands.tensors, strict=True):
+    for name, tensor in zip(names, operands.__dict__.values(), strict=True):
         if tensor is not None or name in ("e", "c"):
             _check_plain_tensor(name, tensor, e)
     several = settings.num_heads is not None
@@ -368,22 +356,6 @@ def check_accumulation(classifier: Tensor, accumulate_into: str | None) -> None:
                 f'accumulate_into="main_grad" needs c.main_grad {list(classifier.shape)} in '
                 f"float32 (float64 for float64), got {come}: make it before the first step"
             )
-
-
-def target_range(targets: Tensor, ignore_index: int) -> tuple[int, int]:
-    """Return the lowest and the highest target that is not ignored, (0, -1) where all are.
-
-    Waits for a GPU: for validation alone.
-    """
-    kept = targets[~is_ignored(targets, ignore_index)]
-    return (int(kept.min()), int(kept.max())) if kept.numel() else (0, -1)
-
-
-def target_digest(targets: Tensor) -> int:
-    """Return a number that unlike targets seldom share. Waits for a GPU: for validation alone."""
-    flat = targets.reshape(-1).to(torch.int64)
-    places = torch.arange(1, 2 * len(flat) + 1, 2, device=flat.device)
-    return int((flat * (places * 0x9E3779B97F4A7C15 % 2**63)).sum())
 
 
 def check_token_divisor(

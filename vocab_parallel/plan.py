@@ -16,14 +16,13 @@ sum [R, D] over the spans.
 
 import functools
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import torch
 
-from vocab_parallel.local.statistics import accumulation_dtype
+from vocab_parallel.statistics import accumulation_dtype
 
 Backward = Literal["recompute", "probs"]
 
@@ -429,13 +428,14 @@ def _whole(length: int, size: int) -> int:
     return whole_tiles(size) or size
 
 
-def blocks(length: int, size: int) -> Iterator[slice]:
+@functools.lru_cache(maxsize=4096)
+def blocks(length: int, size: int) -> tuple[slice, ...]:
     """Cut [0, length) into slices of at most ``size``."""
-    for start in range(0, length, size):
-        yield slice(start, min(start + size, length))
+    return tuple(slice(start, min(start + size, length)) for start in range(0, length, size))
 
 
-def row_blocks(num_rows: int, size: int, *, aligned: bool, cut: int = 0) -> Iterator[slice]:
+@functools.lru_cache(maxsize=4096)
+def row_blocks(num_rows: int, size: int, *, aligned: bool, cut: int = 0) -> tuple[slice, ...]:
     """Cut the rows into slices of at most ``size``, none of them across ``cut``.
 
     cuBLAS is 2 to 3 times slower where a side of a product is no multiple of 8: where ``aligned``
@@ -445,9 +445,11 @@ def row_blocks(num_rows: int, size: int, *, aligned: bool, cut: int = 0) -> Iter
     if aligned and num_rows % 8:
         main = num_rows // _GPU_GRAIN * _GPU_GRAIN
     edges = sorted({0, min(cut, num_rows), main, num_rows})
-    for start, stop in pairwise(edges):
-        for part in blocks(stop - start, size):
-            yield slice(start + part.start, start + part.stop)
+    return tuple(
+        slice(start + part.start, start + part.stop)
+        for start, stop in pairwise(edges)
+        for part in blocks(stop - start, size)
+    )
 
 
 def whole_tiles(num_rows: int) -> int:

@@ -5,8 +5,8 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from vocab_parallel.local.statistics import Statistics
-from vocab_parallel.sharded.layout import IGNORED
+from vocab_parallel.layout import IGNORED
+from vocab_parallel.statistics import Statistics
 
 
 class LossMetrics(NamedTuple):
@@ -52,10 +52,10 @@ def loss_metrics(statistics: Statistics, labels: Tensor) -> LossMetrics:
         labels: [N], marked.
     """
     values = statistics.values.detach()
-    statistics = Statistics(values, statistics.names)
+    lse, target = values[0], values[1]
     counted = labels != IGNORED
     # A NaN among the logits may not have reached the rival, but lse has it.
-    correct = counted & (statistics.target >= statistics.rival) & ~statistics.lse.isnan()
-    entropy = (-statistics.expected).masked_fill(~counted, 0.0)
+    correct = counted & (target >= statistics["rival"].detach()) & ~lse.isnan()
+    entropy = (-statistics["expected"].detach()).masked_fill(~counted, 0.0)
     parts = torch.stack((counted.to(values.dtype), correct.to(values.dtype), entropy))
     return LossMetrics.of_sums(parts.sum(1, dtype=torch.float64), values.dtype)

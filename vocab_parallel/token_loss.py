@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from vocab_parallel.sharded.backward import first_derivative_only
-from vocab_parallel.sharded.layout import IGNORED, OUT_OF_RANGE
+from vocab_parallel.layout import IGNORED, OUT_OF_RANGE
+from vocab_parallel.split_backward import first_derivative_only
 
 if TYPE_CHECKING:
     from vocab_parallel.kernels.token_loss import LossNumbers

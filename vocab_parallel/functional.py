@@ -16,22 +16,17 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from vocab_parallel.sharded.autograd import scalar_loss, vocab_statistics
-from vocab_parallel.sharded.call import Call, prepare
-from vocab_parallel.sharded.layout import IGNORED, OUT_OF_RANGE, HiddenLayout, count_valid
-from vocab_parallel.sharded.metrics import LossMetrics, loss_metrics
-from vocab_parallel.sharded.operands import Operands
-from vocab_parallel.sharded.settings import (
-    LossSettings,
-    parameters_of,
-    translated,
-    unknown_option,
-)
-from vocab_parallel.sharded.token_loss import TokenLoss
-from vocab_parallel.sharded.uncompiled import uncompiled
+from vocab_parallel.arguments import Call, Operands, prepare
+from vocab_parallel.engine import scalar_loss, vocab_statistics
+from vocab_parallel.entry import entry
+from vocab_parallel.layout import IGNORED, OUT_OF_RANGE, HiddenLayout, count_valid
+from vocab_parallel.metrics import LossMetrics, loss_metrics
+from vocab_parallel.settings import LossSettings, parameters_of, unknown_option
+from vocab_parallel.statistics import Statistics
+from vocab_parallel.token_loss import TokenLoss
 
 
-# For type checkers: what is returned hangs on two arguments. The rest is below.
+# For type checkers: the return type depends on two flags. The rest is below.
 @overload
 def linear_cross_entropy(
     e: Tensor,
@@ -75,8 +70,7 @@ def linear_cross_entropy(
 ) -> Tensor: ...
 
 
-@uncompiled
-@translated
+@entry
 def linear_cross_entropy(
     e: Tensor,  # (..., T, D)
     c: Tensor,  # (stop - start, D)
@@ -212,18 +206,15 @@ def linear_cross_entropy(
     call = prepare(operands, settings, vocab_parallel_options, validate=validate, problem=problem)
     labels = call.labels()
     losses = token_losses(call, labels)
-    if settings.scalar_loss:
-        loss, statistics = scalar_loss(call, labels, losses)
-    else:
-        statistics = vocab_statistics(call, labels)
-        per_token = reduction == "none"
-        loss = call.own(losses(statistics.values)) if per_token else losses.total(statistics.values)
+    loss, values = reduced_loss(call, labels, losses)
+    if not (return_lse or return_metrics):
+        return loss
     results: tuple[Tensor | LossMetrics, ...] = (loss,)
     if return_lse:
-        results += (call.own(statistics.lse.masked_fill(labels == IGNORED, 0.0)),)
+        results += (call.own(values[0].masked_fill(labels == IGNORED, 0.0)),)
     if return_metrics:
-        results += (loss_metrics(statistics, labels),)
-    return results if len(results) > 1 else loss
+        results += (loss_metrics(Statistics(values, call.bound.shard.columns), labels),)
+    return results
 
 
 @overload
@@ -244,8 +235,7 @@ def token_logprobs(
 ) -> Tensor: ...
 
 
-@uncompiled
-@translated
+@entry
 def token_logprobs(
     e: Tensor,  # (..., T, D)
     c: Tensor,  # (stop - start, D)
@@ -306,14 +296,27 @@ def token_logprobs(
     operands = Operands.of(e, c, targets, bias, document_ids=document_ids)
     call = prepare(operands, settings, vocab_parallel_options, validate=validate, problem=problem)
     labels = call.labels()
-    statistics = vocab_statistics(call, labels)
+    values = vocab_statistics(call, labels)
     ignored = labels == IGNORED
-    logprobs = (statistics.target - statistics.lse).masked_fill(ignored, 0.0)
+    logprobs = (values[1] - values[0]).masked_fill(ignored, 0.0)
     logprobs = call.own(logprobs.masked_fill(labels == OUT_OF_RANGE, torch.nan))
     if not return_entropy:
         return logprobs
-    entropy = (-statistics.expected).masked_fill(ignored, 0.0)
-    return logprobs, call.own(entropy)
+    expected = Statistics(values, call.bound.shard.columns)["expected"]
+    return logprobs, call.own((-expected).masked_fill(ignored, 0.0))
+
+
+def reduced_loss(call: Call, labels: Tensor, losses: TokenLoss) -> tuple[Tensor, Tensor]:
+    """Return the loss as the call reduces it, and the statistics [k, N] that it is made of.
+
+    Where the loss alone has a gradient, the statistics have none.
+    """
+    if call.settings.scalar_loss:
+        return scalar_loss(call, labels, losses)
+    values = vocab_statistics(call, labels)
+    if call.settings.reduction == "none":
+        return call.own(losses(values)), values
+    return losses.total(values), values
 
 
 def token_losses(call: Call, labels: Tensor) -> TokenLoss:
@@ -330,7 +333,7 @@ def token_losses(call: Call, labels: Tensor) -> TokenLoss:
         call.rows.vocab_size or 0,
         call.settings.z_loss,
         _divisor(call, labels),
-        call.shard.ops.kernels,
+        call.bound.backend.kernels,
     )
 
 
@@ -340,7 +343,7 @@ def _divisor(call: Call, labels: Tensor) -> int | Tensor | None:
         return None
     given = call.settings.num_valid_tokens
     if given is None:
-        return count_valid(labels, kernels=call.shard.ops.kernels)
+        return count_valid(labels, kernels=call.bound.backend.kernels)
     if not isinstance(given, Tensor):
         return given
     return given.detach().reshape(()).clone()  # backward reads it too: its owner may write to it

@@ -8,6 +8,7 @@ better (`wanted_inputs`), and an older torch forgets the graph between the halve
 A second derivative is what none of our Functions has (`first_derivative_only`).
 """
 
+import contextlib
 import functools
 import warnings
 from collections.abc import Callable
@@ -41,16 +42,13 @@ def wanted_inputs(ctx: Any, tensor_inputs: tuple[bool, ...]) -> tuple[bool, ...]
     wanted = []
     for is_tensor, needed in zip(tensor_inputs, ctx.needs_input_grad, strict=False):
         node = next(edges)[0] if is_tensor else None
-        wanted.append(needed and node is not None and (ask is None or _will_run(ask, node)))
+        runs = needed and node is not None
+        if runs and ask is not None:
+            # It is an error of a leaf of torch.autograd.grad, whose gradient is asked for.
+            with contextlib.suppress(RuntimeError):
+                runs = bool(ask(node))
+        wanted.append(runs)
     return tuple(wanted)
-
-
-def _will_run(ask: Any, node: Any) -> bool:
-    try:
-        return bool(ask(node))
-    except RuntimeError:
-        # A leaf of torch.autograd.grad: the engine cannot say, and asks for it.
-        return True
 
 
 class _Node(torch.autograd.Function):

@@ -1,0 +1,38 @@
+"""What is around every function that a user calls with tensors."""
+
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import torch
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def entry(function: Callable[P, R]) -> Callable[P, R]:
+    """Let torch.compile not look into ``function``, and a call by others' names say ours.
+
+    What is inside is kernels, cuBLAS products and collectives, which a compiler would not improve:
+    its graph breaks once at the call, where it would otherwise make a dozen small ones.
+    `torch.compiler.disable` at import would load the compiler, which takes most of a second that
+    whoever compiles nothing should not wait for.
+    """
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.compiler.is_compiling():
+            from vocab_parallel.outside_of_graphs import run
+
+            return run(function, *args, **kwargs)
+        try:
+            return function(*args, **kwargs)
+        except TypeError as error:
+            from vocab_parallel.settings import names_translated
+
+            translated = names_translated(function, error, args, kwargs)
+            if translated is error:
+                raise
+            raise translated from None
+
+    return call

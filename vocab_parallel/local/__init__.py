@@ -1,1 +1,0 @@
-"""One rank's rows: statistics of their logits and gradients, without a process group."""

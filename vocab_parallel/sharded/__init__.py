@@ -1,1 +1,0 @@
-"""One call of the loss over a vocab group: arguments checked and agreed on, work, communication."""
