@@ -74,7 +74,7 @@ def check_mesh() -> None:
         with pytest.raises(ValueError, match=r"axis of the mesh|must be two axes"):
             StageGroups.from_mesh(mesh, **bad)
     swapped = {"pipeline_dim": "vocab", "vocab_dim": "pp"}
-    with pytest.raises(ValueError, match="ranks ascend along 'vocab' .* name the pipeline first"):
+    with pytest.raises(ValueError, match=r"ranks ascend along 'vocab' .* name the pipeline first"):
         StageGroups.from_mesh(mesh, **swapped, vocab_over="all_stages")
     with pytest.raises(ValueError, match=r"3 x 2 x 2 = 12, but the world has 4 ranks"):
         build_stage_groups(2, 2, data=3)
