@@ -37,7 +37,7 @@ class ScheduledLoss:
         self._last_stage: Any = None
         self._stage: Any = None
         self._validated = False
-        self._is_bound = False
+        self._warns_of_validation = True
         self._keeps_graph = loses_nodes()
         self._was_sharded = self._is_sharded()
 
@@ -60,7 +60,7 @@ class ScheduledLoss:
                 which ``backward="auto"`` counts on.
         """
         self._last_stage = self._stage = last_stage
-        self._is_bound = True
+        self._warns_of_validation = False
         self._was_sharded = self._was_sharded or self._is_sharded()
         self.scaled_by_schedule = scale_grads
         if self._options["impl"] in ("auto", "chunked"):
@@ -92,9 +92,10 @@ class ScheduledLoss:
 
         A call outside of a schedule, and an evaluation, is right without.
         """
-        if self._is_bound or torch.compiler.is_compiling() or not _schedule_trains():
+        compiles = torch.compiler.is_compiling()
+        if not self._warns_of_validation or compiles or not _schedule_trains():
             return
-        self._is_bound = True  # said once
+        self._warns_of_validation = False
         warnings.warn(
             f"a schedule runs the backward of a {type(self).__name__} that was never validated: "
             f"call validate_pipeline_loss(schedule, loss) on every rank before the first step. It "
