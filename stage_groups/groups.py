@@ -88,11 +88,12 @@ class StageGroups:
             mesh: of at least the two axes.
             pipeline_dim, vocab_dim: their names.
             vocab_over: which ranks share the rows of the vocabulary; see `build_stage_groups`.
-            timeout: of every collective on groups that are made here; None means the default's.
+            timeout: of all that waits on the groups of ``vocab_over="all_stages"``; None means
+                torch's own. The groups of the mesh keep theirs.
 
         Raises:
             ValueError: an axis that the mesh does not have, or one named twice; an unknown
-                ``vocab_over``.
+                ``vocab_over``; "all_stages" of a mesh whose ranks do not ascend along the pipeline.
         """
         names = mesh.mesh_dim_names or ()
         for role, name in (("pipeline_dim", pipeline_dim), ("vocab_dim", vocab_dim)):
@@ -111,10 +112,20 @@ class StageGroups:
         )
         spans = vocab_over == "all_stages"
         both = names.index(pipeline_dim), names.index(vocab_dim)
-        vocab_mesh = _axes(mesh, (pipeline_dim, vocab_dim) if spans else (vocab_dim,))
-        assert vocab_mesh is not None
-        if timeout is not None:
-            vocab_mesh.get_group().set_timeout(timeout)
+        vocab_mesh = mesh[vocab_dim]
+        if spans:
+            if (mesh.mesh.movedim(both, (-2, -1)).flatten(-2).diff() < 0).any():
+                raise ValueError(
+                    f'vocab_over="all_stages" needs a mesh whose ranks ascend along '
+                    f"{pipeline_dim!r} and within it along {vocab_dim!r}, as those of a process "
+                    f"group do, got the axes {list(names)}: name the pipeline first"
+                )
+            # Not the two axes flattened: of all ranks of the world that is the default group.
+            vocab_mesh = DeviceMesh.from_group(
+                groups_along(mesh.mesh, both, timeout),
+                mesh.device_type,
+                mesh_dim_names=(f"{pipeline_dim}_{vocab_dim}",),
+            )
         return cls(
             mesh=mesh,
             pipeline_group=mesh.get_group(pipeline_dim),

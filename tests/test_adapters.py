@@ -74,6 +74,25 @@ def test_forward_stays_untouched(model_type: str, given: dict[str, Any]) -> None
         CausalLMLoss()(model, {"input_ids": ids})
 
 
+def test_rows_that_the_configuration_does_not_say() -> None:
+    """A classifier of fewer rows is refused, and one of more is warned of."""
+    ids = torch.randint(40, (2, 9))
+    for rows, expected in (
+        (
+            60,
+            pytest.raises(ValueError, match=r"has 60 rows, .* LlamaForCausalLM says vocab_size=97"),
+        ),
+        (
+            128,
+            pytest.warns(UserWarning, match=r"takes 128 rows .*from_vocab\(97, group, num_rows=12"),
+        ),
+    ):
+        model = tiny("llama", tie_word_embeddings=False)
+        model.lm_head = nn.Linear(32, rows, bias=False)
+        with expected:
+            CausalLMLoss()(model, {"input_ids": ids, "labels": ids})
+
+
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")  # PEFT asks for it
 def test_a_model_of_peft() -> None:
     """Adapters in the body and on the classifier: the loss and the gradients of the whole model."""

@@ -1,5 +1,7 @@
 """The loss inside a schedule, against the same model in one process."""
 
+import contextlib
+import types
 import warnings
 from typing import Any
 
@@ -14,14 +16,16 @@ from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import get_schedule_class
 from torch.nn.parallel import DistributedDataParallel
 
-from stage_groups import build_stage_groups
+from stage_groups import StageGroups, build_stage_groups
 from tests.oracle import relative_error
 from tests.ranks import run_ranks
 from vocab_parallel import (
     CCEPipelineLoss,
+    LogprobsPipelineLoss,
     VocabParallelClassifier,
     VocabParallelOptions,
     linear_cross_entropy,
+    no_loss,
     validate_pipeline_loss,
 )
 from vocab_parallel.split_backward import keep_graph
@@ -179,9 +183,9 @@ def check_refusals() -> None:
     validate_pipeline_loss(schedule_of("GPipe", [ToyStage(whole, True, head)], late), late)
     with pytest.raises(ValueError, match="build it with scale_grads=False"):
         late(torch.zeros(1, 4, HIDDEN).double(), torch.zeros(1, 4).long(), num_valid_tokens=3)
-    with pytest.raises(ValueError, match="build it with scale_grads=False"):
-        late.num_valid_tokens = 3  # before any step is sent
     check_optimizers(whole, head)
+    check_warnings(whole, head)
+    check_configurations(whole)
 
     # Outputs that are kept alive are warned of, once.
     tokens = torch.randint(VOCABULARY, (4, LENGTH))
@@ -202,20 +206,113 @@ def check_optimizers(whole: nn.ModuleDict, head: VocabParallelClassifier) -> Non
     stage, loss = ToyStage(whole, True, head), CCEPipelineLoss(head)
     schedule = schedule_of("GPipe", [stage], loss)
     own = list(stage.parameters())
+    rest = [p for p in own if p is not head.weight]
+    several: list[tuple[Any, str | None]] = []
     for parameters, message in (
         (own, None),
-        ([p for p in own if p is not head.weight], "lacks .*, which would never change"),
+        (rest, "lacks .*, which would never change"),
         ([*own, *whole["head"].parameters()], "parameters of none of this rank's stages"),
         ([*own, own[0]], "has .* twice"),
     ):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's own, of a duplicate
-            optimizer = torch.optim.SGD(parameters, lr=0.1)
+            several.append((torch.optim.SGD(parameters, lr=0.1), message))
+    several += [
+        ([torch.optim.SGD(rest), torch.optim.AdamW([head.weight])], None),
+        (iter([torch.optim.SGD(rest), torch.optim.AdamW([head.weight])]), None),
+        ([torch.optim.SGD(rest), torch.optim.SGD(own)], "has .* twice"),
+        ([torch.optim.SGD(rest)], "lacks .*, which would never change"),
+        (stage, r"must be an optimizer of torch's, or several of them, got \['ToyStage'\]"),
+    ]
+    for optimizer, message in several:
         if message is None:
             validate_pipeline_loss(schedule, loss, optimizer=optimizer)
             continue
         with pytest.raises(ValueError, match=message):
             validate_pipeline_loss(schedule, loss, optimizer=optimizer)
+
+
+def check_warnings(whole: nn.ModuleDict, head: VocabParallelClassifier) -> None:
+    """Each is said once, before the first backward; where nothing is wrong, nothing is."""
+    module = ToyStage(whole, True, head)
+    tokens = torch.randint(VOCABULARY, (4, LENGTH))
+
+    def said(loss: Any, *, validates: bool = True, scales: bool = False) -> list[str]:
+        """Return what an evaluation and two steps warn of; each microbatch counts as many."""
+        schedule = schedule_of("GPipe", [module], loss, scales)
+        if validates:
+            validate_pipeline_loss(schedule, loss)
+        target = loss.load(tokens) if isinstance(loss, LogprobsPipelineLoss) else tokens
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            schedule.eval(tokens, target=target, losses=[], return_outputs=False)
+            assert not caught, "an evaluation has no gradient"
+            for _ in range(2):
+                module.zero_grad()
+                schedule.step(tokens, target=target, losses=[], return_outputs=False)
+        return [str(one.message) for one in caught]
+
+    divided = CCEPipelineLoss(head)
+    divided.num_valid_tokens = 4 * (LENGTH - 1)
+    assert said(divided) == []
+    right = head.weight.grad
+    assert right is not None
+    (missing,) = said(CCEPipelineLoss(head))
+    assert "as many times too large as there are microbatches" in missing
+    assert relative_error(head.weight.grad, 2 * right) < 1e-12, "as it says, of two microbatches"
+    assert said(CCEPipelineLoss(head), scales=True) == []
+    assert relative_error(head.weight.grad, right) < 1e-12
+    for loss in (
+        CCEPipelineLoss(head, scaled_outside=True),
+        CCEPipelineLoss(head, reduction="sum"),
+    ):
+        assert said(loss) == []
+
+    functions = [
+        CCEPipelineLoss(head),
+        LogprobsPipelineLoss(head, lambda logprobs, entropy, batch: -logprobs.sum(), shift=1),
+    ]
+    for loss in functions:
+        (unknown,) = said(loss, validates=False, scales=True)
+        assert f"the backward of a {type(loss).__name__} that was never validated" in unknown
+        assert said(loss) == [] or isinstance(loss, CCEPipelineLoss)
+    hidden = torch.randn(2, LENGTH, HIDDEN, dtype=torch.float64, requires_grad=True)
+    CCEPipelineLoss(head)(hidden, tokens[:2]).backward()  # outside of a schedule nothing is amiss
+
+
+def check_configurations(whole: nn.ModuleDict) -> None:
+    """Fewer rows than a configuration says are no vocabulary; more may be padding."""
+    rows = 12
+    linear = nn.Linear(HIDDEN, rows, bias=False).double()
+    sharded = VocabParallelClassifier(HIDDEN, rows, group=None, dtype=torch.float64)
+    padded = VocabParallelOptions.from_vocab(9, num_rows=rows)
+    all_rows = VocabParallelOptions.from_vocab(rows)
+    few = f"has {rows} rows, .* says vocab_size=13"
+    for head, options, size, refused, warned in (
+        (linear, None, 13, few, False),
+        (sharded, None, 13, few, False),
+        (linear, all_rows, 13, None, False),  # whoever says so knows
+        (linear, None, rows, None, False),
+        (linear, None, 9, None, True),
+        (sharded, None, 9, None, True),
+        (linear, all_rows, 9, None, True),
+        (linear, padded, 9, None, False),
+        (sharded, padded, 9, None, False),
+    ):
+        for nested in (False, True):
+            module: Any = ToyStage(whole, True, head)
+            text = types.SimpleNamespace(vocab_size=size)
+            module.config = types.SimpleNamespace(text_config=text) if nested else text
+            loss = CCEPipelineLoss(head, vocab_parallel_options=options)
+            schedule = schedule_of("GPipe", [module], loss)
+            expected: Any = contextlib.nullcontext()
+            if refused is not None:
+                expected = pytest.raises(ValueError, match=refused)
+            elif warned:
+                words = rf"takes {rows} rows .*from_vocab\(9, group, num_rows={rows}\)"
+                expected = pytest.warns(UserWarning, match=words)
+            with expected:
+                validate_pipeline_loss(schedule, loss)
 
 
 def test_refusals() -> None:
@@ -237,19 +334,42 @@ def test_fewer_rows_than_the_module_says() -> None:
     assert torch.allclose(loss, exact)
 
 
+def test_fewer_rows_than_the_heads_own_configuration_says() -> None:
+    head: Any = nn.Linear(HIDDEN, VOCABULARY, bias=False)
+    head.config = types.SimpleNamespace(vocab_size=2 * VOCABULARY)
+    e, labels = torch.randn(1, 4, HIDDEN), torch.randint(VOCABULARY, (1, 4))
+    words = f"has {VOCABULARY} rows, .* configuration of Linear says vocab_size={2 * VOCABULARY}"
+    with pytest.raises(ValueError, match=words):
+        CCEPipelineLoss(head)(e, labels)
+    CCEPipelineLoss(head, vocab_parallel_options=VocabParallelOptions(0, VOCABULARY))(e, labels)
+
+
 def check_gathered_head() -> None:
     """FSDP2 hands over the whole head: in a gathering layout the loss would be one rank's alone."""
     mesh = init_device_mesh("cpu", (2,))
     head = nn.Linear(HIDDEN, VOCABULARY, bias=False)
     fully_shard(head, mesh=mesh)
     e, labels = torch.randn(1, 4, HIDDEN), torch.randint(VOCABULARY, (1, 4))
+
+    def function(logprobs: Tensor, entropy: Any, batch: dict[str, Tensor]) -> Tensor:
+        return -logprobs.sum()
+
     losses = {
-        layout: CCEPipelineLoss(head, hidden_layout=layout) for layout in ("sharded", "replicated")
+        layout: (
+            CCEPipelineLoss(head, hidden_layout=layout),
+            LogprobsPipelineLoss(head, function, hidden_layout=layout),
+        )
+        for layout in ("sharded", "sequence", "replicated")
     }
+    targets = {layout: each[1].load(labels) for layout, each in losses.items()}
     head.unshard()
-    with pytest.raises(ValueError, match="whole when the loss is called"):
-        losses["sharded"](e, labels)
-    assert losses["replicated"](e, labels).isfinite()
+    for layout, each in losses.items():
+        for loss, target in zip(each, (labels, targets[layout]), strict=True):
+            if layout == "replicated":
+                assert loss(e, target).isfinite()
+                continue
+            with pytest.raises(ValueError, match="whole when the loss is called"):
+                loss(e, target)
     dist.barrier()
 
 
@@ -276,6 +396,68 @@ def check_refused_everywhere() -> None:
         schedule = get_schedule_class("GPipe")(stage, n_microbatches=2, loss_fn=loss)
         with pytest.raises(ValueError, match=message):
             validate_pipeline_loss(schedule, loss)
+    check_mistakes_of_one_rank(groups)
+
+
+def check_mistakes_of_one_rank(groups: StageGroups) -> None:
+    """Of two stages one is wrong, the first or the last, and both raise."""
+    whole, is_last = toy_model(), groups.has_last_stage(2)
+    head = VocabParallelClassifier.from_linear(whole["head"], groups.vocab_group)
+    module: Any = ToyStage(whole, not is_last, head if is_last else None)
+    loss: Any = CCEPipelineLoss(head) if is_last else no_loss
+
+    def built(loss: Any) -> Any:
+        stage = PipelineStage(
+            module, groups.pipeline_rank, 2, torch.device("cpu"), group=groups.pipeline_group
+        )
+        return get_schedule_class("GPipe")(stage, n_microbatches=2, loss_fn=loss)
+
+    with pytest.raises(ValueError, match=r"on rank 0: .* loss_fn=None, .* give it no_loss"):
+        validate_pipeline_loss(built(loss if is_last else None), loss)
+    late = None if is_last else torch.optim.SGD(module.layer.parameters())
+    for optimizer in (late, late and [late]):
+        with pytest.raises(ValueError, match=r"on rank 0: the optimizer lacks embedding\.weight"):
+            validate_pipeline_loss(built(loss), loss, optimizer=optimizer)
+    module.config = types.SimpleNamespace(vocab_size=VOCABULARY + 1)
+    with pytest.raises(ValueError, match=r"on rank 1: the classifier has 23 rows, .*=24"):
+        validate_pipeline_loss(built(loss), loss)
+    del module.config
+
+    # A head that has become more than its weight, or whose options are none.
+    linear = toy_model()["head"]
+    hooked: Any = CCEPipelineLoss(linear) if is_last else no_loss
+    hook = linear.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="on rank 1: output_weight is a Linear that has forward"):
+        validate_pipeline_loss(built(hooked), hooked)
+    hook.remove()
+    given = types.SimpleNamespace(start=0, stop=VOCABULARY)
+    told: Any = CCEPipelineLoss(head, vocab_parallel_options=given) if is_last else no_loss
+    with pytest.raises(ValueError, match=r"on rank 1: .* SimpleNamespace has no group"):
+        validate_pipeline_loss(built(told), told)
+
+    # A divisor that comes between the check and the first step.
+    tokens = torch.randint(VOCABULARY, (BATCH, LENGTH), generator=torch.Generator().manual_seed(3))
+    losses: list[Tensor] | None = [] if is_last else None
+    for how in ("attribute", "argument"):
+        schedule = built(loss)
+        validate_pipeline_loss(schedule, loss)
+        divisor = {"num_valid_tokens": BATCH * (LENGTH - 1)} if is_last else {}
+        for given_divisor in (divisor, {}):
+            if how == "attribute" and is_last:
+                loss.num_valid_tokens = given_divisor.get("num_valid_tokens")
+            kwargs = {"loss_kwargs": given_divisor} if how == "argument" else {}
+            expected: Any = contextlib.nullcontext()
+            if given_divisor is divisor:
+                expected = pytest.raises(ValueError, match="on rank 1: num_valid_tokens divides")
+            with expected:
+                schedule.step(
+                    *([] if is_last else [tokens]),
+                    target=tokens if is_last else None, losses=losses, return_outputs=False,
+                    **kwargs,
+                )  # fmt: skip
+        assert module.layer.weight.grad is not None
+        assert not hasattr(schedule.step, "__wrapped__"), "later steps exchange nothing more"
+        module.zero_grad()
 
 
 def test_refused_everywhere() -> None:

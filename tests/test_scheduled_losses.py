@@ -210,7 +210,9 @@ def check_metrics(schedule: str, layout: str, groups: StageGroups) -> None:
     batch = Batch(layout, groups)
 
     def make(head: nn.Module) -> CCEPipelineLoss:
-        return CCEPipelineLoss(head, hidden_layout=layout, softcap=5.0, return_metrics=True)
+        return CCEPipelineLoss(
+            head, hidden_layout=layout, softcap=5.0, return_metrics=True, scaled_outside=True
+        )
 
     step = Step(schedule, "one", layout, groups, make)
     target = None if step.head is None else batch.own(batch.labels)

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -439,6 +440,8 @@ def check_refusals() -> None:
     adapted.lora_B = nn.Parameter(torch.zeros(adapted.stop - adapted.start, 1))
     embedding = VocabParallelEmbedding(HIDDEN, 9, group=groups.vocab_group)
     wrapped = nn.parallel.DistributedDataParallel(owner, process_group=groups.columns_group)
+    configured: Any = nn.Sequential(owner)
+    configured.config = SimpleNamespace(vocab_size=10)
     loss = CCEPipelineLoss
     mine = rank == 1  # what follows is wrong on this rank alone
     last_stage = build_stage_groups(2, 1, device_type="cpu")
@@ -459,6 +462,7 @@ def check_refusals() -> None:
         ({"embedding": embedding}, "embedding's rows must be parameters of exactly one stage"),
         ({"module": wrapped}, "DistributedDataParallel does not see the gradients"),
         ({"barriers": 3}, "barriers must be 1, 2 or None, got 3"),
+        ({"module": configured} if mine else {}, "has 9 rows, .* says vocab_size=10"),
     ):
         with pytest.raises(ValueError, match=message):
             built(**options)
@@ -481,6 +485,10 @@ def check_refusals() -> None:
         with pytest.raises(ValueError, match=message):
             schedule.step(*inputs, **given)
     check_unlike_lengths(schedule)
+    undivided = built(scale_grads=False)
+    with pytest.warns(UserWarning, match="the loss no num_valid_tokens"):
+        undivided.step(*inputs, target=labels, losses=[], return_outputs=False)
+    undivided.step(*inputs, target=labels, losses=[], return_outputs=False)  # it is said once
     given = torch.zeros(2, LENGTH, HIDDEN)
     fixed = PipelineStage(
         owner, rank, 2, device, input_args=given, output_args=given, group=groups.pipeline_group

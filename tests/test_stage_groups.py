@@ -2,13 +2,14 @@
 
 import time
 from datetime import timedelta
+from typing import get_args
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from stage_groups import StageGroups, build_host_group, build_stage_groups
+from stage_groups import StageGroups, VocabOver, build_host_group, build_stage_groups
 from stage_groups.placement import stages_of_rank
 from tests.ranks import GROUP_TIMEOUT, run_ranks
 
@@ -36,6 +37,10 @@ def members(group: dist.ProcessGroup) -> list[int]:
     return dist.get_process_group_ranks(group)
 
 
+def timeout_of(group: dist.ProcessGroup) -> timedelta:
+    return group._get_backend(torch.device("cpu")).options._timeout
+
+
 def check_mesh() -> None:
     rank = dist.get_rank()
     groups = build_stage_groups(2, 2, device_type="cpu")
@@ -47,7 +52,7 @@ def check_mesh() -> None:
     assert groups.has_last_stage(4, "v") == (groups.pipeline_rank == 0)
     assert groups.has_last_stage(2) == (groups.pipeline_rank == 1)
     for group in (groups.vocab_group, groups.pipeline_group, build_host_group()):
-        timeout = group._get_backend(torch.device("cpu")).options._timeout
+        timeout = timeout_of(group)
         assert timeout == timedelta(seconds=GROUP_TIMEOUT), "the default group's is not inherited"
 
     groups = build_stage_groups(1, 2, data=2, device_type="cpu")
@@ -68,6 +73,9 @@ def check_mesh() -> None:
     for bad in ({"vocab_dim": "tp"}, {"pipeline_dim": "stage"}, {"pipeline_dim": "vocab"}):
         with pytest.raises(ValueError, match=r"axis of the mesh|must be two axes"):
             StageGroups.from_mesh(mesh, **bad)
+    swapped = {"pipeline_dim": "vocab", "vocab_dim": "pp"}
+    with pytest.raises(ValueError, match=r"ranks ascend along 'vocab' .* name the pipeline first"):
+        StageGroups.from_mesh(mesh, **swapped, vocab_over="all_stages")
     with pytest.raises(ValueError, match=r"3 x 2 x 2 = 12, but the world has 4 ranks"):
         build_stage_groups(2, 2, data=3)
     with pytest.raises(ValueError, match="vocab must be a positive integer, got 0"):
@@ -82,19 +90,26 @@ def check_timeouts() -> None:
     for seconds in (1, 2):
         limit = timedelta(seconds=seconds)
         made[seconds] = [
-            build_stage_groups(*degrees, device_type="cpu", timeout=limit)
+            build_stage_groups(*degrees, device_type="cpu", timeout=limit, vocab_over=vocab_over)
             for degrees in ((2, 2), (4, 1))
+            for vocab_over in get_args(VocabOver)
         ]
-    for seconds, both in made.items():
-        for groups in both:
-            if groups.pipeline_rank == 0:
+        assert all(timeout_of(groups.vocab_group) == limit for groups in made[seconds])
+    for seconds, every in made.items():
+        for groups in every:
+            if groups.message_groups is None and groups.pipeline_rank == 0:
                 start = time.monotonic()
                 with pytest.raises(RuntimeError, match=f"Timed out waiting {seconds}000ms"):
                     dist.irecv(torch.zeros(1), group=groups.pipeline_group, group_src=1).wait()
                 assert time.monotonic() - start < seconds + 5
     dist.barrier()  # the peers have stayed
+    mesh = init_device_mesh("cpu", (1, 4), mesh_dim_names=("pp", "vocab"))  # both make the world
+    for vocab_over in get_args(VocabOver):
+        kept = timeout_of(mesh.get_group("vocab"))
+        StageGroups.from_mesh(mesh, vocab_over=vocab_over, timeout=timedelta(seconds=2))
+        assert timeout_of(mesh.get_group("vocab")) == kept, "the mesh's groups keep their own"
     assert dist.group.WORLD is not None
-    timeout = dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout
+    timeout = timeout_of(dist.group.WORLD)
     assert timeout == timedelta(seconds=GROUP_TIMEOUT), "the default group is as it was"
 
 

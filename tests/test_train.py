@@ -181,13 +181,18 @@ def test_mistakes(arguments: list[str], words: str, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def unanswered(folder: Path) -> Path:
+    """Write conversations in which no token counts."""
+    asked = {"messages": [{"role": "user", "content": "the quick brown fox"}]}
+    (folder / "chat.jsonl").write_text(f"{json.dumps(asked)}\n" * 30)
+    return folder / "chat.jsonl"
+
+
 @pytest.mark.parametrize("option", [pytest.param("--text", marks=pytest.mark.slow), "--eval-text"])
 def test_text_in_which_no_token_counts(option: str, tmp_path: Path) -> None:
     """Conversations that nobody answers are no text to train on, nor to score."""
     write_tokenizer(tmp_path / "tokenizer", chat=CHAT)
-    text = tmp_path / "chat.jsonl"
-    asked = {"messages": [{"role": "user", "content": "the quick brown fox"}]}
-    text.write_text(f"{json.dumps(asked)}\n" * 30)
+    text = unanswered(tmp_path)
     np.save(tmp_path / "ids.npy", np.arange(100))
     arguments = ["--pipeline", "1", "--vocab", "2", "--microbatches", "1", "--hidden", "32"]
     arguments += ["--vocabulary", "300", "--batch", "2", "--sequence", "8", "--steps", "1"]
@@ -197,6 +202,21 @@ def test_text_in_which_no_token_counts(option: str, tmp_path: Path) -> None:
     code, output = torchrun(2, ["-m", "launch.train", *arguments, option, str(text)])
     assert_one_sentence(code, output, f"{option} {text}: no token of what is read counts")
     assert not (tmp_path / "out").exists()
+
+
+def test_no_token_counts_in_what_is_evaluated(tmp_path: Path) -> None:
+    text = unanswered(tmp_path)
+    write_tokenizer(tmp_path, chat=CHAT)
+    config = config_of_sizes(vocabulary=300, hidden=32, layers=1, sequence=8)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    shape = ["--batches", "1", "--batch", "2", "--sequence", "8", "--timeout", "40"]
+    given = ["--model", str(tmp_path), "--text", str(text), *shape]
+    code, output = run_program(1, ["-m", "launch.evaluate", *given])
+    assert code == 1  # torchrun's own
+    assert "exitcode  : 2 (" in output
+    words = f"launch.evaluate: --text {text}: no token of what is read counts"
+    assert [words in line for line in output.splitlines()].count(True) == 2, output  # and torchrun
+    assert "launch/" not in output, "no traceback of ours"
 
 
 @pytest.mark.parametrize("option", ["out", "export", "profile", "checkpoint"])

@@ -55,8 +55,9 @@ class CausalLMLoss:
                 gives it where gradients are accumulated.
 
         Raises:
-            ValueError: a model without a classifier, inputs without labels, or a model or inputs
-                whose own loss is not the mean over shifted labels of one classifier's logits.
+            ValueError: a model without a classifier, or whose classifier has fewer rows than its
+                configuration's ``vocab_size``, inputs without labels, or a model or inputs whose
+                own loss is not the mean over shifted labels of one classifier's logits.
         """
         owner: Any = model
         if hasattr(owner, "get_base_model"):  # of PEFT
@@ -80,6 +81,8 @@ class CausalLMLoss:
                 f"part while the ranks have unlike tokens (FSDP's hooks do not run here): keep it "
                 f"out of what is wrapped, or give CCEPipelineLoss the rows of a vocab group"
             )
+        weight.check_vocab_size(owner)
+        weight.warn_of_padding(owner)
         rows = weight.read()
         body = _body_of(owner, head)
         _refuse_inputs_of_the_loss(inputs)

@@ -5,6 +5,7 @@ does more (an adapter, a hook, a forward of its own) would be trained without it
 known here, or refused.
 """
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,6 +104,9 @@ class OutputWeight:
     def read(self) -> Rows:
         """Return this rank's rows, their bias, their options and their adapters.
 
+        Without options, the rows of a plain weight are the whole vocabulary: they are compared with
+        what the owner says of itself, its ``out_features``, ``num_embeddings`` and ``config``.
+
         Raises:
             ValueError: a DTensor that is not sharded over its rows alone, or a module that has
                 become more than its weight, or a weight of other rows than its module says.
@@ -124,6 +128,49 @@ class OutputWeight:
                 for each in adapters
             ),
         )
+
+    def check_vocab_size(self, model: nn.Module) -> None:
+        """Refuse fewer rows than the configuration of the model says.
+
+        Looked at is ``config.vocab_size``, or ``config.text_config.vocab_size``, of the model or of
+        the first module within it that has one. Rows that explicit options describe may be fewer:
+        this rank does not know how many there are in all. Communicates nothing.
+
+        Raises:
+            ValueError: the classifier has fewer rows than that.
+        """
+        size, total = _configured_vocab_size(model), self._num_rows()
+        if size is not None and total is not None:
+            _check_configured(total, size, model)
+
+    def warn_of_padding(self, model: nn.Module) -> None:
+        """Warn where more rows count as tokens than the configuration of the model says.
+
+        That is found as `check_vocab_size` finds it.
+        """
+        size, options = _configured_vocab_size(model), self.read().options
+        counted = getattr(options, "vocab_size", None)
+        counted = self._num_rows() if counted is None else counted
+        if size is not None and counted is not None and counted > size:
+            warnings.warn(
+                f"the loss takes {counted} rows of the classifier for tokens, but the "
+                f"configuration of {type(model).__name__} says vocab_size={size}: if the others "
+                f"are padding they get probability. Pass vocab_parallel_options with "
+                f"vocab_size={size}, as VocabParallelOptions.from_vocab({size}, group, "
+                f"num_rows={counted}) makes them, or correct the configuration",
+                stacklevel=3,
+            )
+
+    def _num_rows(self) -> int | None:
+        """Count the rows of the whole classifier; None where options alone describe them."""
+        if self.options is not None:
+            return None
+        module: Any = None if isinstance(self.owner, Tensor) else _unwrapped(self.owner)
+        if hasattr(module, "row_counts"):  # of a VocabParallelClassifier, by rank
+            return sum(module.row_counts)
+        if getattr(module, "options", None) is not None:
+            return None
+        return self._parts()[0].shape[0]
 
     def _parts(self) -> tuple[Tensor, Tensor | None, tuple[LowRank, ...]]:
         if isinstance(self.owner, Tensor):
@@ -188,6 +235,31 @@ def _check_rows(module: Any, weight: Tensor) -> None:
                 f"{weight.shape[0]} rows here: it would be taken for the whole vocabulary. Pass "
                 f"vocab_parallel_options that say which rows these are, and their group"
             )
+    size = _configured_vocab_size(module)
+    if size is not None:
+        _check_configured(weight.shape[0], size, module)
+
+
+def _check_configured(num_rows: int, size: int, model: nn.Module) -> None:
+    """Raise ValueError for fewer rows of the whole classifier than a configuration states."""
+    if num_rows < size:
+        raise ValueError(
+            f"the classifier has {num_rows} rows, which the loss takes for the whole vocabulary, "
+            f"but the configuration of {type(model).__name__} says vocab_size={size}. Pass "
+            f"vocab_parallel_options that say which rows these are, and their group, or "
+            f"VocabParallelOptions(0, {num_rows}) where there are no more"
+        )
+
+
+def _configured_vocab_size(model: nn.Module) -> int | None:
+    """Return the vocabulary that the configuration of a model, or of one within it, states."""
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        for part in (config, getattr(config, "text_config", None)):
+            size = getattr(part, "vocab_size", None)
+            if isinstance(size, int):
+                return size
+    return None
 
 
 def _has_foreign_hooks(module: nn.Module) -> bool:

@@ -122,16 +122,18 @@ class LogprobsPipelineLoss(ScheduledLoss):
             target: what the schedule has split off what `load` returned, [b].
 
         Raises:
-            ValueError: another target, or a function that returns no scalar.
+            ValueError: another target, a function that returns no scalar, or rows that are whole
+                when it is called although the layout says that the ranks share them.
         """
         if not self._batch or target.dim() != 1:
             raise ValueError(
                 "a LogprobsPipelineLoss finds its microbatch by what load(targets, ...) returns: "
                 "call it before the step, and give the step its result as target"
             )
+        self.warn_of_missing_validation()
         self.warn_of_kept_outputs()
         batch = {name: tensor.index_select(0, target) for name, tensor in self._batch.items()}
-        rows = self.output_weight.read()
+        rows = self.read_rows()
         e, c = rows.operands(hidden_states)
         found = token_logprobs(
             e,

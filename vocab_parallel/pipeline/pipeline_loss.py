@@ -1,5 +1,6 @@
 """The loss as a pipeline schedule calls it."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,18 +13,13 @@ from vocab_parallel.layout import HiddenLayout
 from vocab_parallel.metrics import LossMetrics
 from vocab_parallel.modules.heads import Rows
 from vocab_parallel.multi_token import as_tuple, multi_token_cross_entropy, stacked
+from vocab_parallel.pipeline.problems import DIVIDED_TWICE
 from vocab_parallel.pipeline.scheduled_loss import ScheduledLoss
 from vocab_parallel.settings import LossSettings, parameters_of, unknown_option
 
 _RESULTS = ("return_lse", "return_heads", "return_entropy")  # a schedule takes one number
 _OF_A_CALL = ("e", "c", "targets", "bias", "document_ids", "num_valid_tokens", "validate")
 _NOT_OPTIONS = (*_OF_A_CALL, *_RESULTS)
-
-_DIVIDED_TWICE = (
-    "num_valid_tokens already divides by the tokens of the whole step, but the "
-    "schedule was built with scale_grads=True and divides by the number of "
-    "microbatches again: build it with scale_grads=False"
-)
 
 
 class CCEPipelineLoss(ScheduledLoss):
@@ -52,6 +48,10 @@ class CCEPipelineLoss(ScheduledLoss):
             `multi_token_cross_entropy`: the last stage returns a tuple of as many hidden states,
             or one tensor of them [H, ..., T, D], and **loss_options may have ``head_weights``.
             With ``return_metrics=True`` it still returns the loss alone, and `metrics` the rest.
+        scaled_outside: whether a trainer divides the losses or gradients of a step's microbatches
+            by itself. Otherwise, where nothing divides (a schedule with ``scale_grads=False``,
+            several microbatches, a mean, no ``num_valid_tokens``), the first step that trains warns
+            once: losses and gradients are the sum of as many means.
 
     Attributes:
         num_valid_tokens: divides the mean in place of each microbatch's own count, until it is set
@@ -79,6 +79,7 @@ class CCEPipelineLoss(ScheduledLoss):
         shift: int | Sequence[int] = 1,
         reduction: str = "mean",
         hidden_layout: HiddenLayout = "replicated",
+        scaled_outside: bool = False,
         **loss_options: Any,
     ) -> None:
         if reduction not in ("mean", "sum"):
@@ -88,7 +89,9 @@ class CCEPipelineLoss(ScheduledLoss):
             )
         self.reduction = reduction
         self.accumulate_into = loss_options.get("accumulate_into")
-        self._num_valid_tokens: int | Tensor | None = None
+        self.num_valid_tokens: int | Tensor | None = None
+        self.scaled_outside = scaled_outside
+        self._nothing_divides = False
         self._metric_sums: Tensor | None = None  # (3,), of the microbatches so far
         self._metrics_dtype = torch.float32
         options: dict[str, Any] = {
@@ -127,10 +130,12 @@ class CCEPipelineLoss(ScheduledLoss):
         """
         divisor = self.num_valid_tokens if num_valid_tokens is None else num_valid_tokens
         if divisor is not None and self.scaled_by_schedule:
-            raise ValueError(_DIVIDED_TWICE)
+            raise ValueError(DIVIDED_TWICE)
+        self.warn_of_missing_validation()
         self.warn_of_kept_outputs()
-        rows = self.output_weight.read()
-        self._check_rows_are_a_shard(rows)
+        if divisor is None and getattr(self._stage, "has_backward", False):
+            self.warn_of_missing_divisor()
+        rows = self.read_rows()
         e, c = _operands(rows, hidden_states)
         several = self.settings.num_heads is not None
         labels, document_ids = _labels_and_documents(labels, hidden_states, several)
@@ -151,28 +156,6 @@ class CCEPipelineLoss(ScheduledLoss):
         if not self.infers_shapes():
             self.add_metrics(metrics)
         return self.finished(loss)
-
-    @property
-    def num_valid_tokens(self) -> int | Tensor | None:
-        """See above."""
-        return self._num_valid_tokens
-
-    @num_valid_tokens.setter
-    def num_valid_tokens(self, count: int | Tensor | None) -> None:
-        if count is not None and self.scaled_by_schedule:
-            raise ValueError(_DIVIDED_TWICE)
-        self._num_valid_tokens = count
-
-    def _check_rows_are_a_shard(self, rows: Rows) -> None:
-        """Refuse rows that were a shard when the loss was made, and are whole now."""
-        gathers = self.settings.hidden_layout != "replicated"
-        if gathers and rows.options is None and self._was_sharded:
-            raise ValueError(
-                f'hidden_layout="{self.settings.hidden_layout}" says that the ranks share the rows '
-                f"of the classifier, but its DTensor weight is whole when the loss is called, as "
-                f"FSDP2 gathers it: each rank would return the loss of its own tokens alone. "
-                f"Leave hidden_layout out, or shard the rows by VocabParallelClassifier"
-            )
 
     def metrics(self) -> LossMetrics:
         """Return the metrics of all microbatches since it was last called: of a step, at its end.
@@ -201,12 +184,38 @@ class CCEPipelineLoss(ScheduledLoss):
         self._metric_sums = sums if before is None else before + sums
         self._metrics_dtype = found.accuracy.dtype
 
-    def bind(self, last_stage: Any, *, scale_grads: bool, microbatches_in_flight: int) -> None:
+    def bind(
+        self,
+        last_stage: Any,
+        *,
+        scale_grads: bool,
+        num_microbatches: int,
+        microbatches_in_flight: int,
+    ) -> None:
         """See `ScheduledLoss.bind`."""
         super().bind(
-            last_stage, scale_grads=scale_grads, microbatches_in_flight=microbatches_in_flight
+            last_stage,
+            scale_grads=scale_grads,
+            num_microbatches=num_microbatches,
+            microbatches_in_flight=microbatches_in_flight,
         )
         self.settings = _settings_of(self._options)
+        divided = scale_grads or self.scaled_outside or self.reduction != "mean"
+        self._nothing_divides = num_microbatches > 1 and not divided
+
+    def warn_of_missing_divisor(self) -> None:
+        """Warn once where a step that trains has no divisor, and nothing else divides."""
+        if not self._nothing_divides:
+            return
+        self._nothing_divides = False  # said once
+        warnings.warn(
+            "the schedule has scale_grads=False and the loss no num_valid_tokens, so that losses "
+            "and gradients are the sum of each microbatch's own mean, as many times too large as "
+            "there are microbatches: before each step set loss.num_valid_tokens = "
+            "count_valid_tokens(labels, groups, shift=...), or build the schedule with "
+            "scale_grads=True, or say scaled_outside=True where a trainer divides by itself",
+            stacklevel=3,
+        )
 
     @property
     def head_weights(self) -> tuple[float, ...] | None:

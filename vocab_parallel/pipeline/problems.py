@@ -6,6 +6,12 @@ from typing import Any
 
 from torch import nn
 
+DIVIDED_TWICE = (
+    "num_valid_tokens divides by the tokens of the whole step, but the schedule was built with "
+    "scale_grads=True and divides by the number of microbatches again: build it with "
+    "scale_grads=False"
+)
+
 
 def problem_of_stages(stages: Sequence[Any], scale_grads: bool, splits: bool) -> str | None:
     """Say what is wrong with the stages of this rank, or None.
@@ -62,11 +68,7 @@ def problem_of_loss(loss: Any, scale_grads: bool, splits: bool) -> str | None:
             "their number: build the schedule with scale_grads=False"
         )
     if getattr(loss, "num_valid_tokens", None) is not None and scale_grads:
-        return (
-            "num_valid_tokens divides by the tokens of the whole step, but scale_grads=True "
-            "divides by the number of microbatches again: build the schedule with "
-            "scale_grads=False"
-        )
+        return DIVIDED_TWICE
     return None
 
 

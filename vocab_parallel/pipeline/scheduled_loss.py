@@ -1,13 +1,17 @@
 """What every loss of a schedule has: where its rows are, and what it is told of the schedule."""
 
+import sys
 import warnings
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from vocab_parallel.modules.heads import OutputWeight
+from vocab_parallel.modules.heads import OutputWeight, Rows
 from vocab_parallel.split_backward import keep_graph, loses_nodes
+
+_SCHEDULES = "torch.distributed.pipelining.schedules"
 
 
 class ScheduledLoss:
@@ -33,20 +37,30 @@ class ScheduledLoss:
         self._last_stage: Any = None
         self._stage: Any = None
         self._validated = False
+        self._warns_of_validation = True
         self._keeps_graph = loses_nodes()
         self._was_sharded = self._is_sharded()
 
-    def bind(self, last_stage: Any, *, scale_grads: bool, microbatches_in_flight: int) -> None:
+    def bind(
+        self,
+        last_stage: Any,
+        *,
+        scale_grads: bool,
+        num_microbatches: int,
+        microbatches_in_flight: int,
+    ) -> None:
         """Tell the loss in which schedule it is; `validate_pipeline_loss` does.
 
         Args:
             last_stage: the schedule's, whose outputs the loss is given.
             scale_grads: whether the schedule divides gradients by the number of microbatches, so
                 that a divisor of the whole step is refused.
+            num_microbatches: of a step.
             microbatches_in_flight: how many wait between forward and backward on the last stage,
                 which ``backward="auto"`` counts on.
         """
         self._last_stage = self._stage = last_stage
+        self._warns_of_validation = False
         self._was_sharded = self._was_sharded or self._is_sharded()
         self.scaled_by_schedule = scale_grads
         if self._options["impl"] in ("auto", "chunked"):
@@ -55,6 +69,40 @@ class ScheduledLoss:
     def _is_sharded(self) -> bool:
         """Tell whether the rows are a DTensor's now: FSDP2 gathers such before a stage runs."""
         return any(isinstance(tensor, DTensor) for tensor in self.output_weight.tensors)
+
+    def read_rows(self) -> Rows:
+        """Return this rank's rows as they are now.
+
+        Raises:
+            ValueError: what `OutputWeight.read` raises, and rows that were a shard when the loss
+                was made and are whole now, where the hidden layout gathers tokens.
+        """
+        rows, layout = self.output_weight.read(), self._options["hidden_layout"]
+        if layout != "replicated" and rows.options is None and self._was_sharded:
+            raise ValueError(
+                f'hidden_layout="{layout}" says that the ranks share the rows of the classifier, '
+                f"but its DTensor weight is whole when the loss is called, as FSDP2 gathers it: "
+                f"each rank would return the loss of its own tokens alone. Leave hidden_layout "
+                f"out, or shard the rows by VocabParallelClassifier"
+            )
+        return rows
+
+    def warn_of_missing_validation(self) -> None:
+        """Warn once where one of torch's schedules trains with a loss that nobody has validated.
+
+        A call outside of a schedule, and an evaluation, is right without.
+        """
+        compiles = torch.compiler.is_compiling()
+        if not self._warns_of_validation or compiles or not _schedule_trains():
+            return
+        self._warns_of_validation = False
+        warnings.warn(
+            f"a schedule runs the backward of a {type(self).__name__} that was never validated: "
+            f"call validate_pipeline_loss(schedule, loss) on every rank before the first step. It "
+            f"refuses what would train wrongly without a word, such as a classifier that the last "
+            f"stage does not own, or gradients that are divided twice",
+            stacklevel=3,
+        )
 
     def infers_shapes(self) -> bool:
         """Tell whether a call of a schedule is none of a microbatch, but infers shapes.
@@ -87,3 +135,11 @@ class ScheduledLoss:
         if self._keeps_graph:
             keep_graph(loss)
         return loss
+
+
+def _schedule_trains() -> bool:
+    """Tell by the stack whether a schedule of torch's that runs a backward is calling."""
+    frame: Any = sys._getframe()
+    while frame is not None and frame.f_globals.get("__name__") != _SCHEDULES:
+        frame = frame.f_back
+    return frame is not None and getattr(frame.f_locals.get("self"), "_has_backward", False)

@@ -1,5 +1,6 @@
 """What cannot be right between a schedule, its stages and the loss, said on every rank."""
 
+import functools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -9,12 +10,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from vocab_parallel.collectives import VocabGroup
-from vocab_parallel.pipeline.problems import problem_of_loss, problem_of_stages
+from vocab_parallel.modules.heads import OutputWeight
+from vocab_parallel.pipeline.problems import DIVIDED_TWICE, problem_of_loss, problem_of_stages
 from vocab_parallel.pipeline.scheduled_loss import ScheduledLoss
+from vocab_parallel.rank_rows import RankRows
 
 
 def validate_pipeline_loss(
-    schedule: Any, loss: Any, *, optimizer: torch.optim.Optimizer | None = None
+    schedule: Any,
+    loss: Any,
+    *,
+    optimizer: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] | None = None,
 ) -> None:
     """Refuse a schedule and a loss that would train wrongly together, or hang.
 
@@ -26,10 +32,19 @@ def validate_pipeline_loss(
     likewise, but for its function's scale, which nobody knows. It also tells the loss how many
     microbatches the schedule has in flight on the last stage, for its choice of ``backward``.
 
+    With ``scale_grads=True`` the first call of the schedule's ``step`` or ``eval`` exchanges one
+    more object a rank of the world: a divisor that was set since ends it on every rank, before
+    anything is sent. One that is set later still is refused by the loss, on the last stage alone.
+
     Args:
         schedule: of torch.distributed.pipelining, or a `SpanningSchedule`.
         loss: what the schedule was given as ``loss_fn``, see above.
-        optimizer: of this rank's parameters, to be checked too; built after the rows were sharded.
+        optimizer: of this rank's parameters, or several that share them, to be checked too; built
+            after the rows were sharded.
+
+    Warns:
+        UserWarning: on the ranks of the last stage, more rows count as tokens than the ``config``
+            of its module, or of one within it, says: padding that no options name.
 
     Raises:
         ValueError: on every rank, where on some rank
@@ -38,14 +53,16 @@ def validate_pipeline_loss(
                 large with ``scale_grads=True`` (M microbatches; the schedule divides only its
                 modules' gradients), missing under InterleavedZeroBubble and ZBVZeroBubble, and
                 partial under DualPipeV;
+            the classifier has fewer rows than the ``config`` of the last stage's module, or of one
+                within it, says (its ``vocab_size``, or that of its ``text_config``);
             a parameter is shared by two stages of one rank and ``scale_grads=True`` divides it
                 twice;
             the loss is a sum, or was given a divisor, and ``scale_grads=True`` divides it again;
             the loss accumulates the classifier's gradient by itself, and the schedule scales it
                 or splits the backward;
             the schedule has no ``loss_fn`` on some rank (`no_loss` is one), which hangs its steps;
-            the optimizer lacks a parameter of this rank's stages that requires a gradient, as one
-                that was built before the rows were sharded does, or has one twice, or another;
+            the optimizers lack a parameter of this rank's stages that requires a gradient, as one
+                that was built before the rows were sharded does, or have one twice, or another;
             the loss is compiled, or a stage is wrapped by DDP or FSDP, under a schedule that
                 splits the backward;
             the vocab group has a rank that does not run the last stage, and would never come,
@@ -92,17 +109,47 @@ def validate_pipeline_loss(
             kind = type(loss).__name__
             problem = f"loss must be a CCEPipelineLoss or a LogprobsPipelineLoss, got {kind}"
         if problem is None:
-            problem = _problem_of_weight(loss.output_weight.tensors, last.submod)
-            members = _vocab_group_ranks(loss.output_weight.read().options)
+            problem, members = _problem_of_rows(loss.output_weight, last.submod)
     _agree_over_world(problem, last is not None, members)
+    if schedule.scale_grads:
+        _refuse_divisor_at_first_step(schedule, loss if last is not None else None)
     if last is not None:
+        loss.output_weight.warn_of_padding(last.submod)
         if isinstance(schedule, schedules.PipelineScheduleMulti):
             actions = schedule.pipeline_order[schedule.rank]
             in_flight = _microbatches_in_flight(actions, last.stage_index)
         else:
             fills = isinstance(schedule, schedules.ScheduleGPipe)
             in_flight = schedule._n_microbatches if fills else 1
-        loss.bind(last, scale_grads=schedule.scale_grads, microbatches_in_flight=in_flight)
+        loss.bind(
+            last,
+            scale_grads=schedule.scale_grads,
+            num_microbatches=schedule._n_microbatches,
+            microbatches_in_flight=in_flight,
+        )
+
+
+def _refuse_divisor_at_first_step(schedule: Any, loss: Any) -> None:
+    """Let the ranks agree in the next step of the schedule, and in no later one, on no divisor.
+
+    The last stage alone has one, and the loss would refuse it in the middle of a step, while the
+    ranks of other stages wait for what the last one never sends.
+
+    Args:
+        schedule: that scales gradients; its ``step``, which ``eval`` calls too, is put back.
+        loss: of the last stage, on its ranks.
+    """
+    step = schedule.step
+
+    @functools.wraps(step)
+    def first_step(*args: Any, **kwargs: Any) -> Any:
+        given = (kwargs.get("loss_kwargs") or {}).get("num_valid_tokens")
+        given = getattr(loss, "num_valid_tokens", None) if given is None else given
+        _agree_over_world(None if given is None else DIVIDED_TWICE, True, [])
+        schedule.step = step
+        return step(*args, **kwargs)
+
+    schedule.step = first_step
 
 
 def _problem_of_loss_fn(schedule: Any) -> str | None:
@@ -115,10 +162,15 @@ def _problem_of_loss_fn(schedule: Any) -> str | None:
 
 
 def _problem_of_optimizer(optimizer: Any, stages: Sequence[Any]) -> str | None:
-    """Say which parameter an optimizer lacks, has twice or should not have, or None."""
+    """Say which parameter the optimizers lack, have twice or should not have, or None."""
     if optimizer is None:
         return None
-    held = Counter(id(each) for group in optimizer.param_groups for each in group["params"])
+    optimizers = list(optimizer) if isinstance(optimizer, Iterable) else [optimizer]
+    if not all(isinstance(getattr(each, "param_groups", None), list) for each in optimizers):
+        kinds = [type(each).__name__ for each in optimizers]
+        return f"optimizer must be an optimizer of torch's, or several of them, got {kinds}"
+    groups = [group for each in optimizers for group in each.param_groups]
+    held = Counter(id(each) for group in groups for each in group["params"])
     own = {
         id(parameter): f"{name} of stage {stage.stage_index}"
         for stage in stages
@@ -148,7 +200,21 @@ def _problem_of_optimizer(optimizer: Any, stages: Sequence[Any]) -> str | None:
     return None
 
 
-def _problem_of_weight(tensors: Sequence[Tensor], module: nn.Module) -> str | None:
+def _problem_of_rows(weight: OutputWeight, module: nn.Module) -> tuple[str | None, list[int]]:
+    """Say what is wrong with the classifier, or None; and which ranks its options name."""
+    try:
+        problem = _problem_of_owner(weight.tensors, module)
+        weight.check_vocab_size(module)
+        options = weight.read().options
+        if options is None or problem is not None:
+            return problem, []
+        RankRows.from_options(options)  # raises for what is none, or of a group of other ranks
+    except ValueError as error:
+        return str(error), []
+    return None, dist.get_process_group_ranks(options.group or dist.group.WORLD)
+
+
+def _problem_of_owner(tensors: Sequence[Tensor], module: nn.Module) -> str | None:
     """Say which of the classifier's tensors the last stage's module does not own, or None."""
     owned = {id(parameter) for parameter in module.parameters()}
     for tensor in tensors:
@@ -161,13 +227,6 @@ def _problem_of_weight(tensors: Sequence[Tensor], module: nn.Module) -> str | No
                 f"as a VocabParallelClassifier, and give the loss that module"
             )
     return None
-
-
-def _vocab_group_ranks(options: Any) -> list[int]:
-    """Return the ranks that the loss's options make it communicate with; [] for one rank alone."""
-    if options is None:
-        return []
-    return dist.get_process_group_ranks(options.group or dist.group.WORLD)
 
 
 def _agree_over_world(problem: str | None, has_last_stage: bool, members: list[int]) -> None:

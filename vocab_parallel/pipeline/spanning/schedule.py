@@ -127,6 +127,7 @@ class SpanningSchedule(_PipelineScheduleRuntime):
             own, n_microbatches, loss_fn, groups, schedule, embedding, barriers, scale_grads
         )
         agree_on_schedule(given)
+        loss_fn.output_weight.warn_of_padding(own[0].submod)
         # torch calls its loss_fn only to infer shapes.
         super().__init__(own, n_microbatches, loss_fn=_no_loss_yet, scale_grads=scale_grads)
         self.loss_fn = loss_fn
@@ -160,7 +161,12 @@ class SpanningSchedule(_PipelineScheduleRuntime):
             self._comp_type_to_function_map[kind] = act  # type: ignore[index]
         self._keeps_graph = loses_nodes()
         last = next((stage for stage in own if stage.is_last), None)
-        loss_fn.bind(last, scale_grads=scale_grads, microbatches_in_flight=self.order.hidden_held)
+        loss_fn.bind(
+            last,
+            scale_grads=scale_grads,
+            num_microbatches=n_microbatches,
+            microbatches_in_flight=self.order.hidden_held,
+        )
 
     def step(
         self,
@@ -201,6 +207,8 @@ class SpanningSchedule(_PipelineScheduleRuntime):
             trains=self._trains,
             validate=validate,
         )
+        if self._trains and inputs.num_valid_tokens is None:
+            self.loss_fn.warn_of_missing_divisor()
         if validate and differs_somewhere(shapes != known, self._given):
             self._forget_shapes()
         self.pipeline_order_with_comms = self._lists[self._trains]  # type: ignore[assignment]

@@ -21,6 +21,7 @@ from vocab_parallel.modules.embedding import VocabParallelEmbedding
 from vocab_parallel.modules.vocab_rows import VocabRows
 from vocab_parallel.pipeline.pipeline_loss import CCEPipelineLoss
 from vocab_parallel.pipeline.problems import (
+    DIVIDED_TWICE,
     data_parallel_wrapper,
     problem_of_loss,
     problem_of_stages,
@@ -81,6 +82,7 @@ def _problems(given: ScheduleArguments) -> Any:
     # Our passes accumulate by themselves, whichever half autograd runs.
     yield problem_of_loss(given.loss, given.scale_grads, splits=False)
     yield _problem_of_rows("classifier", given.loss.output_weight.owner, given)
+    yield _problem_of_vocab_size(given)
     if given.embedding is not None:
         yield _problem_of_rows("embedding", given.embedding, given)
 
@@ -173,6 +175,16 @@ def _problem_of_rows(name: str, module: Any, given: ScheduleArguments) -> str | 
         )
     if isinstance(module, VocabParallelEmbedding):
         return _problem_of_tied(module, given.loss)
+    return None
+
+
+def _problem_of_vocab_size(given: ScheduleArguments) -> str | None:
+    """Say that the configuration of a stage's module has more tokens than there are rows."""
+    try:
+        for stage in given.stages:
+            given.loss.output_weight.check_vocab_size(stage.submod)
+    except ValueError as error:
+        return str(error)
     return None
 
 
@@ -298,11 +310,7 @@ def _problem_of_step(
         _check_step(given, args, target, loss_kwargs)
         check_token_divisor(divisor, target, given.loss.settings.reduction, reads_values=validate)
         if divisor is not None and given.scale_grads:
-            raise ValueError(
-                "num_valid_tokens already divides by the tokens of the whole step, but the "
-                "schedule was built with scale_grads=True and divides by the number of "
-                "microbatches again: build it with scale_grads=False"
-            )
+            raise ValueError(DIVIDED_TWICE)
     except ValueError as error:
         return error
     return None
