@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vocab_parallel import settings as rules
 from vocab_parallel.agreement import Claim, agree, digest_of
 from vocab_parallel.backends import registry
 from vocab_parallel.backends.interface import Backend, Shard
+from vocab_parallel.collectives import VocabGroup
 from vocab_parallel.layout import (
     IGNORED,
     arrange,
@@ -30,7 +30,13 @@ from vocab_parallel.layout import (
 )
 from vocab_parallel.plan import BackwardPlan
 from vocab_parallel.rank_rows import RankRows
-from vocab_parallel.settings import LossSettings
+from vocab_parallel.settings import (
+    LossSettings,
+    check_accumulation,
+    check_rows,
+    check_tensors,
+    check_token_divisor,
+)
 from vocab_parallel.statistics import Columns, accumulation_dtype
 
 _PLAIN = (Tensor, nn.Parameter)
@@ -91,6 +97,8 @@ class Bound(NamedTuple):
         later_columns: statistics of a second pass, which needs those of the first.
         gathers: whether hidden states are gathered over the group.
         sums_hidden_grad: whether their gradient is summed over the group.
+        kernels: whether Triton's kernels work on its device, for labels and losses too.
+        scalar_loss: whether the result that has a gradient is one number.
         records: whether autograd was recording (inside of a Function it never is).
         equal: what must be equal on all ranks, by name, and
         digest: a number that is equal where that is.
@@ -102,6 +110,8 @@ class Bound(NamedTuple):
     later_columns: Columns
     gathers: bool
     sums_hidden_grad: bool
+    kernels: bool
+    scalar_loss: bool
     records: bool
     equal: Mapping[str, Any]
     digest: int
@@ -140,7 +150,7 @@ class Call(NamedTuple):
         assert targets is not None
         found = mark_labels(
             targets, self.settings.ignore_index, self.rows.vocab_size, shift,
-            kernels=self.bound.backend.kernels,
+            kernels=self.bound.kernels,
         )  # fmt: skip
         if documents is not None and shift:
             crosses = crosses_documents(documents, shift)
@@ -229,7 +239,8 @@ def rows_of(classifier: Tensor, options: Any) -> RankRows:
     if options is not None:
         return RankRows.from_options(options)
     has_rows = isinstance(classifier, Tensor) and classifier.dim() > 0
-    return RankRows.whole(classifier.shape[0] if has_rows else 0)
+    num_rows = classifier.shape[0] if has_rows else 0
+    return RankRows(0, num_rows, num_rows, True, VocabGroup())
 
 
 def checked(
@@ -245,7 +256,7 @@ def checked(
                 _bound.clear()
             _bound[key] = bound
     if settings.num_valid_tokens is not None:
-        rules.check_token_divisor(
+        check_token_divisor(
             settings.num_valid_tokens,
             operands.hidden,
             settings.reduction,
@@ -253,7 +264,7 @@ def checked(
             num_heads=settings.num_heads,
         )
     if settings.accumulate_into is not None:
-        rules.check_accumulation(operands.classifier, settings.accumulate_into)
+        check_accumulation(operands.classifier, settings.accumulate_into)
     return Call(operands, settings, rows, bound)
 
 
@@ -302,8 +313,8 @@ def _bind(operands: Operands, settings: LossSettings, rows: RankRows) -> Bound:
     both = operands.hidden, operands.classifier
     registry.create_backend(settings.impl, settings.memory_budget, settings.impl_options)
     degree, layout = rows.group.degree, settings.hidden_layout
-    rules.check_tensors(operands, settings, degree)
-    rules.check_rows(operands.classifier, rows, settings)
+    check_tensors(operands, settings, degree)
+    check_rows(operands.classifier, rows, settings)
     backend = registry.create_backend(
         settings.impl, settings.memory_budget, settings.impl_options, both
     )
@@ -325,6 +336,8 @@ def _bind(operands: Operands, settings: LossSettings, rows: RankRows) -> Bound:
         later_columns=(),
         gathers=gathers,
         sums_hidden_grad=rows.sums_hidden_grad(layout),
+        kernels=registry.choose(*both) != "torch",
+        scalar_loss=settings.scalar_loss,
         records=torch.is_grad_enabled(),
         equal=equal,
         digest=digest_of(equal),

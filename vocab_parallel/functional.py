@@ -201,7 +201,9 @@ def linear_cross_entropy(
         impl=impl,
         impl_options=impl_options,
     )
-    problem = unknown_option(settings, parameters_of(linear_cross_entropy))
+    problem = None
+    if impl_options:
+        problem = unknown_option(settings, parameters_of(linear_cross_entropy))
     operands = Operands.of(e, c, targets, bias, token_weight, document_ids)
     call = prepare(operands, settings, vocab_parallel_options, validate=validate, problem=problem)
     labels = call.labels()
@@ -292,7 +294,9 @@ def token_logprobs(
         impl=impl,
         impl_options=impl_options,
     )
-    problem = unknown_option(settings, parameters_of(token_logprobs))
+    problem = None
+    if impl_options:
+        problem = unknown_option(settings, parameters_of(token_logprobs))
     operands = Operands.of(e, c, targets, bias, document_ids=document_ids)
     call = prepare(operands, settings, vocab_parallel_options, validate=validate, problem=problem)
     labels = call.labels()
@@ -311,7 +315,7 @@ def reduced_loss(call: Call, labels: Tensor, losses: TokenLoss) -> tuple[Tensor,
 
     Where the loss alone has a gradient, the statistics have none.
     """
-    if call.settings.scalar_loss:
+    if call.bound.scalar_loss:
         return scalar_loss(call, labels, losses)
     values = vocab_statistics(call, labels)
     if call.settings.reduction == "none":
@@ -333,7 +337,7 @@ def token_losses(call: Call, labels: Tensor) -> TokenLoss:
         call.rows.vocab_size or 0,
         call.settings.z_loss,
         _divisor(call, labels),
-        call.bound.backend.kernels,
+        call.bound.kernels,
     )
 
 
@@ -343,7 +347,7 @@ def _divisor(call: Call, labels: Tensor) -> int | Tensor | None:
         return None
     given = call.settings.num_valid_tokens
     if given is None:
-        return count_valid(labels, kernels=call.bound.backend.kernels)
+        return count_valid(labels, kernels=call.bound.kernels)
     if not isinstance(given, Tensor):
         return given
     return given.detach().reshape(()).clone()  # backward reads it too: its owner may write to it

@@ -21,6 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from vocab_parallel.backends.registry import load
 from vocab_parallel.collectives import VocabGroup
 
 HiddenLayout = Literal["replicated", "sharded", "sequence"]
@@ -92,9 +93,7 @@ def mark_labels(
         kernels: whether Triton's kernels work on the labels' device.
     """
     if kernels:
-        from vocab_parallel.kernels.labels import mark_and_shift
-
-        return mark_and_shift(
+        marked: Tensor = load("vocab_parallel.kernels.labels").mark_and_shift(
             labels,
             ignore_index=ignore_index,
             vocab_size=vocab_size,
@@ -102,6 +101,7 @@ def mark_labels(
             ignored=IGNORED,
             out_of_range=OUT_OF_RANGE,
         )
+        return marked
     outside = labels < 0
     if vocab_size is not None:
         outside |= labels >= vocab_size
@@ -134,9 +134,8 @@ def target_digest(targets: Tensor) -> int:
 def count_valid(labels: Tensor, *, kernels: bool = False) -> Tensor:
     """Return how many marked labels are not ignored, those out of range too, as a tensor ()."""
     if kernels:
-        from vocab_parallel.kernels.labels import count_tokens
-
-        return count_tokens(labels, IGNORED)
+        count: Tensor = load("vocab_parallel.kernels.labels").count_tokens(labels, IGNORED)
+        return count
     return (labels != IGNORED).sum()
 
 

@@ -174,7 +174,7 @@ class _Heads:
             call.rows.vocab_size or 0,
             settings.z_loss,
             None,
-            call.bound.backend.kernels,
+            call.bound.kernels,
         )
 
     def own_losses(self, values: Tensor) -> Tensor:

@@ -201,8 +201,6 @@ def unknown_option(settings: LossSettings, known: Collection[str]) -> ValueError
     Args:
         known: what else the caller could have given.
     """
-    if not settings.impl_options:
-        return None
     own = option_names(settings.impl)
     unknown = sorted(settings.impl_options.keys() - own)
     if not unknown:

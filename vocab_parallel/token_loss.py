@@ -12,16 +12,14 @@ over the logits.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from vocab_parallel.backends.registry import load
 from vocab_parallel.layout import IGNORED, OUT_OF_RANGE
 from vocab_parallel.split_backward import first_derivative_only
-
-if TYPE_CHECKING:
-    from vocab_parallel.kernels.token_loss import LossNumbers
 
 _OfStatistics = Callable[[Tensor], Tensor]
 _Backward = Callable[[Tensor, Tensor], Tensor]
@@ -60,9 +58,7 @@ class TokenLoss:
     def values(self, statistics: Tensor) -> Tensor:
         """Return the losses [n] of statistics [k, n]: lse, target, and sum where it is read."""
         if self.kernels:
-            from vocab_parallel.kernels.token_loss import token_loss
-
-            return token_loss(statistics, self.labels, self.weight, self._numbers())
+            return self._by_kernel("token_loss", statistics)
         ignored = self.labels == IGNORED
         lse = statistics[0].masked_fill(ignored, 0.0)
         loss = lse - (1.0 - self.smoothing) * statistics[1]
@@ -77,11 +73,7 @@ class TokenLoss:
     def gradient(self, statistics: Tensor, upstream: Tensor) -> Tensor:
         """Return what each statistic [k, n] receives where the losses receive ``upstream`` [n]."""
         if self.kernels:
-            from vocab_parallel.kernels.token_loss import token_loss_grad
-
-            return token_loss_grad(
-                statistics, self.labels, self.weight, upstream, None, self._numbers()
-            )
+            return self._by_kernel("token_loss_grad", statistics, upstream, None)
         unit = upstream if self.weight is None else upstream * self.weight
         ignored = self.labels == IGNORED
         unit = unit.masked_fill(ignored | (self.labels == OUT_OF_RANGE), 0.0)
@@ -96,19 +88,13 @@ class TokenLoss:
     def total_value(self, statistics: Tensor) -> Tensor:
         """Return `total`, without a gradient."""
         if self.kernels:
-            from vocab_parallel.kernels.token_loss import total_loss
-
-            return total_loss(statistics, self.labels, self.weight, self.divisor, self._numbers())
+            return self._by_kernel("total_loss", statistics, self.divisor)
         return self.divided(self.values(statistics).sum())
 
     def total_gradient(self, statistics: Tensor, upstream: Tensor) -> Tensor:
         """Return what each statistic [k, n] receives where the total receives ``upstream``."""
         if self.kernels:
-            from vocab_parallel.kernels.token_loss import token_loss_grad
-
-            return token_loss_grad(
-                statistics, self.labels, self.weight, upstream, self.divisor, self._numbers()
-            )
+            return self._by_kernel("token_loss_grad", statistics, upstream, self.divisor)
         return self.gradient(statistics, self.divided(upstream).expand(statistics.shape[1]))
 
     def divided(self, total: Tensor) -> Tensor:
@@ -120,12 +106,14 @@ class TokenLoss:
         """How much of the smoothing each token of the vocabulary gets."""
         return self.smoothing / self.vocabulary if self.smoothing else 0.0
 
-    def _numbers(self) -> "LossNumbers":
-        from vocab_parallel.kernels.token_loss import LossNumbers
-
-        return LossNumbers(
+    def _by_kernel(self, name: str, statistics: Tensor, *others: Any) -> Tensor:
+        """Return what one of Triton's kernels does."""
+        kernels = load("vocab_parallel.kernels.token_loss")
+        numbers = kernels.LossNumbers(
             float(self.smoothing), self._share, float(self.z_loss), IGNORED, OUT_OF_RANGE
         )
+        kernel = getattr(kernels, name)
+        return cast(Tensor, kernel(statistics, self.labels, self.weight, *others, numbers))
 
 
 def at_least_one(divisor: int | Tensor, dtype: torch.dtype) -> int | Tensor:

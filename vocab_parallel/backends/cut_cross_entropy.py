@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from vocab_parallel.backends import cce_kernels
-from vocab_parallel.backends.interface import Gradients, Shard, Upstream, owned_targets
+from vocab_parallel.backends.interface import Gradients, Shard, Upstream
 from vocab_parallel.backends.reference import RecomputeOnly
-from vocab_parallel.backends.torch import well_scaled
+from vocab_parallel.backends.torch import owned_targets, well_scaled
 from vocab_parallel.plan import BackwardPlan
 from vocab_parallel.statistics import names_of
 

@@ -14,7 +14,7 @@ d.lse p + d.target nearly cancels, keeps its precision.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -126,12 +126,6 @@ class Shard(NamedTuple):
         return self.hidden.dtype != self.classifier.dtype
 
 
-def owned_targets(targets: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
-    """Return which targets lie in [0, num_rows), and int64 rows that are safe for all."""
-    owned = (targets >= 0) & (targets < num_rows)
-    return owned, targets.long().clamp(0, num_rows - 1)
-
-
 class Wanted(NamedTuple):
     """Which gradients a backward must produce; the products of the others are skipped."""
 
@@ -220,13 +214,7 @@ class Kept:
 
 
 class Backend(Protocol):
-    """One way to do the local work.
-
-    Attributes:
-        kernels: whether Triton's kernels work on its device, for the labels and losses too.
-    """
-
-    kernels: ClassVar[bool]
+    """One way to do the local work."""
 
     def plan(
         self,

@@ -8,12 +8,13 @@ they check the formula which the other implementations use.
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from vocab_parallel.backends.interface import Gradients, Shard, Upstream, owned_targets
+from vocab_parallel.backends.interface import Gradients, Shard, Upstream
+from vocab_parallel.backends.torch import owned_targets
 from vocab_parallel.plan import BackwardPlan, TileShape
 from vocab_parallel.statistics import lines_of, share_of
 
@@ -23,8 +24,6 @@ StatisticsFunction = Callable[[Shard, Leaves], Tensor]
 
 class RecomputeOnly:
     """Base of backends that make the logits anew in backward."""
-
-    kernels: ClassVar[bool] = False
 
     def plan(self, shard: Shard, *, tokens: int, backward: str, **_: Any) -> BackwardPlan:
         """See `Backend.plan`; whatever is held is the backend's own, and not counted."""

@@ -21,7 +21,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from vocab_parallel.backends.interface import Gradients, Kept, Shard, Upstream, owned_targets
+from vocab_parallel.backends.interface import Gradients, Kept, Shard, Upstream
 from vocab_parallel.plan import (
     BackwardPlan,
     Planner,
@@ -527,6 +527,12 @@ def well_scaled(
         return grads, None
     unit = grads.abs().amax().clamp(min=torch.finfo(grads.dtype).tiny) / peak
     return grads / unit, unit
+
+
+def owned_targets(targets: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """Return which targets lie in [0, num_rows), and int64 rows that are safe for all."""
+    owned = (targets >= 0) & (targets < num_rows)
+    return owned, targets.long().clamp(0, num_rows - 1)
 
 
 def finish_logits_(logits: Tensor, block: Block) -> Tensor:

@@ -7,7 +7,7 @@ arXiv 1503.02531, section 2.
 import torch
 from torch import Tensor
 
-from vocab_parallel.backends.interface import owned_targets
+from vocab_parallel.backends.torch import owned_targets
 from vocab_parallel.statistics import Column, Columns
 
 LABEL_COLUMNS: Columns = (Column("label_lse", "logsumexp"), Column("label_target", "sum"))

@@ -15,7 +15,7 @@ from vocab_parallel.collectives import VocabGroup, exchange_with_peer
 from vocab_parallel.modules.classifier import VocabParallelClassifier
 from vocab_parallel.modules.embedding import VocabParallelEmbedding
 from vocab_parallel.modules.vocab_rows import VocabRows
-from vocab_parallel.shares_group import SharesGroup
+from vocab_parallel.options import SharesGroup
 
 
 class TiedRows(SharesGroup):

@@ -17,9 +17,8 @@ from torch.nn.utils import parametrize
 
 from vocab_parallel.agreement import Claim, agree
 from vocab_parallel.collectives import VocabGroup
-from vocab_parallel.options import group_rank_and_size
+from vocab_parallel.options import SharesGroup, group_rank_and_size
 from vocab_parallel.partition import ceiling_rows, checked_rows, row_range
-from vocab_parallel.shares_group import SharesGroup
 
 _ROWS = "holds_vocab_rows"
 _COPY = "is_tied_copy"

@@ -35,8 +35,8 @@ import torch
 from torch import Tensor, nn
 
 from vocab_parallel.arguments import Call, Operands, prepare
-from vocab_parallel.backends.interface import ClassifierGrad, Upstream, Wanted, owned_targets
-from vocab_parallel.backends.torch import TorchBackend
+from vocab_parallel.backends.interface import ClassifierGrad, Upstream, Wanted
+from vocab_parallel.backends.torch import TorchBackend, owned_targets
 from vocab_parallel.collectives import Pending
 from vocab_parallel.engine import (
     Inputs,
