@@ -59,7 +59,7 @@ def product_probabilities(
     assert "sum" not in names
     put_statistics(
         _product_probabilities, hidden, classifier, bias, targets, statistics, names, kept,
-        transform, stages=4, more_values=(reference,), more_constants=(("FARTHEST", _FARTHEST),),
+        transform, more_values=(reference,), more_constants=(("FARTHEST", _FARTHEST),),
     )  # fmt: skip
 
 

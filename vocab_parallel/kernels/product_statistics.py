@@ -40,9 +40,8 @@ def product_statistics(
             `local/statistics.py`.
     """
     put_statistics(
-        _product_statistics, hidden, classifier, bias, targets, statistics, names, kept, transform,
-        stages=3,
-    )  # fmt: skip
+        _product_statistics, hidden, classifier, bias, targets, statistics, names, kept, transform
+    )
 
 
 @kernel
