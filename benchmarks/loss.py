@@ -75,6 +75,7 @@ class Row:
     spread: float
     over_floor: float  # median of the rounds' ratios
     memory: int | None  # bytes above inputs and returned gradients
+    rounds: tuple[float, ...]  # milliseconds of each, in which all contestants ran
     errors: dict[str, float] = field(default_factory=dict)
 
 
@@ -136,6 +137,7 @@ def _measure(
             one.spread,
             one.over(floor),
             _memory(name, one, operands),
+            one.rounds,
         )
     elements = operands.hidden.shape[0] * operands.rows.shape[0]
     if arguments.errors and elements <= MOST_LOGITS_FOR_ERRORS:
