@@ -8,7 +8,8 @@ The floor is the fastest of the three matrix products alone, in chunks of 2048, 
 tokens, timed in the same run. An older checkout (`git worktree add ../older COMMIT`) can be timed
 beside today's code in the same rounds. Targets are uniform; two rows have others. Memory is what a
 call holds above its inputs and the two gradients that it returns. Contestants are interleaved;
-times are medians. `--plot` writes time over memory.
+times are medians, and a ratio to the floor is the median of the rounds' ratios. `--plot` writes
+time over memory.
 The last line of the output is one JSON document.
 """
 
@@ -72,8 +73,9 @@ class Row:
 
     milliseconds: float
     spread: float
-    over_floor: float
+    over_floor: float  # median of the rounds' ratios
     memory: int | None  # bytes above inputs and returned gradients
+    rounds: tuple[float, ...]  # milliseconds of each, in which all contestants ran
     errors: dict[str, float] = field(default_factory=dict)
 
 
@@ -126,14 +128,16 @@ def _measure(
         for name, options in (("probs", {"backward": "probs"}), ("auto 64 MiB", {})):
             entered[f"older, {name}"] = contestants.ours(operands, loss=older, **options)
     found = interleaved(entered, device=device, rounds=arguments.rounds)
-    floor = min(one.milliseconds for name, one in found.items() if name.startswith("products"))
+    floors = (one for name, one in found.items() if name.startswith("products"))
+    floor = min(floors, key=lambda one: one.milliseconds)
     table = {}
     for name, one in found.items():
         table[name] = Row(
             one.milliseconds,
             one.spread,
-            one.milliseconds / floor,
+            one.over(floor),
             _memory(name, one, operands),
+            one.rounds,
         )
     elements = operands.hidden.shape[0] * operands.rows.shape[0]
     if arguments.errors and elements <= MOST_LOGITS_FOR_ERRORS:

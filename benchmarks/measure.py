@@ -24,6 +24,11 @@ class Measurement:
     milliseconds: float
     spread: float  # milliseconds, between the second fastest and the second slowest
     peak: int
+    rounds: tuple[float, ...]  # milliseconds of each
+
+    def over(self, other: "Measurement") -> float:
+        """Return the median of the rounds' ratios to another's of the same rounds."""
+        return statistics.median(a / b for a, b in zip(self.rounds, other.rounds, strict=True))
 
 
 def interleaved(
@@ -46,7 +51,10 @@ def interleaved(
     times = timed_rounds(
         contestants, device=device, ahead=busy_work(device), rounds=rounds, warmup=warmup
     )
-    return {name: Measurement(*median_and_spread(times[name]), peaks[name]) for name in contestants}
+    return {
+        name: Measurement(*median_and_spread(times[name]), peaks[name], tuple(times[name]))
+        for name in contestants
+    }
 
 
 def timed_rounds(

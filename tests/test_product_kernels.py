@@ -202,6 +202,59 @@ def check_kept_probabilities() -> None:
                 assert out[token, target] == token
 
 
+def check_target_rows() -> None:
+    """Rows of one token, of some, and of all; runs that begin and end anywhere in the blocks."""
+    from vocab_parallel.kernels import target_rows
+
+    generator = torch.Generator().manual_seed(2)
+    num_rows, width = 40, 5
+    for num_tokens in (1, 33, 150):
+        uniform = torch.randint(-2, num_rows + 2, (num_tokens,), generator=generator)
+        text = torch.rand(num_tokens, generator=generator).pow(5).mul(num_rows).long()
+        one = torch.full((num_tokens,), 7)
+        for targets in (uniform, text, one):
+            own = (targets >= 0) & (targets < num_rows)
+            weight = torch.randn(num_tokens, generator=generator)
+            weight[~own] = torch.nan  # may be anything
+            values = torch.randn(num_tokens, width, generator=generator)
+            found = torch.randn(num_rows, width, generator=generator)
+            want = found.double()
+            want.index_add_(0, targets[own], (weight.double().unsqueeze(1) * values)[own])
+            target_rows.add_to_target_rows(found, values, weight, targets.int())
+            assert relative_error(found, want) < 1e-6, (num_tokens, targets)
+    for most in (target_rows._MOST_COMPARED, 0):  # compared, and sorted by torch
+        target_rows._MOST_COMPARED = most
+        targets = torch.randint(-2, 60, (600,), generator=generator).int()
+        in_order, tokens = targets.sort(stable=True)
+        order = target_rows.order_by_target(targets)
+        assert torch.equal(order.targets, in_order)
+        assert torch.equal(order.tokens.long(), tokens)
+
+
+def check_references() -> None:
+    """The largest logits of 64 rows, or of all where there are fewer; no logits are held."""
+    generator = torch.Generator().manual_seed(3)
+    ours = InterpretedOps()
+    for num_tokens, num_rows, softcap in ((70, 300, None), (1, 5, 3.0), (65, 1000, 3.0)):
+        shard = drawn_shard(
+            generator,
+            num_tokens,
+            num_rows,
+            hidden=torch.randn(num_tokens, 72, generator=generator).to(HALF),
+            classifier=(torch.randn(num_rows, 72, generator=generator) / 8).to(HALF),
+            transform=Transform(softcap, 0.7),
+            bias=torch.randn(num_rows, generator=generator),
+        )
+        logits = shard.hidden.float() @ shard.classifier.float().T + shard.bias
+        if softcap is not None:
+            logits = softcap * (logits / softcap).tanh()
+        step = max(num_rows // 64, 1)
+        want = logits[:, : 64 * step : step].amax(1) / 0.7
+        found = ours.reference(shard)
+        assert found is not None
+        assert relative_error(found, want) < 1e-5
+
+
 def check_whole_loss() -> None:
     """Every way, in float16, no worse than float16 can be."""
     use_interpreted()
@@ -276,6 +329,8 @@ def check_benchmark() -> None:
 def check_kernels() -> None:
     check_benchmark()
     check_product_kernels()
+    check_target_rows()
+    check_references()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the interpreter says of each overflow
         check_kept_probabilities()

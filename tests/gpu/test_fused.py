@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.contestants import Operands, other_targets
 from tests.oracle import oracle, relative_error
 from vocab_parallel import linear_cross_entropy
 from vocab_parallel.backends import registry
@@ -140,3 +141,39 @@ def test_what_tma_cannot_read_goes_by_products_alone() -> None:
         found = torch.autograd.grad(linear_cross_entropy(e, c, targets), (e, c))
         for got, peer, want in zip(found, peers, exact, strict=True):
             assert relative_error(got, want) <= 1.1 * relative_error(peer, want)
+
+
+@hopper
+@pytest.mark.parametrize("hidden", [2048, 5120])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_targets_part_of_rows(hidden: int, dtype: torch.dtype) -> None:
+    """Each row as often, as in text, one alone, and a shard of half of the tokens' targets.
+
+    Against float64 on the rows that are somebody's target; no other row is touched.
+    """
+    from vocab_parallel.kernels.target_rows import add_to_target_rows
+
+    tokens, rows = 8192, 4748
+    device = torch.device("cuda")
+    torch.manual_seed(0)
+    values = torch.randn(tokens, hidden, device=device, dtype=torch.bfloat16)
+    before = torch.randn(rows, hidden, device=device).to(dtype)
+    uniform = torch.randint(rows, (tokens,), device=device)
+    drawn = Operands(values, before, uniform)
+    kinds = {"uniform": uniform} | {k: one.targets for k, one in other_targets(drawn).items()}
+    kinds["half of them"] = torch.where(torch.rand(tokens, device=device) < 0.5, uniform, -1)
+    for kind, targets in kinds.items():
+        weight = torch.randn(tokens, device=device)
+        own = targets >= 0
+        weight[~own] = torch.nan
+        want = before.double()
+        want.index_add_(0, targets[own], (weight.double().unsqueeze(1) * values)[own])
+        twice = [before.clone(), before.clone()]
+        for found in twice:
+            add_to_target_rows(found, values, weight, targets.int())
+        assert torch.equal(*twice), "bits"
+        touched = torch.zeros(rows, dtype=torch.bool, device=device)
+        touched[targets[own]] = True
+        assert torch.equal(twice[0][~touched], before[~touched])
+        error = relative_error(twice[0][touched], want[touched])
+        assert error < (2e-3 if dtype == torch.bfloat16 else 1e-6), (kind, error)

@@ -56,12 +56,11 @@ def launches(num_tiles: int, programs: int) -> Iterator[tuple[int, int]]:
         yield first, min(first + of_launch, num_tiles)
 
 
-def tile_constants(depth: int, programs: int, *, stages: int = 3) -> dict[str, int]:
+def tile_constants(depth: int, programs: int) -> dict[str, int]:
     """Return the constants of every kernel that makes tiles of a product.
 
-    Args:
-        stages: steps of the hidden size whose operands are held; a fourth one fits where what
-            finishes a tile needs little memory of the multiprocessor.
+    Operands of three steps of the hidden size are held. A fourth fits where what finishes a tile
+    needs little memory of the multiprocessor, and gains nothing.
     """
     return {
         "DEPTHS": cdiv(depth, DEPTH),
@@ -71,7 +70,7 @@ def tile_constants(depth: int, programs: int, *, stages: int = 3) -> dict[str, i
         "DEPTH": DEPTH,
         "SWIZZLE": SWIZZLE,
         "num_warps": 8,
-        "num_stages": stages,
+        "num_stages": 3,
     }
 
 

@@ -89,8 +89,7 @@ def _constants(
     return (
         *logit_constants(has_bias, parts, names).items(),
         ("HAS_SUMS", sum_tokens),
-        # Sums over tokens need the memory that a fourth step's operands would lie in.
-        *product.tile_constants(depth, programs, stages=3 if sum_tokens else 4).items(),
+        *product.tile_constants(depth, programs).items(),
     )
 
 

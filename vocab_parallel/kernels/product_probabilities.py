@@ -14,7 +14,6 @@ Statistics that receive no gradient, for metrics, cost a sum and a maximum a log
 the same.
 """
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -23,10 +22,10 @@ from vocab_parallel.kernels.logit import (
     Transform,
     load_reference,
     load_target,
-    to_logit,
     to_logit_and_slope,
 )
 from vocab_parallel.kernels.product import multiply, store_at_target, tile_origin
+from vocab_parallel.kernels.product_statistics import statistics_by_maximum
 from vocab_parallel.kernels.put_statistics import put_statistics
 
 # Exponents of 2 beyond which a sum of a tile's exponentials is not trusted.
@@ -59,7 +58,7 @@ def product_probabilities(
     assert "sum" not in names
     put_statistics(
         _product_probabilities, hidden, classifier, bias, targets, statistics, names, kept,
-        transform, stages=4, more_values=(reference,), more_constants=(("FARTHEST", _FARTHEST),),
+        transform, more_values=(reference,), more_constants=(("FARTHEST", _FARTHEST),),
     )  # fmt: skip
 
 
@@ -142,9 +141,9 @@ def _product_probabilities(  # type: ignore[no-untyped-def]
             expected = weighted / total - (lse - origin)
         # Rows beyond the last one were read as 0 and counted: a mask of every tile's would be dear.
         if (tl.max(tl.abs(exponent)) > FARTHEST) | (row + ROWS > num_rows):
-            lse, by_maximum = _by_maximum(
-                first, second, row, num_rows, bias, softcap, temperature,
-                HAS_BIAS, HAS_SOFTCAP, HAS_TEMPERATURE, EXPECTED > 0, HALF,
+            lse, _, by_maximum, _ = statistics_by_maximum(
+                first, second, row, num_rows, target, bias, softcap, temperature,
+                HAS_BIAS, HAS_SOFTCAP, HAS_TEMPERATURE, False, EXPECTED > 0, False,
             )  # fmt: skip
             if EXPECTED > 0:
                 expected = by_maximum
@@ -154,39 +153,3 @@ def _product_probabilities(  # type: ignore[no-untyped-def]
             tl.store(out + (EXPECTED - 1) * part, expected, mask=inside)
         if RIVAL > 0:
             tl.store(out + (RIVAL - 1) * part, rival, mask=inside)
-
-
-@triton.jit
-def _by_maximum(  # type: ignore[no-untyped-def]
-    first, second, row, num_rows, bias, softcap, temperature,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_TEMPERATURE: tl.constexpr,
-    HAS_EXPECTED: tl.constexpr, HALF: tl.constexpr,
-):  # fmt: skip
-    """The lse of each token's logits in two halves, however far apart, and their mean from it."""
-    LOG2E: tl.constexpr = 1.4426950408889634
-    TOKENS: tl.constexpr = first.shape[0]
-    peak = tl.full((TOKENS,), -float("inf"), tl.float32)
-    total = tl.zeros((TOKENS,), tl.float32)
-    weighted = tl.zeros((TOKENS,), tl.float32)
-    for half in tl.static_range(2):
-        z = first if half == 0 else second
-        columns = row + half * HALF + tl.arange(0, HALF)
-        if HAS_BIAS:
-            z += tl.load(bias + columns, mask=columns < num_rows, other=0.0).to(tl.float32)
-        z = to_logit(z, softcap, temperature, HAS_SOFTCAP, HAS_TEMPERATURE)
-        z = tl.where(columns[None, :] < num_rows, z, -float("inf"))
-        larger = tl.maximum(peak, tl.max(z, 1))
-        origin = tl.where(larger == -float("inf"), 0.0, larger)
-        shift = origin * LOG2E
-        exponential = tl.exp2(z * LOG2E - shift[:, None])
-        rescale = tl.exp2(peak * LOG2E - shift)
-        if HAS_EXPECTED:
-            finite = tl.where(exponential > 0.0, z - origin[:, None], 0.0)
-            weighted += tl.where(peak == -float("inf"), 0.0, peak - origin) * total
-            weighted = weighted * rescale + tl.sum(finite * exponential, 1)
-        total = total * rescale + tl.sum(exponential, 1)
-        peak = larger
-    # Compared with 0 and not by >: a NaN stays one.
-    divisor = tl.where(total == 0.0, 1.0, total)
-    lse = tl.where(total == 0.0, peak, peak + tl.log(divisor))
-    return lse, weighted / divisor - tl.where(total == 0.0, 0.0, lse - origin)

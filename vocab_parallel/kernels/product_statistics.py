@@ -6,6 +6,7 @@ logit. Where lse and the target's logit alone receive a gradient, `product_proba
 faster.
 """
 
+import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -40,9 +41,8 @@ def product_statistics(
             `local/statistics.py`.
     """
     put_statistics(
-        _product_statistics, hidden, classifier, bias, targets, statistics, names, kept, transform,
-        stages=3,
-    )  # fmt: skip
+        _product_statistics, hidden, classifier, bias, targets, statistics, names, kept, transform
+    )
 
 
 @kernel
@@ -76,9 +76,7 @@ def _product_statistics(  # type: ignore[no-untyped-def]
     SWIZZLE: tl.constexpr,
 ):
     HALF: tl.constexpr = ROWS // 2
-    LOG2E: tl.constexpr = 1.4426950408889634
-    blocks = tl.cdiv(num_rows, ROWS)
-    part = blocks.to(tl.int64) * num_tokens  # numbers of one statistic in `parts`
+    part = tl.cdiv(num_rows, ROWS).to(tl.int64) * num_tokens  # numbers of one statistic in `parts`
     for tile in tl.range(first_tile + tl.program_id(0), last_tile, PROGRAMS, flatten=True):
         token, row = tile_origin(tile, num_tokens, num_rows, TOKENS, ROWS, SWIZZLE)
         tokens = token + tl.arange(0, TOKENS)
@@ -90,49 +88,71 @@ def _product_statistics(  # type: ignore[no-untyped-def]
             at_target, first, second, row, num_rows, tokens, target, inside, bias, softcap,
             temperature, HAS_BIAS, HAS_SOFTCAP, HAS_TEMPERATURE, HALF,
         )  # fmt: skip
-        peak = tl.full((TOKENS,), -float("inf"), tl.float32)
-        total = tl.zeros((TOKENS,), tl.float32)
-        plain = tl.zeros((TOKENS,), tl.float32)
-        weighted = tl.zeros((TOKENS,), tl.float32)
-        rival = tl.full((TOKENS,), -float("inf"), tl.float32)
         for half in tl.static_range(2):
-            z = first if half == 0 else second
             start = row + half * HALF
             if KEEPS:  # noqa: SIM102 (one is known to the compiler)
                 if start < rows_kept:
-                    kept.store([token, start], z.to(hidden.dtype))
-            columns = start + tl.arange(0, HALF)
-            if HAS_BIAS:
-                z += tl.load(bias + columns, mask=columns < num_rows, other=0.0).to(tl.float32)
-            z = to_logit(z, softcap, temperature, HAS_SOFTCAP, HAS_TEMPERATURE)
-            if start + HALF > num_rows:
-                z = tl.where(columns[None, :] < num_rows, z, -float("inf"))
-            if RIVAL > 0:
-                others = tl.where(columns[None, :] == target[:, None], -float("inf"), z)
-                rival = tl.maximum(rival, tl.max(others, 1))
-            larger = tl.maximum(peak, tl.max(z, 1))
-            # A row of -inf alone (a bias may mask rows so) must not give -inf - -inf.
-            origin = tl.where(larger == -float("inf"), 0.0, larger)
-            shift = origin * LOG2E
-            exponential = tl.exp2(z * LOG2E - shift[:, None])
-            rescale = tl.exp2(peak * LOG2E - shift)
-            if SUM > 0:
-                plain += tl.sum(tl.where(columns[None, :] < num_rows, z, 0.0), 1)
-            if EXPECTED > 0:  # relative to `origin`, which moves with the peak
-                finite = tl.where(exponential > 0.0, z - origin[:, None], 0.0)
-                weighted += tl.where(peak == -float("inf"), 0.0, peak - origin) * total
-                weighted = weighted * rescale + tl.sum(finite * exponential, 1)
-            total = total * rescale + tl.sum(exponential, 1)
-            peak = larger
+                    kept.store([token, start], (first if half == 0 else second).to(hidden.dtype))
+        lse, plain, expected, rival = statistics_by_maximum(
+            first, second, row, num_rows, target, bias, softcap, temperature,
+            HAS_BIAS, HAS_SOFTCAP, HAS_TEMPERATURE, SUM > 0, EXPECTED > 0, RIVAL > 0,
+        )  # fmt: skip
         out = parts + (row // ROWS).to(tl.int64) * num_tokens + tokens
-        # Compared with 0 and not by >: a NaN stays one.
-        divisor = tl.where(total == 0.0, 1.0, total)
-        lse = tl.where(total == 0.0, peak, peak + tl.log(divisor))
         tl.store(out, lse, mask=inside)
         if SUM > 0:
             tl.store(out + (SUM - 1) * part, plain, mask=inside)
         if EXPECTED > 0:
-            expected = weighted / divisor - tl.where(total == 0.0, 0.0, lse - origin)
             tl.store(out + (EXPECTED - 1) * part, expected, mask=inside)
         if RIVAL > 0:
             tl.store(out + (RIVAL - 1) * part, rival, mask=inside)
+
+
+@triton.jit
+def statistics_by_maximum(  # type: ignore[no-untyped-def]
+    first, second, row, num_rows, target, bias, softcap, temperature,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_TEMPERATURE: tl.constexpr,
+    HAS_SUM: tl.constexpr, HAS_EXPECTED: tl.constexpr, HAS_RIVAL: tl.constexpr,
+):  # fmt: skip
+    """Return each token's lse, sum, mean and rival in a tile, from the halves of its raw entries.
+
+    They are right however far apart the logits are.
+    """
+    LOG2E: tl.constexpr = 1.4426950408889634
+    TOKENS: tl.constexpr = first.shape[0]
+    HALF: tl.constexpr = first.shape[1]
+    peak = tl.full((TOKENS,), -float("inf"), tl.float32)
+    total = tl.zeros((TOKENS,), tl.float32)
+    plain = tl.zeros((TOKENS,), tl.float32)
+    weighted = tl.zeros((TOKENS,), tl.float32)
+    rival = tl.full((TOKENS,), -float("inf"), tl.float32)
+    for half in tl.static_range(2):
+        z = first if half == 0 else second
+        start = row + half * HALF
+        columns = start + tl.arange(0, HALF)
+        if HAS_BIAS:
+            z += tl.load(bias + columns, mask=columns < num_rows, other=0.0).to(tl.float32)
+        z = to_logit(z, softcap, temperature, HAS_SOFTCAP, HAS_TEMPERATURE)
+        if HAS_SUM:  # rows beyond the last were read as 0, and so are their logits
+            plain += tl.sum(z, 1)
+        if start + HALF > num_rows:
+            z = tl.where(columns[None, :] < num_rows, z, -float("inf"))
+        if HAS_RIVAL:
+            others = tl.where(columns[None, :] == target[:, None], -float("inf"), z)
+            rival = tl.maximum(rival, tl.max(others, 1))
+        larger = tl.maximum(peak, tl.max(z, 1))
+        # A row of -inf alone (a bias may mask rows so) must not give -inf - -inf.
+        origin = tl.where(larger == -float("inf"), 0.0, larger)
+        shift = origin * LOG2E
+        exponential = tl.exp2(z * LOG2E - shift[:, None])
+        rescale = tl.exp2(peak * LOG2E - shift)
+        if HAS_EXPECTED:  # relative to `origin`, which moves with the peak
+            finite = tl.where(exponential > 0.0, z - origin[:, None], 0.0)
+            weighted += tl.where(peak == -float("inf"), 0.0, peak - origin) * total
+            weighted = weighted * rescale + tl.sum(finite * exponential, 1)
+        total = total * rescale + tl.sum(exponential, 1)
+        peak = larger
+    # Compared with 0 and not by >: a NaN stays one.
+    divisor = tl.where(total == 0.0, 1.0, total)
+    lse = tl.where(total == 0.0, peak, peak + tl.log(divisor))
+    expected = weighted / divisor - tl.where(total == 0.0, 0.0, lse - origin)
+    return lse, plain, expected, rival

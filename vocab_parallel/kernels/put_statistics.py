@@ -33,7 +33,6 @@ def put_statistics(
     kept: Tensor | None,  # (n, r), r a multiple of 256 or R; written
     transform: Transform,
     *,
-    stages: int,
     more_values: tuple[Any, ...] = (),  # that this kernel alone has
     more_constants: Constants = (),
 ) -> None:
@@ -56,7 +55,7 @@ def put_statistics(
         num_rows,
     )
     constants = _constants(
-        bias is not None, parts_of(transform), names, kept is not None, depth, programs, stages
+        bias is not None, parts_of(transform), names, kept is not None, depth, programs
     )
     for first, last in product.launches(tiles, programs):
         values = (*operands, first, last, *logit_values(transform), *more_values)
@@ -72,13 +71,12 @@ def _constants(
     keeps: bool,
     depth: int,
     programs: int,
-    stages: int,
 ) -> Constants:
     return (
         *logit_constants(has_bias, parts, names).items(),
         *rival_place(names).items(),
         ("KEEPS", keeps),
-        *product.tile_constants(depth, programs, stages=stages).items(),
+        *product.tile_constants(depth, programs).items(),
     )
 
 

@@ -19,7 +19,7 @@ from vocab_parallel.kernels.launch import Constants, kernel
 from vocab_parallel.kernels.logit import cdiv
 
 # Of a block of the order; of them a program loads so many at a time, and so many columns.
-_BLOCK, _TOKENS, _WIDTH = 32, 2, 2048
+_BLOCK, _TOKENS, _WIDTH = 32, 2, 1024
 # Sums of pieces that a program joins at a time, and columns.
 _PIECES, _JOINED = 16, 128
 # More tokens than this are sorted by torch: to compare each with each costs 8 us for 8192 of them,
