@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.utils import parametrizations
 
 from stage_groups import build_stage_groups
 from tests.oracle import relative_error
@@ -149,6 +150,19 @@ def load_there(
     reference.goes_on(module, optimizer)
 
 
+def load_on_meta(
+    reference: Reference, folder: Path, group: ProcessGroup, rows: tuple[int, ...] | None
+) -> None:
+    """Give a module memory by a load alone."""
+    with torch.device("meta"):
+        module = Sharded(group, rows)
+    state = get_model_state_dict(module)
+    with warnings.catch_warnings(action="ignore"):  # torch's own, of its own function
+        dcp.load({"model": state}, checkpoint_id=folder, process_group=group)
+    module.load_state_dict(state, assign=True)
+    assert_has(module, reference.now)
+
+
 def save_there(
     reference: Reference,
     folder: Path,
@@ -191,6 +205,8 @@ def check_other_ranks(reference: Reference, folder: Path, groups: dict[int, Any]
                 load_there(reference, folder / name, groups[other])
                 if other in UNEVEN:
                     load_there(reference, folder / name, groups[other], UNEVEN[other])
+                    load_on_meta(reference, folder / name, groups[other], None)
+                    load_on_meta(reference, folder / name, groups[other], UNEVEN[other])
         if rank == 0:
             state = copy.deepcopy(reference.first.state_dict())
             dcp.load({"model": state}, checkpoint_id=folder / name, process_group=groups[1])
@@ -350,6 +366,15 @@ def check_what_is_refused(group: ProcessGroup) -> None:
     with pytest.raises(ValueError, match=r"optimizer keeps a (row|col)_var .* which rows"):
         get_optimizer_state_dict(module, optimizer)
     assert module.head.state_dict(keep_vars=True)["weight"] is module.head.weight
+    # What a parametrization makes rows of are rows too.
+    normed = parametrizations.weight_norm(Sharded(group).head)
+    full = get_model_state_dict(normed, options=FULL)
+    assert full["parametrizations.weight.original0"].shape == (VOCABULARY, 1)
+    expected = copy.deepcopy(normed)
+    for parameter in normed.parameters():
+        nn.init.zeros_(parameter)
+    normed.load_state_dict(full)
+    assert torch.equal(normed.weight, expected.weight)
 
 
 def check_compiled_step(reference: Reference, group: ProcessGroup) -> None:
@@ -397,6 +422,10 @@ def check_fsdp_body(reference: Reference, folder: Path, vocab_group: ProcessGrou
     set_state_dict(module, optimizer, model_state_dict=model, optim_state_dict=of_optimizer)
     assert_has(module, reference.first)
     dcp.save({"model": model, "optimizer": of_optimizer}, checkpoint_id=folder / "cut")
+    module.head.load_state_dict(reference.now.head.state_dict())
+    whole = reference.now.head.weight.detach()
+    cut = copy.deepcopy(module.head.weight).full_tensor()  # over the data axis alone
+    assert torch.equal(cut, own(module, "head", whole))
     state = reference.first.state_dict()
     dcp.load({"model": state}, checkpoint_id=folder / "cut")
     assert_equal(state, reference.first.state_dict())

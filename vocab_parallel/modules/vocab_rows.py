@@ -42,10 +42,10 @@ class VocabRows(SharesGroup, nn.Module):
     the same group; a module is pickled where its group is None.
 
     The state dict names rows as parts of the whole [vocab_size, ...], without a copy: as DTensors
-    over the vocab group, or, in a partition that `Shard(0)` does not have, as `rows_for_checkpoint`
-    does. ``load_state_dict`` takes this rank's rows, all rows, or rows that say which they are, and
-    raises a ValueError, on the rank that got them, for others; it communicates nothing. So do the
-    optimizers that train rows, from their first step on; docs/checkpoints.md.
+    over the vocab group, or as `rows_for_checkpoint` does in a partition that ``Shard(0)`` does not
+    have. ``load_state_dict`` takes this rank's rows, all rows, or rows that say which they are; for
+    others it raises a ValueError on the rank that got them, since it communicates nothing. The
+    state dict of an optimizer does the same from its first step on.
 
     Args:
         hidden_size: D.
