@@ -312,32 +312,40 @@ def check_full(reference: Reference, folder: Path) -> None:
 def check_own_files(reference: Reference, folder: Path, group: ProcessGroup) -> None:
     """A rank's own file loads; another rank's is refused on every rank."""
     rank, degree = dist.get_rank(), dist.get_world_size(group)
-    for rows in (None, UNEVEN[degree]):
-        module, optimizer = reference.trained(group, rows)
-        state = {"model": module.state_dict(), "optimizer": optimizer.state_dict()}
-        torch.save(state, folder / f"{rank}.pt")
-        dist.barrier(group)
-        mine = torch.load(folder / f"{rank}.pt")
-        foreign = torch.load(folder / f"{(rank + 1) % degree}.pt")
-        other = Sharded(group, rows)
-        resumed = optimizer_of(other)
-        is_refused = partial(pytest.raises, ValueError, match=r"needs rows .* but was given rows")
-        with is_refused():
-            other.load_state_dict(foreign["model"])
-        other.load_state_dict(mine["model"])
-        resumed.load_state_dict(foreign["optimizer"])  # not seen yet: the next step refuses it
-        with is_refused():
-            take_step(other, resumed, reference.gradients[2])
-        resumed = optimizer_of(other)
-        resumed.load_state_dict(mine["optimizer"])
-        best = copy.deepcopy(other.state_dict())
-        reference.goes_on(other, resumed)
-        with is_refused():
-            resumed.load_state_dict(foreign["optimizer"])
-        other.load_state_dict(best)
-        resumed.load_state_dict(torch.load(folder / f"{rank}.pt")["optimizer"])
-        reference.goes_on(other, resumed)
-        dist.barrier(group)
+    is_refused = partial(pytest.raises, ValueError, match=r"needs rows .* but was given rows")
+    module, optimizer = reference.trained(group)
+    state = {"model": module.state_dict(), "optimizer": optimizer.state_dict()}
+    torch.save(state, folder / f"{rank}.pt")
+    dist.barrier(group)
+    mine = torch.load(folder / f"{rank}.pt")
+    foreign = torch.load(folder / f"{(rank + 1) % degree}.pt")
+    other = Sharded(group)
+    resumed = optimizer_of(other)
+    with is_refused():
+        other.load_state_dict(foreign["model"])
+    other.load_state_dict(mine["model"])
+    resumed.load_state_dict(foreign["optimizer"])  # not seen yet: the next step refuses it
+    with is_refused():
+        take_step(other, resumed, reference.gradients[2])
+    resumed = optimizer_of(other)
+    resumed.load_state_dict(mine["optimizer"])
+    best = copy.deepcopy(other.state_dict())
+    reference.goes_on(other, resumed)
+    with is_refused():
+        resumed.load_state_dict(foreign["optimizer"])
+    other.load_state_dict(best)
+    resumed.load_state_dict(torch.load(folder / f"{rank}.pt")["optimizer"])
+    reference.goes_on(other, resumed)
+    # Rows of a partition that no DTensor has know whose they are, too.
+    uneven = Sharded(group, UNEVEN[degree])
+    uneven.load_state_dict(copy.deepcopy(uneven.state_dict()))
+    told: list[Any] = [None] * degree
+    dist.all_gather_object(told, uneven.state_dict(), group=group)
+    with is_refused():
+        uneven.load_state_dict(told[(rank + 1) % degree])
+    for options in (None, FULL):
+        with pytest.raises(ValueError, match=r"torch\.save would keep rows .* for the whole"):
+            torch.save(get_model_state_dict(uneven, options=options), folder / f"{rank}.pt")
 
 
 def check_older(reference: Reference, group: ProcessGroup) -> None:

@@ -9,7 +9,7 @@ optimizers, and takes a rank's rows from what such a dict has.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.serialization import DEFAULT_PROTOCOL
 
 from vocab_parallel.collectives import group_device
 from vocab_parallel.partition import ceiling_rows, row_range
@@ -177,11 +178,13 @@ class OwnRows(SharesGroup):
                 giver vouches for them; or more rows than that: all of them, or a part that a
                 DTensor or `name` tells. Of more rows a copy is made.
             place: [stop - start, ...], a plain tensor or cut further by FSDP2; what is returned is
-                as this is.
+                as this is. All rows as FSDP2 has cut them are torch's alone to load.
 
         Raises:
             ValueError: rows of another rank, or none that are known to be this rank's.
         """
+        if len(self.row_counts) == 1 and isinstance(place, DTensor):
+            return value
         start, stop = self._wanted(place)
         rows, first = self._told(value)
         if not first <= start <= stop <= first + rows.shape[0]:
@@ -213,7 +216,8 @@ class OwnRows(SharesGroup):
     def _told(self, value: Tensor) -> tuple[Tensor, int]:
         """Return the rows that a value has here, and the first of them."""
         length = value.shape[0] if value.dim() > 0 else -1
-        if length not in (self.vocab_size, self.stop - self.start):
+        is_named = isinstance(value, _RowsOfWhole)
+        if length != self.vocab_size and (is_named or length != self.stop - self.start):
             raise ValueError(
                 f"expected the rows [{self.start}, {self.stop}) of {self.vocab_size}, or all of "
                 f"them, got {list(value.shape)}: the checkpoint is of another vocabulary, or of "
@@ -325,10 +329,16 @@ class _RowsOfWhole(Tensor):
     def __get_tensor_shard__(self, _: MetadataIndex) -> Tensor:
         return self._rows
 
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        # torch.save's protocol; what sends a state dict to another process takes a newer one.
+        if int(protocol) == DEFAULT_PROTOCOL:
+            raise ValueError(
+                f"torch.save would keep {self!r} for the whole: no DTensor has this partition, so "
+                f"that a full state dict lacks the other ranks' rows. Save it by "
+                f"torch.distributed.checkpoint, or what gather_rows returns"
+            )
+        return super().__reduce_ex__(protocol)
+
     def __repr__(self) -> str:  # type: ignore[override]
         stop = self._start + self._rows.shape[0]
         return f"rows [{self._start}, {stop}) of {list(self.shape)}"
-
-
-# As torch does for DTensor: torch.load reads the state dict of any partition by default.
-torch.serialization.add_safe_globals([_RowsOfWhole])
