@@ -170,9 +170,13 @@ def save_there(
     rows: tuple[int, ...] | None = None,
     process_group: ProcessGroup | None = None,
 ) -> None:
-    model, optimizer = get_state_dict(*reference.trained(group, rows))
-    state = {"model": model, "optimizer": optimizer}
-    dcp.save(state, checkpoint_id=folder, process_group=process_group or group)
+    """Save in the background, while training goes on."""
+    module, optimizer = reference.trained(group, rows)
+    model, of_optimizer = get_state_dict(module, optimizer)
+    state = {"model": model, "optimizer": of_optimizer}
+    saving = dcp.async_save(state, checkpoint_id=folder, process_group=process_group or group)
+    reference.goes_on(module, optimizer)
+    saving.result()
 
 
 def assert_equal(found: Any, expected: Any) -> None:
