@@ -6,6 +6,7 @@ waits for.
 
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -33,7 +34,7 @@ def counted(function: Callable[[], Any]) -> tuple[Any, tuple[int, int, int]]:
         result = function()
     finally:
         sys.setprofile(None)
-    changes = sum(a != b for a, b in zip(files, files[1:], strict=False))
+    changes = sum(a != b for a, b in pairwise(files))
     return result, (len(files), len(set(files)), changes)
 
 

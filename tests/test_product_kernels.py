@@ -234,7 +234,7 @@ def check_target_rows() -> None:
 def check_references() -> None:
     """The largest logits of 64 rows, or of all where there are fewer; no logits are held."""
     generator = torch.Generator().manual_seed(3)
-    ours = InterpretedOps()
+    ours = interpreted()()
     for num_tokens, num_rows, softcap in ((70, 300, None), (1, 5, 3.0), (65, 1000, 3.0)):
         shard = drawn_shard(
             generator,

@@ -18,7 +18,6 @@ from torch.distributed.checkpoint.staging import (
     DefaultStager,
     StagingOptions,
 )
-from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.checkpoint.utils import find_tensor_shard
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -206,39 +205,3 @@ def test_refused_rows() -> None:
     ):
         with pytest.raises(ValueError, match=match):
             rows_for_checkpoint(wrong, start, 16)
-
-
-def check_ordinary_recipe(folder: str) -> None:
-    """A plain save keeps the rows of one rank: another does not load them for its own."""
-    rank = dist.get_rank()
-    stage = nn.Sequential(nn.Linear(3, 3), VocabParallelClassifier(3, 10, group=None, bias=True))
-    state = get_model_state_dict(stage)
-    dcp.save(state, checkpoint_id=folder)
-    stage.load_state_dict(copy.deepcopy(state))  # its own are right
-    dcp.load(state, checkpoint_id=folder)
-    said = ""
-    try:
-        set_model_state_dict(stage, state)
-    except ValueError as error:
-        said = str(error)
-    every: list[str] = ["", ""]
-    dist.all_gather_object(every, said)
-    # One rank's rows are saved: the other refuses them.
-    assert sum(map(bool, every)) == 1, every
-    assert all(not said or "but the state dict has rows [" in said for said in every)
-    # A file of rank 0's that every rank reads.
-    told = [stage.state_dict()] if rank == 0 else [None]
-    dist.broadcast_object_list(told, 0)
-    if rank == 1:
-        with pytest.raises(ValueError, match="rows_for_checkpoint"):
-            stage.load_state_dict(told[0])
-    # Rows that nobody has named, a slice of a whole layer or an older state dict, still load.
-    older = {k: v for k, v in stage.state_dict().items() if not k.endswith("_extra_state")}
-    stage.load_state_dict(older)
-    with torch.device("meta"):
-        assert stage[1].get_extra_state().tolist() == [5 * rank, 5 * rank + 5, 10]
-    dist.barrier()
-
-
-def test_ordinary_recipe(tmp_path: Path) -> None:
-    run_ranks(check_ordinary_recipe, 2, folder=str(tmp_path / "saved"))

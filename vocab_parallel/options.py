@@ -39,8 +39,7 @@ class SharesGroup:
         if getattr(self, "group", None) is not None:
             raise ValueError(
                 f"{type(self).__name__} holds a process group, which cannot be pickled: save the "
-                f"state_dict() of a module, or rows_for_checkpoint(...) of its rows to load on any "
-                f"mesh; or use group=None, the default group"
+                f"state_dict() of a module; or use group=None, the default group"
             )
         return super().__reduce_ex__(protocol)
 

@@ -1,16 +1,20 @@
-"""Rows of a sharded vocabulary as torch.distributed.checkpoint takes them.
+"""Rows of a sharded vocabulary as state dicts and checkpoints name them: parts of a whole tensor.
 
-    rows_for_checkpoint    any partition, no mesh; good for torch.distributed.checkpoint alone
     rows_as_dtensor        the ceiling partition, which a DTensor can have
+    rows_for_checkpoint    any partition, no mesh; good for torch.distributed.checkpoint alone
 
 A checkpoint of either is that of the whole tensor, and loads into either, into a DTensor of another
-placement, and into a plain tensor.
+placement, and into a plain tensor. `OwnRows` chooses one of them for the state dicts of modules and
+optimizers, and takes a rank's rows from what such a dict has.
 """
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, SupportsIndex
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     MetadataIndex,
@@ -18,11 +22,32 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.serialization import DEFAULT_PROTOCOL
 
+from vocab_parallel.collectives import group_device
+from vocab_parallel.options import SharesGroup
 from vocab_parallel.partition import ceiling_rows, row_range
 
 _aten = torch.ops.aten
+_COPIES = (
+    _aten.clone.default,
+    _aten.detach.default,
+    _aten.empty_like.default,
+    _aten.zeros_like.default,
+    _aten._to_copy.default,
+)
+_MARK = "vocab_rows"
+
+
+def mark_rows(parameter: Tensor, rows: "OwnRows") -> None:
+    """Let a parameter tell, without its module, which rows it holds."""
+    setattr(parameter, _MARK, rows)
+
+
+def rows_of(parameter: Tensor) -> "OwnRows | None":
+    """Return which rows a parameter holds; None of one that is the same on every rank."""
+    return getattr(parameter, _MARK, None)
 
 
 def rows_for_checkpoint(rows: Tensor, start: int, vocab_size: int) -> Tensor:
@@ -98,12 +123,145 @@ def rows_as_dtensor(rows: Tensor, vocab_size: int, mesh: DeviceMesh) -> DTensor:
     )
 
 
+@dataclass(frozen=True)
+class OwnRows(SharesGroup):
+    """Which rows of the vocabulary this rank holds, and what a state dict calls them.
+
+    Neither method communicates.
+
+    Attributes:
+        start, stop: this rank's rows.
+        row_counts: the rows of every rank of the group, by rank.
+        group: the vocab group; None is the default group.
+    """
+
+    start: int
+    stop: int
+    row_counts: tuple[int, ...]
+    group: ProcessGroup | None
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of all ranks."""
+        return sum(self.row_counts)
+
+    def name(self, rows: Tensor) -> Tensor:
+        """Return this rank's rows [stop - start, ...] as a part of [vocab_size, ...], not copied.
+
+        That is a DTensor over the vocab group where `Shard(0)` has this partition, and otherwise
+        what `rows_for_checkpoint` returns. Rows that FSDP2 has cut further are the latter too, and
+        rows of one rank alone are themselves.
+
+        Raises:
+            ValueError: a tensor of other rows.
+        """
+        degree = len(self.row_counts)
+        if degree == 1:
+            return rows
+        if isinstance(rows, DTensor):
+            start, _ = self._wanted(rows)
+            return _RowsOfWhole(rows.to_local().detach(), start, self.vocab_size)
+        if self.row_counts != tuple(ceiling_rows(self.vocab_size, degree)):
+            self._wanted(rows)
+            return _RowsOfWhole(rows.detach(), self.start, self.vocab_size)
+        group = dist.group.WORLD if self.group is None else self.group
+        assert group is not None  # there are several ranks
+        device = group_device(group) if rows.is_meta else rows.device
+        mesh = DeviceMesh.from_group(group, device.type)
+        return rows_as_dtensor(rows, self.vocab_size, mesh)
+
+    def take(self, value: Tensor, place: Tensor) -> Tensor:
+        """Return what belongs in the place of a tensor of this rank's rows.
+
+        Args:
+            value: this rank's rows, named by `name` or a plain tensor [stop - start, ...], whose
+                giver vouches for them; or more rows than that: all of them, or a part that a
+                DTensor or `name` tells. Of more rows a copy is made.
+            place: [stop - start, ...], a plain tensor or cut further by FSDP2; what is returned is
+                as this is. All rows as FSDP2 has cut them are torch's alone to load.
+
+        Raises:
+            ValueError: rows of another rank, or none that are known to be this rank's.
+        """
+        if len(self.row_counts) == 1 and isinstance(place, DTensor):
+            return value
+        start, stop = self._wanted(place)
+        rows, first = self._told(value)
+        if not first <= start <= stop <= first + rows.shape[0]:
+            raise ValueError(
+                f"this rank needs rows [{start}, {stop}) of {self.vocab_size}, but was given "
+                f"rows [{first}, {first + rows.shape[0]}): load what this rank has saved, or all "
+                f"rows (StateDictOptions(full_state_dict=True)), or by torch.distributed.checkpoint"
+            )
+        if rows.shape[0] > stop - start:
+            rows = rows[start - first : stop - first].clone()
+        if not isinstance(place, DTensor):
+            return rows
+        shape, stride = place.shape, place.stride()
+        return DTensor.from_local(
+            rows, place.device_mesh, place.placements, run_check=False, shape=shape, stride=stride
+        )
+
+    def _wanted(self, place: Tensor) -> tuple[int, int]:
+        """Return the rows of the vocabulary that a tensor [stop - start, ...] has here."""
+        if place.dim() == 0 or place.shape[0] != self.stop - self.start:
+            raise ValueError(
+                f"expected the rows [{self.start}, {self.stop}), got {list(place.shape)}"
+            )
+        if not isinstance(place, DTensor):
+            return self.start, self.stop
+        first, last = _range_here(place)
+        return self.start + first, self.start + last
+
+    def _told(self, value: Tensor) -> tuple[Tensor, int]:
+        """Return the rows that a value has here, and the first of them."""
+        length = value.shape[0] if value.dim() > 0 else -1
+        is_named = isinstance(value, _RowsOfWhole)
+        if length != self.vocab_size and (is_named or length != self.stop - self.start):
+            raise ValueError(
+                f"expected the rows [{self.start}, {self.stop}) of {self.vocab_size}, or all of "
+                f"them, got {list(value.shape)}: the checkpoint is of another vocabulary, or of "
+                f"another number of ranks, whose rows must be saved and loaded as a whole "
+                f"(StateDictOptions(full_state_dict=True)) or by torch.distributed.checkpoint"
+            )
+        first = 0 if length == self.vocab_size else self.start
+        if isinstance(value, _RowsOfWhole):
+            return value._rows, value._start
+        if isinstance(value, DTensor):
+            return value.to_local().detach(), first + _range_here(value)[0]
+        return value.detach(), first
+
+
+def _range_here(tensor: DTensor) -> tuple[int, int]:
+    """Return [start, stop) of the rows of a DTensor that lie here.
+
+    One that was read from another rank's file has that rank's, and its mesh that rank's place.
+
+    Raises:
+        ValueError: a DTensor that is cut otherwise than by Shard(0) over one axis.
+    """
+    mesh, cut = tensor.device_mesh, []
+    for axis, placement in enumerate(tensor.placements):
+        if not isinstance(placement, Replicate):
+            cut.append((axis, placement))
+    if not cut:
+        return 0, tensor.shape[0]
+    coordinate = mesh.get_coordinate()
+    if len(cut) > 1 or cut[0][1] != Shard(0) or coordinate is None:
+        raise ValueError(
+            f"expected a DTensor that is cut by Shard(0) over one axis of a mesh that this rank is "
+            f"in, got {tensor.placements} over {mesh}: redistribute it, or pass its full_tensor()"
+        )
+    axis = cut[0][0]
+    return row_range(ceiling_rows(tensor.shape[0], mesh.size(axis)), coordinate[axis])
+
+
 class _RowsOfWhole(Tensor):
     """Rows [start, start + n) of a tensor [vocab_size, ...], of which nothing else is here.
 
     torch.distributed.checkpoint asks a tensor by three methods, which DTensor has too, what there
     is to write and where to read to. A save in the background copies it first, by its attributes
-    or by a few operations.
+    or by a few operations; a load makes memory for one on the meta device.
     """
 
     _rows: Tensor
@@ -124,19 +282,22 @@ class _RowsOfWhole(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Copy it for a save in the background; refuse to compute."""
+        """Copy it, to another device too; refuse to compute."""
         self, *rest = args
         kwargs = kwargs or {}
-        if func is _aten.new_empty.default and rest == [list(self.shape)]:
-            return self._of(self._rows.new_empty(self._rows.shape, **kwargs))
-        if func in (_aten.clone.default, _aten.zeros_like.default):
-            return self._of(func(self._rows, **kwargs))
-        if func is _aten.copy_.default and isinstance(rest[0], cls):
-            self._rows.copy_(rest[0]._rows, *rest[1:], **kwargs)
-            return self
+        if isinstance(self, cls):
+            if func is _aten.new_empty.default and rest == [list(self.shape)]:
+                return self._of(self._rows.new_empty(self._rows.shape, **kwargs))
+            if func in _COPIES:
+                return self._of(func(self._rows, **kwargs))
+            if func is _aten.copy_.default and isinstance(rest[0], cls):
+                self._rows.copy_(rest[0]._rows, *rest[1:], **kwargs)
+                return self
         raise ValueError(
-            f"{func} of what rows_for_checkpoint returned, which is for "
-            f"torch.distributed.checkpoint alone: compute with the rows that it was given"
+            f"{func} of rows that stand for the whole, as rows_for_checkpoint names them, and the "
+            f"state dict of a partition that no DTensor has: they are for "
+            f"torch.distributed.checkpoint alone: compute with the module's own rows, or with all "
+            f"rows, which gather_rows returns"
         )
 
     def _of(self, rows: Tensor) -> "_RowsOfWhole":
@@ -167,6 +328,16 @@ class _RowsOfWhole(Tensor):
 
     def __get_tensor_shard__(self, _: MetadataIndex) -> Tensor:
         return self._rows
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        # torch.save's protocol; what sends a state dict to another process takes a newer one.
+        if int(protocol) == DEFAULT_PROTOCOL:
+            raise ValueError(
+                f"torch.save would keep {self!r} for the whole: no DTensor has this partition, so "
+                f"that a full state dict lacks the other ranks' rows. Save it by "
+                f"torch.distributed.checkpoint, or what gather_rows returns"
+            )
+        return super().__reduce_ex__(protocol)
 
     def __repr__(self) -> str:  # type: ignore[override]
         stop = self._start + self._rows.shape[0]

@@ -20,8 +20,9 @@ class VocabParallelClassifier(VocabRows):
     """A linear classifier [vocab_size, D] of which this rank holds rows [start, stop).
 
     It lives in the last pipeline stage's module, where the stage's gradient scaling, the optimizer
-    and the zero-bubble split find its weight; the loss only reads it. `rows_for_checkpoint` says
-    how a checkpoint of it loads on any mesh, and ``gather_rows(weight)`` gives each rank the whole.
+    and the zero-bubble split find its weight; the loss only reads it. Its state dict names the rows
+    as parts of the whole, so that a checkpoint loads on any number of ranks (`VocabRows`), and
+    ``gather_rows(weight)`` gives each rank the whole.
 
         pipeline_mode = True     forward(hidden [..., D]) -> hidden, unchanged
         pipeline_mode = False    forward(hidden [..., D]) -> logits [..., vocab_size]

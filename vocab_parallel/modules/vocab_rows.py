@@ -9,7 +9,6 @@ the module names its rows, and marks whatever takes their place.
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, Self
 
-import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
@@ -17,16 +16,17 @@ from torch.nn.utils import parametrize
 
 from vocab_parallel.agreement import Claim, agree
 from vocab_parallel.collectives import VocabGroup
+from vocab_parallel.modules.checkpoint import OwnRows, mark_rows, rows_of
+from vocab_parallel.modules.optimizer_state import watch_optimizers
 from vocab_parallel.options import SharesGroup, group_rank_and_size
 from vocab_parallel.partition import ceiling_rows, checked_rows, row_range
 
-_ROWS = "holds_vocab_rows"
 _COPY = "is_tied_copy"
 
 
 def holds_vocab_rows(parameter: Tensor) -> bool:
     """Whether a parameter's rows are this vocab rank's alone."""
-    return getattr(parameter, _ROWS, False)
+    return rows_of(parameter) is not None
 
 
 def is_tied_copy(parameter: Tensor) -> bool:
@@ -39,6 +39,12 @@ class VocabRows(SharesGroup, nn.Module):
 
     Any partition of the rows over the ranks will do, ranks without rows included. A deep copy is of
     the same group; a module is pickled where its group is None.
+
+    The state dict names rows as parts of the whole [vocab_size, ...], without a copy: as DTensors
+    over the vocab group, or as `rows_for_checkpoint` does in a partition that ``Shard(0)`` does not
+    have. ``load_state_dict`` takes this rank's rows, all rows, or rows that say which they are; for
+    others it raises a ValueError on the rank that got them, since it communicates nothing. The
+    state dict of an optimizer does the same from its first step on.
 
     Args:
         hidden_size: D.
@@ -79,37 +85,28 @@ class VocabRows(SharesGroup, nn.Module):
         self.row_counts = checked_rows(counts, vocab_size, self.degree)
         self.start, self.stop = row_range(self.row_counts, rank)
         self._is_tied_copy = False
+        self.register_state_dict_post_hook(_name_rows)
         self.register_load_state_dict_post_hook(_mark_loaded)
 
-    def get_extra_state(self) -> Tensor:
-        """Return [start, stop, vocab_size] on the CPU, for the state dict: whose rows these are.
-
-        A checkpoint of plain tensors keeps one rank's rows under the name that all ranks have.
-        """
-        return torch.tensor([self.start, self.stop, self.vocab_size], device="cpu")
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Refuse a state dict that has other rows than this rank's.
-
-        Raises:
-            ValueError: on this rank; a load communicates nothing.
-        """
-        start, stop, vocab_size = (int(number) for number in state)
-        if (start, stop, vocab_size) != (self.start, self.stop, self.vocab_size):
-            raise ValueError(
-                f"this rank holds rows [{self.start}, {self.stop}) of {self.vocab_size}, but the "
-                f"state dict has rows [{start}, {stop}) of {vocab_size}: each rank has its own "
-                f"rows under one name, so save and load them by rows_for_checkpoint(...), or load "
-                f"on each rank what it has saved"
-            )
+    @property
+    def own_rows(self) -> OwnRows:
+        """Which rows these are, for state dicts."""
+        return OwnRows(self.start, self.stop, self.row_counts, self.group)
 
     def row_parameters(self) -> Iterator[nn.Parameter]:
         """Yield the parameters that hold rows now; of a parametrized one, what it is made from."""
+        for _, parameter in self.named_row_parameters():
+            yield parameter
+
+    def named_row_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the same, each with the name that the module's state dict has for it."""
         for name in self.row_names:
             if parametrize.is_parametrized(self, name):
-                yield from self.parametrizations[name].parameters(recurse=False)  # type: ignore[union-attr, index]
+                prefix = f"parametrizations.{name}"
+                made_from = self.get_submodule(prefix)
+                yield from made_from.named_parameters(prefix, recurse=False)
             elif (parameter := self._parameters.get(name)) is not None:
-                yield parameter
+                yield name, parameter
 
     def gather_rows(self, rows: Tensor) -> Tensor:  # (stop - start, ...) -> (vocab_size, ...)
         """Return the whole of which each rank gives its rows: weight, bias, a gradient, a moment.
@@ -135,8 +132,10 @@ class VocabRows(SharesGroup, nn.Module):
 
     def mark_rows(self) -> None:
         """Mark the parameters that hold rows now; whatever puts others in their place calls it."""
+        if self.degree > 1:
+            watch_optimizers()
         for parameter in self.row_parameters():
-            setattr(parameter, _ROWS, True)
+            mark_rows(parameter, self.own_rows)
             setattr(parameter, _COPY, self._is_tied_copy)
 
     def become_tied_copy(self) -> None:
@@ -152,8 +151,10 @@ class VocabRows(SharesGroup, nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        # Whoever has rows without saying whose (a slice of a whole layer) vouches for them.
-        state_dict.setdefault(f"{prefix}_extra_state", self.get_extra_state())
+        for name, parameter in self.named_row_parameters():
+            value = state_dict.get(prefix + name)
+            if isinstance(value, Tensor):
+                state_dict[prefix + name] = self.own_rows.take(value, parameter)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -168,6 +169,15 @@ class VocabRows(SharesGroup, nn.Module):
     def __setstate__(self, state: Any) -> None:
         super().__setstate__(state)
         self.mark_rows()
+
+
+def _name_rows(module: VocabRows, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
+    """Name the rows in a module's state dict as parts of the whole."""
+    for name, _parameter in module.named_row_parameters():
+        rows = state_dict.get(prefix + name)
+        # keep_vars=True asks for the parameters themselves.
+        if isinstance(rows, Tensor) and not isinstance(rows, nn.Parameter):
+            state_dict[prefix + name] = module.own_rows.name(rows)
 
 
 def _mark_loaded(module: VocabRows, _: Any) -> None:
