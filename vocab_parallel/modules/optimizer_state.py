@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from vocab_parallel.entry import entry
 from vocab_parallel.modules.checkpoint import OwnRows, rows_of
 
 _SEEN = "names_vocab_rows"
