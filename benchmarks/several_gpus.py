@@ -46,6 +46,7 @@ from benchmarks.contestants import Contestant, Operands
 from benchmarks.exact import exact_gradients, relative_errors
 from benchmarks.liger import Liger
 from benchmarks.measure import median_and_spread, peak_of, timed_rounds
+from benchmarks.older import older_library
 from benchmarks.plot import plot_several_gpus
 from benchmarks.ranks import Ranks
 from vocab_parallel import VocabParallelOptions
@@ -88,6 +89,8 @@ class Arguments:
     """Timed rounds."""
     peers: bool = True
     """Whether other packages' losses are timed."""
+    against: Path | None = None
+    """A checkout of this repository whose loss is timed beside today's."""
     errors: bool = True
     """Whether gradients are compared with float64."""
     timeout: float = 120.0
@@ -207,6 +210,10 @@ def entries(arguments: Arguments, liger: Liger) -> list[Entry]:
     for layout in arguments.layouts:
         for way, options in WAYS.items():
             found.append(Entry(f"ours, {way}", layout, partial(contestants.ours, **options)))
+            if arguments.against is not None:
+                older = older_library(arguments.against).linear_cross_entropy
+                made = partial(contestants.ours, loss=older, **options)
+                found.append(Entry(f"older, {way}", layout, made))
         for peer in contestants.PEERS_OVER_RANKS if arguments.peers else ():
             if layout in LAYOUTS_OF_PEERS.get(peer, ("replicated",)):
                 name = f"{peer}, {liger.kind}" if peer.startswith("liger") else peer
