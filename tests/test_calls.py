@@ -4,6 +4,7 @@ Each costs the host a microsecond, and a reader a jump: at small shards the host
 waits for.
 """
 
+import re
 import sys
 from collections.abc import Callable
 from itertools import pairwise
@@ -15,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 import vocab_parallel
-from tests.ranks import run_ranks
+from tests.ranks import ROOT, run_ranks
 from vocab_parallel import VocabParallelOptions, linear_cross_entropy
 
 PACKAGE = str(Path(vocab_parallel.__file__).parent)
@@ -38,8 +39,8 @@ def counted(function: Callable[[], Any]) -> tuple[Any, tuple[int, int, int]]:
     return result, (len(files), len(set(files)), changes)
 
 
-def check_calls(limits: list[tuple[int, int, int]]) -> None:
-    """Compare forward and backward of a call whose shape is known with what they may take."""
+def counts_of_one_call() -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """Count forward and backward of a call whose shape is known."""
     torch.manual_seed(0)
     group = dist.group.WORLD if dist.is_initialized() else None
     options = VocabParallelOptions.from_vocab(500, group)
@@ -52,8 +53,14 @@ def check_calls(limits: list[tuple[int, int, int]]) -> None:
             linear_cross_entropy(e, c, targets, **given).backward()
         loss, forward = counted(lambda: linear_cross_entropy(e, c, targets, **given))
         _, backward = counted(lambda: torch.autograd.grad(loss, (e, c)))
-    for found, most in zip((forward, backward), limits, strict=True):
-        assert all(a <= b for a, b in zip(found, most, strict=True)), (forward, backward)
+    return forward, backward
+
+
+def check_calls(limits: list[tuple[int, int, int]]) -> None:
+    """Compare what forward and backward take with what they may take."""
+    found = counts_of_one_call()
+    for one, most in zip(found, limits, strict=True):
+        assert all(a <= b for a, b in zip(one, most, strict=True)), found
 
 
 def test_one_rank() -> None:
@@ -62,3 +69,34 @@ def test_one_rank() -> None:
 
 def test_two_ranks() -> None:
     run_ranks(check_calls, 2, limits=[(76, 12, 26), (54, 8, 20)])
+
+
+def test_page_names_what_is_there() -> None:
+    """docs/how-it-works.md: files that exist, and functions that the files beside them define."""
+    text = (ROOT / "docs" / "how-it-works.md").read_text()
+    files = set(re.findall(r"[\w/]+\.py", text)) - {"tests/test_calls.py"}
+    assert len(files) > 15
+    sources = {name: ROOT / "vocab_parallel" / name for name in files}
+    assert [name for name, path in sources.items() if not path.is_file()] == []
+    defined = {
+        name
+        for path in (ROOT / "vocab_parallel").rglob("*.py")
+        for name in re.findall(r"def (\w+)\(", path.read_text())
+    }
+    named = {
+        "linear_cross_entropy", "prepare", "agree", "mark_labels", "arrange", "scalar_loss",
+        "joined_statistics", "summed_gradients", "statistics", "gradients", "gather_shards",
+        "start_sum", "join", "total_value", "total_gradient",
+    }  # fmt: skip
+    assert {name for name in named if name in text} == named <= defined
+
+
+def test_page_gives_the_numbers_that_are_counted() -> None:
+    text = (ROOT / "docs" / "how-it-works.md").read_text()
+    found = re.search(r"makes (\d+) Python calls.* in (\d+) files, backward (\d+) in (\d+)", text)
+    assert found is not None
+    forward, backward = counts_of_one_call()
+    said = [int(number) for number in found.groups()]
+    made = [*forward[:2], *backward[:2]]
+    # Python 3.12 calls no function for a comprehension.
+    assert all(one <= number <= one + 4 for one, number in zip(made, said, strict=True)), made

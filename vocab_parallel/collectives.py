@@ -36,7 +36,7 @@ degree. A call moves nothing when the degree is 1. Bytes are those that one rank
 
 (float64 inputs keep float64 throughout.)
 
-The sum runs beside the classifier's product. In a long call (`local/backward_plan.py`) it goes a
+The sum runs beside the classifier's product. In a long call (`plan.py`) it goes a
 span of 8192 tokens at a time: in the gathering layouts by sum_at, a call for each rank whose tokens
 a span has.
 """

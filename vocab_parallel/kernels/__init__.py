@@ -1,5 +1,5 @@
-"""Triton kernels and what launches them: tensors and numbers in, never a process group.
+"""Triton kernels and their launchers: tensors and numbers in, never a group.
 
-Importing this package imports triton; only `local/tile_ops.py`, `sharded/layout.py` and
-`sharded/token_loss.py` do, when they meet a GPU's tensor.
+Importing this package imports triton; only `backends/triton.py` and `backends/hopper.py` do, and
+`layout.py` and `token_loss.py` by name, when they meet a GPU's tensor.
 """

@@ -145,7 +145,7 @@ def gradient_of(  # type: ignore[no-untyped-def]
     z, slope, is_target, lse, at_target, lse_grad, target_grad, sum_grad, expected, expected_grad,
     SUM: tl.constexpr, EXPECTED: tl.constexpr, HAS_SLOPE: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of raw entries from their logits z; `local/interface.py` has the formula.
+    """The gradient of raw entries from their logits z; `backends/interface.py` has the formula.
 
     The statistics and what they receive are those of the logits' tokens, and broadcast with z.
     """

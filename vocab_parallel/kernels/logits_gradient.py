@@ -1,8 +1,9 @@
 """One pass over a tile of raw logits: the gradient of the product in the logits' place.
 
 Reads and writes the tile once: 2 n r itemsize bytes, one exponential a logit. The formula is in
-`local/interface.py`. Where the bias has a gradient, a program adds up the columns of several tokens
-before it writes the sums, so that no second pass reads the tile and the result is deterministic.
+`backends/interface.py`. Where the bias has a gradient, a program adds up the columns of several
+tokens before it writes the sums, so that no second pass reads the tile and the result is
+deterministic.
 """
 
 import torch

@@ -39,7 +39,7 @@ def logits_statistics(
         logits: float16, bfloat16 or float32; columns are adjacent, rows may be further apart.
         targets: int32 or int64; a token whose target lies outside of the tile adds nothing.
         names: "lse", "target", then "sum", "expected" and "rival" where wanted; see
-            `local/statistics.py`.
+            `statistics.py`.
         first: whether the tile's are the first rows; else ``statistics`` are joined.
     """
     num_tokens, num_rows = logits.shape
@@ -154,7 +154,7 @@ def _logits_statistics(  # type: ignore[no-untyped-def]
     if EXPECTED > 0:
         expected = tl.sum(weighted, 0) / divisor - tl.where(total == 0.0, 0.0, lse - origin)
         if not FIRST:
-            # See `local/statistics.py`; a part whose lse is -inf has no share.
+            # See `statistics.py`; a part whose lse is -inf has no share.
             safe = tl.where(joined == -float("inf"), 0.0, joined)
             earlier = tl.load(out + EXPECTED * statistics_stride)
             share, share_before = tl.exp(lse - safe), tl.exp(before - safe)

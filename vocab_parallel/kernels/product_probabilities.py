@@ -53,7 +53,7 @@ def product_probabilities(
             nothing is kept.
         targets: int32 or int64; a token whose target is none of the rows has a target logit of 0.
         reference: near the largest logits of the token; -inf counts as 0.
-        names: "lse", "target", then "expected" and "rival" where wanted; see `local/statistics.py`.
+        names: "lse", "target", then "expected" and "rival" where wanted; see `statistics.py`.
     """
     assert "sum" not in names
     put_statistics(

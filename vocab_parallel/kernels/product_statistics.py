@@ -38,7 +38,7 @@ def product_statistics(
         hidden, classifier: float16 or bfloat16, as `product.operands_fit` wants them.
         targets: int32 or int64; a token whose target is none of the rows has a target logit of 0.
         names: "lse", "target", then "sum", "expected" and "rival" where wanted; see
-            `local/statistics.py`.
+            `statistics.py`.
     """
     put_statistics(
         _product_statistics, hidden, classifier, bias, targets, statistics, names, kept, transform

@@ -1,6 +1,6 @@
 """Each token's loss from its statistics, their sum, and what the statistics receive of either.
 
-`sharded/token_loss.py` has the formulas.
+`vocab_parallel/token_loss.py` has the formulas.
 """
 
 from typing import NamedTuple

@@ -9,7 +9,7 @@ Every rank of a column holds rows of the classifier, and for each microbatch m, 
     T(m)        dC of this rank's rows, added to their ``.grad``, any time later
 
 With z the logits of a rank's rows R, l_r their logsumexp, l that of all, and d what the joined
-statistics receive (`local/interface.py`), the gradient of a logit that is no target is
+statistics receive (`backends/interface.py`), the gradient of a logit that is no target is
 
     d.lse exp(z - l) = d.lse exp(l_r - l) exp(z - l_r)
 
