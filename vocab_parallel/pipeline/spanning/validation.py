@@ -229,7 +229,7 @@ def _alike(given: ScheduleArguments) -> dict[str, Any]:
         "dtype of the rows": dtypes,
         "rows require grad": trained,
         "tied": embedding is not None and embedding.weight is classifier.weight,
-        **{f"{name} of the loss": value for name, value in given.loss.settings.agreed().items()},
+        **{f"{name} of the loss": value for name, value in vars(given.loss.settings).items()},
     }
 
 
