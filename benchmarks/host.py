@@ -27,6 +27,8 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +38,7 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.contestants import Operands, draw
+from benchmarks.older import older_library
 from vocab_parallel import CCEPipelineLoss, linear_cross_entropy
 
 Forward = Callable[[], Tensor]
@@ -58,6 +61,8 @@ class Arguments:
     """Timed loops."""
     only: tuple[str, ...] = ()
     """Names of the table's rows; all of them by default."""
+    against: Path | None = None
+    """A checkout of this repository whose loss is called beside today's."""
     one_thread: bool = False
     """Whether backward runs on the thread that calls it."""
     profile: bool = False
@@ -78,7 +83,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     operands = draw(arguments.tokens, arguments.hidden, arguments.rows, dtype, device)
-    forwards = chosen(contestants(operands), arguments.only)
+    forwards = chosen(contestants(operands, arguments.against), arguments.only)
     with torch.autograd.set_multithreading_enabled(not arguments.one_thread):
         found = measure(forwards, operands, arguments.microbatches, arguments.loops)
     if arguments.profile:
@@ -92,15 +97,15 @@ def main() -> None:
         "arguments": asdict(arguments),
         "host": {name: asdict(one) for name, one in found.items()},
     }
-    print(json.dumps(document))
+    print(json.dumps(document, default=str))
 
 
-def contestants(operands: Operands) -> dict[str, Forward]:
-    """Return the forwards: ours in each way, ours as a schedule calls it, and torch's own."""
+def contestants(operands: Operands, against: Path | None) -> dict[str, Forward]:
+    """Return the forwards: ours in each way, as a schedule calls it, an older one, torch's own."""
     e, c, targets = operands.hidden, operands.rows, operands.targets
 
-    def ours(backward: str) -> Forward:
-        return lambda: linear_cross_entropy(e, c, targets, backward=backward)
+    def ours(backward: str, loss: Callable[..., Any] = linear_cross_entropy) -> Forward:
+        return lambda: loss(e, c, targets, backward=backward)
 
     def eager(e: Tensor, c: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(F.linear(e, c).float(), targets)
@@ -109,6 +114,9 @@ def contestants(operands: Operands) -> dict[str, Forward]:
     found: dict[str, Forward] = {
         f"ours, {way}": ours(way) for way in ("probs", "recompute", "auto")
     }
+    if against is not None:
+        older = older_library(against).linear_cross_entropy
+        found |= {f"older, {way}": ours(way, older) for way in ("probs", "auto")}
     found["CCEPipelineLoss, auto"] = lambda: pipeline_loss(e, targets)
     found["eager, materialised"] = lambda: eager(e, c, targets)
     if e.is_cuda:
