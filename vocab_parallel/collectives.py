@@ -21,7 +21,7 @@ degree. A call moves nothing when the degree is 1. Bytes are those that one rank
               gather_shards     [N] fp32              4 N          and its lse
     distill   gather_tokens     [T, D'] or [T, k]     of the teacher's     gathering layouts
               gather_shards     [k, N] fp32           4 k N        its statistics in forward's place
-              sum               [2, N] fp32           8 N          divergence "js"
+              gather_shards     [2, N] fp32           8 N          divergence "js"
     embedding gather_tokens     [T] int64 ids         8 T          layout "sharded"
               scatter_sum       [V T, D]              V T D itemsize  (sum_over_group: "replicated")
     backward  gather_tokens     [T, D]                T D itemsize    layout "sharded"

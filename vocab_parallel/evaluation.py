@@ -13,13 +13,19 @@ from torch.distributed import ProcessGroup
 
 from vocab_parallel.arguments import Call, Operands, prepare
 from vocab_parallel.collectives import VocabGroup
-from vocab_parallel.engine import Inputs, gathered_hidden, shard_of
+from vocab_parallel.engine import Inputs, gathered_hidden, shard_of, vocab_statistics
 from vocab_parallel.entry import entry
-from vocab_parallel.functional import token_logprobs
-from vocab_parallel.layout import HiddenLayout, crosses_documents, is_ignored
+from vocab_parallel.layout import (
+    IGNORED,
+    OUT_OF_RANGE,
+    HiddenLayout,
+    crosses_documents,
+    is_ignored,
+)
+from vocab_parallel.metrics import right_predictions
 from vocab_parallel.plan import budget_bytes
-from vocab_parallel.rank_rows import RankRows
 from vocab_parallel.settings import LossSettings
+from vocab_parallel.statistics import Statistics
 from vocab_parallel.top_k import NO_ROW, merge_top_k, top_k_of_shard
 
 
@@ -149,6 +155,7 @@ class TokenScores:
 
 
 @torch.no_grad()
+@entry
 def score_tokens(
     e: Tensor,  # (..., T, D)
     c: Tensor,  # (stop - start, D)
@@ -167,37 +174,29 @@ def score_tokens(
     """Sum negative log-likelihoods and right predictions over the valid tokens.
 
     Every rank of the vocab group calls it; arguments and layouts are those of
-    `linear_cross_entropy`. Communicates what `token_logprobs` and `predict` with k = 1 do.
+    `linear_cross_entropy`, and so is what it communicates with metrics. A target that has the
+    largest logit is right; ties count, as in `LossMetrics`.
 
     Raises:
-        ValueError: as `linear_cross_entropy`; in the "sequence" layout with a shift, whose targets
-            lie on other ranks than their positions.
+        ValueError: as `linear_cross_entropy`.
     """
-    if hidden_layout == "sequence" and shift:
-        raise ValueError(
-            'score_tokens has no shift in the "sequence" layout: shift the targets, and fill with '
-            "ignore_index"
-        )
-    given = {
-        "vocab_parallel_options": vocab_parallel_options,
-        "hidden_layout": hidden_layout,
-        "memory_budget": memory_budget,
-        "validate": validate,
-    }
-    logprobs = token_logprobs(
-        e, c, targets, bias, ignore_index, softcap, shift, document_ids=document_ids, **given
+    settings = LossSettings(
+        ignore_index=ignore_index,
+        softcap=softcap,
+        shift=int(shift) if isinstance(shift, bool) else shift,
+        return_metrics=True,
+        hidden_layout=hidden_layout,
+        memory_budget=memory_budget,
     )
-    best = predict(e, c, bias, softcap=softcap, **given).ids[..., 0]
-    length = logprobs.shape[-1]
-    if hidden_layout == "sequence" and vocab_parallel_options is not None:
-        rank = RankRows.from_options(vocab_parallel_options).group.rank
-        targets = targets[..., rank * length : (rank + 1) * length]
-    wanted = targets[..., shift:]
-    valid = ~is_ignored(wanted, ignore_index)
-    if document_ids is not None and shift:
-        valid &= ~crosses_documents(document_ids, shift)
-    right = (best[..., :length] == wanted) & valid
-    return TokenScores(-logprobs.double().sum(), right.double().sum(), valid.double().sum())
+    operands = Operands.of(e, c, targets, bias, document_ids=document_ids)
+    call = prepare(operands, settings, vocab_parallel_options, validate=validate)
+    labels = call.labels()
+    values = vocab_statistics(call, labels)
+    statistics, counted = Statistics(values, call.bound.shard.columns), labels != IGNORED
+    nll = (statistics["lse"] - statistics["target"]).masked_fill(~counted, 0.0)
+    nll = nll.masked_fill(labels == OUT_OF_RANGE, torch.nan)
+    sums = [call.own(nll), call.own(right_predictions(statistics, counted)), call.own(counted)]
+    return TokenScores(*(each.double().sum() for each in sums))
 
 
 def count_valid_tokens(

@@ -51,11 +51,16 @@ def loss_metrics(statistics: Statistics, labels: Tensor) -> LossMetrics:
         statistics: [k, N] of the whole vocabulary.
         labels: [N], marked.
     """
-    values = statistics.values.detach()
-    lse, target = values[0], values[1]
-    counted = labels != IGNORED
+    statistics = Statistics(statistics.values.detach(), statistics.columns)
+    counted, dtype = labels != IGNORED, statistics.values.dtype
+    correct = right_predictions(statistics, counted)
+    entropy = (-statistics["expected"]).masked_fill(~counted, 0.0)
+    parts = torch.stack((counted.to(dtype), correct.to(dtype), entropy))
+    return LossMetrics.of_sums(parts.sum(1, dtype=torch.float64), dtype)
+
+
+def right_predictions(statistics: Statistics, counted: Tensor) -> Tensor:
+    """Tell which of the counted tokens [N] have a target with the largest logit."""
     # A NaN among the logits may not have reached the rival, but lse has it.
-    correct = counted & (target >= statistics["rival"].detach()) & ~lse.isnan()
-    entropy = (-statistics["expected"].detach()).masked_fill(~counted, 0.0)
-    parts = torch.stack((counted.to(values.dtype), correct.to(values.dtype), entropy))
-    return LossMetrics.of_sums(parts.sum(1, dtype=torch.float64), values.dtype)
+    known = counted & ~statistics["lse"].isnan()
+    return known & (statistics["target"] >= statistics["rival"])
