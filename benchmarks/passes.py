@@ -121,7 +121,7 @@ def _passes(tokens: int, rows: int, device: torch.device) -> dict[str, Pass]:
 
 def _beside_the_products(tokens: int, hidden_size: int, device: torch.device) -> dict[str, Pass]:
     """Return what keeping exponentials takes besides products, with targets of three kinds."""
-    from vocab_parallel.kernels.kept_probabilities import settle
+    from vocab_parallel.kernels.kept_probabilities import rescale_kept
     from vocab_parallel.kernels.put_statistics import join_blocks
     from vocab_parallel.kernels.reference import token_reference
     from vocab_parallel.kernels.scaling import scale_tokens
@@ -147,8 +147,10 @@ def _beside_the_products(tokens: int, hidden_size: int, device: torch.device) ->
             lambda: join_blocks(parts, ROWS, uniform, statistics, names),
             parts.nbytes + statistics.nbytes,
         ),
-        "settle": (
-            lambda: settle(kept, e, c, None, uniform, reference, statistics, grads, transform),
+        "rescale_kept": (
+            lambda: rescale_kept(
+                kept, e, c, None, uniform, reference, statistics, grads, transform
+            ),
             statistics.nbytes + grads.nbytes + 5 * 4 * tokens,
         ),
         "s e": (lambda: scale_tokens(e, scale, out), 2 * size),

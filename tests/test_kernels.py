@@ -15,9 +15,9 @@ from vocab_parallel.backends.interface import Shard, Transform
 from vocab_parallel.backends.torch import TorchBackend
 from vocab_parallel.layout import IGNORED, OUT_OF_RANGE, mark_labels
 from vocab_parallel.statistics import (
-    EXPECTED,
+    LARGEST_OTHER,
     LSE,
-    RIVAL,
+    MEAN_LOG_PROB,
     SUM,
     TARGET,
     Columns,
@@ -76,8 +76,8 @@ def gradient_of(
 COLUMNS: list[Columns] = [
     (LSE, TARGET),
     (LSE, TARGET, SUM),
-    (LSE, TARGET, EXPECTED),
-    (LSE, TARGET, SUM, EXPECTED, RIVAL),
+    (LSE, TARGET, MEAN_LOG_PROB),
+    (LSE, TARGET, SUM, MEAN_LOG_PROB, LARGEST_OTHER),
 ]
 # Statistics, softcap, temperature, whether there is a bias.
 # Every third: each value meets each of the others.

@@ -14,7 +14,7 @@ from vocab_parallel import linear_cross_entropy
 from vocab_parallel.backends import registry
 from vocab_parallel.backends.interface import ClassifierGrad, Shard, Transform, Upstream, Wanted
 from vocab_parallel.backends.torch import TorchBackend
-from vocab_parallel.statistics import EXPECTED, LSE, RIVAL, TARGET, Columns, names_of
+from vocab_parallel.statistics import LARGEST_OTHER, LSE, MEAN_LOG_PROB, TARGET, Columns, names_of
 
 HALF = torch.float16  # the interpreter has no bfloat16
 
@@ -116,7 +116,7 @@ def check_product_kernels() -> None:
 
 def check_kept_probabilities() -> None:
     """Statistics and gradients of tokens near their reference, far from it, and of one alone."""
-    from vocab_parallel.backends.hopper import settled
+    from vocab_parallel.backends.hopper import rescaled
     from vocab_parallel.kernels.product_probabilities import product_probabilities
     from vocab_parallel.kernels.scaling import scale_tokens
     from vocab_parallel.kernels.target_rows import add_target_rows, add_to_target_rows
@@ -128,7 +128,7 @@ def check_kept_probabilities() -> None:
     ):
         num_tokens, num_rows = (70, 1, 130, 70)[turn], (600, 5, 150, 300)[turn]
         received: Columns = (LSE, TARGET)
-        columns = received if turn == 3 else (*received, EXPECTED, RIVAL)
+        columns = received if turn == 3 else (*received, MEAN_LOG_PROB, LARGEST_OTHER)
         case = (columns, softcap, temperature, has_bias)
         shard = drawn_shard(
             generator,
@@ -172,7 +172,7 @@ def check_kept_probabilities() -> None:
         known = raw.isfinite()
         upstream = Upstream(found, grads, Wanted(True, True, False), ClassifierGrad(HALF))
         for _ in range(2):  # as each half of a split backward
-            scale, own_entry = settled(kept[:, :num_rows], reference, shard, upstream)
+            scale, own_entry = rescaled(kept[:, :num_rows], reference, shard, upstream)
         gradient = kept[:, :num_rows] * scale[:, None]
         # What one token gives to its target's row is that row's entry, and what it gets of it.
         eye = torch.eye(num_tokens)

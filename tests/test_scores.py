@@ -43,7 +43,9 @@ def check_scores(degree: int) -> None:
         assert float(found.count) == int(valid.sum())
         both = found + found
         assert both.accuracy == pytest.approx(found.accuracy)
-        assert both.perplexity == pytest.approx(float((nll / valid.sum().clamp(min=1)).exp()), rel=1e-5)
+        assert both.perplexity == pytest.approx(
+            float((nll / valid.sum().clamp(min=1)).exp()), rel=1e-5
+        )
     nothing = score_tokens(
         hidden[0], own, torch.full_like(targets[0], -100), vocab_parallel_options=options
     )

@@ -20,7 +20,7 @@ from vocab_parallel import (
     token_logprobs,
 )
 from vocab_parallel import arguments as bound_calls
-from vocab_parallel.arguments import Operands
+from vocab_parallel.arguments import Operands, prepare
 from vocab_parallel.settings import LossSettings
 
 TOKENS, HIDDEN, VOCABULARY = 6, 4, 11
@@ -212,7 +212,9 @@ def test_every_setting_is_agreed_on(function: Callable[..., Any]) -> None:
     tensors = {"e", "c", *(each.name for each in fields(Operands))}
     settings = {each.name for each in fields(LossSettings)}
     assert set(inspect.signature(function).parameters) <= own | tensors | settings
-    assert set(LossSettings().agreed()) == settings
+    operands = Operands.of(torch.zeros(2, 3), torch.zeros(4, 3), torch.zeros(2, dtype=torch.int32))
+    bound = prepare(operands, LossSettings(), None, validate=None).bound
+    assert settings - {"num_valid_tokens"} <= set(bound.equal), "whose value is told at each call"
 
 
 def check_outsider() -> None:

@@ -17,7 +17,7 @@ _BY_START = attrgetter("start", "stop")
 
 
 @dataclass(frozen=True)
-class Claim:
+class RankSummary:
     """What one rank says of the vocabulary.
 
     Attributes:
@@ -37,7 +37,7 @@ class Claim:
 
 def agree(
     problem: ValueError | None,
-    claim: Claim,
+    claim: RankSummary,
     settings: Mapping[str, Any],
     group: VocabGroup,
     *,
@@ -72,7 +72,7 @@ def agree(
         raise _worded_problem(problem, group)
     if (told[:, 1] != told[0, 1]).any():
         raise _worded_difference(settings, group)
-    _check_claims([Claim(*claimed) for claimed in told[:, 2:].tolist()])
+    _check_claims([RankSummary(*claimed) for claimed in told[:, 2:].tolist()])
 
 
 def _worded_problem(problem: ValueError | None, group: VocabGroup) -> ValueError:
@@ -96,7 +96,7 @@ def _worded_difference(settings: Mapping[str, Any], group: VocabGroup) -> ValueE
     )
 
 
-def _check_claims(claims: list[Claim]) -> None:
+def _check_claims(claims: list[RankSummary]) -> None:
     num_rows = _check_partition(claims)
     vocab_size = claims[0].vocab_size if claims[0].vocab_size >= 0 else num_rows
     for rank, claim in enumerate(claims):
@@ -118,7 +118,7 @@ def _check_claims(claims: list[Claim]) -> None:
             )
 
 
-def _check_partition(claims: list[Claim]) -> int:
+def _check_partition(claims: list[RankSummary]) -> int:
     """Check that the ranges partition one vocabulary; return the number of rows."""
     vocab_size, covered = claims[0].vocab_size, 0
     for claim in sorted(claims, key=_BY_START):
@@ -145,7 +145,7 @@ def _check_partition(claims: list[Claim]) -> int:
     return covered
 
 
-def _listed(claims: list[Claim]) -> str:
+def _listed(claims: list[RankSummary]) -> str:
     return ", ".join(f"[{claim.start}, {claim.stop})" for claim in claims)
 
 

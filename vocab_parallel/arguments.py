@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vocab_parallel.agreement import Claim, agree, digest_of
+from vocab_parallel.agreement import RankSummary, agree, digest_of
 from vocab_parallel.backends import registry
 from vocab_parallel.backends.interface import Backend, Shard
 from vocab_parallel.collectives import VocabGroup
@@ -222,7 +222,7 @@ def prepare(
         problem = error
     group = rows.group
     if validate or group.degree == 1 or (validate is None and not on_gpu):
-        claim, equal, digest = Claim(rows.start, rows.stop), more, 0
+        claim, equal, digest = RankSummary(rows.start, rows.stop), more, 0
         if call is not None and problem is None:
             claim = _claim(call, reads_values)
             if group.degree > 1:
@@ -369,7 +369,7 @@ def _of_shape(parameter: Tensor, num_rows: int) -> Tensor:
     return parameter.detach().new_empty(()).expand(num_rows, *parameter.shape[1:])
 
 
-def _claim(call: Call, reads_values: bool) -> Claim:
+def _claim(call: Call, reads_values: bool) -> RankSummary:
     """Return what this rank says of the vocabulary; reading targets waits for a GPU."""
     rows, settings, targets = call.rows, call.settings, call.operands.targets
     lowest, highest, checksum = 0, -1, 0
@@ -378,7 +378,7 @@ def _claim(call: Call, reads_values: bool) -> Claim:
         if settings.hidden_layout != "sharded" and rows.group.degree > 1:
             checksum = target_digest(targets)
     vocab_size = -1 if rows.vocab_size is None else rows.vocab_size
-    return Claim(rows.start, rows.stop, vocab_size, lowest, highest, checksum)
+    return RankSummary(rows.start, rows.stop, vocab_size, lowest, highest, checksum)
 
 
 def _equal(call: Call, more: Mapping[str, Any]) -> tuple[Mapping[str, Any], int]:

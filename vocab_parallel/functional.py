@@ -306,7 +306,7 @@ def token_logprobs(
     logprobs = call.own(logprobs.masked_fill(labels == OUT_OF_RANGE, torch.nan))
     if not return_entropy:
         return logprobs
-    expected = Statistics(values, call.bound.shard.columns)["expected"]
+    expected = Statistics(values, call.bound.shard.columns)["mean_log_prob"]
     return logprobs, call.own((-expected).masked_fill(ignored, 0.0))
 
 

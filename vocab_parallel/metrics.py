@@ -54,13 +54,13 @@ def loss_metrics(statistics: Statistics, labels: Tensor) -> LossMetrics:
     statistics = Statistics(statistics.values.detach(), statistics.columns)
     counted, dtype = labels != IGNORED, statistics.values.dtype
     correct = right_predictions(statistics, counted)
-    entropy = (-statistics["expected"]).masked_fill(~counted, 0.0)
+    entropy = (-statistics["mean_log_prob"]).masked_fill(~counted, 0.0)
     parts = torch.stack((counted.to(dtype), correct.to(dtype), entropy))
     return LossMetrics.of_sums(parts.sum(1, dtype=torch.float64), dtype)
 
 
 def right_predictions(statistics: Statistics, counted: Tensor) -> Tensor:
     """Tell which of the counted tokens [N] have a target with the largest logit."""
-    # A NaN among the logits may not have reached the rival, but lse has it.
+    # A NaN among the logits may not have reached the others' largest, but lse has it.
     known = counted & ~statistics["lse"].isnan()
-    return known & (statistics["target"] >= statistics["rival"])
+    return known & (statistics["target"] >= statistics["largest_other"])

@@ -16,9 +16,9 @@ from vocab_parallel.backends.registry import option_names
 from vocab_parallel.layout import HiddenLayout
 from vocab_parallel.rank_rows import RankRows
 from vocab_parallel.statistics import (
-    EXPECTED,
+    LARGEST_OTHER,
     LSE,
-    RIVAL,
+    MEAN_LOG_PROB,
     SUM,
     TARGET,
     Columns,
@@ -108,7 +108,7 @@ class LossSettings:
         columns: Columns = (LSE, TARGET)
         if self.label_smoothing:
             columns = (*columns, SUM)
-        return (*columns, EXPECTED) if self.return_entropy else columns
+        return (*columns, MEAN_LOG_PROB) if self.return_entropy else columns
 
     @property
     def columns(self) -> Columns:
@@ -116,7 +116,11 @@ class LossSettings:
         columns = self.grad_columns
         if not self.return_metrics:
             return columns
-        return (*columns, RIVAL) if self.return_entropy else (*columns, EXPECTED, RIVAL)
+        return (
+            (*columns, LARGEST_OTHER)
+            if self.return_entropy
+            else (*columns, MEAN_LOG_PROB, LARGEST_OTHER)
+        )
 
     @property
     def scalar_loss(self) -> bool:

@@ -5,20 +5,20 @@ column of numbers, a line [N] of each kind or several, so that ranks exchange it
 
 With z the logits of a token over some rows, the loss knows
 
-    lse       logsumexp(z)
-    target    z at the token's target where these rows have it, else 0
-    sum       the sum of z, for label smoothing
-    expected  the mean of z - lse under softmax(z): minus the entropy. The difference, since the
-              mean of z itself would lose the entropy's digits to an offset of the logits
-    rival     the largest z of rows other than the target, for the accuracy
+    lse            logsumexp(z)
+    target         z at the token's target where these rows have it, else 0
+    sum            the sum of z, for label smoothing
+    mean_log_prob  the mean of z - lse under softmax(z): minus the entropy. The difference, since
+                   the mean of z itself would lose the entropy's digits to an offset of the logits
+    largest_other  the largest z of rows other than the target, for the accuracy
 
 and a distillation its own (`distillation/`). The gradients that columns receive are those of the
 first of them: what is only reported comes last, and receives none.
 
-A target is the arg-max where target >= rival: a tie counts. The rival and not the largest of all z,
-since a backend may make the target's logit in another order than the others': beside the largest z
-it would seem smaller than itself by a rounding. Two rows whose logits differ by less than a
-rounding may count either way.
+A target is the arg-max where target >= largest_other: a tie counts. It is compared with the others
+and not with the largest of all z, since a backend may make the target's logit in another order than
+the others': beside the largest z it would seem smaller than itself by a rounding. Two rows whose
+logits differ by less than a rounding may count either way.
 """
 
 import functools
@@ -52,8 +52,8 @@ Columns = tuple[Column, ...]
 LSE = Column("lse", "logsumexp")
 TARGET = Column("target", "sum")
 SUM = Column("sum", "sum")
-EXPECTED = Column("expected", "mean_log_prob")
-RIVAL = Column("rival", "max")
+MEAN_LOG_PROB = Column("mean_log_prob", "mean_log_prob")
+LARGEST_OTHER = Column("largest_other", "max")
 
 
 @dataclass(frozen=True)

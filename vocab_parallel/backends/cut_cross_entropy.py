@@ -98,8 +98,8 @@ class CutCrossEntropyBackend(RecomputeOnly):
             (shard.transform.temperature != 1.0, "temperature"),
             ("sum" in names, "label_smoothing"),
             (shard.logits_dtype != shard.product_dtype, "logits_dtype"),
-            ("rival" in names, "metrics"),
-            ("expected" in names, "entropy"),
+            ("largest_other" in names, "metrics"),
+            ("mean_log_prob" in names, "entropy"),
         ):
             if refused:
                 return f"has no {what}: leave it out"
@@ -127,7 +127,7 @@ class CutCrossEntropyBackend(RecomputeOnly):
         """
         can = cce_kernels.features()
         statistics, mean_logits = upstream.statistics, upstream.kept
-        grads, unit = well_scaled(upstream.grads, shard.hidden.dtype, peak=1.0)
+        grads, scale = well_scaled(upstream.grads, shard.hidden.dtype, peak=1.0)
         lse_grad, target_grad = grads[0], grads[1]
         separate = lse_grad + target_grad if shard.separate_lse_grad else None
         # A sum over the group in float32 follows: let the kernel write float32.
@@ -159,10 +159,10 @@ class CutCrossEntropyBackend(RecomputeOnly):
         found = Gradients(*cce_kernels.backward(request))
         if separate is not None and not can.lse_grad:
             _add_at_targets(found, shard, statistics[1], separate)
-        if unit is not None:
+        if scale is not None:
             for gradient in found:
                 if gradient is not None:
-                    gradient.mul_(unit)
+                    gradient.mul_(scale)
         return found._replace(classifier=upstream.classifier_grad.placed(found.classifier))
 
     def _filter_eps(self, dtype: torch.dtype) -> float | None:

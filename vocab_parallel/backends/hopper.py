@@ -24,7 +24,7 @@ from vocab_parallel.backends.torch import (
     rows_to_keep,
 )
 from vocab_parallel.backends.triton import TritonBackend
-from vocab_parallel.kernels.kept_probabilities import settle
+from vocab_parallel.kernels.kept_probabilities import rescale_kept
 from vocab_parallel.kernels.product import TOKENS
 from vocab_parallel.kernels.product_gradient import product_gradient
 from vocab_parallel.kernels.product_probabilities import product_probabilities
@@ -116,7 +116,7 @@ class HopperBackend(TritonBackend):
         if kept is None or kept.reference is None or values is None:
             return super().gradients(shard, plan, upstream)
         values = values[:, : kept.num_rows]
-        scale, own = settled(values, kept.reference, shard, upstream)
+        scale, own = rescaled(values, kept.reference, shard, upstream)
         hidden_grad = None
         if upstream.wanted.hidden:
             hidden_grad = _hidden_grad(values, scale, own, shard)
@@ -141,7 +141,7 @@ class HopperBackend(TritonBackend):
 
         Return its sum over tokens [r] where the bias wants one.
         """
-        scale, own = settled(values, reference, shard, upstream)
+        scale, own = rescaled(values, reference, shard, upstream)
         sums = None
         if upstream.wanted.bias and shard.bias is not None:
             sums = _sums_over_tokens(values, scale, own, shard)
@@ -172,7 +172,7 @@ class HopperBackend(TritonBackend):
         )  # fmt: skip
 
 
-def settled(
+def rescaled(
     values: Tensor, reference: Tensor, shard: Shard, upstream: Upstream
 ) -> tuple[Tensor, Tensor]:
     """Make kept exponentials [N, r] of the first rows ready for products.
@@ -181,7 +181,7 @@ def settled(
     """
     rows = slice(0, values.shape[1])
     bias = None if shard.bias is None else shard.bias[rows]
-    return settle(
+    return rescale_kept(
         values, shard.hidden, shard.classifier[rows], bias, shard.targets, reference,
         upstream.statistics, upstream.grads, shard.transform,
     )  # fmt: skip

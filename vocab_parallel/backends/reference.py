@@ -144,12 +144,12 @@ def _statistics_of(logits: Tensor, bias: Tensor | None, shard: Shard) -> Tensor:
     found = [lse, torch.where(owned, at_target, 0.0)]
     if "sum" in names:
         found.append(logits.sum(-1))
-    if "expected" in names:
+    if "mean_log_prob" in names:
         log_p = torch.log_softmax(safe, -1)
         # A logit of -inf has no probability, and adds nothing to the mean: not 0 times -inf.
         finite = log_p.masked_fill(safe == -torch.inf, 0.0)
         found.append((log_p.exp() * finite).sum(-1).masked_fill(masked, 0.0))
-    if "rival" in names:
+    if "largest_other" in names:
         others = logits.scatter(-1, rows.unsqueeze(-1), -torch.inf).amax(-1)
         found.append(torch.where(owned, others, logits.amax(-1)))
     return torch.stack(found)
@@ -164,7 +164,7 @@ def _shard_gradients(shard: Shard, own: Tensor, whole: Tensor, grads: Tensor) ->
     share = share_of(own[0], whole[0])
     pulled = grads.clone()
     pulled[0].mul_(share)
-    at = lines_of(shard.grad_columns).get("expected")
+    at = lines_of(shard.grad_columns).get("mean_log_prob")
     if at is not None:
         pulled[at].mul_(share)
         beyond = own[at] + (own[0] - whole[0]) - whole[at]

@@ -144,15 +144,15 @@ class TorchBackend:
         """See `Backend.gradients`."""
         num_tokens, num_rows = shard.hidden.shape[0], shard.classifier.shape[0]
         source = _GradientTiles(self, shard, plan, upstream)
-        tile, unit, into = source.tile, source.unit, upstream.classifier_grad
+        tile, scale, into = source.tile, source.scale, upstream.classifier_grad
         row_slices = row_blocks(num_rows, tile.rows, aligned=self.kernels, cut=source.num_kept)
         token_slices = blocks(num_tokens, tile.tokens)
-        at_once = len(row_slices) == 1 and unit is None
+        at_once = len(row_slices) == 1 and scale is None
         hidden_grad = allocate_hidden_grad(shard, at_once) if upstream.wanted.hidden else None
         classifier_grad = allocate_classifier_grad(shard, upstream)
         bias_grad = allocate_bias_grad(shard, upstream)
         # One tile of all tokens: its product writes or adds to the destination.
-        direct = len(token_slices) == 1 and unit is None and not shard.mixed
+        direct = len(token_slices) == 1 and scale is None and not shard.mixed
         for rows in row_slices:
             block, sums = self.block(shard, rows), None
             for tokens in token_slices:
@@ -161,7 +161,7 @@ class TorchBackend:
                     part = hidden_grad[tokens]
                     put_product(part, logits_grad, block.classifier, add=rows.start > 0)
                     is_last = rows is row_slices[-1] and tokens is token_slices[-1]
-                    if is_last and upstream.when_hidden is not None and unit is None:
+                    if is_last and upstream.when_hidden is not None and scale is None:
                         upstream.when_hidden(hidden_grad)
                 if bias_grad is not None and over_tokens is not None:
                     bias_grad[rows] += over_tokens
@@ -176,13 +176,13 @@ class TorchBackend:
                     destination = sums
                 put_product(destination, logits_grad.T, hidden, add=add)
             if sums is not None and classifier_grad is not None:
-                sums = sums if unit is None else sums.mul_(unit)
+                sums = sums if scale is None else sums.mul_(scale)
                 ready = classifier_grad[rows]
                 ready.copy_(sums) if into.add_to is None else ready.add_(sums)
-        if unit is not None:
+        if scale is not None:
             for gradient in (hidden_grad, bias_grad):
                 if gradient is not None:
-                    gradient.mul_(unit)
+                    gradient.mul_(scale)
         return Gradients(hidden_grad, classifier_grad, bias_grad)
 
     # What is done with a tile.
@@ -239,9 +239,9 @@ class TorchBackend:
         made = {"target": torch.where(inside, at_target, 0.0)}
         if "sum" in names:
             made["sum"] = logits.sum(1)
-        if "rival" in names:
+        if "largest_other" in names:
             nothing = torch.where(inside, -torch.inf, at_target)
-            made["rival"] = others = logits.scatter_(1, at, nothing.unsqueeze(1)).amax(1)
+            made["largest_other"] = others = logits.scatter_(1, at, nothing.unsqueeze(1)).amax(1)
             logits.scatter_(1, at, at_target.unsqueeze(1))
             largest = torch.where(inside, torch.maximum(others, at_target), others)
         else:
@@ -250,13 +250,13 @@ class TorchBackend:
         largest = largest.clamp(min=torch.finfo(logits.dtype).min)
         logits.sub_(largest.unsqueeze(1))
         # A logit of -inf has no probability, and adds nothing to the mean: not 0 times -inf.
-        values = logits.masked_fill(logits == -torch.inf, 0.0) if "expected" in names else None
+        values = logits.masked_fill(logits == -torch.inf, 0.0) if "mean_log_prob" in names else None
         exponentials = logits.exp_()
         total = exponentials.sum(1)
         made["lse"] = lse = total.log().add_(largest)
         if values is not None:
             mean = values.mul_(exponentials).sum(1).div_(total.masked_fill(total == 0.0, 1.0))
-            made["expected"] = mean.sub_(lse - largest).masked_fill_(total == 0.0, 0.0)
+            made["mean_log_prob"] = mean.sub_(lse - largest).masked_fill_(total == 0.0, 0.0)
         return torch.stack([made[name] for name in names])
 
     def put_gradient(
@@ -307,8 +307,8 @@ class TorchBackend:
         at_target = factor * torch.expm1(target - lse) + (factor + grads[1])
         logits.sub_(lse.unsqueeze(1))
         factor = factor.unsqueeze(1)
-        if "expected" in lines:
-            mean, mean_grad = (each[lines["expected"]].T for each in (statistics, grads))
+        if "mean_log_prob" in lines:
+            mean, mean_grad = (each[lines["mean_log_prob"]].T for each in (statistics, grads))
             # No probability, no gradient: not 0 times -inf.
             finite = logits.masked_fill(logits == -torch.inf, 0.0)
             factor = finite.sub_(mean).mul_(mean_grad).add_(factor)
@@ -342,7 +342,7 @@ class TorchBackend:
     def temporaries(self, shard: Shard) -> int:
         """Return how many buffers of a tile's shape plain torch holds beside the logits."""
         lines = lines_of(shard.columns)
-        return 2 + (shard.transform.softcap is not None) + ("expected" in lines)
+        return 2 + (shard.transform.softcap is not None) + ("mean_log_prob" in lines)
 
     def _may_keep(self, shard: Shard) -> bool:
         """Tell whether what forward keeps is as exact as the logits are asked to be.
@@ -396,7 +396,7 @@ class _GradientTiles:
     Attributes:
         num_kept: of how many rows something was kept.
         tile: that is worked on at a time.
-        unit: what the products are to be multiplied by, or None.
+        scale: what the products are to be multiplied by, or None.
     """
 
     def __init__(
@@ -421,7 +421,9 @@ class _GradientTiles:
             self._scratch = backend.buffer(shard, self.tile)
         elif not whole:
             self._scratch = self._kept
-        self._grads, self.unit = well_scaled(upstream.grads, shard.product_dtype, peak=backend.peak)
+        self._grads, self.scale = well_scaled(
+            upstream.grads, shard.product_dtype, peak=backend.peak
+        )
         self._sums_tokens = wanted.bias and shard.bias is not None
         # Exponentials of some rows become gradients at once: all others are made as such.
         self._is_gradient = False
@@ -521,12 +523,12 @@ def well_scaled(
     """Bring gradients to at most ``peak`` where they enter a product of float16 on a GPU.
 
     The small numbers of float16 end at 6e-8: a probability over a token count would underflow.
-    The returned unit multiplies the product's result; None where nothing was scaled.
+    The returned scale multiplies the product's result; None where nothing was scaled.
     """
     if product_dtype != torch.float16 or not grads.is_cuda:
         return grads, None
-    unit = grads.abs().amax().clamp(min=torch.finfo(grads.dtype).tiny) / peak
-    return grads / unit, unit
+    scale = grads.abs().amax().clamp(min=torch.finfo(grads.dtype).tiny) / peak
+    return grads / scale, scale
 
 
 def owned_targets(targets: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:

@@ -41,7 +41,7 @@ _SHARES = 8
 _FARTHEST = 60.0
 
 
-def settle(
+def rescale_kept(
     kept: Tensor,  # (n, r) bfloat16, of the shard's first rows; the targets' places become 0
     hidden: Tensor,  # (n, D)
     classifier: Tensor,  # (r, D), those rows
@@ -77,7 +77,7 @@ def settle(
     )
     grid = (cdiv(num_tokens, _TOKENS), _SHARES)
     constants = _constants(bias is not None, parts_of(transform), depth)
-    _settle.start(hidden, grid, values, constants)
+    _rescale.start(hidden, grid, values, constants)
     return scale, own
 
 
@@ -96,7 +96,7 @@ def _constants(has_bias: bool, parts: tuple[bool, bool], depth: int) -> Constant
 
 
 @kernel
-def _settle(  # type: ignore[no-untyped-def]
+def _rescale(  # type: ignore[no-untyped-def]
     hidden,
     classifier,
     kept,
@@ -119,7 +119,7 @@ def _settle(  # type: ignore[no-untyped-def]
     HAS_SOFTCAP: tl.constexpr,
     HAS_TEMPERATURE: tl.constexpr,
     SUM: tl.constexpr,
-    EXPECTED: tl.constexpr,
+    MEAN: tl.constexpr,
     FARTHEST: tl.constexpr,
     DEPTHS: tl.constexpr,
     SHARES: tl.constexpr,

@@ -37,13 +37,13 @@ def statistic_places(names: tuple[str, ...]) -> dict[str, int]:
     assert names[:2] == ("lse", "target")
     return {
         "SUM": names.index("sum") if "sum" in names else 0,
-        "EXPECTED": names.index("expected") if "expected" in names else 0,
+        "MEAN": names.index("mean_log_prob") if "mean_log_prob" in names else 0,
     }
 
 
-def rival_place(names: tuple[str, ...]) -> dict[str, int]:
-    """Return where the rival lies, of which kernels of forward alone know; 0 if not wanted."""
-    return {"RIVAL": names.index("rival") if "rival" in names else 0}
+def other_place(names: tuple[str, ...]) -> dict[str, int]:
+    """Return where the largest other logit lies, which forward alone makes; 0 if not wanted."""
+    return {"OTHER": names.index("largest_other") if "largest_other" in names else 0}
 
 
 def logit_values(transform: Transform) -> tuple[float, float]:
@@ -119,7 +119,7 @@ def to_logit_and_slope(  # type: ignore[no-untyped-def]
 @triton.jit
 def load_tokens(  # type: ignore[no-untyped-def]
     tokens, num_tokens, targets, row_start, statistics, statistics_stride, grads, grads_stride,
-    SUM: tl.constexpr, EXPECTED: tl.constexpr,
+    SUM: tl.constexpr, MEAN: tl.constexpr,
 ):  # fmt: skip
     """Tokens' targets, statistics and what these receive, as columns; 0 beyond the last token."""
     here = tokens < num_tokens
@@ -129,9 +129,9 @@ def load_tokens(  # type: ignore[no-untyped-def]
     target_grad = tl.load(grads + grads_stride + tokens, mask=here, other=0.0)
     target = tl.load(targets + tokens, mask=here, other=-1).to(tl.int32) - row_start
     expected, expected_grad, sum_grad = lse, lse, lse
-    if EXPECTED > 0:
-        expected = tl.load(statistics + EXPECTED * statistics_stride + tokens, mask=here, other=0.0)
-        expected_grad = tl.load(grads + EXPECTED * grads_stride + tokens, mask=here, other=0.0)
+    if MEAN > 0:
+        expected = tl.load(statistics + MEAN * statistics_stride + tokens, mask=here, other=0.0)
+        expected_grad = tl.load(grads + MEAN * grads_stride + tokens, mask=here, other=0.0)
     if SUM > 0:
         sum_grad = tl.load(grads + SUM * grads_stride + tokens, mask=here, other=0.0)
     return (
@@ -143,7 +143,7 @@ def load_tokens(  # type: ignore[no-untyped-def]
 @triton.jit
 def gradient_of(  # type: ignore[no-untyped-def]
     z, slope, is_target, lse, at_target, lse_grad, target_grad, sum_grad, expected, expected_grad,
-    SUM: tl.constexpr, EXPECTED: tl.constexpr, HAS_SLOPE: tl.constexpr,
+    SUM: tl.constexpr, MEAN: tl.constexpr, HAS_SLOPE: tl.constexpr,
 ):  # fmt: skip
     """The gradient of raw entries from their logits z; `backends/interface.py` has the formula.
 
@@ -153,7 +153,7 @@ def gradient_of(  # type: ignore[no-untyped-def]
     p = tl.exp2(z * LOG2E - lse * LOG2E)
     gradient = p * lse_grad
     own = lse_grad * expm1(at_target - lse) + (lse_grad + target_grad)
-    if EXPECTED > 0:
+    if MEAN > 0:
         finite = tl.where(p > 0.0, z - lse, 0.0)
         gradient += p * expected_grad * (finite - expected)
         # As above: a logit of -inf has no probability, and 0 times -inf is not 0.

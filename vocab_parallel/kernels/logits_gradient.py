@@ -103,7 +103,7 @@ def _logits_gradient(  # type: ignore[no-untyped-def]
     HAS_SOFTCAP: tl.constexpr,
     HAS_TEMPERATURE: tl.constexpr,
     SUM: tl.constexpr,  # its place in the statistics, 0 where there is none
-    EXPECTED: tl.constexpr,
+    MEAN: tl.constexpr,
     HAS_SUMS: tl.constexpr,
     STEPS: tl.constexpr,  # of a program, each of some tokens
     TOKENS: tl.constexpr,
@@ -122,7 +122,7 @@ def _logits_gradient(  # type: ignore[no-untyped-def]
         tokens = (group * STEPS + step) * TOKENS + tl.arange(0, TOKENS)
         target, lse, at, lse_grad, target_grad, sum_grad, expected, expected_grad = load_tokens(
             tokens, num_tokens, targets, row_start, statistics, statistics_stride, grads,
-            grads_stride, SUM, EXPECTED,
+            grads_stride, SUM, MEAN,
         )  # fmt: skip
         here = tokens < num_tokens
         mask = here[:, None] & touched[None, :]
@@ -135,7 +135,7 @@ def _logits_gradient(  # type: ignore[no-untyped-def]
         gradient = gradient_of(
             z, slope, columns[None, :] == target, lse, at, lse_grad, target_grad,
             sum_grad, expected, expected_grad,
-            SUM, EXPECTED, HAS_SOFTCAP or HAS_TEMPERATURE,
+            SUM, MEAN, HAS_SOFTCAP or HAS_TEMPERATURE,
         )  # fmt: skip
         if HAS_SUMS:
             summed += tl.sum(gradient, 0)

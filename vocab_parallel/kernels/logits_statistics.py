@@ -12,9 +12,9 @@ from vocab_parallel.kernels.logit import (
     Transform,
     logit_constants,
     logit_values,
+    other_place,
     parts_of,
     readable_width,
-    rival_place,
     to_logit,
 )
 
@@ -38,7 +38,7 @@ def logits_statistics(
     Args:
         logits: float16, bfloat16 or float32; columns are adjacent, rows may be further apart.
         targets: int32 or int64; a token whose target lies outside of the tile adds nothing.
-        names: "lse", "target", then "sum", "expected" and "rival" where wanted; see
+        names: "lse", "target", then "sum", "mean_log_prob" and "largest_other" where wanted; see
             `statistics.py`.
         first: whether the tile's are the first rows; else ``statistics`` are joined.
     """
@@ -58,7 +58,7 @@ def logits_statistics(
             row_start,
             *logit_values(transform),
             **logit_constants(bias is not None, parts_of(transform), names),
-            **rival_place(names),
+            **other_place(names),
             FIRST=first,
             BLOCK=BLOCK,
             num_warps=1,
@@ -82,8 +82,8 @@ def _logits_statistics(  # type: ignore[no-untyped-def]
     HAS_SOFTCAP: tl.constexpr,
     HAS_TEMPERATURE: tl.constexpr,
     SUM: tl.constexpr,  # its place in the statistics, 0 where it is not wanted
-    EXPECTED: tl.constexpr,
-    RIVAL: tl.constexpr,
+    MEAN: tl.constexpr,
+    OTHER: tl.constexpr,
     FIRST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -100,7 +100,7 @@ def _logits_statistics(  # type: ignore[no-untyped-def]
     totals = tl.zeros((BLOCK,), tl.float32)
     weighted = tl.zeros((BLOCK,), tl.float32)
     plain = tl.zeros((BLOCK,), tl.float32)
-    rivals = tl.full((BLOCK,), -float("inf"), tl.float32)
+    others_peak = tl.full((BLOCK,), -float("inf"), tl.float32)
     columns = tl.arange(0, BLOCK)
     # The next block is on its way while one is worked on; the last, which alone is masked, follows.
     ahead = tl.load(own + columns, mask=columns < width, other=0.0)
@@ -108,16 +108,16 @@ def _logits_statistics(  # type: ignore[no-untyped-def]
         z = ahead.to(tl.float32)
         if HAS_BIAS:
             z += tl.load(bias + columns).to(tl.float32)
-        if RIVAL > 0:
+        if OTHER > 0:
             is_target = columns == target
         columns += BLOCK
         ahead = tl.load(own + columns, mask=columns < width, other=0.0)
         z = to_logit(z, softcap, temperature, HAS_SOFTCAP, HAS_TEMPERATURE)
-        if RIVAL > 0:
-            rivals = tl.maximum(rivals, tl.where(is_target, -float("inf"), z))
+        if OTHER > 0:
+            others_peak = tl.maximum(others_peak, tl.where(is_target, -float("inf"), z))
         if SUM > 0:
             plain += z
-        peak, totals, weighted = _join_block(z, peak, totals, weighted, EXPECTED > 0)
+        peak, totals, weighted = _join_block(z, peak, totals, weighted, MEAN > 0)
     if num_rows % BLOCK != 0:
         inside = columns < num_rows
         z = ahead.to(tl.float32)
@@ -127,9 +127,9 @@ def _logits_statistics(  # type: ignore[no-untyped-def]
         if SUM > 0:
             plain += tl.where(inside, z, 0.0)
         z = tl.where(inside, z, -float("inf"))
-        if RIVAL > 0:
-            rivals = tl.maximum(rivals, tl.where(columns == target, -float("inf"), z))
-        peak, totals, weighted = _join_block(z, peak, totals, weighted, EXPECTED > 0)
+        if OTHER > 0:
+            others_peak = tl.maximum(others_peak, tl.where(columns == target, -float("inf"), z))
+        peak, totals, weighted = _join_block(z, peak, totals, weighted, MEAN > 0)
     total = tl.sum(totals, 0)
     # Compared with 0 and not by >: a NaN stays one.
     divisor = tl.where(total == 0.0, 1.0, total)
@@ -151,28 +151,28 @@ def _logits_statistics(  # type: ignore[no-untyped-def]
         if not FIRST:
             summed += tl.load(out + SUM * statistics_stride)
         tl.store(out + SUM * statistics_stride, summed)
-    if EXPECTED > 0:
+    if MEAN > 0:
         expected = tl.sum(weighted, 0) / divisor - tl.where(total == 0.0, 0.0, lse - origin)
         if not FIRST:
             # See `statistics.py`; a part whose lse is -inf has no share.
             safe = tl.where(joined == -float("inf"), 0.0, joined)
-            earlier = tl.load(out + EXPECTED * statistics_stride)
+            earlier = tl.load(out + MEAN * statistics_stride)
             share, share_before = tl.exp(lse - safe), tl.exp(before - safe)
             own = share * (expected + tl.where(lse == -float("inf"), 0.0, lse - safe))
             own += share_before * (earlier + tl.where(before == -float("inf"), 0.0, before - safe))
             shares = share + share_before  # 1, but for the rounding of each lse
             expected = own / tl.where(shares == 0.0, 1.0, shares)
-        tl.store(out + EXPECTED * statistics_stride, expected)
-    if RIVAL > 0:
-        rival = tl.max(rivals, 0)
+        tl.store(out + MEAN * statistics_stride, expected)
+    if OTHER > 0:
+        other = tl.max(others_peak, 0)
         if not FIRST:
-            rival = tl.maximum(rival, tl.load(out + RIVAL * statistics_stride))
-        tl.store(out + RIVAL * statistics_stride, rival)
+            other = tl.maximum(other, tl.load(out + OTHER * statistics_stride))
+        tl.store(out + OTHER * statistics_stride, other)
     tl.store(out, joined)
 
 
 @triton.jit
-def _join_block(z, peak, totals, weighted, EXPECTED: tl.constexpr):  # type: ignore[no-untyped-def]
+def _join_block(z, peak, totals, weighted, MEAN: tl.constexpr):  # type: ignore[no-untyped-def]
     """Add a block's exponentials to the sums, lane by lane, under the largest logit so far."""
     LOG2E: tl.constexpr = 1.4426950408889634
     new_peak = tl.maximum(peak, tl.max(z, 0))
@@ -180,7 +180,7 @@ def _join_block(z, peak, totals, weighted, EXPECTED: tl.constexpr):  # type: ign
     shift = tl.where(new_peak == -float("inf"), 0.0, new_peak)
     rescale = tl.exp2((peak - shift) * LOG2E)
     exponential = tl.exp2(z * LOG2E - shift * LOG2E)
-    if EXPECTED:  # relative to `shift`, which moves with the peak
+    if MEAN:  # relative to `shift`, which moves with the peak
         finite = tl.where(exponential > 0.0, z - shift, 0.0)
         moved = tl.where(peak == -float("inf"), 0.0, peak - shift)
         weighted = (weighted + moved * totals) * rescale + finite * exponential

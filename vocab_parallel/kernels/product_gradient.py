@@ -115,7 +115,7 @@ def _product_gradient(  # type: ignore[no-untyped-def]
     HAS_SOFTCAP: tl.constexpr,
     HAS_TEMPERATURE: tl.constexpr,
     SUM: tl.constexpr,  # its place in the statistics, 0 where there is none
-    EXPECTED: tl.constexpr,
+    MEAN: tl.constexpr,
     HAS_SUMS: tl.constexpr,
     DEPTHS: tl.constexpr,
     PROGRAMS: tl.constexpr,
@@ -131,7 +131,7 @@ def _product_gradient(  # type: ignore[no-untyped-def]
         # Before the product, which hides the wait for them.
         target, lse, at, lse_grad, target_grad, sum_grad, expected, expected_grad = load_tokens(
             tokens, num_tokens, targets, row_start, statistics, statistics_stride, grads,
-            grads_stride, SUM, EXPECTED,
+            grads_stride, SUM, MEAN,
         )  # fmt: skip
         first, second = multiply(hidden, classifier, token, row, DEPTHS, TOKENS, ROWS, DEPTH)
         for half in tl.static_range(2):
@@ -144,7 +144,7 @@ def _product_gradient(  # type: ignore[no-untyped-def]
             gradient = gradient_of(
                 z, slope, columns[None, :] == target, lse, at, lse_grad, target_grad,
                 sum_grad, expected, expected_grad,
-                SUM, EXPECTED, HAS_SOFTCAP or HAS_TEMPERATURE,
+                SUM, MEAN, HAS_SOFTCAP or HAS_TEMPERATURE,
             )  # fmt: skip
             if HAS_SUMS:
                 tl.store(

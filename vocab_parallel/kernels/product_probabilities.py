@@ -53,7 +53,8 @@ def product_probabilities(
             nothing is kept.
         targets: int32 or int64; a token whose target is none of the rows has a target logit of 0.
         reference: near the largest logits of the token; -inf counts as 0.
-        names: "lse", "target", then "expected" and "rival" where wanted; see `statistics.py`.
+        names: "lse", "target", then "mean_log_prob" and "largest_other" where wanted; see
+            `statistics.py`.
     """
     assert "sum" not in names
     put_statistics(
@@ -83,8 +84,8 @@ def _product_probabilities(  # type: ignore[no-untyped-def]
     HAS_SOFTCAP: tl.constexpr,
     HAS_TEMPERATURE: tl.constexpr,
     SUM: tl.constexpr,  # never wanted
-    EXPECTED: tl.constexpr,  # its place in the statistics, 0 where it is not wanted
-    RIVAL: tl.constexpr,
+    MEAN: tl.constexpr,  # its place in the statistics, 0 where it is not wanted
+    OTHER: tl.constexpr,
     KEEPS: tl.constexpr,
     FARTHEST: tl.constexpr,
     DEPTHS: tl.constexpr,
@@ -112,7 +113,7 @@ def _product_probabilities(  # type: ignore[no-untyped-def]
         )  # fmt: skip
         total = tl.zeros((TOKENS,), tl.float32)
         weighted = tl.zeros((TOKENS,), tl.float32)
-        rival = tl.full((TOKENS,), -float("inf"), tl.float32)
+        other = tl.full((TOKENS,), -float("inf"), tl.float32)
         for half in tl.static_range(2):
             z = first if half == 0 else second
             start = row + half * HALF
@@ -124,32 +125,32 @@ def _product_probabilities(  # type: ignore[no-untyped-def]
                 z = z / temperature
             exponential = tl.exp2(z * LOG2E - shift[:, None])
             total += tl.sum(exponential, 1)
-            if EXPECTED > 0:
+            if MEAN > 0:
                 # A logit of -inf adds nothing: not 0 times -inf.
                 finite = tl.where(exponential > 0.0, z - origin[:, None], 0.0)
                 weighted += tl.sum(finite * exponential, 1)
-            if RIVAL > 0:
-                is_rival = (columns < num_rows)[None, :] & (columns[None, :] != target[:, None])
-                rival = tl.maximum(rival, tl.max(tl.where(is_rival, z, -float("inf")), 1))
+            if OTHER > 0:
+                is_other = (columns < num_rows)[None, :] & (columns[None, :] != target[:, None])
+                other = tl.maximum(other, tl.max(tl.where(is_other, z, -float("inf")), 1))
             if KEEPS:  # noqa: SIM102 (one is known to the compiler)
                 if start < rows_kept:
                     kept.store([token, start], (exponential * slope).to(kept.dtype))
         exponent = tl.log2(total)
         lse = (shift + exponent) / LOG2E
         expected = weighted
-        if EXPECTED > 0:
+        if MEAN > 0:
             expected = weighted / total - (lse - origin)
         # Rows beyond the last one were read as 0 and counted: a mask of every tile's would be dear.
         if (tl.max(tl.abs(exponent)) > FARTHEST) | (row + ROWS > num_rows):
             lse, _, by_maximum, _ = statistics_by_maximum(
                 first, second, row, num_rows, target, bias, softcap, temperature,
-                HAS_BIAS, HAS_SOFTCAP, HAS_TEMPERATURE, False, EXPECTED > 0, False,
+                HAS_BIAS, HAS_SOFTCAP, HAS_TEMPERATURE, False, MEAN > 0, False,
             )  # fmt: skip
-            if EXPECTED > 0:
+            if MEAN > 0:
                 expected = by_maximum
         out = parts + (row // ROWS).to(tl.int64) * num_tokens + tokens
         tl.store(out, lse, mask=inside)
-        if EXPECTED > 0:
-            tl.store(out + (EXPECTED - 1) * part, expected, mask=inside)
-        if RIVAL > 0:
-            tl.store(out + (RIVAL - 1) * part, rival, mask=inside)
+        if MEAN > 0:
+            tl.store(out + (MEAN - 1) * part, expected, mask=inside)
+        if OTHER > 0:
+            tl.store(out + (OTHER - 1) * part, other, mask=inside)

@@ -37,7 +37,7 @@ def product_statistics(
     Args:
         hidden, classifier: float16 or bfloat16, as `product.operands_fit` wants them.
         targets: int32 or int64; a token whose target is none of the rows has a target logit of 0.
-        names: "lse", "target", then "sum", "expected" and "rival" where wanted; see
+        names: "lse", "target", then "sum", "mean_log_prob" and "largest_other" where wanted; see
             `statistics.py`.
     """
     put_statistics(
@@ -65,8 +65,8 @@ def _product_statistics(  # type: ignore[no-untyped-def]
     HAS_SOFTCAP: tl.constexpr,
     HAS_TEMPERATURE: tl.constexpr,
     SUM: tl.constexpr,  # its place in the statistics, 0 where it is not wanted
-    EXPECTED: tl.constexpr,
-    RIVAL: tl.constexpr,
+    MEAN: tl.constexpr,
+    OTHER: tl.constexpr,
     KEEPS: tl.constexpr,
     DEPTHS: tl.constexpr,
     PROGRAMS: tl.constexpr,
@@ -93,27 +93,27 @@ def _product_statistics(  # type: ignore[no-untyped-def]
             if KEEPS:  # noqa: SIM102 (one is known to the compiler)
                 if start < rows_kept:
                     kept.store([token, start], (first if half == 0 else second).to(hidden.dtype))
-        lse, plain, expected, rival = statistics_by_maximum(
+        lse, plain, expected, other = statistics_by_maximum(
             first, second, row, num_rows, target, bias, softcap, temperature,
-            HAS_BIAS, HAS_SOFTCAP, HAS_TEMPERATURE, SUM > 0, EXPECTED > 0, RIVAL > 0,
+            HAS_BIAS, HAS_SOFTCAP, HAS_TEMPERATURE, SUM > 0, MEAN > 0, OTHER > 0,
         )  # fmt: skip
         out = parts + (row // ROWS).to(tl.int64) * num_tokens + tokens
         tl.store(out, lse, mask=inside)
         if SUM > 0:
             tl.store(out + (SUM - 1) * part, plain, mask=inside)
-        if EXPECTED > 0:
-            tl.store(out + (EXPECTED - 1) * part, expected, mask=inside)
-        if RIVAL > 0:
-            tl.store(out + (RIVAL - 1) * part, rival, mask=inside)
+        if MEAN > 0:
+            tl.store(out + (MEAN - 1) * part, expected, mask=inside)
+        if OTHER > 0:
+            tl.store(out + (OTHER - 1) * part, other, mask=inside)
 
 
 @triton.jit
 def statistics_by_maximum(  # type: ignore[no-untyped-def]
     first, second, row, num_rows, target, bias, softcap, temperature,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_TEMPERATURE: tl.constexpr,
-    HAS_SUM: tl.constexpr, HAS_EXPECTED: tl.constexpr, HAS_RIVAL: tl.constexpr,
+    HAS_SUM: tl.constexpr, HAS_MEAN: tl.constexpr, HAS_OTHER: tl.constexpr,
 ):  # fmt: skip
-    """Return each token's lse, sum, mean and rival in a tile, from the halves of its raw entries.
+    """Return each token's lse, sum, mean and largest other logit in a tile, from its raw halves.
 
     They are right however far apart the logits are.
     """
@@ -124,7 +124,7 @@ def statistics_by_maximum(  # type: ignore[no-untyped-def]
     total = tl.zeros((TOKENS,), tl.float32)
     plain = tl.zeros((TOKENS,), tl.float32)
     weighted = tl.zeros((TOKENS,), tl.float32)
-    rival = tl.full((TOKENS,), -float("inf"), tl.float32)
+    other = tl.full((TOKENS,), -float("inf"), tl.float32)
     for half in tl.static_range(2):
         z = first if half == 0 else second
         start = row + half * HALF
@@ -136,16 +136,16 @@ def statistics_by_maximum(  # type: ignore[no-untyped-def]
             plain += tl.sum(z, 1)
         if start + HALF > num_rows:
             z = tl.where(columns[None, :] < num_rows, z, -float("inf"))
-        if HAS_RIVAL:
+        if HAS_OTHER:
             others = tl.where(columns[None, :] == target[:, None], -float("inf"), z)
-            rival = tl.maximum(rival, tl.max(others, 1))
+            other = tl.maximum(other, tl.max(others, 1))
         larger = tl.maximum(peak, tl.max(z, 1))
         # A row of -inf alone (a bias may mask rows so) must not give -inf - -inf.
         origin = tl.where(larger == -float("inf"), 0.0, larger)
         shift = origin * LOG2E
         exponential = tl.exp2(z * LOG2E - shift[:, None])
         rescale = tl.exp2(peak * LOG2E - shift)
-        if HAS_EXPECTED:  # relative to `origin`, which moves with the peak
+        if HAS_MEAN:  # relative to `origin`, which moves with the peak
             finite = tl.where(exponential > 0.0, z - origin[:, None], 0.0)
             weighted += tl.where(peak == -float("inf"), 0.0, peak - origin) * total
             weighted = weighted * rescale + tl.sum(finite * exponential, 1)
@@ -155,4 +155,4 @@ def statistics_by_maximum(  # type: ignore[no-untyped-def]
     divisor = tl.where(total == 0.0, 1.0, total)
     lse = tl.where(total == 0.0, peak, peak + tl.log(divisor))
     expected = weighted / divisor - tl.where(total == 0.0, 0.0, lse - origin)
-    return lse, plain, expected, rival
+    return lse, plain, expected, other

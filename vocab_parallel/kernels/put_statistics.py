@@ -13,8 +13,8 @@ from vocab_parallel.kernels.logit import (
     cdiv,
     logit_constants,
     logit_values,
+    other_place,
     parts_of,
-    rival_place,
     statistic_places,
 )
 
@@ -74,14 +74,14 @@ def _constants(
 ) -> Constants:
     return (
         *logit_constants(has_bias, parts, names).items(),
-        *rival_place(names).items(),
+        *other_place(names).items(),
         ("KEEPS", keeps),
         *product.tile_constants(depth, programs).items(),
     )
 
 
 def join_blocks(
-    parts: Tensor,  # (k - 1, blocks, n) float32: lse, then sum, expected and rival where wanted
+    parts: Tensor,  # (k - 1, blocks, n) float32: lse, then sum, mean and other where wanted
     num_rows: int,
     targets: Tensor,  # (n,)
     statistics: Tensor,  # (k, n) float32; written
@@ -99,7 +99,7 @@ def join_blocks(
 
 @functools.cache
 def _join_constants(names: tuple[str, ...]) -> Constants:
-    places = {**statistic_places(names), **rival_place(names)}
+    places = {**statistic_places(names), **other_place(names)}
     return (*places.items(), ("BLOCKS", _BLOCKS), ("TOKENS", _TOKENS), ("num_warps", 4))
 
 
@@ -113,8 +113,8 @@ def _join_blocks(  # type: ignore[no-untyped-def]
     num_tokens,
     num_rows,
     SUM: tl.constexpr,
-    EXPECTED: tl.constexpr,
-    RIVAL: tl.constexpr,
+    MEAN: tl.constexpr,
+    OTHER: tl.constexpr,
     BLOCKS: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
@@ -129,7 +129,7 @@ def _join_blocks(  # type: ignore[no-untyped-def]
     total = tl.zeros((BLOCKS, TOKENS), tl.float32)
     plain = tl.zeros((BLOCKS, TOKENS), tl.float32)
     weighted = tl.zeros((BLOCKS, TOKENS), tl.float32)
-    rivals = tl.full((BLOCKS, TOKENS), -float("inf"), tl.float32)
+    others_peak = tl.full((BLOCKS, TOKENS), -float("inf"), tl.float32)
     for start in range(0, blocks, BLOCKS):
         here = (start + block < blocks)[:, None] & inside[None, :]
         at = own + tl.cast(start, tl.int64) * num_tokens
@@ -140,15 +140,15 @@ def _join_blocks(  # type: ignore[no-untyped-def]
         share = tl.exp2((lse - shift) * LOG2E)
         if SUM > 0:
             plain += tl.load(at + (SUM - 1) * part, mask=here, other=0.0)
-        if EXPECTED > 0:  # relative to `shift`, which moves with the peak
-            expected = tl.load(at + (EXPECTED - 1) * part, mask=here, other=0.0)
+        if MEAN > 0:  # relative to `shift`, which moves with the peak
+            expected = tl.load(at + (MEAN - 1) * part, mask=here, other=0.0)
             expected += tl.where(share > 0.0, lse - shift, 0.0)
             moved = tl.where(peak == -float("inf"), 0.0, peak - shift)
             weighted = (weighted + moved * total) * rescale + share * expected
         total = total * rescale + share
-        if RIVAL > 0:
-            rival = tl.load(at + (RIVAL - 1) * part, mask=here, other=-float("inf"))
-            rivals = tl.maximum(rivals, rival)
+        if OTHER > 0:
+            other = tl.load(at + (OTHER - 1) * part, mask=here, other=-float("inf"))
+            others_peak = tl.maximum(others_peak, other)
         peak = larger
     top = tl.max(peak, 0)
     shift = tl.where(top == -float("inf"), 0.0, top)
@@ -163,9 +163,9 @@ def _join_blocks(  # type: ignore[no-untyped-def]
     tl.store(out + statistics_stride, 0.0, mask=inside & nowhere)
     if SUM > 0:
         tl.store(out + SUM * statistics_stride, tl.sum(plain, 0), mask=inside)
-    if EXPECTED > 0:
+    if MEAN > 0:
         weighted += tl.where(peak == -float("inf"), 0.0, peak - shift[None, :]) * total
         expected = tl.sum(weighted * rescale, 0) / divisor - tl.where(sums == 0.0, 0.0, lse - shift)
-        tl.store(out + EXPECTED * statistics_stride, expected, mask=inside)
-    if RIVAL > 0:
-        tl.store(out + RIVAL * statistics_stride, tl.max(rivals, 0), mask=inside)
+        tl.store(out + MEAN * statistics_stride, expected, mask=inside)
+    if OTHER > 0:
+        tl.store(out + OTHER * statistics_stride, tl.max(others_peak, 0), mask=inside)

@@ -82,7 +82,7 @@ def _token_reference(  # type: ignore[no-untyped-def]
     HAS_SOFTCAP: tl.constexpr,
     HAS_TEMPERATURE: tl.constexpr,
     SUM: tl.constexpr,
-    EXPECTED: tl.constexpr,
+    MEAN: tl.constexpr,
     DEPTHS: tl.constexpr,
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
-from vocab_parallel.agreement import Claim, agree
+from vocab_parallel.agreement import RankSummary, agree
 from vocab_parallel.collectives import VocabGroup
 from vocab_parallel.entry import entry
 from vocab_parallel.layout import target_digest
@@ -151,7 +151,7 @@ class VocabParallelEmbedding(VocabRows):
         if validate:
             agree(
                 problem,
-                Claim(self.start, self.stop, self.vocab_size),
+                RankSummary(self.start, self.stop, self.vocab_size),
                 self._agreed(ids) if problem is None and self.degree > 1 else {},
                 VocabGroup.of(self.group),
             )

@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 
-from vocab_parallel.agreement import Claim, agree
+from vocab_parallel.agreement import RankSummary, agree
 from vocab_parallel.collectives import VocabGroup
 from vocab_parallel.modules.checkpoint import OwnRows, mark_rows, rows_of
 from vocab_parallel.modules.optimizer_state import watch_optimizers
@@ -127,7 +127,7 @@ class VocabRows(SharesGroup, nn.Module):
                 f"{type(rows).__name__} {list(rows.shape)}"
             )
         alike = {"row": list(rows.shape[1:]), "dtype": rows.dtype, "partition": self.row_counts}
-        agree(problem, Claim(self.start, self.stop, self.vocab_size), alike, group)
+        agree(problem, RankSummary(self.start, self.stop, self.vocab_size), alike, group)
         return group.gather_rows(rows.detach(), self.row_counts)
 
     def mark_rows(self) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vocab_parallel.agreement import Claim, agree
+from vocab_parallel.agreement import RankSummary, agree
 from vocab_parallel.backends.registry import create_backend
 from vocab_parallel.collectives import VocabGroup
 from vocab_parallel.functional import token_logprobs
@@ -172,7 +172,9 @@ class LogprobsPipelineLoss(ScheduledLoss):
             name: (list(tensor.shape), tensor.dtype) if isinstance(tensor, Tensor) else None
             for name, tensor in batch.items()
         }
-        agree(problem, Claim(rows.start, rows.stop, vocab_size), {"batch": shapes}, rows.group)
+        agree(
+            problem, RankSummary(rows.start, rows.stop, vocab_size), {"batch": shapes}, rows.group
+        )
 
 
 class _SumOfRanks(torch.autograd.Function):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from stage_groups import StageGroups
-from vocab_parallel.agreement import Claim, agree
+from vocab_parallel.agreement import RankSummary, agree
 from vocab_parallel.collectives import VocabGroup
 from vocab_parallel.layout import target_digest, target_range
 from vocab_parallel.modules.classifier import VocabParallelClassifier
@@ -68,9 +68,9 @@ def agree_on_schedule(given: ScheduleArguments) -> None:
     group = VocabGroup.of(groups.vocab_group)
     text = next(filter(None, _problems(given)), None)
     if text is not None:
-        agree(ValueError(text), Claim(), {}, group)
+        agree(ValueError(text), RankSummary(), {}, group)
     rows = given.loss.output_weight.owner
-    agree(None, Claim(rows.start, rows.stop, rows.vocab_size), _alike(given), group)
+    agree(None, RankSummary(rows.start, rows.stop, rows.vocab_size), _alike(given), group)
 
 
 def _problems(given: ScheduleArguments) -> Any:
@@ -366,18 +366,18 @@ def _claimed(
     divisor: Any,
     trains: bool,
     problem: ValueError | None,
-) -> tuple[Claim, dict[str, Any]]:
+) -> tuple[RankSummary, dict[str, Any]]:
     """Return what this rank says of its rows and labels, and what must be equal on all ranks."""
     options = given.loss.output_weight.read().options
     rows = (options.start, options.stop, options.vocab_size)
     if problem is not None:
-        return Claim(*rows), {}
+        return RankSummary(*rows), {}
     lowest, highest = target_range(target, given.loss.settings.ignore_index)
     if ids is not None and ids.numel():  # an id is a token too, and has no ignore_index
         ends = [int(end) for end in torch.stack(torch.aminmax(ids)).tolist()]
         present = highest >= lowest
         lowest, highest = min(ends[0], lowest) if present else ends[0], max(ends[1], highest)
-    return Claim(*rows, lowest, highest), {
+    return RankSummary(*rows, lowest, highest), {
         "shape of the labels": list(target.shape),
         "dtype of the labels": target.dtype,
         "shape of the ids": None if ids is None else list(ids.shape),
