@@ -183,7 +183,7 @@ def stored_buffers(stage: nn.Module) -> dict[str, Tensor]:
 
     Such are DeepSeek-V3's corrections of its routers' scores.
     """
-    saved = stage.state_dict()
+    saved = stage.state_dict(keep_vars=True)  # names alone: the parameters as they are
     return {name: buffer for name, buffer in stage.named_buffers() if name in saved}
 
 
