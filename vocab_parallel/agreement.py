@@ -88,7 +88,9 @@ def _worded_problem(problem: ValueError | None, group: VocabGroup) -> ValueError
 
 def _worded_difference(settings: Mapping[str, Any], group: VocabGroup) -> ValueError:
     every = group.exchange_objects(dict(settings))
-    differing = [name for name in settings if any(e.get(name) != settings[name] for e in every)]
+    names = dict.fromkeys(name for each in every for name in each)
+    first = every[0]
+    differing = [name for name in names if any(e.get(name) != first.get(name) for e in every)]
     values = "; ".join(f"{name}: {[e.get(name) for e in every]}" for name in differing)
     return ValueError(
         f"the ranks of the vocab group must agree, but rank by rank they have {values}; "

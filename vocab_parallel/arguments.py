@@ -411,7 +411,6 @@ def _equal_of_shape(
     return {
         **own,
         "impl_options": sorted(settings.impl_options.items()),
-        "num_valid_tokens given": settings.num_valid_tokens is not None,
         "reduce_e_grad": rows.reduce_e_grad,
         "largest_shard": rows.largest_shard,
         "tokens of e": hidden.shape[:-1].numel(),
