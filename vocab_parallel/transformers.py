@@ -4,6 +4,10 @@ For a call with labels the model finds a stand-in in its classifier's place, whi
 `DeferredLogits`. All else of the call is the model's own code: what stands around it (hooks, PEFT,
 DDP, FSDP2, accelerate, Trainer) runs as ever, and no family's loss, shift or scale is written down
 here. Nothing of transformers is imported.
+
+With a mesh the classifier's rows are spread over data-parallel ranks. What each rank returns stays
+its own loss, and gradients stay means over the ranks, of the body's by DDP or FSDP2 and of the rows
+by the loss: so a trainer's own factors mean what they meant.
 """
 
 import inspect
@@ -13,12 +17,18 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 
+from vocab_parallel.collectives import VocabGroup
 from vocab_parallel.deferred_logits import DeferredLogits, Recipe
 from vocab_parallel.loss import linear_cross_entropy
-from vocab_parallel.modules.heads import OutputWeight
+from vocab_parallel.modules.heads import OutputWeight, Rows
+from vocab_parallel.modules.sharded_linear import ShardedLinear
 
 _CHANGED = "_vocab_parallel_forward"  # the attribute of a changed model
 # What the model's forward says of its loss, or what its loss does not return.
@@ -31,7 +41,9 @@ _OF_THE_MODEL = frozenset(
 )
 
 
-def use_vocab_parallel_loss(model: nn.Module, **options: Any) -> None:
+def use_vocab_parallel_loss(
+    model: nn.Module, *, mesh: DeviceMesh | None = None, **options: Any
+) -> None:
     """Let ``model(**batch).loss`` be computed without the logits, in training and evaluation.
 
     The model is changed in place, and `remove_vocab_parallel_loss` undoes it. With labels, its own
@@ -49,16 +61,29 @@ def use_vocab_parallel_loss(model: nn.Module, **options: Any) -> None:
         use_vocab_parallel_loss(model)
         Trainer(model, ...).train()
 
+    With a mesh each data-parallel rank holds its rows of the classifier, and only their optimizer's
+    state: every rank calls this, before DDP or ``fully_shard`` wraps the model and before there is
+    an optimizer, and then always calls the model when the others do, with sequences of its own. Its
+    loss is that of its own tokens, and its rows' gradient is the mean over the ranks, as DDP's and
+    FSDP2's are. A call gathers the tokens' hidden states, in place of the rows and their gradient;
+    without labels, and for logits, it gathers the rows. DDP leaves the rows alone; FSDP2 wants
+    ``fully_shard(..., ignored_params={*model.lm_head.parameters()})``. `remove_vocab_parallel_loss`
+    makes the classifier whole on every rank, and torch.distributed.checkpoint.state_dict finds it
+    whole in the sharded model.
+
     Args:
         model: of transformers, with get_output_embeddings(), or what wraps it.
+        mesh: one axis over all ranks that DDP or FSDP2 takes gradients' means over.
         **options: of `linear_cross_entropy`: backward, impl, memory_budget, label_smoothing,
             z_loss, logits_dtype, validate, ... ``label_smoothing`` has the effect of Trainer's
             label_smoothing_factor, with which Trainer sends no labels and computes logits.
 
     Raises:
         ValueError: a model without a classifier, a classifier whose logits may be more than its
-            weight's, or an option that the model itself sets. When called: a model whose loss is
-            not the cross-entropy of its classifier's scaled logits.
+            weight's, or an option that the model itself sets; with a mesh, several axes, a
+            classifier that is no plain nn.Linear or is tied to the embedding, or a changed model.
+            When called: a model whose loss is not the cross-entropy of its classifier's scaled
+            logits.
     """
     wrong = sorted(_OF_THE_MODEL.intersection(options))
     if wrong:
@@ -71,6 +96,10 @@ def use_vocab_parallel_loss(model: nn.Module, **options: Any) -> None:
     head = owner.get_output_embeddings()
     OutputWeight(head)  # refuses what is no linear classifier
     changed = vars(owner).get(_CHANGED)
+    if mesh is not None:
+        _check_sharding(model, owner, head, mesh)
+        _put(owner, head, ShardedLinear.of(head, mesh))
+        _tell_ddp(owner)
     if changed is None:
         changed = _Forward(owner, owner.forward)
         setattr(owner, _CHANGED, changed)
@@ -81,6 +110,9 @@ def use_vocab_parallel_loss(model: nn.Module, **options: Any) -> None:
 def remove_vocab_parallel_loss(model: nn.Module) -> None:
     """Undo `use_vocab_parallel_loss`; a model that is not changed stays as it is.
 
+    A classifier that was sharded over a mesh is whole again, as another parameter: every rank
+    calls, and sends its rows to the others.
+
     Raises:
         ValueError: not a model of transformers with a classifier.
     """
@@ -88,6 +120,10 @@ def remove_vocab_parallel_loss(model: nn.Module) -> None:
     changed = vars(owner).pop(_CHANGED, None)
     if changed is None:
         return
+    head = owner.get_output_embeddings()
+    if isinstance(head, ShardedLinear):
+        _put(owner, head, head.whole())
+        del owner._ddp_params_and_buffers_to_ignore
     changed.options = None  # whoever has wrapped it since calls through
     if vars(owner).get("forward") is changed:
         del owner.forward
@@ -113,6 +149,59 @@ def _owner_of(model: nn.Module) -> Any:
             f"of its classifier"
         )
     return owner
+
+
+def _check_sharding(model: nn.Module, owner: Any, head: Any, mesh: DeviceMesh) -> None:
+    """Raise ValueError where the rows of a classifier cannot be spread over a mesh."""
+    problem = None
+    if mesh.ndim != 1 or mesh.size() != dist.get_world_size():
+        problem = f"a mesh of one axis over all {dist.get_world_size()} ranks, got {mesh}"
+    elif isinstance(model, DistributedDataParallel):
+        problem = "a model before DDP wraps it, got DDP's: DDP sums whole gradients"
+    elif _CHANGED in vars(owner):
+        problem = "a model that is not changed yet: call remove_vocab_parallel_loss(model) first"
+    elif type(head) is not nn.Linear or type(head.weight) is not nn.Parameter:
+        problem = (
+            f"an nn.Linear with a plain weight as the classifier, got {type(head).__name__} with "
+            f"{type(head.weight).__name__}: call before FSDP2 wraps it, and leave it out of PEFT"
+        )
+    elif sum(own is head.weight for own in _with_repeats(owner)) > 1:
+        problem = (
+            "a classifier of its own, got one that is tied to the embedding, which every rank needs "
+            "whole: set tie_word_embeddings=False, or leave the mesh out"
+        )
+    if problem is not None:
+        raise ValueError(f"expected, to spread the classifier's rows over a mesh, {problem}")
+
+
+def _with_repeats(owner: nn.Module) -> Iterator[nn.Parameter]:
+    for _, parameter in owner.named_parameters(remove_duplicate=False):
+        yield parameter
+
+
+def _places(owner: nn.Module, child: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Return every (parent, name) at which a model has a module."""
+    return [
+        (parent, name)
+        for parent in owner.modules()
+        for name, found in parent._modules.items()
+        if found is child
+    ]
+
+
+def _put(owner: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    for parent, name in _places(owner, old):
+        setattr(parent, name, new)
+
+
+def _tell_ddp(owner: Any) -> None:
+    """Name the sharded rows to DDP, by what they are called in PEFT's wrappers too."""
+    head = owner.get_output_embeddings()
+    rows = {id(parameter) for parameter in head.parameters()}
+    names = [name for name, own in owner.named_parameters() if id(own) in rows]
+    owner._ddp_params_and_buffers_to_ignore = [
+        prefix + name for prefix in ("", "base_model.", "base_model.model.") for name in names
+    ]
 
 
 class _Forward:
@@ -157,10 +246,49 @@ class _Forward:
             # Ranks with unlike tokens, over which FSDP has sharded the classifier, are no group.
             options.setdefault("validate", True)
             self.agreed = True
+        if isinstance(head, ShardedLinear):
+            return _loss_of_own_tokens(rows, hidden, targets, **options)
         e, c = rows.operands(hidden)
         return linear_cross_entropy(
             e, c, targets, rows.bias, vocab_parallel_options=rows.options, **options
         )
+
+
+def _loss_of_own_tokens(
+    rows: Rows,
+    hidden: Tensor,  # (..., D)
+    targets: Tensor,  # (...)
+    *,
+    reduction: str,
+    ignore_index: int,
+    **options: Any,
+) -> Tensor:
+    """Return this rank's loss over rows that data-parallel ranks share; all of them call.
+
+    The ranks may have unlike numbers of tokens, which they tell each other first: the host waits.
+    """
+    group = VocabGroup.of(rows.options.group)
+    flat, labels = hidden.flatten(0, -2), targets.flatten()
+    count = torch.tensor([labels.shape[0]], device=hidden.device)
+    missing = int(group.gather_shards(count).max()) - labels.shape[0]
+    losses = linear_cross_entropy(
+        F.pad(flat, (0, 0, 0, missing)),
+        rows.weight,
+        F.pad(labels, (0, missing), value=ignore_index),
+        rows.bias,
+        reduction="none",
+        ignore_index=ignore_index,
+        vocab_parallel_options=rows.options,
+        hidden_layout="sharded",
+        hidden_grad_scale=float(group.degree),
+        **options,
+    )[: labels.shape[0]]
+    # The rows' gradient is a sum over the ranks: its mean, with the hidden states' as it was.
+    losses = losses.detach() + (losses - losses.detach()) / group.degree
+    if reduction == "none":
+        return losses.view(targets.shape)
+    total = losses.sum()
+    return total if reduction == "sum" else total / (labels != ignore_index).sum().clamp(min=1)
 
 
 @torch.compiler.disable(recursive=False)  # the model's own frames are compiled
@@ -185,12 +313,7 @@ def _stand_in(forward: _Forward) -> Iterator["_StandIn"]:
     """Put a stand-in wherever the model has its classifier."""
     head = forward.owner.get_output_embeddings()
     stand_in = _StandIn(head, partial(forward.loss, head))
-    places = [
-        (parent, name)
-        for parent in forward.owner.modules()
-        for name, child in parent._modules.items()
-        if child is head
-    ]
+    places = _places(forward.owner, head)
     for parent, name in places:
         parent._modules[name] = stand_in
     try:
