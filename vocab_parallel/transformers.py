@@ -28,7 +28,13 @@ from vocab_parallel.collectives import VocabGroup
 from vocab_parallel.deferred_logits import DeferredLogits, Recipe
 from vocab_parallel.loss import linear_cross_entropy
 from vocab_parallel.modules.heads import OutputWeight, Rows
-from vocab_parallel.modules.sharded_linear import ShardedLinear
+from vocab_parallel.modules.sharded_linear import (
+    ShardedLinear,
+    can_be_sharded,
+    is_sharded,
+    make_whole,
+    shard_rows,
+)
 
 _CHANGED = "_vocab_parallel_forward"  # the attribute of a changed model
 # What the model's forward says of its loss, or what its loss does not return.
@@ -66,10 +72,10 @@ def use_vocab_parallel_loss(
     an optimizer, and then always calls the model when the others do, with sequences of its own. Its
     loss is that of its own tokens, and its rows' gradient is the mean over the ranks, as DDP's and
     FSDP2's are. A call gathers the tokens' hidden states, in place of the rows and their gradient;
-    without labels, and for logits, it gathers the rows. DDP leaves the rows alone; FSDP2 wants
-    ``fully_shard(..., ignored_params={*model.lm_head.parameters()})``. `remove_vocab_parallel_loss`
-    makes the classifier whole on every rank, and torch.distributed.checkpoint.state_dict finds it
-    whole in the sharded model.
+    without labels, for logits and for an embedding that is tied, it gathers the rows. DDP leaves
+    the rows alone; FSDP2 wants ``ignored_params={*model.lm_head.parameters()}``.
+    `remove_vocab_parallel_loss` makes the classifier whole on every rank, and the functions of
+    torch.distributed.checkpoint.state_dict give it whole from the sharded model.
 
     Args:
         model: of transformers, with get_output_embeddings(), or what wraps it.
@@ -80,8 +86,8 @@ def use_vocab_parallel_loss(
 
     Raises:
         ValueError: a model without a classifier, a classifier whose logits may be more than its
-            weight's, or an option that the model itself sets; with a mesh, several axes, a
-            classifier that is no plain nn.Linear or is tied to the embedding, or a changed model.
+            weight's, or an option that the model itself sets; with a mesh, one that is not of all
+            ranks, a classifier that is no plain nn.Linear, or a changed model.
             When called: a model whose loss is not the cross-entropy of its classifier's scaled
             logits.
     """
@@ -98,8 +104,8 @@ def use_vocab_parallel_loss(
     changed = vars(owner).get(_CHANGED)
     if mesh is not None:
         _check_sharding(model, owner, head, mesh)
-        _put(owner, head, ShardedLinear.of(head, mesh))
-        _tell_ddp(owner)
+        shard_rows(_sharing(owner, head), mesh)
+        _tell_ddp(owner, head)
     if changed is None:
         changed = _Forward(owner, owner.forward)
         setattr(owner, _CHANGED, changed)
@@ -120,9 +126,9 @@ def remove_vocab_parallel_loss(model: nn.Module) -> None:
     changed = vars(owner).pop(_CHANGED, None)
     if changed is None:
         return
-    head = owner.get_output_embeddings()
-    if isinstance(head, ShardedLinear):
-        _put(owner, head, head.whole())
+    sharded = [module for module in owner.modules() if is_sharded(module)]
+    if sharded:
+        make_whole(sharded)
         del owner._ddp_params_and_buffers_to_ignore
     changed.options = None  # whoever has wrapped it since calls through
     if vars(owner).get("forward") is changed:
@@ -160,45 +166,32 @@ def _check_sharding(model: nn.Module, owner: Any, head: Any, mesh: DeviceMesh) -
         problem = "a model before DDP wraps it, got DDP's: DDP sums whole gradients"
     elif _CHANGED in vars(owner):
         problem = "a model that is not changed yet: call remove_vocab_parallel_loss(model) first"
-    elif type(head) is not nn.Linear or type(head.weight) is not nn.Parameter:
-        problem = (
-            f"an nn.Linear with a plain weight as the classifier, got {type(head).__name__} with "
-            f"{type(head.weight).__name__}: call before FSDP2 wraps it, and leave it out of PEFT"
-        )
-    elif sum(own is head.weight for own in _with_repeats(owner)) > 1:
-        problem = (
-            "a classifier of its own, got one that is tied to the embedding, which every rank needs "
-            "whole: set tie_word_embeddings=False, or leave the mesh out"
+    else:
+        problem = next(
+            (
+                f"a plain nn.Linear as the classifier, and a plain nn.Embedding where one is tied "
+                f"to it, got {type(module).__name__} with {type(module.weight).__name__}: call "
+                f"before FSDP2 wraps the model, and leave both out of PEFT"
+                for module in _sharing(owner, head)
+                if not can_be_sharded(module)
+            ),
+            None,
         )
     if problem is not None:
         raise ValueError(f"expected, to spread the classifier's rows over a mesh, {problem}")
 
 
-def _with_repeats(owner: nn.Module) -> Iterator[nn.Parameter]:
-    for _, parameter in owner.named_parameters(remove_duplicate=False):
-        yield parameter
+def _sharing(owner: nn.Module, head: Any) -> list[Any]:
+    """Return the classifier and the modules that its weight is tied to."""
+    tied = [module for module in owner.modules() if getattr(module, "weight", None) is head.weight]
+    return [head, *(module for module in tied if module is not head)]
 
 
-def _places(owner: nn.Module, child: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Return every (parent, name) at which a model has a module."""
-    return [
-        (parent, name)
-        for parent in owner.modules()
-        for name, found in parent._modules.items()
-        if found is child
-    ]
-
-
-def _put(owner: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    for parent, name in _places(owner, old):
-        setattr(parent, name, new)
-
-
-def _tell_ddp(owner: Any) -> None:
+def _tell_ddp(owner: Any, head: nn.Module) -> None:
     """Name the sharded rows to DDP, by what they are called in PEFT's wrappers too."""
-    head = owner.get_output_embeddings()
-    rows = {id(parameter) for parameter in head.parameters()}
-    names = [name for name, own in owner.named_parameters() if id(own) in rows]
+    rows = set(head.parameters())
+    every = owner.named_parameters(remove_duplicate=False)
+    names = [name for name, own in every if own in rows]
     owner._ddp_params_and_buffers_to_ignore = [
         prefix + name for prefix in ("", "base_model.", "base_model.model.") for name in names
     ]
@@ -313,7 +306,12 @@ def _stand_in(forward: _Forward) -> Iterator["_StandIn"]:
     """Put a stand-in wherever the model has its classifier."""
     head = forward.owner.get_output_embeddings()
     stand_in = _StandIn(head, partial(forward.loss, head))
-    places = _places(forward.owner, head)
+    places = [
+        (parent, name)
+        for parent in forward.owner.modules()
+        for name, child in parent._modules.items()
+        if child is head
+    ]
     for parent, name in places:
         parent._modules[name] = stand_in
     try:

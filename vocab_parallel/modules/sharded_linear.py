@@ -1,10 +1,14 @@
-"""A linear classifier whose rows are a DTensor over data-parallel ranks, which all need its logits.
+"""A classifier, and an embedding tied to it, whose rows are a DTensor over data-parallel ranks.
 
-A DTensor, because everything that meets such a weight knows one: optimizers keep its rows apart,
-norms are summed over its mesh, and ``get_model_state_dict`` gives the whole.
+A DTensor, because what meets such a weight knows one: optimizers keep its rows apart, norms are
+summed over its mesh, and ``get_model_state_dict`` gives the whole. A call of either module gathers
+the rows, and the gradient of the rows is the mean over the ranks, as DDP's and FSDP2's are, by one
+reduce-scatter; all ranks of the mesh call it, each with its own tokens.
 """
 
-from typing import Self
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,46 +17,9 @@ from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 
 
 class ShardedLinear(nn.Linear):
-    """A linear layer [vocab_size, D] of which this rank holds the rows of ``Shard(0)``.
-
-    A call gathers the rows, [vocab_size, D] and the bias, and gives this rank's hidden states whole
-    logits; all ranks of the mesh call it, each with its own hidden states. The gradient of the rows
-    is the mean over the ranks, as DDP's and FSDP2's are, by one reduce-scatter.
-    """
+    """A linear layer [vocab_size, D] of which this rank holds the rows of ``Shard(0)``."""
 
     logits_are_linear = True  # for OutputWeight
-
-    @classmethod
-    def of(cls, linear: nn.Linear, mesh: DeviceMesh) -> Self:
-        """Take rank 0's layer, sharded over a mesh of one axis; every rank of it calls.
-
-        Rank 0 scatters its rows; the layer can be freed after.
-        """
-        own = cls(
-            linear.in_features,
-            linear.out_features,
-            linear.bias is not None,
-            device="meta",
-            dtype=linear.weight.dtype,
-        )
-        for name, whole in linear.named_parameters():
-            rows = distribute_tensor(whole.detach(), mesh, [Shard(0)])
-            setattr(own, name, nn.Parameter(rows, requires_grad=whole.requires_grad))
-        return own.train(linear.training)
-
-    def whole(self) -> nn.Linear:
-        """Return the layer with all rows; every rank of the mesh calls and gets it."""
-        linear = nn.Linear(
-            self.in_features,
-            self.out_features,
-            self.bias is not None,
-            device="meta",
-            dtype=self.weight.dtype,
-        )
-        for name, rows in self.named_parameters():
-            whole = rows.detach().full_tensor()  # type: ignore[operator]
-            setattr(linear, name, nn.Parameter(whole, requires_grad=rows.requires_grad))
-        return linear.train(self.training)
 
     def forward(self, hidden: Tensor) -> Tensor:  # (..., D) -> (..., vocab_size)
         """Return whole logits."""
@@ -60,6 +27,62 @@ class ShardedLinear(nn.Linear):
         return F.linear(hidden, _gathered(self.weight), bias)
 
 
+class ShardedEmbedding(nn.Embedding):
+    """An embedding [vocab_size, D] of which this rank holds the rows of ``Shard(0)``."""
+
+    def forward(self, ids: Tensor) -> Tensor:  # (...) -> (..., D)
+        """Return the rows of ids."""
+        return F.embedding(ids, _gathered(self.weight), self.padding_idx)
+
+
+_SHARDED: Mapping[type[nn.Module], type[nn.Module]] = MappingProxyType(
+    {nn.Linear: ShardedLinear, nn.Embedding: ShardedEmbedding}
+)
+_WHOLE = MappingProxyType({sharded: whole for whole, sharded in _SHARDED.items()})
+
+
+def can_be_sharded(module: nn.Module) -> bool:
+    """Tell whether `shard_rows` takes a module: a plain nn.Linear or nn.Embedding."""
+    plain = all(type(own) is nn.Parameter for own in module.parameters())
+    options = (getattr(module, name, None) for name in ("max_norm", "sparse", "scale_grad_by_freq"))
+    return type(module) in _SHARDED and plain and not any(options)
+
+
+def shard_rows(modules: list[nn.Module], mesh: DeviceMesh) -> None:
+    """Leave each rank its rows of modules, which keep what they share; every rank calls.
+
+    Rank 0's rows are scattered. The modules become `ShardedLinear` and `ShardedEmbedding`.
+
+    Args:
+        modules: those that `can_be_sharded`.
+        mesh: of one axis.
+    """
+    _replace(modules, lambda whole: distribute_tensor(whole, mesh, [Shard(0)]))
+    for module in modules:
+        module.__class__ = _SHARDED[type(module)]
+
+
+def make_whole(modules: list[nn.Module]) -> None:
+    """Undo `shard_rows`: every rank calls and gets all rows."""
+    _replace(modules, lambda rows: cast(DTensor, rows).full_tensor())
+    for module in modules:
+        module.__class__ = _WHOLE[type(module)]
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Tell whether `shard_rows` made a module what it is."""
+    return isinstance(module, tuple(_WHOLE))
+
+
+def _replace(modules: list[nn.Module], function: Callable[[Tensor], Tensor]) -> None:
+    """Put function(parameter) in the place of every parameter, one for each that is shared."""
+    replaced: dict[nn.Parameter, nn.Parameter] = {}
+    for module in modules:
+        for name, old in list(module.named_parameters(recurse=False)):
+            if old not in replaced:
+                replaced[old] = nn.Parameter(function(old.detach()), old.requires_grad)
+            setattr(module, name, replaced[old])
+
+
 def _gathered(rows: Tensor) -> Tensor:
-    assert isinstance(rows, DTensor)
-    return rows.full_tensor(grad_placements=[Partial("avg")])
+    return cast(DTensor, rows).full_tensor(grad_placements=[Partial("avg")])
