@@ -23,6 +23,7 @@ from tests.test_adapters import tiny
 from tests.test_transformers import compare, trained
 from vocab_parallel import (
     VocabParallelClassifier,
+    WholeRowsCallback,
     remove_vocab_parallel_loss,
     use_vocab_parallel_loss,
 )
@@ -296,6 +297,32 @@ def check_trainer(folder: str, cases: list[dict[str, Any]]) -> None:
         compare(logs["rows"], logs["stock"], rel)
 
 
+def check_trainer_resumes(folder: str, mesh: DeviceMesh) -> None:
+    """Trainer's own checkpoints of spread rows: whole ones, of which each rank takes its rows."""
+    ends = []
+    for name, stops in (("whole", [4]), ("parts", [2, 4])):
+        for index, stop in enumerate(stops):
+            model = model_of(tied=True)
+            use_vocab_parallel_loss(model, mesh=mesh)
+            logged, _ = trained(
+                model, Path(folder) / name, resume=index > 0, max_steps=stop, save_steps=2,
+                save_strategy="steps", lr_scheduler_type="constant",
+                more={"callbacks": [WholeRowsCallback()]},
+            )  # fmt: skip
+        ends.append([logged, *(whole(own.detach()).clone() for own in model.parameters())])
+    compare(ends[1][0], ends[0][0], 1e-6)
+    for ours, want in zip(ends[1][1:], ends[0][1:], strict=True):
+        assert relative_error(ours, want) < 1e-6
+    saved = Path(folder) / "parts" / "checkpoint-4"
+    again: Any = AutoModelForCausalLM.from_pretrained(saved)
+    remove_vocab_parallel_loss(model)
+    for (name, ours), want in zip(again.named_parameters(), model.parameters(), strict=True):
+        assert torch.equal(ours, want), name
+    moments = torch.load(saved / "optimizer.pt", weights_only=True)["state"].values()
+    shapes = [tuple(own["exp_avg"].shape) for own in moments]
+    assert sorted(shapes) == sorted(tuple(own.shape) for own in model.parameters())
+
+
 def check_accelerate(mesh: DeviceMesh) -> None:
     """Accelerate's own loop, with its clipping and its accumulation."""
     accelerate = pytest.importorskip("accelerate")
@@ -344,6 +371,7 @@ def check_trainers(folder: str, cases: list[dict[str, Any]]) -> None:
     warnings.simplefilter("ignore")  # Trainer's and accelerate's own
     check_accelerate(init_device_mesh("cpu", (dist.get_world_size(),)))
     check_trainer(folder, cases)
+    check_trainer_resumes(folder, init_device_mesh("cpu", (dist.get_world_size(),)))
 
 
 ACCUMULATION = {"gradient_accumulation_steps": 2}

@@ -35,6 +35,7 @@ from vocab_parallel.sharded.metrics import LossMetrics
 
 if TYPE_CHECKING:
     from vocab_parallel.pipeline.spanning.schedule import SpanningSchedule
+    from vocab_parallel.trainer_callback import WholeRowsCallback
     from vocab_parallel.transformers import remove_vocab_parallel_loss, use_vocab_parallel_loss
 
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
     "VocabParallelClassifier",
     "VocabParallelEmbedding",
     "VocabParallelOptions",
+    "WholeRowsCallback",
     "available_impls",
     "clip_grad_norm_",
     "count_valid_tokens",
@@ -84,4 +86,8 @@ def __getattr__(name: str) -> Any:
         from vocab_parallel import transformers
 
         return getattr(transformers, name)
+    if name == "WholeRowsCallback":
+        from vocab_parallel.trainer_callback import WholeRowsCallback
+
+        return WholeRowsCallback
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

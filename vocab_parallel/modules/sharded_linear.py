@@ -8,7 +8,7 @@ reduce-scatter; all ranks of the mesh call it, each with its own tokens.
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import cast
+from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,7 +16,23 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 
 
-class ShardedLinear(nn.Linear):
+class _ShardedRows(nn.Module):
+    """Parameters that are DTensors, and are loaded from whole tensors too."""
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        for name, rows in self.named_parameters(recurse=False):
+            given = state_dict.get(prefix + name)
+            if isinstance(given, Tensor) and not isinstance(given, DTensor):
+                mesh, placements = cast(DTensor, rows).device_mesh, cast(DTensor, rows).placements
+                state_dict[prefix + name] = distribute_tensor(
+                    given.to(rows.device), mesh, placements
+                )
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+class ShardedLinear(_ShardedRows, nn.Linear):
     """A linear layer [vocab_size, D] of which this rank holds the rows of ``Shard(0)``."""
 
     logits_are_linear = True  # for OutputWeight
@@ -27,7 +43,7 @@ class ShardedLinear(nn.Linear):
         return F.linear(hidden, _gathered(self.weight), bias)
 
 
-class ShardedEmbedding(nn.Embedding):
+class ShardedEmbedding(_ShardedRows, nn.Embedding):
     """An embedding [vocab_size, D] of which this rank holds the rows of ``Shard(0)``."""
 
     def forward(self, ids: Tensor) -> Tensor:  # (...) -> (..., D)
