@@ -1,14 +1,16 @@
 """What docs/adapters.md prints runs as it is printed, given what it says is the reader's."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
-from transformers import TrainingArguments
+from transformers import AutoModelForCausalLM, TrainingArguments
 
 from stage_groups import build_stage_groups
 from tests.oracle import relative_error
@@ -19,7 +21,13 @@ from tests.test_transformers import Ids
 from vocab_parallel import VocabParallelClassifier, no_loss, validate_pipeline_loss
 
 PAGE = (ROOT / "docs" / "adapters.md").read_text()
-RUN = ("Schedule1F1B", "VocabParallelLoss", "shard_output_embeddings", "Trainer(")
+RUN = (
+    "Schedule1F1B",
+    "VocabParallelLoss",
+    "shard_output_embeddings",
+    "args=arguments, train_dataset=dataset)",
+    "mesh=mesh",
+)
 
 
 def run_snippet(word: str, **given: Any) -> dict[str, Any]:
@@ -77,13 +85,37 @@ def check_splitter() -> None:
     assert isinstance(modules[0].output_decoder, VocabParallelClassifier) == is_last
 
 
-def check_over_ranks() -> None:
+def arguments_of(folder: str) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=folder, max_steps=1, use_cpu=True, report_to=[], save_steps=1, disable_tqdm=True,
+    )  # fmt: skip
+
+
+def check_rows(folder: str) -> None:
+    model = tiny("llama", tie_word_embeddings=False)
+    before = model.lm_head.weight.detach().clone()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Trainer's and accelerate's own
+        run_snippet(
+            "mesh=mesh", model=model, arguments=arguments_of(folder), dataset=Ids(),
+            device_type="cpu",
+        )  # fmt: skip
+    dist.barrier()
+    for saved in (folder, f"{folder}/checkpoint-1"):
+        again: Any = AutoModelForCausalLM.from_pretrained(saved)
+        assert torch.equal(again.lm_head.weight, model.lm_head.weight)
+    assert not torch.equal(model.lm_head.weight, before)
+
+
+def check_over_ranks(folder: str) -> None:
     check_pipelining()
     check_splitter()
+    check_rows(folder)
 
 
-def test_over_ranks() -> None:
-    run_ranks(check_over_ranks, 2)
+def test_over_ranks(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate", reason="Trainer needs it")
+    run_ranks(check_over_ranks, 2, folder=str(tmp_path))
 
 
 @pytest.mark.filterwarnings("ignore")  # of Trainer's and accelerate's own
@@ -92,10 +124,6 @@ def test_trainer(tmp_path: Path) -> None:
     pytest.importorskip("accelerate", reason="Trainer needs it")
     model = tiny("llama", tie_word_embeddings=False)
     before = model.lm_head.weight.clone()
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path), max_steps=1, use_cpu=True, report_to=[], save_strategy="no",
-        disable_tqdm=True,
-    )  # fmt: skip
-    run_snippet("Trainer(", model=model, arguments=arguments, dataset=Ids())
+    run_snippet(RUN[3], model=model, arguments=arguments_of(str(tmp_path)), dataset=Ids())
     assert model(**{name: ids[None] for name, ids in Ids()[0].items()}).logits is None
     assert not torch.equal(model.lm_head.weight, before)
