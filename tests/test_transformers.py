@@ -363,6 +363,19 @@ def compare(ours: list[dict[str, float]], stock: list[dict[str, float]], rel: fl
         assert found == pytest.approx(expected, rel=rel)
 
 
+def compare_rounded(
+    ours: list[dict[str, float]], stock: list[dict[str, float]], exact: list[dict[str, float]]
+) -> None:
+    """Runs in bfloat16: ours is no further from one in float32 than twice as far as stock."""
+
+    def farthest(run: list[dict[str, float]], name: str) -> float:
+        pairs = zip(run, exact, strict=True)
+        return max(abs(own[name] / want[name] - 1) for own, want in pairs if name in want)
+
+    for name in {name for entry in exact for name in entry}:
+        assert 0 < farthest(ours, name) < 2 * farthest(stock, name), name
+
+
 def metrics(prediction: Any) -> dict[str, float]:
     logits = prediction.predictions
     return {"sum": float(abs(logits).sum()), "first": float(logits[..., 0].argmax())}
@@ -448,12 +461,7 @@ def test_trainer_bf16(tmp_path: Path) -> None:
             if changed:
                 use_vocab_parallel_loss(model)
             runs[changed, bf16] = trained(model, tmp_path, bf16=bf16, max_steps=3)[0]
-    for found, stock, exact in zip(
-        runs[True, True], runs[False, True], runs[False, False], strict=True
-    ):
-        for name, want in exact.items():
-            own, theirs = abs(found[name] / want - 1), abs(stock[name] / want - 1)
-            assert own < 2 * theirs + 1e-3, name
+    compare_rounded(runs[True, True], runs[False, True], runs[False, False])
     assert runs[True, True] != runs[True, False]
 
 

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from tests.oracle import relative_error
 from tests.ranks import run_ranks
 from tests.test_adapters import tiny
-from tests.test_transformers import compare, trained
+from tests.test_transformers import compare, compare_rounded, trained
 from vocab_parallel import (
     VocabParallelClassifier,
     WholeRowsCallback,
@@ -232,8 +232,8 @@ def check_resumed(mesh: DeviceMesh) -> None:
         moment = optimizer.state[model.lm_head.weight]["exp_avg"]
         assert moment.to_local().shape == model.lm_head.weight.to_local().shape
         ends.append([whole(own.detach()).clone() for own in model.parameters()])
-    for ours, want in zip(*ends, strict=True):
-        assert torch.equal(ours, want)
+    for ours, want in zip(*ends, strict=True):  # DDP sums anew in another order
+        assert relative_error(ours, want) < 1e-6
 
 
 def check_refused(mesh: DeviceMesh) -> None:
@@ -292,9 +292,14 @@ def check_trainer(folder: str, cases: list[dict[str, Any]]) -> None:
                 use_vocab_parallel_loss(model, mesh=spread if way == "rows" else None)
             place = Path(folder) / f"{number}{way}"
             logs[way] = trained(model, place, max_grad_norm=0.5, **given)[0]
-        rel = 1e-3 if given.get("bf16") else 1e-6
-        compare(logs["whole"], logs["stock"], rel)
-        compare(logs["rows"], logs["stock"], rel)
+        exact = logs["stock"]
+        if given.get("bf16"):
+            exact = trained(model_of(), Path(folder) / "exact", max_grad_norm=0.5)[0]
+        for way in ("whole", "rows"):
+            if given.get("bf16"):
+                compare_rounded(logs[way], logs["stock"], exact)
+            else:
+                compare(logs[way], exact, 1e-6)
 
 
 def check_trainer_resumes(folder: str, mesh: DeviceMesh) -> None:
