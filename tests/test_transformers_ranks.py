@@ -1,5 +1,7 @@
 """A model of transformers changed in place, on several ranks, beside itself unchanged under DDP."""
 
+import copy
+import pickle
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -128,6 +130,12 @@ def check_vocab_groups(mesh: DeviceMesh) -> None:
         for (name, ours), want in zip(model.named_parameters(), stock.parameters(), strict=True):
             mine = slice(None) if name != "lm_head.weight" else rows
             assert relative_error(whole(ours.grad), want.grad[mine]) < 1e-5, name
+        if sharded:
+            with torch.no_grad():
+                with pytest.raises(ValueError, match=r"whole logits .* set pipeline_mode=False"):
+                    model(**batch).logits.argmax(-1)
+                model.lm_head.pipeline_mode = False
+                assert relative_error(model(**batch).logits, stock(**batch).logits) < 1e-6
         unlike = own_batches()[0]  # what data-parallel ranks would have
         use_vocab_parallel_loss(model, validate=None)
         model.forward.agreed = False
@@ -161,6 +169,8 @@ def check_mesh(mesh: DeviceMesh) -> None:
             found = run(wrapped, model, given)
             assert type(model.lm_head.weight.to_local()) is Tensor
             check_equal(found, stock)
+            if body == "ddp":  # FSDP2 takes no copies
+                check_copied(model, batches[0])
     check_logits_of_rows(wrapped, model, batches[0])
     check_undone(model, stock)
 
@@ -179,6 +189,13 @@ def check_logits_of_rows(wrapped: nn.Module, model: Any, batch: Any) -> None:
     assert relative_error(whole(ours), want) < 1e-5
     with torch.no_grad():
         assert relative_error(wrapped(**batch).logits, same(**batch).logits) < 1e-5
+
+
+def check_copied(model: Any, batch: Any) -> None:
+    """Copies and pickles hold this rank's rows, on the same mesh."""
+    expected = model(**batch).loss
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(**batch).loss, expected)
 
 
 def check_undone(model: Any, stock: Any) -> None:

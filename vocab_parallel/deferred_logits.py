@@ -54,8 +54,18 @@ class Recipe:
         return {"softcap": 1.0 / self.inner, "temperature": 1.0 / (self.inner * self.outer)}
 
     def computed(self) -> Tensor:
-        """Return the logits [..., vocab_size]."""
+        """Return the logits [..., vocab_size].
+
+        Raises:
+            ValueError: the classifier gives others, as one of a vocab group may.
+        """
         logits = self.classifier(self.hidden)
+        if logits.shape[-1] != self.vocab_size:
+            raise ValueError(
+                f"expected a classifier that gives whole logits [..., {self.vocab_size}], got "
+                f"{list(logits.shape)}: set pipeline_mode=False of a VocabParallelClassifier, or "
+                f"output_layouts=Replicate() of ColwiseParallel, to read them"
+            )
         if self.inner != 1.0:
             logits = logits * self.inner
         if self.outer is not None:

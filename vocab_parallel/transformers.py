@@ -258,12 +258,12 @@ def _loss_of_own_tokens(
 ) -> Tensor:
     """Return this rank's loss over rows that data-parallel ranks share; all of them call.
 
-    The ranks may have unlike numbers of tokens, which they tell each other first: the host waits.
+    The ranks may have unlike numbers of tokens, which they tell each other first. The host waits
+    for that, and for the GPU before it where the group cannot communicate from the CPU.
     """
     group = VocabGroup.of(rows.options.group)
     flat, labels = hidden.flatten(0, -2), targets.flatten()
-    count = torch.tensor([labels.shape[0]], device=hidden.device)
-    missing = int(group.gather_shards(count).max()) - labels.shape[0]
+    missing = int(group.exchange_integers([labels.shape[0]]).max()) - labels.shape[0]
     losses = linear_cross_entropy(
         F.pad(flat, (0, 0, 0, missing)),
         rows.weight,
