@@ -32,10 +32,10 @@ from vocab_parallel.pipeline import (
     validate_pipeline_loss,
 )
 from vocab_parallel.sharded.metrics import LossMetrics
+from vocab_parallel.trainer_callback import WholeRowsCallback
 
 if TYPE_CHECKING:
     from vocab_parallel.pipeline.spanning.schedule import SpanningSchedule
-    from vocab_parallel.trainer_callback import WholeRowsCallback
     from vocab_parallel.transformers import remove_vocab_parallel_loss, use_vocab_parallel_loss
 
 __all__ = [
@@ -86,8 +86,4 @@ def __getattr__(name: str) -> Any:
         from vocab_parallel import transformers
 
         return getattr(transformers, name)
-    if name == "WholeRowsCallback":
-        from vocab_parallel.trainer_callback import WholeRowsCallback
-
-        return WholeRowsCallback
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,12 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import TrainerCallback
 
 from vocab_parallel.modules.sharded_linear import is_sharded
 
 
-class WholeRowsCallback(TrainerCallback):
+class WholeRowsCallback:
     """Lets Trainer save and resume a model of ``use_vocab_parallel_loss(model, mesh=mesh)``.
 
     Under DDP Trainer saves what its first rank has. With this callback that rank has whole rows,
@@ -24,11 +23,18 @@ class WholeRowsCallback(TrainerCallback):
 
     For ``trainer.save_model()`` after training, every rank calls `remove_vocab_parallel_loss`
     first. ``save_strategy="best"`` decides too late for it; Trainer then stops with an error.
+    It is no TrainerCallback by class, since nothing of transformers is imported; Trainer asks it
+    for each event by name.
     """
 
     def __init__(self) -> None:
         self._whole: dict[Tensor, Tensor] = {}  # of a weight or a moment of this rank's rows
         self._hooks: list[Any] = []
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("on_"):  # an event that is none of ours
+            return lambda *_, **__: None
+        raise AttributeError(name)
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, *, model: Any, optimizer: Any, **_: Any
