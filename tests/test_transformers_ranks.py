@@ -296,6 +296,12 @@ def check_peft(mesh: DeviceMesh) -> None:
     stock = adapted(lambda model: None, True)
     for first in (True, False):
         check_equal(adapted(lambda model: use_vocab_parallel_loss(model, mesh=mesh), first), stock)
+    for more in ({"target_modules": ["lm_head"]}, {"modules_to_save": ["lm_head"]}):
+        model = model_of()
+        use_vocab_parallel_loss(model, mesh=mesh)
+        config = peft.LoraConfig(task_type="CAUSAL_LM", **{"target_modules": ["q_proj"], **more})
+        with pytest.raises(ValueError, match="leave it out of PEFT's target_modules"):
+            peft.get_peft_model(model, config)(**batches[0])
 
 
 def check_trainer(folder: str, cases: list[dict[str, Any]]) -> None:

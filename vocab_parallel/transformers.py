@@ -233,13 +233,19 @@ class _Forward:
         return self._loss(head, hidden, targets, given)
 
     def _loss(self, head: nn.Module, hidden: Tensor, targets: Tensor, given: Any) -> Tensor:
-        rows = OutputWeight(head).read()
+        sharded = any(map(is_sharded, head.modules()))
+        if sharded and not isinstance(head, ShardedLinear):
+            raise ValueError(
+                f"expected the classifier whose rows were spread over a mesh, got it within "
+                f"{type(head).__name__}: leave it out of PEFT's target_modules and modules_to_save"
+            )
         options = {**(self.options or {}), **given}
+        rows = OutputWeight(head).read()
         if rows.options is not None and not self.agreed:
             # Ranks with unlike tokens, over which FSDP has sharded the classifier, are no group.
             options.setdefault("validate", True)
             self.agreed = True
-        if isinstance(head, ShardedLinear):
+        if sharded:
             return _loss_of_own_tokens(rows, hidden, targets, **options)
         e, c = rows.operands(hidden)
         return linear_cross_entropy(
