@@ -121,7 +121,9 @@ class DeferredLogits(Tensor):
                 return func(*args, **kwargs)
         note: Any = _NOTED.get(func)
         noted: Any = NotImplemented
-        if note in (_float, _to) or (note is not None and not _is_done(args)):
+        own = [value for value in args if isinstance(value, DeferredLogits)]
+        known = note is not None and own and (own[0] is args[0] or note is _times)
+        if known and (note in (_float, _to) or not own[0].recipe.may_compute()):
             noted = note(*args, **kwargs)
         if noted is NotImplemented:
             return _with_real_logits(func, args, kwargs)
@@ -139,10 +141,6 @@ def _with_real_logits(func: Any, args: Any, kwargs: Any) -> Any:
     name = getattr(func, "__name__", str(func))
     args, kwargs = tree_map_only(DeferredLogits, lambda own: own.computed(name), (args, kwargs))
     return func(*args, **kwargs)
-
-
-def _is_done(args: tuple[Any, ...]) -> bool:
-    return any(isinstance(own, DeferredLogits) and own.recipe.may_compute() for own in args)
 
 
 # Each returns the recipe of a step, or NotImplemented where it is another than it seems.
@@ -197,8 +195,8 @@ def _times(left: Any, right: Any) -> Any:
     return logits.recipe.scaled(factor) if isinstance(factor, int | float) else NotImplemented
 
 
-def _divided(logits: Any, divisor: Any) -> Any:
-    known = isinstance(logits, DeferredLogits) and isinstance(divisor, int | float)
+def _divided(logits: DeferredLogits, divisor: Any) -> Any:
+    known = isinstance(divisor, int | float)
     return logits.recipe.scaled(1.0 / divisor) if known else NotImplemented
 
 
@@ -208,7 +206,7 @@ def _tanh(logits: DeferredLogits) -> Any:
 
 
 def _cross_entropy(
-    logits: Any,
+    logits: DeferredLogits,
     target: Tensor,
     weight: Tensor | None = None,
     size_average: Any = None,
@@ -218,7 +216,7 @@ def _cross_entropy(
     label_smoothing: float = 0.0,
 ) -> Any:
     plain = weight is None and size_average is None and reduce is None
-    if not (plain and isinstance(logits, DeferredLogits) and target.shape == logits.shape[:-1]):
+    if not plain or target.shape != logits.shape[:-1]:
         return NotImplemented
     recipe = logits.recipe
     options: dict[str, Any] = {"ignore_index": ignore_index, "reduction": reduction}

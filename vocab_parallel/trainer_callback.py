@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
-from vocab_parallel.modules.sharded_linear import is_sharded
+from vocab_parallel.modules.sharded_linear import is_sharded, own_rows
 
 
 class WholeRowsCallback:
@@ -45,9 +45,7 @@ class WholeRowsCallback:
             if isinstance(parameter, DTensor):
                 for name, value in moments.items():
                     if value.shape == parameter.shape and not isinstance(value, DTensor):
-                        moments[name] = distribute_tensor(
-                            value, parameter.device_mesh, parameter.placements
-                        )
+                        moments[name] = own_rows(value, parameter)
         self._hooks = [bare.register_state_dict_post_hook(self._with_whole_moments)]
         for module in filter(is_sharded, model.modules()):
             # A partial, because torch sets an attribute, which a method does not take.

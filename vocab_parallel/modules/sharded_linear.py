@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 
 
 class _ShardedRows(nn.Module):
-    """Parameters that are DTensors, and are loaded from whole tensors too."""
+    """Parameters that are DTensors; a load from whole tensors takes this rank's rows of them."""
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
@@ -25,10 +25,7 @@ class _ShardedRows(nn.Module):
         for name, rows in self.named_parameters(recurse=False):
             given = state_dict.get(prefix + name)
             if isinstance(given, Tensor) and not isinstance(given, DTensor):
-                mesh, placements = cast(DTensor, rows).device_mesh, cast(DTensor, rows).placements
-                state_dict[prefix + name] = distribute_tensor(
-                    given.to(rows.device), mesh, placements
-                )
+                state_dict[prefix + name] = own_rows(given, cast(DTensor, rows))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
@@ -88,6 +85,12 @@ def make_whole(modules: list[nn.Module]) -> None:
 def is_sharded(module: nn.Module) -> bool:
     """Tell whether `shard_rows` made a module what it is."""
     return isinstance(module, tuple(_WHOLE))
+
+
+def own_rows(whole: Tensor, like: DTensor) -> DTensor:
+    """Take of a whole tensor, equal on every rank, what this rank has of another; no exchange."""
+    own = whole.detach().to(like.device)
+    return distribute_tensor(own, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def _replace(modules: list[nn.Module], function: Callable[[Tensor], Tensor]) -> None:
