@@ -1,6 +1,7 @@
 """A model of transformers changed in place, on several ranks, beside itself unchanged under DDP."""
 
 import copy
+import gc
 import pickle
 import tempfile
 import warnings
@@ -397,6 +398,7 @@ def test_models(ranks: int) -> None:
 
 def check_trainers(folder: str, cases: list[dict[str, Any]]) -> None:
     warnings.simplefilter("ignore")  # Trainer's and accelerate's own
+    gc.freeze()  # Trainer collects garbage often, which takes longer than what it trains here
     check_accelerate(init_device_mesh("cpu", (dist.get_world_size(),)))
     check_trainer(folder, cases)
     check_trainer_resumes(folder, init_device_mesh("cpu", (dist.get_world_size(),)))
