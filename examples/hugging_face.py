@@ -1,8 +1,8 @@
 # torchrun --nproc-per-node 2 examples/hugging_face.py
 """A Hugging Face model with a tied weight: in one process, and with its rows over two ranks.
 
-`CausalLMLoss` takes the model as it is. Sharded, each rank holds half of the weight's rows and
-its own sequences; embedding and classifier are one parameter. Both have the gradients of
+`use_vocab_parallel_loss` changes the model in place. Sharded, each rank holds half of the weight's
+rows and its own sequences; embedding and classifier are one parameter. Both have the gradients of
 ``model(**batch).loss``.
 """
 
@@ -20,8 +20,8 @@ from vocab_parallel import (
     TiedRows,
     VocabParallelClassifier,
     VocabParallelEmbedding,
+    use_vocab_parallel_loss,
 )
-from vocab_parallel.adapters import CausalLMLoss
 
 
 def main() -> None:
@@ -46,8 +46,8 @@ def main() -> None:
     exact = {name: parameter.grad for name, parameter in model.named_parameters()}
 
     model.zero_grad()
-    loss = CausalLMLoss()(model, batch)
-    loss.backward()
+    use_vocab_parallel_loss(model)
+    (loss := model(**batch).loss).backward()
     torch.testing.assert_close(loss, dense, rtol=1e-5, atol=0.0)
     for name, parameter in model.named_parameters():
         assert (parameter.grad - exact[name]).norm() < 1e-4 * exact[name].norm(), name

@@ -19,11 +19,10 @@ from tests.oracle import relative_error
 from tests.ranks import run_ranks
 from vocab_parallel import (
     CCEPipelineLoss,
-    VocabParallelClassifier,
     count_valid_tokens,
     validate_pipeline_loss,
 )
-from vocab_parallel.adapters import CausalLMLoss, HiddenStatesLoss, shard_output_embeddings
+from vocab_parallel.adapters import HiddenStatesLoss, shard_output_embeddings
 
 SIZES: dict[str, Any] = {
     "vocab_size": 97,
@@ -40,75 +39,6 @@ def tiny(model_type: str, **given: Any) -> Any:
     torch.manual_seed(0)
     config = AutoConfig.for_model(model_type, **SIZES, **given)
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-
-
-@pytest.mark.parametrize(
-    ("model_type", "given"),
-    [
-        ("qwen3", {"tie_word_embeddings": True}),
-        ("llama", {"tie_word_embeddings": False}),
-        ("gemma2", {"final_logit_softcapping": 0.1}),
-    ],
-)
-def test_forward_stays_untouched(model_type: str, given: dict[str, Any]) -> None:
-    """The loss and every gradient of model(**batch).loss, also with Trainer's divisor."""
-    model = tiny(model_type, **given)
-    ids = torch.randint(97, (3, 12))
-    labels = ids.clone()
-    labels[0, 5:] = -100
-    mask = torch.ones_like(ids)
-    mask[0, 8:] = 0
-    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-    for count in (None, 50, torch.tensor(50)):
-        extra = {} if count is None else {"num_items_in_batch": count}
-        expected = model(**batch, **extra).loss
-        found = CausalLMLoss()(model, batch, count)
-        assert relative_error(found, expected) < 1e-6
-        exact = torch.autograd.grad(expected, list(model.parameters()))
-        ours = torch.autograd.grad(found, list(model.parameters()))
-        for (name, _), got, want in zip(model.named_parameters(), ours, exact, strict=True):
-            assert relative_error(got, want, 1e-6) < 1e-4, name
-    with pytest.raises(ValueError, match="give the unwrapped model"):
-        CausalLMLoss()(nn.Linear(2, 2), batch)
-    with pytest.raises(ValueError, match="inputs must have labels"):
-        CausalLMLoss()(model, {"input_ids": ids})
-
-
-def test_rows_that_the_configuration_does_not_say() -> None:
-    """A classifier of fewer rows is refused, and one of more is warned of."""
-    ids = torch.randint(40, (2, 9))
-    for rows, expected in (
-        (
-            60,
-            pytest.raises(ValueError, match=r"has 60 rows, .* LlamaForCausalLM says vocab_size=97"),
-        ),
-        (
-            128,
-            pytest.warns(UserWarning, match=r"takes 128 rows .*from_vocab\(97, group, num_rows=12"),
-        ),
-    ):
-        model = tiny("llama", tie_word_embeddings=False)
-        model.lm_head = nn.Linear(32, rows, bias=False)
-        with expected:
-            CausalLMLoss()(model, {"input_ids": ids, "labels": ids})
-
-
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")  # PEFT asks for it
-def test_a_model_of_peft() -> None:
-    """Adapters in the body and on the classifier: the loss and the gradients of the whole model."""
-    peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(target_modules=["q_proj", "lm_head"], init_lora_weights=False)
-    model = peft.get_peft_model(tiny("llama", tie_word_embeddings=False), config)
-    ids = torch.randint(97, (2, 9), generator=torch.Generator().manual_seed(0))
-    batch = {"input_ids": ids, "labels": ids}
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    assert any("lm_head" in name for name in trained)
-    expected = model(**batch).loss
-    found = CausalLMLoss()(model, batch)
-    assert relative_error(found, expected) < 1e-6
-    pairs = (torch.autograd.grad(loss, list(trained.values())) for loss in (found, expected))
-    for name, ours, want in zip(trained, *pairs, strict=True):
-        assert relative_error(ours, want, 1e-6) < 1e-4, name
 
 
 def test_factory_of_output_embeddings() -> None:
@@ -249,33 +179,5 @@ def check_hidden_states_loss() -> None:
     dist.barrier()
 
 
-def check_causal_lm_over_ranks() -> None:
-    """A classifier over the ranks is the whole one's loss; a DTensor of FSDP's is refused."""
-    model = tiny("llama", tie_word_embeddings=False).double()
-    ids = torch.randint(97, (2, 9), generator=torch.Generator().manual_seed(0))
-    batch = {"input_ids": ids, "labels": ids}
-    expected = model(**batch).loss
-    body = list(model.model.parameters())
-    exact = torch.autograd.grad(expected, [*body, model.lm_head.weight])
-    whole = model.lm_head
-    model.lm_head = VocabParallelClassifier.from_linear(whole, None)  # over all ranks
-    found = CausalLMLoss()(model, batch)
-    assert relative_error(found, expected) < 1e-6  # theirs is of float32 logits
-    ours = torch.autograd.grad(found, [*body, model.lm_head.weight])
-    for got, want in zip(ours[:-1], exact[:-1], strict=True):
-        assert relative_error(got, want, 1e-6) < 1e-5
-    assert relative_error(ours[-1], exact[-1][model.lm_head.start : model.lm_head.stop]) < 1e-5
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    whole.weight = nn.Parameter(distribute_tensor(whole.weight.detach(), mesh, [Shard(0)]))
-    model.lm_head = whole
-    with pytest.raises(ValueError, match="is a DTensor, of which each rank has a part"):
-        CausalLMLoss()(model, batch)
-
-
-def check_over_ranks() -> None:
-    check_hidden_states_loss()
-    check_causal_lm_over_ranks()
-
-
 def test_over_ranks() -> None:
-    run_ranks(check_over_ranks, 3)
+    run_ranks(check_hidden_states_loss, 3)

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 from launch import evaluation
@@ -22,7 +21,6 @@ from stage_groups import build_stage_groups
 from tests.oracle import relative_error
 from tests.ranks import run_ranks
 from tests.test_causal_families import NEUTRAL, batch, tiny_model
-from vocab_parallel.adapters import CausalLMLoss
 from vocab_parallel.logit_settings import logit_settings, refuse_other_losses
 
 
@@ -76,35 +74,6 @@ def test_refused_configurations(given: dict[str, Any], message: str) -> None:
     for config in (given, SimpleNamespace(**given)):
         with pytest.raises(ValueError, match=message):
             read(config)
-
-
-def test_refused_models_and_inputs() -> None:
-    """What a model's own loss has besides; a temperature of the caller's is no mistake."""
-    model, inputs = tiny_model("mixtral"), batch()
-    expected = model(**inputs).loss
-    for name, value in (
-        ("num_items_in_batch", 9),
-        ("shift_labels", inputs["labels"]),
-        ("ignore_index", 0),
-        ("output_router_logits", True),
-    ):
-        with pytest.raises(ValueError, match=f"got {name}"):
-            CausalLMLoss()(model, {**inputs, name: value})
-    with pytest.raises(ValueError, match="leave return_dict at True"):
-        CausalLMLoss()(model, {**inputs, "return_dict": False})
-    compiled: Any = torch.compile(model)
-    assert relative_error(CausalLMLoss()(compiled, inputs), expected) < 1e-5
-    model.config.output_router_logits = True
-    assert relative_error(model(**inputs).loss, expected) > 1e-4
-    with pytest.raises(ValueError, match="output_router_logits=True in the configuration of mixt"):
-        CausalLMLoss()(model, inputs)
-    model.config.output_router_logits = False
-    model.loss_function = F.cross_entropy
-    with pytest.raises(ValueError, match="ForCausalLMLoss, got MixtralForCausalLM with"):
-        CausalLMLoss()(model, inputs)
-    scaled, warmer = tiny_model("cohere", logit_scale=3.0), tiny_model("cohere", logit_scale=1.5)
-    found = CausalLMLoss(temperature=2.0)(scaled, inputs)
-    assert relative_error(found, warmer(**inputs).loss) < 1e-5
 
 
 def check_launch(folders: list[str]) -> None:

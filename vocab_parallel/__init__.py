@@ -32,9 +32,11 @@ from vocab_parallel.pipeline import (
     validate_pipeline_loss,
 )
 from vocab_parallel.plan import BackwardPlan, plan_backward
+from vocab_parallel.trainer_callback import WholeRowsCallback
 
 if TYPE_CHECKING:
     from vocab_parallel.pipeline.spanning.schedule import SpanningSchedule
+    from vocab_parallel.transformers import remove_vocab_parallel_loss, use_vocab_parallel_loss
 
 __all__ = [
     "BackwardPlan",
@@ -48,6 +50,7 @@ __all__ = [
     "VocabParallelClassifier",
     "VocabParallelEmbedding",
     "VocabParallelOptions",
+    "WholeRowsCallback",
     "available_impls",
     "clip_grad_norm_",
     "count_valid_tokens",
@@ -59,11 +62,13 @@ __all__ = [
     "no_loss",
     "plan_backward",
     "predict",
+    "remove_vocab_parallel_loss",
     "rows_as_dtensor",
     "rows_for_checkpoint",
     "score_tokens",
     "sum_over_columns",
     "token_logprobs",
+    "use_vocab_parallel_loss",
     "validate_columns",
     "validate_pipeline_loss",
 ]
@@ -71,9 +76,14 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    # torch.distributed.pipelining takes a second to import, which a loss alone should not cost.
+    # torch.distributed.pipelining, FSDP and the compiler take a second to import, which a loss
+    # alone should not cost.
     if name == "SpanningSchedule":
         from vocab_parallel.pipeline.spanning.schedule import SpanningSchedule
 
         return SpanningSchedule
+    if name in ("remove_vocab_parallel_loss", "use_vocab_parallel_loss"):
+        from vocab_parallel import transformers
+
+        return getattr(transformers, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,9 +1,10 @@
 """The loss as other trainers call one; `docs/adapters.md` shows each in its place.
 
-Nothing of those trainers is imported: what is taken is what they hand over.
+`transformers.py` is for the models of transformers. Nothing of those trainers is imported: what is
+taken is what they hand over.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,151 +13,8 @@ from torch.distributed.tensor import DTensor, Shard
 
 from vocab_parallel.functional import linear_cross_entropy
 from vocab_parallel.layout import HiddenLayout
-from vocab_parallel.logit_settings import logit_settings, refuse_other_losses
 from vocab_parallel.modules.classifier import VocabParallelClassifier
 from vocab_parallel.modules.heads import OutputWeight
-
-
-class CausalLMLoss:
-    """The loss of a Hugging Face causal language model, whose forward stays untouched.
-
-    Runs the model without its classifier and computes the loss from its hidden states and
-    ``get_output_embeddings()``, which is read at each call. A softcap and a scale of the logits
-    are those of the model's configuration; `docs/causal-families.md` has the families of
-    transformers, and what is refused. One process has the whole vocabulary, or the model has a
-    `VocabParallelClassifier` and every rank of its group calls, with the same batch unless
-    ``hidden_layout`` says otherwise. FSDP's hooks of the classifier do not run: keep it out of a
-    wrapped unit.
-
-        loss = CausalLMLoss()(model, batch)         # batch as model(**batch) takes it
-
-    Args:
-        ignore_index: labels that count for nothing.
-        temperature: divides the model's logits, after its own scale.
-        **options: of `linear_cross_entropy`: label_smoothing, z_loss, backward, memory_budget, ...
-    """
-
-    def __init__(self, ignore_index: int = -100, temperature: float = 1.0, **options: Any) -> None:
-        self._options = {"ignore_index": ignore_index, **options}
-        self._temperature = temperature
-
-    def __call__(
-        self,
-        model: nn.Module,
-        inputs: Mapping[str, Any],
-        num_items_in_batch: int | Tensor | None = None,
-    ) -> Tensor:
-        """Return the loss that ``model(**inputs).loss`` has, without the logits.
-
-        Args:
-            model: of two modules: a body, and the ``get_output_embeddings()`` of its hidden states.
-            inputs: what the model takes, ``labels`` [b, T] among them.
-            num_items_in_batch: divides the sum in place of the count of valid labels, as Trainer
-                gives it where gradients are accumulated.
-
-        Raises:
-            ValueError: a model without a classifier, or whose classifier has fewer rows than its
-                configuration's ``vocab_size``, inputs without labels, or a model or inputs whose
-                own loss is not the mean over shifted labels of one classifier's logits.
-        """
-        owner: Any = model
-        if hasattr(owner, "get_base_model"):  # of PEFT
-            owner = owner.get_base_model()
-        head = owner.get_output_embeddings() if hasattr(owner, "get_output_embeddings") else None
-        if head is None:
-            raise ValueError(
-                f"expected a causal language model with get_output_embeddings(), got "
-                f"{type(model).__name__}: give the unwrapped model"
-            )
-        labels = inputs.get("labels")
-        if labels is None:
-            raise ValueError("inputs must have labels; in a causal model's batch they are its ids")
-        config: Any = getattr(owner, "config", None)
-        settings = logit_settings(config)
-        refuse_other_losses(config)
-        weight = OutputWeight(head)
-        if any(isinstance(tensor, DTensor) for tensor in weight.tensors):
-            raise ValueError(
-                f"the classifier of {type(owner).__name__} is a DTensor, of which each rank has a "
-                f"part while the ranks have unlike tokens (FSDP's hooks do not run here): keep it "
-                f"out of what is wrapped, or give CCEPipelineLoss the rows of a vocab group"
-            )
-        weight.check_vocab_size(owner)
-        weight.warn_of_padding(owner)
-        rows = weight.read()
-        body = _body_of(owner, head)
-        _refuse_inputs_of_the_loss(inputs)
-        rest = {name: value for name, value in inputs.items() if name != "labels"}
-        hidden = getattr(body(**rest), "last_hidden_state", None)
-        if hidden is None:
-            raise ValueError(
-                f"expected last_hidden_state in what {type(body).__name__} returns, "
-                f"got none: leave return_dict at True, in the inputs and in the configuration"
-            )
-        if num_items_in_batch is not None and isinstance(num_items_in_batch, Tensor):
-            num_items_in_batch = num_items_in_batch.to(hidden.device)
-        e, c = rows.operands(hidden)
-        return linear_cross_entropy(
-            e,
-            c,
-            labels.to(hidden.device),
-            rows.bias,
-            softcap=settings["softcap"],
-            temperature=settings["temperature"] * self._temperature,
-            vocab_parallel_options=rows.options,
-            shift=1,
-            num_valid_tokens=num_items_in_batch,
-            **self._options,
-        )
-
-
-def _body_of(model: nn.Module, head: nn.Module) -> nn.Module:
-    """Return what a model has besides its classifier.
-
-    Raises:
-        ValueError: the model is more than those two modules, or its loss is not a causal model's.
-    """
-    whole = getattr(model, "_orig_mod", model)  # of torch.compile
-    name = type(whole).__name__
-    children = dict(whole.named_children())
-    if not any(child is head for child in children.values()):
-        raise ValueError(
-            f"expected a classifier that is a module of the model itself, got one within another "
-            f"module of {name}, which may have layers of its own: give the unwrapped model, or the "
-            f"classifier's own inputs to linear_cross_entropy"
-        )
-    others = {
-        child_name: child
-        for child_name, child in children.items()
-        if child is not head and next(child.parameters(), None) is not None
-    }
-    if len(others) != 1:
-        raise ValueError(
-            f"expected one module besides the classifier, got {sorted(others)} in {name}, whose "
-            f"order is not known: give the classifier's own inputs to linear_cross_entropy"
-        )
-    # transformers chooses the loss by the name of the class, or the user has set one.
-    loss = getattr(whole, "loss_function", None)
-    if loss is not None and getattr(loss, "__name__", "") != "ForCausalLMLoss":
-        raise ValueError(
-            f"expected a model with the loss of a causal one, ForCausalLMLoss, got {name} with "
-            f"{loss}: give its hidden states to linear_cross_entropy"
-        )
-    (body,) = others.values()
-    return body
-
-
-def _refuse_inputs_of_the_loss(inputs: Mapping[str, Any]) -> None:
-    """Refuse inputs that a model hands to its own loss, and that its base model would ignore."""
-    for name, remedy in (
-        ("num_items_in_batch", "pass it as CausalLMLoss's own argument"),
-        ("shift_labels", "pass labels that are not shifted"),
-        ("ignore_index", "pass it to CausalLMLoss()"),
-        ("output_router_logits", "add the router's loss yourself"),
-    ):
-        value = inputs.get(name)
-        if value is not None and value is not False:
-            raise ValueError(f"expected inputs of the model's body, got {name}: {remedy}")
 
 
 class HiddenStatesLoss:
