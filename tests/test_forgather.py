@@ -2,12 +2,14 @@
 
 The double does what its trainer does around the loss: it finds the head by asking the last stage's
 module, wraps the loss in two divisions, of which an evaluation leaves out the outer one, sets no
-divisor, and calls the schedule with keyword arguments for every stage.
+divisor, and calls the schedule with keyword arguments for every stage. Where Forgather can be
+imported its own trainer is run too.
 """
 
 import contextlib
 import copy
 import functools
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -40,7 +42,7 @@ class GeneratedModel(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embedding: nn.Module | None = nn.Embedding(VOCABULARY, HIDDEN)
-        self.layers = nn.ModuleList(nn.Linear(HIDDEN, HIDDEN) for _ in range(2))
+        self.layers = nn.ModuleDict({str(i): nn.Linear(HIDDEN, HIDDEN) for i in range(2)})
         self.lm_head: Any = nn.Linear(HIDDEN, VOCABULARY, bias=False)
 
     def get_output_embeddings(self) -> Any:
@@ -53,7 +55,7 @@ class GeneratedModel(nn.Module):
 
     def forward(self, inputs: Tensor, return_hidden_states: bool | None = None) -> Tensor:
         hidden = inputs if self.embedding is None else self.embedding(inputs)
-        for layer in self.layers:
+        for layer in self.layers.values():
             hidden = layer(hidden).tanh()
         return hidden if return_hidden_states or not self.lm_head else self.lm_head(hidden)
 
@@ -67,7 +69,7 @@ def split_by_deletion(
     for stage in range(last + 1):
         module = copy.deepcopy(model)
         if last == 1:
-            module.layers = module.layers[stage : stage + 1]
+            module.layers.pop(str(1 - stage))
         if stage > 0:
             module.embedding = None
         if stage < last:
@@ -166,10 +168,7 @@ def check_mesh(pipeline: int, vocab: int, layout: Any, schedule: Any) -> None:
     trainer = PipelineTrainer(splitter, groups, factory, schedule)
     head = trainer.module.get_output_embeddings()
     assert isinstance(head, VocabParallelClassifier) == (vocab > 1 and trainer.is_last)
-    names = {  # of the whole model
-        name if pipeline == 1 else name.replace("layers.0", f"layers.{groups.pipeline_rank}"): p
-        for name, p in trainer.module.named_parameters()
-    }
+    names = dict(trainer.module.named_parameters())  # those of the whole model
     rows = slice(head.start, head.stop) if vocab > 1 and trainer.is_last else slice(None)
 
     def own_part(name: str, tensor: Tensor) -> Tensor:
@@ -228,3 +227,66 @@ def test_output_embeddings_are_the_head_itself() -> None:
     e, targets = torch.randn(5, 8), torch.randint(11, (5,))
     found = CCEPipelineLoss(model.get_output_embeddings(), shift=0)(e, targets)
     assert relative_error(found, linear_cross_entropy(e, head.weight, targets, head.bias)) < 1e-6
+
+
+class Ids(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """Sixteen sequences with uneven labels."""
+
+    def __init__(self) -> None:
+        self.ids = torch.randint(VOCABULARY, (16, 9), generator=torch.Generator().manual_seed(0))
+        self.labels = uneven_labels(self.ids.unflatten(0, (-1, 4))).flatten(0, 1)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.ids[index], "labels": self.labels[index]}
+
+
+def check_its_own_trainer(folder: str) -> None:
+    """Its trainer, unchanged, on a pipeline of two: our loss beside its own."""
+    warnings.simplefilter("default")  # its own warnings are its own
+    from forgather.ml.distributed import DistributedEnvironment
+    from forgather.ml.trainer.pipeline.pipeline_trainer import (
+        PipelineTrainer,
+        PipelineTrainingArguments,
+    )
+
+    found: list[list[float]] = []  # losses and norms of each trainer
+
+    class Recorded(PipelineTrainer):  # type: ignore[misc, valid-type]
+        def _train_step(self, *args: Any, **kwargs: Any) -> Any:
+            loss, norm = super()._train_step(*args, **kwargs)
+            found[-1].extend([float(loss), float(norm)])
+            return loss, norm
+
+        def _eval_loop(self) -> Any:
+            metrics = super()._eval_loop()
+            found[-1].append(float(metrics["eval_loss"]))
+            return metrics
+
+    ours = functools.partial(CCEPipelineLoss, scaled_outside=True)
+    for factory in (None, ours):
+        found.append([])
+        arguments = PipelineTrainingArguments(
+            output_dir=folder, use_cpu=True, device="cpu", seed=1, max_steps=4,
+            per_device_train_batch_size=4, per_device_eval_batch_size=4, n_microbatches=2,
+            gradient_accumulation_steps=2, max_grad_norm=1.0, learning_rate=1e-2,
+            save_strategy="no", eval_strategy="steps", eval_steps=2, num_train_epochs=8,
+            dataloader_pin_memory=False,
+        )  # fmt: skip
+        trainer = Recorded(
+            args=arguments, distributed_env=DistributedEnvironment(), callbacks=[],
+            model_init=GeneratedModel, model_splitter=split_by_deletion,
+            pipe_schedule_factory=ScheduleGPipe, train_dataset=Ids(), eval_dataset=Ids(),
+            compute_loss_func=causal_loss, fused_loss_factory=factory,
+        )  # fmt: skip
+        trainer.train()
+        assert trainer.use_fused_loss == (factory is not None and dist.get_rank() == 1)
+    assert len(found[0]) == 4 * 2 + 2
+    assert found[1] == pytest.approx(found[0], rel=1e-6)
+
+
+def test_its_own_trainer(tmp_path: Any) -> None:
+    pytest.importorskip("forgather.ml.trainer.pipeline", reason="needs Forgather, from its source")
+    run_ranks(check_its_own_trainer, 2, folder=str(tmp_path))
