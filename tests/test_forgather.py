@@ -9,8 +9,11 @@ imported its own trainer is run too.
 import contextlib
 import copy
 import functools
+import json
+import math
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,6 +29,7 @@ from tests.ranks import run_ranks
 from vocab_parallel import (
     CCEPipelineLoss,
     VocabParallelClassifier,
+    clip_grad_norm_,
     linear_cross_entropy,
     sum_over_columns,
 )
@@ -243,50 +247,109 @@ class Ids(torch.utils.data.Dataset[dict[str, Tensor]]):
         return {"input_ids": self.ids[index], "labels": self.labels[index]}
 
 
-def check_its_own_trainer(folder: str) -> None:
-    """Its trainer, unchanged, on a pipeline of two: our loss beside its own."""
+def trainers() -> Any:
+    """Return its trainer, which records what it does, and one of a pipeline x vocab mesh."""
     warnings.simplefilter("default")  # its own warnings are its own
-    from forgather.ml.distributed import DistributedEnvironment
-    from forgather.ml.trainer.pipeline.pipeline_trainer import (
-        PipelineTrainer,
-        PipelineTrainingArguments,
-    )
-
-    found: list[list[float]] = []  # losses and norms of each trainer
+    from forgather.ml.trainer.pipeline.pipeline_trainer import PipelineTrainer
 
     class Recorded(PipelineTrainer):  # type: ignore[misc, valid-type]
         def _train_step(self, *args: Any, **kwargs: Any) -> Any:
             loss, norm = super()._train_step(*args, **kwargs)
-            found[-1].extend([float(loss), float(norm)])
+            self.found = [*getattr(self, "found", []), float(loss), float(norm)]
             return loss, norm
 
         def _eval_loop(self) -> Any:
             metrics = super()._eval_loop()
-            found[-1].append(float(metrics["eval_loss"]))
+            self.found.append(float(metrics["eval_loss"]))
             return metrics
 
-    ours = functools.partial(CCEPipelineLoss, scaled_outside=True)
-    for factory in (None, ours):
-        found.append([])
-        arguments = PipelineTrainingArguments(
-            output_dir=folder, use_cpu=True, device="cpu", seed=1, max_steps=4,
-            per_device_train_batch_size=4, per_device_eval_batch_size=4, n_microbatches=2,
-            gradient_accumulation_steps=2, max_grad_norm=1.0, learning_rate=1e-2,
-            save_strategy="no", eval_strategy="steps", eval_steps=2, num_train_epochs=8,
-            dataloader_pin_memory=False,
-        )  # fmt: skip
-        trainer = Recorded(
-            args=arguments, distributed_env=DistributedEnvironment(), callbacks=[],
-            model_init=GeneratedModel, model_splitter=split_by_deletion,
-            pipe_schedule_factory=ScheduleGPipe, train_dataset=Ids(), eval_dataset=Ids(),
-            compute_loss_func=causal_loss, fused_loss_factory=factory,
-        )  # fmt: skip
-        trainer.train()
-        assert trainer.use_fused_loss == (factory is not None and dist.get_rank() == 1)
-    assert len(found[0]) == 4 * 2 + 2
-    assert found[1] == pytest.approx(found[0], rel=1e-6)
+    class MeshTrainer(Recorded):
+        """What its trainer has to learn of two columns with the same sequences."""
+
+        def _post_init(self) -> None:
+            self.groups = build_stage_groups(self.dist.world_size // 2, 2, device_type="cpu")
+            self.dist = copy.copy(self.dist)  # one column of the mesh
+            self.dist.rank = self.groups.pipeline_rank
+            self.dist.world_size = self.groups.pipeline_degree
+            self.model_splitter = shard_output_embeddings(
+                self.model_splitter,
+                pipeline_rank=self.groups.pipeline_rank,
+                pipeline_group=self.groups.pipeline_group,
+                vocab_group=self.groups.vocab_group,
+            )
+            super()._post_init()
+            self.pp_group = self.groups.pipeline_group
+
+        @torch.no_grad()
+        def _initialize_params(self, every: Any, modules: Any, *_: Any) -> None:
+            """Every rank makes the whole model of the same seed, and takes its part."""
+            torch.manual_seed(self.args.seed)
+            whole = self._construct_model(device="cpu").state_dict()
+            for module in modules:
+                module.load_state_dict({name: whole[name] for name in module.state_dict()})
+
+        def _distributed_loss(self, loss: Tensor) -> Tensor:
+            group = self.groups.pipeline_group
+            dist.broadcast(loss, dist.get_global_rank(group, self.pp_last_stage_rank), group)
+            return loss
+
+        def _clip_grad_norm(self, max_grad_norm: float | None, norm_type: float = 2.0) -> Tensor:
+            stages = nn.ModuleList(self.pipeline_modules)
+            return clip_grad_norm_(stages, max_grad_norm or math.inf, self.groups)
+
+    return Recorded, MeshTrainer
 
 
-def test_its_own_trainer(tmp_path: Any) -> None:
+def seeded_model() -> GeneratedModel:
+    torch.manual_seed(2)  # a loader draws a number before its trainer makes the weights
+    return GeneratedModel()
+
+
+def trained(cls: Any, factory: Any, folder: str) -> Any:
+    """Return a trainer after four steps of two batches each, and two evaluations."""
+    from forgather.ml.distributed import DistributedEnvironment
+    from forgather.ml.trainer.pipeline.pipeline_trainer import PipelineTrainingArguments
+
+    arguments = PipelineTrainingArguments(
+        output_dir=folder, use_cpu=True, device="cpu", seed=1, max_steps=4, num_train_epochs=8,
+        per_device_train_batch_size=4, per_device_eval_batch_size=4, n_microbatches=2,
+        gradient_accumulation_steps=2, max_grad_norm=0.3, learning_rate=1e-2,
+        save_strategy="no", eval_strategy="steps", eval_steps=2, dataloader_pin_memory=False,
+    )  # fmt: skip
+    trainer = cls(
+        args=arguments, distributed_env=DistributedEnvironment(), callbacks=[],
+        model_init=seeded_model, model_splitter=split_by_deletion,
+        pipe_schedule_factory=ScheduleGPipe, train_dataset=Ids(), eval_dataset=Ids(),
+        compute_loss_func=causal_loss, fused_loss_factory=factory,
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.use_fused_loss == (factory is not None and trainer.pp_has_last_stage)
+    assert len(trainer.found) == 4 * 2 + 2
+    return trainer
+
+
+OURS = functools.partial(CCEPipelineLoss, scaled_outside=True)
+
+
+def check_its_own_trainer(folder: str) -> None:
+    """Its trainer, unchanged, on a pipeline of two: our loss beside its own."""
+    recorded, _ = trainers()
+    expected = trained(recorded, None, folder).found
+    assert trained(recorded, OURS, folder).found == pytest.approx(expected, rel=1e-6)
+    Path(folder, "expected.json").write_text(json.dumps(expected))
+
+
+def check_a_mesh(folder: str) -> None:
+    """The same on two stages of two ranks, each of which has half of the last one's rows."""
+    expected = json.loads(Path(folder, "expected.json").read_text())
+    _, mesh_trainer = trainers()
+    trainer = trained(mesh_trainer, OURS, folder)
+    assert trainer.found == pytest.approx(expected, rel=1e-6)
+    head = trainer.pipeline_modules[-1].get_output_embeddings()
+    assert isinstance(head, VocabParallelClassifier) == trainer.pp_has_last_stage
+
+
+def test_its_own_trainer(tmp_path: Path) -> None:
     pytest.importorskip("forgather.ml.trainer.pipeline", reason="needs Forgather, from its source")
     run_ranks(check_its_own_trainer, 2, folder=str(tmp_path))
+    run_ranks(check_a_mesh, 4, folder=str(tmp_path))
