@@ -237,6 +237,7 @@ def test_misspelt_options() -> None:
         ("ignore_idx", "did you mean 'ignore_index'"),
         ("chunk_row", "did you mean 'chunk_rows'"),
         ("lse_square_scale", "which is z_loss here"),
+        ("linear_weight", "which is c here"),
         ("filter_eps", 'which is an option of impl="cce"'),
         ("weight", "which is c here.*token_weight"),
         ("colour", r"the loss has \[.*\], impl 'auto' has \['chunk_rows'"),

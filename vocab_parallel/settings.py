@@ -39,6 +39,9 @@ OTHER_NAMES = {
     "weight": "c here, this rank's rows of the classifier (classes have no weights, tokens have "
     "token_weight)",
     "target": "targets here",
+    "linear_weight": "c here, this rank's rows of the classifier",
+    "linear_bias": "bias here",
+    "lin_weight": "c here, this rank's rows of the classifier, and stands after e",
     "lse_square_scale": "z_loss here",
     "filter_eps": 'an option of impl="cce" and its presets: no other drops a gradient',
 }
@@ -159,6 +162,11 @@ class LossSettings:
         if not _number(self.hidden_grad_scale):
             raise ValueError(
                 f"hidden_grad_scale must be a finite number, got {self.hidden_grad_scale!r}"
+            )
+        if not isinstance(self.return_lse, bool):
+            raise ValueError(
+                f"return_lse must be True or False, got {self.return_lse!r}: where the ninth "
+                f"argument was cut-cross-entropy's filter_eps, pass it by name, with an impl of its"
             )
         if not isinstance(self.return_metrics, bool):
             raise ValueError(f"return_metrics must be True or False, got {self.return_metrics!r}")

@@ -143,6 +143,10 @@ class VocabParallelClassifier(VocabRows):
             if self.bias is not None:
                 self.bias.uniform_(-bound, bound, generator=generator)
 
+    def get_output_embeddings(self) -> Self:
+        """Return itself, as models expect of a head that is more than an nn.Linear (Forgather)."""
+        return self
+
     @property
     def low_rank(self) -> LowRank | None:
         """The adapter of the rows, for `OutputWeight`; None where there is none."""
