@@ -23,6 +23,7 @@ class Job:
         schedule: one of `orders.SCHEDULES`.
         memory_budget: of the loss, as `plan_backward` has it.
         recompute_layers: whether a layer keeps its input alone and runs again in backward.
+        shard_body: whether copies of the body hold a part of it each, outside of a step.
     """
 
     shape: ModelShape
@@ -34,6 +35,7 @@ class Job:
     state_bytes: int = 4
     memory_budget: int | None = None
     recompute_layers: bool = False
+    shard_body: bool = False
 
     @property
     def layer_bytes(self) -> float:
@@ -153,6 +155,8 @@ def estimate_stages(job: Job, mesh: Mesh, hardware: Hardware) -> list[StageEstim
             stage,
             waiting=waiting[stage],
             vocabulary=vocabulary[stage],
+            whole_rows=shape.vocabulary if stage == 0 and not shape.tied else 0,
+            copies=mesh.data,
             loss=loss if stage == last else LossShare(),
             waits=True,
         )
@@ -168,6 +172,8 @@ def estimate_stage(
     *,
     waiting: int,
     vocabulary: int,
+    whole_rows: int = 0,
+    copies: int = 1,
     loss: LossShare,
     waits: bool,
 ) -> StageEstimate:
@@ -177,6 +183,8 @@ def estimate_stage(
         counts: layers of every stage.
         waiting: microbatches in flight.
         vocabulary: rows of all its parameters that have the vocabulary's rows.
+        whole_rows: of them, those of an embedding that is not cut, which belongs to the body.
+        copies: of the stage, over the data axis, which share what a body that is sharded holds.
         loss: its rank's share.
         waits: whether the stage waits while its vocab group communicates.
     """
@@ -185,6 +193,9 @@ def estimate_stage(
     parameters = sum(shape.layer_parameters[first : first + layers]) + vocabulary * shape.hidden
     if stage == len(counts) - 1:
         parameters += shape.norm_parameters
+    # While a step runs, all copies hold whole weights and gradients; their own part besides.
+    body = parameters - (vocabulary - whole_rows) * shape.hidden
+    shared = body if job.shard_body and copies > 1 else 0
     activations = waiting * layers * job.layer_bytes
     if job.recompute_layers:  # the layer that runs again
         activations += tokens * shape.activation_bytes(job.itemsize)
@@ -195,9 +206,9 @@ def estimate_stage(
         rows=loss.rows,
         classifier=loss.rows * shape.hidden * (2 * job.itemsize + job.state_bytes),
         parameters=parameters,
-        weights=parameters * job.itemsize,
+        weights=(parameters + shared / copies) * job.itemsize,
         gradients=parameters * job.itemsize,
-        optimizer=parameters * job.state_bytes,
+        optimizer=(parameters - shared * (1 - 1 / copies)) * job.state_bytes,
         activations=activations,
         loss=loss.memory,
         forward_seconds=forward,

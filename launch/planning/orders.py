@@ -12,6 +12,7 @@ Kind = Literal["forward", "backward", "inputs", "weights"]
 KINDS: dict[str, Kind] = {"F": "forward", "B": "backward", "I": "inputs", "W": "weights"}
 SINGLE = ("1f1b", "gpipe")  # one stage a rank; the others run two
 V_SHAPED = ("zbvzerobubble", "dualpipev")
+SPLIT = ("interleavedzerobubble", *V_SHAPED)  # the two halves of a backward run apart
 SCHEDULES = (*SINGLE, "interleaved1f1b", "loopedbfs", "interleavedzerobubble", *V_SHAPED)
 
 

@@ -225,6 +225,7 @@ def _stages(
                 stage,
                 waiting=held.waiting[stage],
                 vocabulary=rows * (1 if job.shape.tied else 2) if has_rows else 0,
+                copies=mesh.data,
                 loss=share if has_rows else LossShare(),
                 waits=False,
             )
