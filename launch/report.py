@@ -1,6 +1,7 @@
 """What a run leaves: a table of the ranks, the loss curve and the numbers."""
 
 import json
+import math
 import platform
 import statistics
 from dataclasses import asdict, dataclass, field
@@ -138,7 +139,7 @@ def write_run(
     }
     path = arguments.out / "run.json"
     path.write_text(json.dumps(document, indent=1) + "\n")
-    _plot(arguments, model, max(report.rows[1] for report in reports), losses, scores)
+    plot_losses(arguments, model, max(report.rows[1] for report in reports), losses, scores)
     Console().print(
         f"loss {losses[first_step]:.3f} -> {losses[-1]:.3f} in {len(own)} steps, "
         f"{sum(own):.0f} s, {tokens / median:.0f} tokens/s; "
@@ -150,6 +151,8 @@ def write_run(
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):  # which JSON does not have
+        return str(value)
     return value if value is None or isinstance(value, int | float | str) else str(value)
 
 
@@ -160,13 +163,14 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _plot(
+def plot_losses(
     arguments: TrainArguments,
     model: str,
     rows: int,
     losses: list[float],
     scores: list[tuple[int, float]],
 ) -> None:
+    """Draw the loss of each step and of each evaluation into loss.png of ``--out``."""
     import matplotlib
 
     matplotlib.use("agg")

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import tyro
+from matplotlib.figure import Figure
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from launch.arguments import TrainArguments
@@ -24,8 +25,9 @@ from launch.planning.command import PlanArguments, parse_bytes, plan
 from launch.planning.estimate import Job, Mesh, estimate_stages
 from launch.planning.hardware import Hardware
 from launch.planning.loss_time import LAUNCHES, loss_seconds, passes_seconds
-from launch.planning.meshes import best_of, least_gpus, plan_meshes
+from launch.planning.meshes import best_of, least_gpus, plan_mesh, plan_meshes
 from launch.planning.orders import SCHEDULES, SINGLE, most_in_flight, orders, stages_of
+from launch.planning.picture import plot_plan
 from launch.planning.published import PUBLISHED
 from launch.planning.rank_work import HELD, RankWork, Rows, filling_helps
 from launch.planning.shape import ModelShape
@@ -443,6 +445,8 @@ def test_balance() -> None:
             {"gpu_memory": "200GB"},
             "200GB is of no GPU whose speed is known here .*h200 141GB.*: give --hardware FILE",
         ),
+        ({"node_gpus": 0}, "--node-gpus must be at least 1, got 0"),
+        ({"node_bandwidth": "50"}, "--node-bandwidth 50 has no unit"),
         ({"gpu_memory": "24GB"}, "--gpu-memory 24GB is of no GPU whose speed is known here"),
         ({"schedule": "2f2b"}, "--schedule 2f2b is unknown: give one of"),
         ({"batch": 64}, "--batch and --microbatches say the same in two ways"),
@@ -775,6 +779,46 @@ def test_sizes_have_units() -> None:
     assert parse_bytes("--x", "1000B") == 1000
     with pytest.raises(ValueError, match="--x 80 has no unit: give 80GB, 80MiB or 80B"):
         parse_bytes("--x", "80")
+
+
+def test_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model's name above, and the card's memory as a line."""
+    figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    best = planned(gpus=16)[0]
+    plot_plan(best, Path("plan.png"), "qwen3-32b", 80e9)
+    bars = figures[0].axes[0]
+    assert bars.get_title().startswith("qwen3-32b: data ")
+    assert [list(line.get_ydata()) for line in bars.lines] == [[80.0, 80.0]]
+    heights = [0.0] * len(best.ranks)
+    for part in bars.containers:
+        heights = [low + bar.get_height() for low, bar in zip(heights, part, strict=True)]
+    assert heights == pytest.approx([held / 1e9 for held in best.rank_memory])
+
+
+def test_nodes() -> None:
+    """Vocab groups, columns and pipelines that leave a node pay its rate, and no others."""
+    given: dict[str, Any] = {"gpus": 16, "vocab_over": "both"}
+    fast = planned(**given)
+    slow = planned(**given, node_bandwidth="1GB")
+    by_mesh = {(one.mesh, one.vocab_over): one for one in slow}
+    for one in fast:
+        other = by_mesh[one.mesh, one.vocab_over]
+        inside = one.mesh.vocab <= 8
+        for stage, same in zip(one.stages, other.stages, strict=True):
+            if one.vocab_over == "last-stage" and inside:
+                assert stage.collective_seconds == same.collective_seconds
+            elif stage.collective_seconds:
+                assert same.collective_seconds == pytest.approx(450 * stage.collective_seconds)
+        assert other.step_seconds > one.step_seconds
+    assert planned(gpus=8, node_bandwidth="1GB") == planned(gpus=8)
+    mesh, hardware = Mesh(4, 2, 1), replace(Hardware.load("h100"), node_bytes=1e9, node_gpus=4)
+    job = Job(ModelShape.load("qwen3-1.7b"), 4096, 1, 8, "1f1b")
+    one = plan_mesh(job, mesh, hardware, 80e9, "last-stage", simulated=True)
+    whole = plan_mesh(job, mesh, Hardware.load("h100"), 80e9, "last-stage", simulated=True)
+    # Columns stay within a node of four; messages of stages leave it.
+    assert one.step_seconds - one.step.seconds == whole.step_seconds - whole.step.seconds
+    assert one.step.seconds > whole.step.seconds
 
 
 def test_command(tmp_path: Path) -> None:

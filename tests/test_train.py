@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from safetensors.torch import save_file
 from torch.distributed.run import get_args_parser
 from transformers import AutoModelForCausalLM, get_scheduler
@@ -27,6 +28,7 @@ from launch.configs import config_of_sizes, load_config
 from launch.defaults import settled
 from launch.model import layers_of_stage
 from launch.planning.shape import ModelShape
+from launch.report import plot_losses
 from tests.ranks import ROOT, run_program, torchrun
 from tests.small_tokenizer import CHAT, write_tokenizer
 
@@ -413,6 +415,20 @@ def test_what_a_run_says(tmp_path: Path) -> None:
     run = json.loads((out / "run.json").read_text())
     assert run["eval_losses"][:2] == scored, "of the steps before too"
     assert [one["step"] for one in run["eval_losses"]] == [2, 4, 6]
+
+
+def test_the_loss_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training and evaluation over whole steps, under the model's name."""
+    figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    plot_losses(TrainArguments(out=tmp_path), "little", 300, [3.0, 2.0, 1.5], [(1, 4.0), (3, 2.5)])
+    axes = figures[0].axes[0]
+    training, evaluation = axes.lines
+    assert list(training.get_ydata()) == [3.0, 2.0, 1.5]
+    assert list(evaluation.get_xdata()) == [1, 3]
+    assert list(evaluation.get_ydata()) == [4.0, 2.5]
+    assert axes.get_title().startswith("little: ")
+    assert all(float(tick).is_integer() for tick in axes.get_xticks())
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -25,6 +25,10 @@ class PlanArguments:
     hardware: str | None = None
     """h200, h100, a100, or a file of your own: see --calibrate. By default the one that has about
     --gpu-memory, and h200 without one."""
+    node_bandwidth: str | None = None
+    """That a GPU sends in a second to one in another node, such as 50GB; by default as within."""
+    node_gpus: int | None = None
+    """GPUs of a node; 8 by default."""
     calibrate: bool = False
     """Measure this device, and under torchrun the links of its ranks, write a hardware file to
     --out, and plan nothing."""

@@ -4,7 +4,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from launch.planning.advice import more_microbatches, other_schedule, way_to_fit
@@ -79,7 +79,8 @@ def plan(arguments: PlanArguments) -> tuple[Job, list[MeshPlan], Hardware]:
     """
     if arguments.model is None or arguments.gpus is None:
         raise ValueError("--model and --gpus are needed to plan: give both, or --calibrate")
-    for name in ("sequence", "microbatch", "microbatches", "batch", "batch_tokens", "show"):
+    names = ("sequence", "microbatch", "microbatches", "batch", "batch_tokens", "show", "node_gpus")
+    for name in names:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
@@ -90,6 +91,11 @@ def plan(arguments: PlanArguments) -> tuple[Job, list[MeshPlan], Hardware]:
     if arguments.gpu_memory is not None:
         memory = parse_bytes("--gpu-memory", arguments.gpu_memory)
     hardware = _hardware(arguments.hardware, memory)
+    if arguments.node_bandwidth is not None:
+        rate = parse_bytes("--node-bandwidth", arguments.node_bandwidth)
+        hardware = replace(hardware, node_bytes=rate)
+    if arguments.node_gpus is not None:
+        hardware = replace(hardware, node_gpus=arguments.node_gpus)
     batch = _batch(arguments)
     itemsize = {"bfloat16": 2, "float32": 4}[arguments.dtype]
     budget = arguments.memory_budget

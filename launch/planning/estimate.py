@@ -63,6 +63,16 @@ class Mesh:
     pipeline: int
     vocab: int
 
+    @property
+    def columns(self) -> int:
+        """Ranks of a stage, which follow one another."""
+        return self.data * self.vocab
+
+    @property
+    def ranks(self) -> int:
+        """Of the whole mesh."""
+        return self.columns * self.pipeline
+
 
 @dataclass(frozen=True)
 class LossShare:
@@ -159,6 +169,7 @@ def estimate_stages(job: Job, mesh: Mesh, hardware: Hardware) -> list[StageEstim
             copies=mesh.data,
             loss=loss if stage == last else LossShare(),
             waits=True,
+            group=mesh.vocab,
         )
         for stage in range(len(counts))
     ]
@@ -176,6 +187,7 @@ def estimate_stage(
     copies: int = 1,
     loss: LossShare,
     waits: bool,
+    group: int = 1,
 ) -> StageEstimate:
     """Estimate one stage.
 
@@ -187,6 +199,7 @@ def estimate_stage(
         copies: of the stage, over the data axis, which share what a body that is sharded holds.
         loss: its rank's share.
         waits: whether the stage waits while its vocab group communicates.
+        group: ranks of that group, which follow one another.
     """
     shape, tokens, layers = job.shape, job.tokens, counts[stage]
     first = sum(counts[:stage])
@@ -217,7 +230,7 @@ def estimate_stage(
         gradients_seconds=loss.gradients,
         loss_way=loss.way,
         collective_bytes=loss.collective_bytes,
-        collective_seconds=loss.collective_bytes / hardware.link_bytes if waits else 0.0,
+        collective_seconds=loss.collective_bytes / hardware.link_of(group) if waits else 0.0,
     )
 
 

@@ -286,7 +286,7 @@ class _Planner:
         # bytes.
         replicas = mesh.data * mesh.vocab
         summed = max(of_ranks(step.stages, step.ranks, "gradients")) * 2 * (1 - 1 / replicas)
-        seconds = step.seconds + summed / self._hardware.link_bytes
+        seconds = step.seconds + summed / self._hardware.link_of(mesh.columns)
         tokens = job.tokens * job.microbatches * replicas
         return MeshPlan(
             mesh=mesh,
@@ -305,7 +305,7 @@ def _step(job: Job, mesh: Mesh, hardware: Hardware) -> Step:
     """Simulate the step of a mesh that has the vocabulary on its last stage."""
     ranks = stages_of(job.schedule, mesh.pipeline)
     stages = estimate_stages(job, mesh, hardware)
-    transfer = job.tokens * job.shape.hidden * job.itemsize / hardware.link_bytes
+    transfer = job.tokens * job.shape.hidden * job.itemsize / hardware.link_of(mesh.ranks)
     times = [stage.times for stage in stages]
     spans = simulate(job.schedule, mesh.pipeline, job.microbatches, times, transfer)
     seconds = max(span.stop for span in spans)

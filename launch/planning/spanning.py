@@ -75,7 +75,7 @@ class SpanningPlanner:
             seconds *= self._ratios.get(key, 1.0)
             held = _Held.expected(job, work)
         moved = _collective_bytes(job, mesh)
-        seconds = max(seconds, job.microbatches * moved / self._hardware.link_bytes)
+        seconds = max(seconds, job.microbatches * moved / self._hardware.link_of(mesh.ranks))
         busy = job.microbatches * sum(work.of_ranks)
         return Step(
             stages=_stages(job, mesh, self._hardware, work, held, moved),

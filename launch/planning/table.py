@@ -73,7 +73,7 @@ def print_table(
         f"time is hidden{_hidden(plans)}. Products "
         f"{_rate(hardware, 'product_flops', 1e12, 'TFLOP/s')}, layers "
         f"{_rate(hardware, 'layer_flops', 1e12, 'TFLOP/s')}, links "
-        f"{_rate(hardware, 'link_bytes', 1e9, 'GB/s')}.",
+        f"{_rate(hardware, 'link_bytes', 1e9, 'GB/s')}{_nodes(hardware)}.",
     ):
         if line:
             console.print(line, markup=False)
@@ -142,6 +142,12 @@ def _speed(one: MeshPlan) -> str:
 def _hidden(plans: list[MeshPlan]) -> str:
     spans = any(one.vocab_over == "all-stages" for one in plans)
     return ", but where all stages carry the vocabulary" if spans else ""
+
+
+def _nodes(hardware: Hardware) -> str:
+    if hardware.node_bytes is None:
+        return ", between nodes too"
+    return f", between nodes of {hardware.node_gpus} GPUs {hardware.node_bytes / 1e9:.0f} GB/s"
 
 
 def _rate(hardware: Hardware, name: str, unit: float, unit_name: str) -> str:

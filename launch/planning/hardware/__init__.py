@@ -39,7 +39,8 @@ class Hardware:
     product_flops: of large bfloat16 matrix products. layer_flops: of a decoder layer, forward and
     backward, everything between its products included. copy_bytes: of a copy in device memory,
     bytes read and written. link_bytes: that one GPU sends to its neighbours. loss_overhead: of each
-    way of backward, its time over that of its products and passes at these rates.
+    way of backward, its time over that of its products and passes at these rates. node_bytes: that
+    a GPU sends to one in another node, of node_gpus; None for as many as within.
     """
 
     name: str
@@ -50,6 +51,14 @@ class Hardware:
     link_bytes: float
     loss_overhead: dict[str, float]
     sources: dict[str, str]
+    node_bytes: float | None = None
+    node_gpus: int = 8
+
+    def link_of(self, ranks: int) -> float:
+        """Return the bytes that a GPU sends to another of so many ranks that follow one another."""
+        if self.node_bytes is None or ranks <= self.node_gpus:
+            return self.link_bytes
+        return min(self.link_bytes, self.node_bytes)
 
     @classmethod
     def load(cls, name: str) -> Self:
