@@ -8,7 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ import tyro
 from matplotlib.figure import Figure
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from launch.arguments import TrainArguments
+from launch.arguments import ScheduleName, TrainArguments
 from launch.configs import load_config
 from launch.model import layers_of_stage
 from launch.planning.advice import more_microbatches, other_schedule
@@ -26,7 +26,7 @@ from launch.planning.estimate import Job, Mesh, estimate_stages
 from launch.planning.hardware import Hardware
 from launch.planning.loss_time import LAUNCHES, loss_seconds, passes_seconds
 from launch.planning.meshes import best_of, least_gpus, plan_mesh, plan_meshes
-from launch.planning.orders import SCHEDULES, SINGLE, most_in_flight, orders, stages_of
+from launch.planning.orders import NAMES, SCHEDULES, SINGLE, most_in_flight, orders, stages_of
 from launch.planning.picture import plot_plan
 from launch.planning.published import PUBLISHED
 from launch.planning.rank_work import HELD, RankWork, Rows, filling_helps
@@ -448,7 +448,7 @@ def test_balance() -> None:
         ({"node_gpus": 0}, "--node-gpus must be at least 1, got 0"),
         ({"node_bandwidth": "50"}, "--node-bandwidth 50 has no unit"),
         ({"gpu_memory": "24GB"}, "--gpu-memory 24GB is of no GPU whose speed is known here"),
-        ({"schedule": "2f2b"}, "--schedule 2f2b is unknown: give one of"),
+        ({"schedule": "2f2b"}, "--schedule 2f2b is unknown: give one of 1F1B, GPipe, "),
         ({"batch": 64}, "--batch and --microbatches say the same in two ways"),
         ({"batch_tokens": 5000, "microbatches": None}, "5000 is no multiple of --sequence 4096"),
         ({"batch": 0, "microbatches": None}, "--batch must be at least 1, got 0"),
@@ -568,6 +568,7 @@ def test_advice() -> None:
     assert other_schedule(job, few, hardware, 141e9) == ""
 
     said = other_schedule(job, best, hardware, 141e9)
+    assert set(NAMES.values()) == set(get_args(ScheduleName))
     named = re.match(r"--schedule (\w+) would be ([\d.]+)% faster on that mesh", said)
     assert named, said
     alike = plan(PlanArguments(**given, schedule=named[1], vocab_over=best.vocab_over))[1]

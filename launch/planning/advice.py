@@ -13,7 +13,7 @@ from launch.planning.meshes import (
     plan_mesh,
     plan_meshes,
 )
-from launch.planning.orders import SCHEDULES, SPLIT
+from launch.planning.orders import NAMES, SCHEDULES, SPLIT
 from launch.planning.rank_work import HELD
 from launch.planning.table import ALIKE
 
@@ -82,7 +82,7 @@ def other_schedule(job: Job, best: MeshPlan, hardware: Hardware, gpu_memory: flo
         return ""
     gain = found.tokens_per_second / best.tokens_per_second - 1
     return (
-        f"--schedule {name} would be {gain:.1%} faster on that mesh, "
+        f"--schedule {NAMES[name]} would be {gain:.1%} faster on that mesh, "
         f"{found.tokens_per_second:,.0f} tokens/s, with {max(found.rank_memory) / 1e9:.1f} GB on "
         f"the fullest rank."
     )

@@ -12,7 +12,7 @@ from launch.planning.arguments import PlanArguments
 from launch.planning.estimate import Job
 from launch.planning.hardware import Hardware
 from launch.planning.meshes import MeshPlan, VocabOver, plan_meshes
-from launch.planning.orders import SCHEDULES
+from launch.planning.orders import NAMES
 from launch.planning.shape import ModelShape
 from launch.planning.table import print_table, utilisation, verdict
 
@@ -85,8 +85,10 @@ def plan(arguments: PlanArguments) -> tuple[Job, list[MeshPlan], Hardware]:
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     schedule = arguments.schedule.lower()
-    if schedule not in SCHEDULES:
-        raise ValueError(f"--schedule {arguments.schedule} is unknown: give one of {SCHEDULES}")
+    if schedule not in NAMES:
+        raise ValueError(
+            f"--schedule {arguments.schedule} is unknown: give one of {', '.join(NAMES.values())}"
+        )
     memory = None
     if arguments.gpu_memory is not None:
         memory = parse_bytes("--gpu-memory", arguments.gpu_memory)

@@ -13,7 +13,12 @@ KINDS: dict[str, Kind] = {"F": "forward", "B": "backward", "I": "inputs", "W": "
 SINGLE = ("1f1b", "gpipe")  # one stage a rank; the others run two
 V_SHAPED = ("zbvzerobubble", "dualpipev")
 SPLIT = ("interleavedzerobubble", *V_SHAPED)  # the two halves of a backward run apart
-SCHEDULES = (*SINGLE, "interleaved1f1b", "loopedbfs", "interleavedzerobubble", *V_SHAPED)
+_TORCHS = (
+    *("1F1B", "GPipe", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble"),
+    *("ZBVZeroBubble", "DualPipeV"),
+)
+NAMES = {name.lower(): name for name in _TORCHS}  # as torch and launch.train write them
+SCHEDULES = tuple(NAMES)
 
 
 class Entry(NamedTuple):
