@@ -56,7 +56,7 @@ class History:
 
     Attributes:
         losses, seconds: of each step.
-        mesh: that saved it, in words.
+        mesh: that saved it, in words; empty where that is not known.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -279,7 +279,7 @@ class Checkpoints:
         history = History(
             list(map(float, lists["losses"])),
             list(map(float, lists["seconds"])),
-            str(run.get("mesh", "an unknown mesh")),
+            str(run.get("mesh", "")),
         )
         if not len(history.losses) == len(history.seconds) == run["step"]:
             raise ValueError(f"{newest / _HISTORY} has not as many steps as {_RUN} says")

@@ -60,7 +60,8 @@ def say_opening(
 
 def say_resumed(arguments: TrainArguments, step: int, mesh: str) -> None:
     """Say from which step, and from which mesh's checkpoint, a run goes on; one rank calls it."""
-    words = f"goes on after step {step} of {arguments.steps}, which a mesh of {mesh} has saved"
+    saved = f", which a mesh of {mesh} has saved" if mesh else ""
+    words = f"goes on after step {step} of {arguments.steps}{saved}"
     if step == 0:
         words = f"--resume: {arguments.checkpoint} has no checkpoint yet, so from the first step on"
     print(f"launch.train: {words}", file=sys.stderr, flush=True)

@@ -29,6 +29,7 @@ from launch.defaults import settled
 from launch.model import layers_of_stage
 from launch.planning.shape import ModelShape
 from launch.report import plot_losses
+from launch.stopping import said_of
 from tests.ranks import ROOT, run_program, torchrun
 from tests.small_tokenizer import CHAT, write_tokenizer
 
@@ -473,6 +474,21 @@ def test_a_signal_ends_a_run_in_order(number: signal.Signals, tmp_path: Path) ->
         *given,
         "--resume",
     ]
+
+
+def test_what_a_signal_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing goes on without checkpoints; of several machines torchrun's options are left out."""
+    given = ["--steps", "9", "--checkpoint", "a folder"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *given])
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    said = said_of(TrainArguments(steps=9), signal.SIGINT, 4)
+    assert said.startswith("stopped by SIGINT after step 4 of 9; without --checkpoint FOLDER")
+    saved = TrainArguments(steps=9, checkpoint=Path("a folder"))
+    assert saved.world == 4
+    said = said_of(saved, signal.SIGTERM, 4)
+    command = "torchrun ... -m launch.train --steps 9 --checkpoint 'a folder' --resume"
+    assert said == f"stopped by SIGTERM after step 4 of 9; go on with: {command}"
+    assert said_of(dataclasses.replace(saved, resume=True), signal.SIGTERM, 4).endswith("folder'")
 
 
 def test_published_models() -> None:
