@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 import tyro
 
 from launch.data.sources import find_source
+from launch.planning.nearest import nearest_path
 from launch.planning.published import find_model
 
 ScheduleName = Literal[
@@ -48,8 +49,10 @@ class DataArguments:
         """Raise ValueError for a file or folder that is not there, or is of no known kind."""
         find_source(self.text)
         if self.tokenizer is not None and not self.tokenizer.is_dir():
+            near = nearest_path(self.tokenizer)
             raise ValueError(
-                f"--tokenizer {self.tokenizer} is no folder here: give one with a tokenizer's "
+                f"--tokenizer {self.tokenizer} is no folder here"
+                f"{'' if near is None else f', did you mean {near}?'}: give one with a tokenizer's "
                 f"files, such as tokenizer.json"
             )
 
@@ -106,18 +109,22 @@ class TrainArguments(DataArguments):
     """Into how many microbatches a column cuts its sequences of a schedule's step."""
     accumulate: int = 1
     """Schedule steps whose gradients add up to one optimizer step."""
-    learning_rate: float = 3e-3
-    """Learning rate of AdamW, the largest where it has a schedule."""
-    learning_rate_schedule: Literal["constant", "linear", "cosine", "inverse_sqrt"] = "constant"
-    """How the learning rate decays to the last step, as transformers' get_scheduler has it."""
-    warmup: int = 0
-    """Steps in which the learning rate rises from 0."""
+    learning_rate: float | None = None
+    """Learning rate of AdamW, the largest where it has a schedule; by default what the size of a
+    --model folder suggests, and 3e-3 for random weights."""
+    learning_rate_schedule: Literal["constant", "linear", "cosine", "inverse_sqrt"] | None = None
+    """How the learning rate decays to the last step, as transformers' get_scheduler has it; by
+    default cosine for a --model folder, and constant for random weights."""
+    warmup: int | None = None
+    """Steps in which the learning rate rises from 0; by default 3% of --steps for a --model folder,
+    and none for random weights."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Of AdamW's two averages."""
     weight_decay: float = 0.01
     """Of AdamW, for matrices alone: norms and biases do not decay."""
     clip_norm: float | None = None
-    """Clip the norm of the whole model's gradient to this; by default it is left alone."""
+    """Clip the norm of the whole model's gradient to this; by default to 1 for a --model folder,
+    and not for random weights. inf leaves it alone."""
     seed: int = 0
     """Seed of the model's initial weights."""
 
@@ -182,6 +189,11 @@ class TrainArguments(DataArguments):
     def world(self) -> int:
         """How many ranks the mesh has."""
         return self.pipeline * self.data * self.vocab
+
+    @property
+    def mesh(self) -> str:
+        """The mesh in words."""
+        return f"data {self.data} x pipeline {self.pipeline} x vocab {self.vocab}"
 
     @property
     def columns(self) -> int:
@@ -296,11 +308,11 @@ class TrainArguments(DataArguments):
             raise ValueError(f"--clip-norm must be positive, got {self.clip_norm}")
         for name in ("learning_rate", "weight_decay", "warmup", "eval_every"):
             value = getattr(self, name)
-            if not value >= 0:
+            if value is not None and not value >= 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 0, got {value}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"--betas must be in [0, 1), got {self.betas[0]} {self.betas[1]}")
-        if self.warmup > self.steps:
+        if self.warmup is not None and self.warmup > self.steps:
             raise ValueError(
                 f"--warmup {self.warmup} is more than --steps {self.steps}: the learning rate "
                 f"would never be reached"

@@ -56,10 +56,12 @@ class History:
 
     Attributes:
         losses, seconds: of each step.
+        mesh: that saved it, in words; empty where that is not known.
     """
 
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+    mesh: str = ""
 
     @property
     def step(self) -> int:
@@ -245,6 +247,7 @@ class Checkpoints:
             "step": history.step,
             "read": self._digest.until(history.step),
             "run": self._run,
+            "mesh": self._arguments.mesh,
         }
         lists = {"losses": history.losses, "seconds": history.seconds}
         sums[_RUN] = write(partial / _RUN, json.dumps(run, indent=1))
@@ -273,7 +276,11 @@ class Checkpoints:
         """
         run = json.loads((newest / _RUN).read_text())
         lists = json.loads((newest / _HISTORY).read_text())
-        history = History(list(map(float, lists["losses"])), list(map(float, lists["seconds"])))
+        history = History(
+            list(map(float, lists["losses"])),
+            list(map(float, lists["seconds"])),
+            str(run.get("mesh", "")),
+        )
         if not len(history.losses) == len(history.seconds) == run["step"]:
             raise ValueError(f"{newest / _HISTORY} has not as many steps as {_RUN} says")
         for name, own in run_identity(self._pipeline.config, self._arguments).items():

@@ -12,10 +12,13 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import tyro
+
+from launch.planning.nearest import nearest
 
 # Seconds for the other ranks to leave before the one whose end makes torchrun end them: it lists
 # every rank that it had to stop.
@@ -23,7 +26,13 @@ _OTHERS_LEAVE = 1.0
 
 
 class UserError(ValueError):
-    """A user's mistake that every rank knows of."""
+    """A user's mistake that every rank knows of.
+
+    Attributes:
+        code: that the process ends with.
+    """
+
+    code = 2
 
 
 class Arguments(Protocol):
@@ -58,7 +67,7 @@ def read_command(program: str, kind: type[A]) -> A:
             arguments = tyro.cli(kind, prog=f"python -m {program}")
         except SystemExit as end:
             if end.code:
-                raise UserError("the command line cannot be read, as said above") from None
+                raise UserError(unreadable(kind, sys.argv[1:])) from None
             raise
     if "RANK" not in os.environ:
         raise UserError(
@@ -78,14 +87,14 @@ def read_command(program: str, kind: type[A]) -> A:
 
 @contextlib.contextmanager
 def one_sentence(program: str) -> Iterator[None]:
-    """End the process with one sentence and code 2 where a `UserError` leaves the block."""
+    """End the process with one sentence and its code where a `UserError` leaves the block."""
     try:
         yield
     except UserError as error:
-        sentence = f"{program}: {error}"
+        sentence, code = f"{program}: {error}", error.code
     else:
         return
-    _leave(sentence)
+    _leave(sentence, code)
 
 
 @contextlib.contextmanager
@@ -117,7 +126,21 @@ def partial_name(report: str) -> Path:
     return Path(f"{report}.partial")
 
 
-def _leave(sentence: str) -> None:
+def unreadable(kind: type[Any], given: list[str]) -> str:
+    """Say what is wrong with a command line: the options that there are not, if that is it."""
+    known = [f"--{field.name.replace('_', '-')}" for field in fields(kind)]
+    known += ["--help", *(f"--no-{own[2:]}" for own in known)]
+    unknown = []
+    for option in (word.partition("=")[0] for word in given if word.startswith("--")):
+        if option.replace("_", "-") not in known:
+            near = nearest(option, known)
+            unknown.append(option + ("" if near is None else f", did you mean {near}?"))
+    if unknown:
+        return f"there is no option {'; no option '.join(unknown)}; --help lists all"
+    return "the command line cannot be read, as said above"
+
+
+def _leave(sentence: str, code: int) -> None:
     """Say it on rank 0, and exit so that torchrun's own report names one rank of a machine."""
     if _rank() == 0:
         print(sentence, file=sys.stderr, flush=True)
@@ -131,7 +154,7 @@ def _leave(sentence: str) -> None:
         partial_name(report).write_text(json.dumps(document))
         partial_name(report).rename(report)
         time.sleep(_OTHERS_LEAVE)
-    sys.exit(2)
+    sys.exit(code)
 
 
 def _rank() -> int:

@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor
 from transformers import get_scheduler
 
 from launch.arguments import TrainArguments
+from launch.defaults import settled
 from vocab_parallel.modules.gradient_sums import local_part
 
 WIDENED_BYTES = 2**28  # of float32 gradients that exist at a time
@@ -57,6 +58,8 @@ class AdamW(torch.optim.AdamW):
     @classmethod
     def of(cls, arguments: TrainArguments, parameters: Iterable[nn.Parameter]) -> "AdamW":
         """Make the optimizer that the command line asks for."""
+        arguments = settled(arguments)
+        assert arguments.learning_rate is not None
         return cls(
             parameters,
             learning_rate=arguments.learning_rate,
@@ -129,14 +132,18 @@ class LearningRate:
     """
 
     def __init__(self, arguments: TrainArguments) -> None:
-        name: str = arguments.learning_rate_schedule
-        if name == "constant" and arguments.warmup:
-            name = "constant_with_warmup"
+        arguments = settled(arguments)
+        name, warmup = arguments.learning_rate_schedule, arguments.warmup
+        assert name is not None
+        assert warmup is not None
+        assert arguments.learning_rate is not None
+        if name == "constant" and warmup:
+            name = "constant_with_warmup"  # type: ignore[assignment]
         self._base = arguments.learning_rate
         self._factor = None
         if name != "constant":
             nothing = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=1.0)
-            found = get_scheduler(name, nothing, arguments.warmup, arguments.steps)
+            found = get_scheduler(name, nothing, warmup, arguments.steps)
             self._factor = found.lr_lambdas[0]
 
     def __call__(self, step: int) -> float:

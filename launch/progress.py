@@ -1,6 +1,7 @@
 """What one rank tells of each step: the progress bar and a line of the log."""
 
 import math
+import sys
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,8 @@ from launch.readings import Reading
 from launch.step_log import StepLog
 from launch.utilisation import peak_flops, step_flops, utilisation
 from vocab_parallel import TokenScores
+
+_LINES = 20  # of a whole run, where stderr is no terminal
 
 
 class Progress:
@@ -35,7 +38,22 @@ class Progress:
         self._tokens = arguments.batch * arguments.sequence
         self._flops, self._peak = step_flops(arguments, config), peak_flops(device)
         self._log = StepLog(arguments, first_step)
-        self._bar = tqdm(total=arguments.steps, initial=first_step, desc="training", unit="step")
+        self._steps = arguments.steps
+        # A log file has no use for a bar: a line now and then.
+        self._every = 0 if sys.stderr.isatty() else max(1, arguments.steps // _LINES)
+        self._bar = tqdm(
+            total=arguments.steps,
+            initial=first_step,
+            desc="training",
+            unit="step",
+            disable=self._every > 0,
+        )
+        self._first = first_step + 1
+
+    @property
+    def scores(self) -> list[tuple[int, float]]:
+        """Step and loss of each evaluation of the run."""
+        return self._log.scores
 
     def show(self, reading: Reading, learning_rate: float) -> None:
         """Tell of a step; its values are loss, gradient's norm, accuracy and entropy."""
@@ -43,6 +61,9 @@ class Progress:
         speed = self._tokens / reading.seconds
         self._bar.set_postfix(loss=f"{loss:.3f}", tokens_s=f"{speed:.0f}")
         self._bar.update()
+        step = reading.step
+        if self._every and (step % self._every == 0 or step in (self._first, self._steps)):
+            self._say(f"step {step}/{self._steps}: loss {loss:.4f}, {speed:,.0f} tokens/s")
         self._log.write(
             reading.step,
             {
@@ -62,13 +83,17 @@ class Progress:
     def show_scores(self, step: int, scores: TokenScores) -> None:
         """Tell of the text that is not trained on; waits for a GPU."""
         loss, accuracy = mean_loss(scores), scores.accuracy
-        self._bar.write(f"step {step}: eval loss {loss:.4f}, accuracy {accuracy:.2%}")
+        self._say(f"step {step}: eval loss {loss:.4f}, accuracy {accuracy:.2%}")
         self._log.write(step, {"eval_loss": loss, "eval_accuracy": accuracy})
 
     def close(self) -> None:
         """End the bar and the log."""
         self._bar.close()
         self._log.close()
+
+    def _say(self, line: str) -> None:
+        tqdm.write(line, file=sys.stderr)
+        sys.stderr.flush()
 
 
 def _known(value: float) -> float | None:

@@ -21,14 +21,15 @@ def start_command(plan: MeshPlan, job: Job, arguments: PlanArguments) -> str:
         pipeline=mesh.pipeline,
         vocab=mesh.vocab,
         data=mesh.data,
+        shard_body=job.shard_body and mesh.data > 1,
         vocab_over=plan.vocab_over,
         rows=plan.rows,
         schedule=next(s for s in get_args(ScheduleName) if s.lower() == job.schedule),
         recompute="all" if plan.recompute_layers else "none",
         loss_memory=64 if job.memory_budget is None else max(1, job.memory_budget // 2**20),
-        batch=mesh.data * mesh.vocab * job.microbatches * job.microbatch,
+        batch=mesh.data * mesh.vocab * plan.step.microbatches * job.microbatch,
         sequence=job.sequence,
-        microbatches=job.microbatches,
+        microbatches=plan.step.microbatches,
         dtype=arguments.dtype,
         float32_weights=arguments.float32_weights,
     )
@@ -46,6 +47,8 @@ def start_command(plan: MeshPlan, job: Job, arguments: PlanArguments) -> str:
         if name in ("model", "pipeline", "vocab")
         or getattr(trained, name) != getattr(left_out, name)
     ]
+    if trained.shard_body:
+        options.append("--shard-body")
     if not trained.float32_weights:
         options.append("--no-float32-weights")
     return " ".join([*_torchrun(trained.world), "-m launch.train", *options])

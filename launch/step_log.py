@@ -28,6 +28,9 @@ class StepLog:
         arguments: of the run.
         first_step: how many steps were done before.
 
+    Attributes:
+        scores: step and loss of each evaluation so far.
+
     Raises:
         ValueError: the tracker cannot start.
     """
@@ -39,6 +42,7 @@ class StepLog:
             self._tracker = TRACKERS[arguments.tracker](arguments, first_step)
         path = arguments.out / "log.jsonl"
         kept = _lines_until(path, first_step) if first_step else []
+        self.scores = _scores(kept)
         self._file = path.open("w")
         self._file.writelines(kept)
 
@@ -46,6 +50,8 @@ class StepLog:
         """Write the numbers of a step; None is what is not known."""
         self._file.write(json.dumps({"step": step, **numbers}) + "\n")
         self._file.flush()
+        if (loss := numbers.get("eval_loss")) is not None:
+            self.scores.append((step, loss))
         if self._tracker is not None:
             known = {name: value for name, value in numbers.items() if value is not None}
             self._tracker.log(known, step)
@@ -55,6 +61,12 @@ class StepLog:
         self._file.close()
         if self._tracker is not None:
             self._tracker.close()
+
+
+def _scores(lines: list[str]) -> list[tuple[int, float]]:
+    """Return step and loss of the evaluations in a log's lines."""
+    documents = [json.loads(line) for line in lines]
+    return [(each["step"], each["eval_loss"]) for each in documents if "eval_loss" in each]
 
 
 def _lines_until(path: Path, step: int) -> list[str]:

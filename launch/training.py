@@ -16,6 +16,7 @@ from launch.command import raised_on_all
 from launch.configs import say_beyond_positions
 from launch.data.batches import Batch, Batches
 from launch.data.load import load_batches
+from launch.defaults import settled
 from launch.disk import try_to_write
 from launch.export import export_model
 from launch.gradients import named_gradients
@@ -23,6 +24,7 @@ from launch.held_out import score_pipeline
 from launch.last_words import record
 from launch.layers import compiles, warm_up
 from launch.model import CLASSIFIER, EMBEDDING
+from launch.opening import count_parameters, say_opening, say_resumed
 from launch.optimizer import AdamW, LearningRate
 from launch.packing import refuse_to_look_across
 from launch.profiling import traced, traces
@@ -31,8 +33,9 @@ from launch.readings import Reading, Readings
 from launch.report import RankReport, print_ranks, write_run
 from launch.runtime import peak_memory, process_group
 from launch.sharded_body import replicated_parameters
+from launch.stopping import StoppedError, StopRequest, said_of
 from launch.training_pipeline import Pipeline, build_pipeline, model_of
-from launch.weights import say_random
+from launch.weights import FolderWeights, say_random
 from stage_groups import StageGroups, build_host_group, build_stage_groups
 from vocab_parallel import clip_grad_norm_, sum_over_columns
 from vocab_parallel.modules.gradient_sums import local_part, sum_gradients
@@ -47,6 +50,8 @@ class Trained:
     losses: list[float] = field(default_factory=list)  # of every step; empty off the last stage
     seconds: list[float] = field(default_factory=list)  # of every step
     first_gradients: dict[str, Tensor] = field(default_factory=dict)  # of step 1, for --check
+    scores: list[tuple[int, float]] = field(default_factory=list)  # of the rank that tells
+    stopped: int = 0  # by this signal
 
     def take(self, reading: Reading) -> None:
         """Keep what a step took, and its loss where this rank has it."""
@@ -76,6 +81,10 @@ def run(arguments: TrainArguments, device: torch.device) -> bool:
     with raised_on_all():
         arguments.validate_paths()
         config, source = model_of(arguments)
+        given, pretrained = arguments, None
+        if isinstance(source, FolderWeights):
+            pretrained = count_parameters(config)
+        arguments = settled(arguments, pretrained)
         batches = load_batches(
             arguments,
             steps=arguments.steps,
@@ -98,6 +107,7 @@ def run(arguments: TrainArguments, device: torch.device) -> bool:
     if dist.get_rank() == 0:
         say_random(arguments.model, source)
         say_beyond_positions(config, batches.longest)
+        say_opening(given, arguments, config, batches, device)
     with raised_on_all():
         pipeline = build_pipeline(arguments, config, source, groups, device)
     with raised_on_all():
@@ -114,7 +124,8 @@ def run(arguments: TrainArguments, device: torch.device) -> bool:
     trained = train(arguments, pipeline, batches, held_out, device)
     reports = _gather_reports(groups, trained, device)
     passed = torch.ones((), dtype=torch.int32, device=device)
-    joined = _gather_gradients(trained) if arguments.check else None
+    checks = arguments.check and not trained.stopped
+    joined = _gather_gradients(trained) if checks else None
     if dist.get_rank() == 0:
         losses = next((report.losses for report in reports if report.losses), [])
         print_ranks(reports)
@@ -122,11 +133,14 @@ def run(arguments: TrainArguments, device: torch.device) -> bool:
         if joined is not None:
             comparison = compare_with_one_process(arguments, batches, losses, joined, device)
             passed.fill_(comparison.passed)
-        if trained.first_step < arguments.steps:
-            write_run(arguments, reports, losses, comparison, trained.first_step)
-        else:  # of a checkpoint that had done them all
+        if trained.first_step < len(trained.seconds):
+            write_run(arguments, config, device, reports, losses, comparison, trained.first_step)
+        elif not trained.stopped:  # of a checkpoint that had done them all
             print(f"no step was left of --steps {arguments.steps}: exported {arguments.export}")
     dist.broadcast(passed, 0)
+    if trained.stopped:
+        words = said_of(arguments, trained.stopped, len(trained.seconds))
+        raise StoppedError(words, trained.stopped)
     return bool(passed)
 
 
@@ -137,7 +151,11 @@ def train(
     held_out: Batches | None,
     device: torch.device,
 ) -> Trained:
-    """Run the training loop of one rank; the host waits for no step but the one before."""
+    """Run the training loop of one rank; the host waits for no step but the one before.
+
+    A signal ends it after a step, the same on all ranks, with a last checkpoint where one is asked
+    for.
+    """
     groups = pipeline.groups
     optimizer = AdamW.of(arguments, pipeline.parameters())
     learning_rate = LearningRate(arguments)
@@ -149,41 +167,60 @@ def train(
         history = checkpoints.resume() if arguments.resume else checkpoints.begin()
         trained.first_step, trained.seconds = history.step, history.seconds
         trained.losses = history.losses if pipeline.has_last else []
+        if arguments.resume and dist.get_rank() == 0:
+            say_resumed(arguments, history.step, history.mesh)
     shown = pipeline.has_last and groups.column_rank == 0 and groups.data_rank == 0
     progress = None
     with raised_on_all():
         if shown:
             progress = Progress(arguments, pipeline.config, trained.first_step, device)
     readings = Readings(device)
-    for step in range(trained.first_step, arguments.steps):
-        own = pipeline.column_of(batches[step])
-        done, last = step + 1, step + 1 == arguments.steps
-        scores_now = held_out is not None and (last or done % arguments.eval_every == 0)
-        saves_now = checkpoints is not None and _saves(arguments, done)
-        learning_rate.set(optimizer, step)
-        with traced(traces(arguments.profile, step, trained.first_step, arguments.steps), device):
-            readings.begin()
-            numbers = _run_step(arguments, trained, optimizer, own.to(device), step)
-            read = [readings.end(done, numbers)]
-        if last or scores_now or saves_now:  # a checkpoint has the losses of all its steps
-            read.append(readings.finish())
-        for reading in filter(None, read):
-            trained.take(reading)
-            if progress is not None:
-                progress.show(reading, learning_rate(reading.step - 1))
-        if scores_now:
-            assert held_out is not None
-            scores = score_pipeline(pipeline, held_out, arguments.microbatches)
-            if progress is not None and scores is not None:
-                progress.show_scores(done, scores)
-        if saves_now:
-            assert checkpoints is not None
+    saved = trained.first_step
+
+    def told(reading: Reading | None) -> None:
+        if reading is None:
+            return
+        trained.take(reading)
+        if progress is not None:
+            progress.show(reading, learning_rate(reading.step - 1))
+
+    group = build_host_group(timedelta(seconds=arguments.timeout))
+    with StopRequest(group) as signals:
+        for step in range(trained.first_step, arguments.steps):
+            trained.stopped = signals.agreed()
+            if trained.stopped:
+                break
+            own = pipeline.column_of(batches[step])
+            done, last = step + 1, step + 1 == arguments.steps
+            scores_now = held_out is not None and (last or done % arguments.eval_every == 0)
+            saves_now = checkpoints is not None and _saves(arguments, done)
+            learning_rate.set(optimizer, step)
+            is_traced = traces(arguments.profile, step, trained.first_step, arguments.steps)
+            with traced(is_traced, device):
+                readings.begin()
+                numbers = _run_step(arguments, trained, optimizer, own.to(device), step)
+                told(readings.end(done, numbers))
+            if last or scores_now or saves_now:  # a checkpoint has the losses of all its steps
+                told(readings.finish())
+            if scores_now:
+                assert held_out is not None
+                scores = score_pipeline(pipeline, held_out, arguments.microbatches)
+                if progress is not None and scores is not None:
+                    progress.show_scores(done, scores)
+            if saves_now:
+                assert checkpoints is not None
+                checkpoints.save(trained.losses, trained.seconds)
+                saved = done
+        signals.last()
+        told(readings.finish())  # of a run that was stopped
+        if trained.stopped and checkpoints is not None and saved < len(trained.seconds):
             checkpoints.save(trained.losses, trained.seconds)
-    if progress is not None:
-        progress.close()
-    if checkpoints is not None:
-        checkpoints.finish()
-    if arguments.export is not None:
+        if progress is not None:
+            trained.scores = progress.scores
+            progress.close()
+        if checkpoints is not None:
+            checkpoints.finish()
+    if arguments.export is not None and not trained.stopped:
         export_model(pipeline, arguments)
     return trained
 
@@ -238,6 +275,7 @@ def _gather_reports(
         bytes_read=trained.pipeline.bytes_read,
         losses=trained.losses,
         seconds=trained.seconds,
+        scores=trained.scores,
     )
     reports: list[RankReport] = [own] * dist.get_world_size()
     dist.all_gather_object(reports, own)

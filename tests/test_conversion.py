@@ -1,6 +1,7 @@
 """Folders of mixtures of experts, each expert saved by itself: loaded, trained and exported."""
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,7 @@ def train_families(folder: str) -> None:
             TrainArguments(
                 text=here / "ids.npy", model=str(here / "a"), steps=STEPS, batch=BATCH,
                 sequence=SEQUENCE, microbatches=2, learning_rate=RATE, out=here / "out",
+                learning_rate_schedule="constant", clip_norm=math.inf,
                 export=here / "b", schedule=SCHEDULES[family],
             ),
             torch.device("cpu"),

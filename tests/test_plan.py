@@ -8,28 +8,31 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 import tyro
+from matplotlib.figure import Figure
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from launch.arguments import TrainArguments
+from launch.arguments import ScheduleName, TrainArguments
 from launch.configs import load_config
 from launch.model import layers_of_stage
+from launch.planning.advice import more_microbatches, other_schedule
 from launch.planning.balance import layer_counts
 from launch.planning.command import PlanArguments, parse_bytes, plan
 from launch.planning.estimate import Job, Mesh, estimate_stages
 from launch.planning.hardware import Hardware
 from launch.planning.loss_time import LAUNCHES, loss_seconds, passes_seconds
-from launch.planning.meshes import best_of
-from launch.planning.orders import SCHEDULES, SINGLE, most_in_flight, orders, stages_of
+from launch.planning.meshes import best_of, least_gpus, plan_mesh, plan_meshes
+from launch.planning.orders import NAMES, SCHEDULES, SINGLE, most_in_flight, orders, stages_of
+from launch.planning.picture import plot_plan
 from launch.planning.published import PUBLISHED
 from launch.planning.rank_work import HELD, RankWork, Rows, filling_helps
 from launch.planning.shape import ModelShape
 from launch.planning.spanning import SpanningPlanner, tasks_of
-from launch.planning.table import verdict
+from launch.planning.table import utilisation, verdict
 from launch.planning.timeline import StageTimes, simulate
 from launch.start_command import start_command
 from tests.ranks import ROOT
@@ -360,6 +363,8 @@ def test_verdict() -> None:
     last, everywhere = best_of(plans, "last-stage"), best_of(plans, "all-stages")
     assert last
     assert everywhere
+    even = replace(everywhere, tokens_per_second=1.009 * last.tokens_per_second)
+    assert verdict([last, even]).startswith("No difference, less than 1%: ")
     slow = replace(everywhere, tokens_per_second=last.tokens_per_second / 1.25)
     assert verdict([last, slow]).startswith("Rebalance layers instead, 25.0% faster: ")
     alone = replace(last, mesh=Mesh(16, 1, 1))
@@ -431,14 +436,25 @@ def test_balance() -> None:
         ({"model": None}, "--model and --gpus are needed"),
         ({"schedule": "dualpipev", "microbatches": 1}, "dualpipev runs on no mesh of 64 GPUs"),
         ({"gpus": 0}, "--gpus must be at least 1, got 0"),
-        ({"gpu_memory": "2GB"}, "below one layer of qwen3-32b"),
+        ({"gpu_memory": "2GB", "hardware": "h100"}, "below one layer of qwen3-32b"),
         ({"gpu_memory": "lots"}, "'lots' is no size"),
         ({"gpu_memory": "80"}, "--gpu-memory 80 has no unit: give 80GB"),
         ({"memory_budget": "64"}, "--memory-budget 64 has no unit"),
         ({"hardware": "abacus"}, r"unknown hardware 'abacus': give a file, or one of \['a100'"),
         (
             {"gpu_memory": "200GB"},
-            "200GB is more than the 141GB of the NVIDIA H200: give --hardware",
+            "200GB is of no GPU whose speed is known here .*h200 141GB.*: give --hardware FILE",
+        ),
+        ({"node_gpus": 0}, "--node-gpus must be at least 1, got 0"),
+        ({"node_bandwidth": "50"}, "--node-bandwidth 50 has no unit"),
+        ({"gpu_memory": "24GB"}, "--gpu-memory 24GB is of no GPU whose speed is known here"),
+        ({"schedule": "2f2b"}, "--schedule 2f2b is unknown: give one of 1F1B, GPipe, "),
+        ({"batch": 64}, "--batch and --microbatches say the same in two ways"),
+        ({"batch_tokens": 5000, "microbatches": None}, "5000 is no multiple of --sequence 4096"),
+        ({"batch": 0, "microbatches": None}, "--batch must be at least 1, got 0"),
+        (
+            {"batch": 3, "microbatches": None, "gpus": 64, "microbatch": 2},
+            "a batch of 3 sequences is no multiple of data x vocab x --microbatch",
         ),
         ({"sequence": 0}, "--sequence must be at least 1"),
         ({"schedule": "gpipe", "vocab_over": "all-stages"}, "gpipe has the vocabulary on the last"),
@@ -453,7 +469,7 @@ def test_refusals(given: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("memory", "name"),
     [(None, "NVIDIA H200"), ("80GB", "NVIDIA H100 SXM"), ("64GiB", "NVIDIA H100 SXM"),
-     ("96GB", "NVIDIA H200")],
+     ("80GiB", "NVIDIA H100 SXM"), ("141GB", "NVIDIA H200")],
 )  # fmt: skip
 def test_hardware_has_the_memory(memory: str | None, name: str) -> None:
     _, _, hardware = plan(PlanArguments(model="qwen3-1.7b", gpus=2, gpu_memory=memory))
@@ -468,6 +484,7 @@ STARTED = [
         "float32_weights": False,
         "schedule": "zbvzerobubble",
         "vocab_over": "last-stage",
+        "shard_body": True,
     },
     {"model": "qwen3-1.7b", "gpus": 2, "dtype": "float32", "memory_budget": "32MiB"},
 ]
@@ -493,13 +510,106 @@ def test_command_line_of_every_mesh(given: dict[str, Any]) -> None:
         assert found.model == arguments.model
         assert (found.recompute == "all") == one.recompute_layers
         assert found.float32_weights == arguments.float32_weights
-        assert found.batch == found.columns * job.microbatches * job.microbatch
+        assert found.batch == found.columns * one.step.microbatches * job.microbatch
+        assert found.shard_body == (arguments.shard_body and one.mesh.data > 1)
         assert (found.sequence, found.dtype) == (512, arguments.dtype)
         assert found.loss_memory == (32 if "memory_budget" in given else 64)
         counts = [int(n) for n in re.findall(r"--n(?:nodes|proc-per-node) (\d+)", torchrun)]
         found.validate_ranks(math.prod(counts))
         run += 1
     assert run
+
+
+def test_equal_batch() -> None:
+    """Every mesh has the batch, in microbatches of its own; tokens say the same."""
+    plans = planned(microbatches=None, batch=128, vocab_over="both", gpus=16)
+    for one in plans:
+        mesh = one.mesh
+        assert one.step.microbatches * mesh.data * mesh.vocab == 128
+        assert one.tokens_per_second == pytest.approx(128 * 4096 / one.step_seconds)
+    assert len({one.step.microbatches for one in plans}) > 3
+    assert planned(microbatches=None, batch_tokens=128 * 4096, vocab_over="both", gpus=16) == plans
+    uneven = planned(microbatches=None, batch=12, gpus=16)  # not over 8 columns or 16
+    assert {one.mesh.data * one.mesh.vocab for one in uneven} == {1, 2, 4}
+
+
+def test_utilisation() -> None:
+    """Six flops a parameter and token, and causal attention, over the data sheet's peak."""
+    _, plans, hardware = plan(PlanArguments(model="qwen3-8b", gpus=8, gpu_memory="80GB"))
+    best, shape = plans[0], ModelShape.load("qwen3-8b")
+    products = 36 * (2 * 4096 * 128 * (32 + 8) + 3 * 4096 * 12_288) + 151_936 * 4096
+    assert products == 36 * shape.layer_products + shape.vocabulary_parameters
+    of_token = 6 * products + 36 * 6 * 4096 * 32 * 128  # queries and keys, weights and values
+    expected = of_token * best.tokens_per_second / (8 * 989e12)
+    assert utilisation(best, hardware) == pytest.approx(expected)
+    assert utilisation(best, replace(hardware, name="mine")) is None
+
+
+def test_advice() -> None:
+    """What is said of microbatches and schedules is what a plan with them has."""
+    given: dict[str, Any] = {"model": "qwen3-32b", "gpus": 16, "gpu_memory": "141GB"}
+    job, plans, hardware = plan(PlanArguments(**given))
+    best = plans[0]
+    said = more_microbatches(job, best, hardware, 141e9)
+    found = re.match(
+        r"--microbatches (\d+), a batch of ([\d,]+) sequences, would bring the bubble from "
+        r"(\d+)% to (\d+)%\.$", said,
+    )  # fmt: skip
+    assert found, said
+    count = int(found[1])
+    again = plan(PlanArguments(**given, microbatches=count))[1]
+    same = next(one for one in again if (one.mesh, one.vocab_over) == (best.mesh, best.vocab_over))
+    assert int(found[2].replace(",", "")) == count * best.mesh.data * best.mesh.vocab
+    assert int(found[3]) == round(100 * best.bubble)
+    assert int(found[4]) == pytest.approx(100 * same.bubble, abs=1)
+    assert same.bubble < best.bubble / 2
+    few = next(one for one in plans if one.mesh.pipeline == 1)
+    assert more_microbatches(job, few, hardware, 141e9) == ""
+    assert other_schedule(job, few, hardware, 141e9) == ""
+
+    said = other_schedule(job, best, hardware, 141e9)
+    assert set(NAMES.values()) == set(get_args(ScheduleName))
+    named = re.match(r"--schedule (\w+) would be ([\d.]+)% faster on that mesh", said)
+    assert named, said
+    alike = plan(PlanArguments(**given, schedule=named[1], vocab_over=best.vocab_over))[1]
+    faster = next(one for one in alike if one.mesh == best.mesh)
+    gain = faster.tokens_per_second / best.tokens_per_second - 1
+    assert float(named[2]) == pytest.approx(100 * gain, abs=2)
+    assert gain > 0.01
+
+
+def test_least_gpus() -> None:
+    """So many have a mesh that fits; one fewer has none."""
+    for model, memory in (("qwen3-8b", 80e9), ("qwen3-32b", 141e9)):
+        job = Job(ModelShape.load(model), 4096, 1, 8, "1f1b", state_bytes=12)
+        hardware = Hardware.load("h100")
+        least = least_gpus(job, hardware, memory, ("last-stage", "all-stages"))
+        assert least is not None
+        assert plan_meshes(job, least, hardware, memory)[0].fits
+        for fewer in range(1, least):
+            assert not plan_meshes(job, fewer, hardware, memory)[0].fits
+    long = replace(job, sequence=2**22)
+    assert least_gpus(long, hardware, 80e9, ("last-stage",)) is None
+
+
+def test_memory_of_a_sharded_body() -> None:
+    """4 + 14 / N bytes a parameter of the body, docs/training.md; rows keep all 16."""
+    for model, vocab_over in (("qwen3-8b", "last-stage"), ("qwen3-1.7b", "all-stages")):
+        given: dict[str, Any] = {"model": model, "gpus": 16, "vocab_over": vocab_over}
+        whole, sharded = planned(**given), planned(**given, shard_body=True)
+        shape = ModelShape.load(model)
+        for one in sharded:
+            alike = next(other for other in whole if other.mesh == one.mesh)
+            copies, last = one.mesh.data, len(one.stages) - 1
+            for index, (stage, other) in enumerate(zip(one.stages, alike.stages, strict=True)):
+                body = stage.layers * shape.layer_parameters[0]
+                body += shape.norm_parameters * (index == last)
+                if vocab_over == "last-stage":
+                    body += shape.vocabulary_parameters * (index == 0)
+                held = stage.weights + stage.gradients + stage.optimizer
+                each = 16 if copies == 1 else 4 + 14 / copies
+                assert held == pytest.approx(16 * (stage.parameters - body) + each * body)
+                assert stage.parameters == other.parameters
 
 
 def test_the_example_of_the_page() -> None:
@@ -672,6 +782,46 @@ def test_sizes_have_units() -> None:
         parse_bytes("--x", "80")
 
 
+def test_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model's name above, and the card's memory as a line."""
+    figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    best = planned(gpus=16)[0]
+    plot_plan(best, Path("plan.png"), "qwen3-32b", 80e9)
+    bars = figures[0].axes[0]
+    assert bars.get_title().startswith("qwen3-32b: data ")
+    assert [list(line.get_ydata()) for line in bars.lines] == [[80.0, 80.0]]
+    heights = [0.0] * len(best.ranks)
+    for part in bars.containers:
+        heights = [low + bar.get_height() for low, bar in zip(heights, part, strict=True)]
+    assert heights == pytest.approx([held / 1e9 for held in best.rank_memory])
+
+
+def test_nodes() -> None:
+    """Vocab groups, columns and pipelines that leave a node pay its rate, and no others."""
+    given: dict[str, Any] = {"gpus": 16, "vocab_over": "both"}
+    fast = planned(**given)
+    slow = planned(**given, node_bandwidth="1GB")
+    by_mesh = {(one.mesh, one.vocab_over): one for one in slow}
+    for one in fast:
+        other = by_mesh[one.mesh, one.vocab_over]
+        inside = one.mesh.vocab <= 8
+        for stage, same in zip(one.stages, other.stages, strict=True):
+            if one.vocab_over == "last-stage" and inside:
+                assert stage.collective_seconds == same.collective_seconds
+            elif stage.collective_seconds:
+                assert same.collective_seconds == pytest.approx(450 * stage.collective_seconds)
+        assert other.step_seconds > one.step_seconds
+    assert planned(gpus=8, node_bandwidth="1GB") == planned(gpus=8)
+    mesh, hardware = Mesh(4, 2, 1), replace(Hardware.load("h100"), node_bytes=1e9, node_gpus=4)
+    job = Job(ModelShape.load("qwen3-1.7b"), 4096, 1, 8, "1f1b")
+    one = plan_mesh(job, mesh, hardware, 80e9, "last-stage", simulated=True)
+    whole = plan_mesh(job, mesh, Hardware.load("h100"), 80e9, "last-stage", simulated=True)
+    # Columns stay within a node of four; messages of stages leave it.
+    assert one.step_seconds - one.step.seconds == whole.step_seconds - whole.step.seconds
+    assert one.step.seconds > whole.step.seconds
+
+
 def test_command(tmp_path: Path) -> None:
     def command(*arguments: str) -> subprocess.CompletedProcess[str]:
         start = [sys.executable, "-m", "launch.plan", *arguments]
@@ -679,25 +829,30 @@ def test_command(tmp_path: Path) -> None:
 
     picture = tmp_path / "plan.png"
     shown = command(
-        "--model", "qwen3-32b", "--gpus", "4096", "--gpu-memory", "80GB", "--plot", str(picture)
+        "--model", "qwen3-32b", "--gpus", "4096", "--gpu-memory", "80GB", "--plot", str(picture),
+        "--schedule", "1F1B",
     )  # fmt: skip
     assert shown.returncode == 0, shown.stderr
     assert "data x pipeline x vocab" in shown.stdout
     assert "data sheet" in " ".join(shown.stdout.split()), "what was not measured is told"
     assert picture.stat().st_size > 1000
     assert "Give the vocabulary to all stages, " in " ".join(shown.stdout.split())
+    assert "would bring the bubble from" in " ".join(shown.stdout.split())
     document = json.loads(command("--model", "qwen3-1.7b", "--gpus", "8", "--json").stdout)
     assert document["verdict"]
     best = document["meshes"][0]
     assert best["fits"]
     assert {one["vocab_over"] for one in document["meshes"]} == {"last-stage", "all-stages"}
+    assert document["advice"] == []
+    assert 0 < best["utilisation"] < 1
     assert {"rows", "simulated", "hidden_held", "ranks", "bubble", "rank_memory"} <= set(best)
     for name in ("rows", "in_flight", "memory", "statistics_seconds", "gradients_seconds"):
         assert all(name in stage for one in document["meshes"] for stage in one["stages"])
     assert document["hardware"] == "NVIDIA H200"
     assert document["command"].count("torchrun ") == 1
     full = command("--model", "qwen3-32b", "--gpus", "2", "--gpu-memory", "80GB", "--show", "1")
-    assert full.stdout.endswith("No mesh fits: give more GPUs, or more memory to each.\n")
+    assert full.returncode == 1
+    assert full.stdout.endswith("No mesh fits. 8 GPUs with 80 GB each are the least that do.\n")
     bad = command("--model", "qwen3-32b", "--gpus", "0")
     assert (bad.returncode, bad.stdout) == (2, "")
     assert "--gpus must be at least 1" in bad.stderr

@@ -55,3 +55,16 @@ def test_tracker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", Wandb(works=False))
     with pytest.raises(ValueError, match=r"cannot start: No API key configured; or set WANDB_MODE"):
         StepLog(arguments, 0)
+
+
+def test_scores(tmp_path: Path) -> None:
+    """A resumed run knows the evaluations before its first step, and none of later ones."""
+    arguments = TrainArguments(out=tmp_path)
+    for first, expected in ((0, []), (2, [(2, 2.5)])):
+        log = StepLog(arguments, first)
+        assert log.scores == expected
+        for step in (2, 4):
+            log.write(step, {"loss": 1.0})
+            log.write(step, {"eval_loss": step + 0.5, "eval_accuracy": 0.5})
+        log.close()
+        assert log.scores == [*expected, (2, 2.5), (4, 4.5)]

@@ -3,21 +3,33 @@
 import dataclasses
 import json
 import math
+import re
+import shlex
+import signal
 import subprocess
 import sys
+import time
+from datetime import UTC, datetime, timedelta
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from safetensors.torch import save_file
 from torch.distributed.run import get_args_parser
 from transformers import AutoModelForCausalLM, get_scheduler
 
 from launch.arguments import EvaluateArguments, TrainArguments
+from launch.checkpoint import complete_checkpoints
+from launch.command import unreadable
 from launch.configs import config_of_sizes, load_config
+from launch.defaults import settled
 from launch.model import layers_of_stage
 from launch.planning.shape import ModelShape
+from launch.report import plot_losses
+from launch.stopping import said_of
 from tests.ranks import ROOT, run_program, torchrun
 from tests.small_tokenizer import CHAT, write_tokenizer
 
@@ -143,7 +155,7 @@ MISTAKES = [
         marks=pytest.mark.slow,
     ),
     pytest.param(
-        ["--bacth", "5"], "the command line cannot be read, as said above", marks=pytest.mark.slow
+        ["--bacth", "5"], "no option --bacth, did you mean --batch?", marks=pytest.mark.slow
     ),
     pytest.param(
         ["--vocab", "2", "--hidden", "32", "--export", "/proc/nowhere/model"],
@@ -299,6 +311,184 @@ def test_layers_are_spread() -> None:
     config = config_of_sizes(vocabulary=16, hidden=128, layers=2, sequence=8)
     with pytest.raises(ValueError, match="at least as many layers, got 2"):
         layers_of_stage(0, 3, config)
+
+
+def test_misspelt_names(tmp_path: Path) -> None:
+    """The nearest name is said, of options, folders and published models; none where none is."""
+    options = TrainArguments
+    for given, words in (
+        (["--bacth", "5"], "there is no option --bacth, did you mean --batch?; --help lists all"),
+        (["--no-float32-weigths"], "no option --no-float32-weigths, did you mean --no-float32-w"),
+        (["--model=x", "--quux"], "there is no option --quux; --help lists all"),
+        (["--eval_every", "x"], "the command line cannot be read, as said above"),
+    ):
+        assert words in unreadable(options, given)
+    (tmp_path / "Qwen3-1.7B").mkdir()
+    (tmp_path / "notes.jsonl").touch()
+    for arguments, near in (
+        ({"model": str(tmp_path / "qwen3-17b")}, "Qwen3-1.7B"),
+        ({"text": tmp_path / "note.jsonl"}, "notes.jsonl"),
+        ({"tokenizer": tmp_path / "Qwen3-1.7"}, "Qwen3-1.7B"),
+        ({"model": "qwen3-8"}, None),
+    ):
+        meant = "qwen3-8b" if near is None else str(tmp_path / near)
+        with pytest.raises(ValueError, match=rf", did you mean {re.escape(meant)}\?"):
+            TrainArguments(**arguments).validate_paths()  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="neither a folder nor a published model: known"):
+        TrainArguments(model="abacus").validate_paths()
+
+
+def test_defaults_of_a_pretrained_model() -> None:
+    """Smaller rates for larger models, as the root of their sizes; what is given stays."""
+    arguments = TrainArguments(steps=1000)
+    found = [settled(arguments, size) for size in (10**5, 2 * 10**9, 8 * 10**9, 10**12)]
+    assert [one.learning_rate for one in found] == [1e-4, 2e-5, 1e-5, 5e-6]
+    assert {(one.learning_rate_schedule, one.warmup, one.clip_norm) for one in found} == {
+        ("cosine", 30, 1.0)
+    }
+    given = {"learning_rate": 0.5, "learning_rate_schedule": "linear", "warmup": 0}
+    kept = settled(TrainArguments(**given, clip_norm=math.inf), 10**9)  # type: ignore[arg-type]
+    assert (kept.learning_rate, kept.warmup, kept.clip_norm) == (0.5, 0, math.inf)
+    assert kept.learning_rate_schedule == "linear"
+    random = settled(arguments)
+    assert (random.learning_rate, random.learning_rate_schedule) == (3e-3, "constant")
+    assert (random.warmup, random.clip_norm) == (0, None)
+    assert settled(found[0]) == found[0]
+
+
+def small_model(folder: Path) -> Path:
+    """Write a folder of a small model, whose config.json is not what the options' defaults are."""
+    config = config_of_sizes(vocabulary=300, hidden=32, layers=2, sequence=8)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    write_tokenizer(folder)
+    return folder
+
+
+def test_what_a_run_says(tmp_path: Path) -> None:
+    """At its start, when it is resumed on another mesh, and at its end; and in run.json."""
+    model, text, kept = small_model(tmp_path / "little"), tmp_path / "text.txt", tmp_path / "kept"
+    text.write_text("the quick brown fox jumps over the lazy dog " * 4)
+    given = ["--model", str(model), "--text", str(text), "--batch", "4", "--sequence", "8"]
+    given += ["--microbatches", "2", "--eval-text", str(text), "--eval-every", "2"]
+    given += ["--eval-batches", "1", "--checkpoint", str(kept), "--timeout", "40"]
+    out = tmp_path / "out"
+    mesh = ["--pipeline", "2", "--vocab", "1", "--steps", "4", "--out", str(out)]
+    code, output = run_program(2, ["-m", "launch.train", *given, *mesh])
+    assert code == 0, output
+    parameters = sum(
+        own.numel() for own in AutoModelForCausalLM.from_pretrained(model).parameters()
+    )
+    for words in (
+        f"model      little, {parameters:,} parameters, float32",
+        "mesh       data 1 x pipeline 2 x vocab 1 on 2 x CPU, 1F1B, vocabulary on the last stage",
+        "repeated to the 128 of 4 steps; 4 x 8 = 32 a step",
+        "learning rate 0.0001, cosine, 0 steps of warm-up, weight decay 0.01, gradient norm "
+        "clipped to 1; chosen by the model's size: --learning-rate, --learning-rate-schedule, "
+        "--warmup, --clip-norm",
+        f"folders    --out {out}, --checkpoint {kept}",
+        *(f"step {step}/4: loss " for step in (1, 2, 3, 4)),
+        f"checkpoint {kept / 'step-000004'}",
+    ):
+        assert output.count(words) == 1, (words, output)
+    assert "%|" not in output, "no bar where stderr is no terminal"
+    run = json.loads((out / "run.json").read_text())
+    scored = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    scored = [{"step": one["step"], "loss": one["eval_loss"]} for one in scored[2::3]]
+    assert run["eval_losses"] == scored
+    assert [one["step"] for one in scored] == [2, 4]
+    assert f"evaluation's loss {scored[-1]['loss']:.4f} after step 4" in output
+    assert abs(datetime.now(UTC) - datetime.fromisoformat(run["date"])) < timedelta(minutes=10)
+    assert run["versions"]["torch"] == version("torch")
+    assert (run["device"], run["model"]["name"]) == ("CPU", "little")
+    assert (run["model"]["hidden"], run["model"]["vocabulary"]) == (32, 300)
+    assert run["model"]["parameters"] == parameters
+    assert not {"hidden", "layers", "vocabulary"} & set(run["arguments"])
+    assert run["arguments"]["clip_norm"] == 1.0
+
+    again = ["--pipeline", "1", "--vocab", "2", "--steps", "6", "--out", str(out), "--resume"]
+    code, output = run_program(
+        2, ["-m", "launch.train", *given, *again, "--export", str(tmp_path / "exported")]
+    )
+    assert code == 0, output
+    saved = "goes on after step 4 of 6, which a mesh of data 1 x pipeline 2 x vocab 1 has saved"
+    assert output.count(saved) == 1, output
+    assert output.count(f"export {tmp_path / 'exported'}") >= 1
+    run = json.loads((out / "run.json").read_text())
+    assert run["eval_losses"][:2] == scored, "of the steps before too"
+    assert [one["step"] for one in run["eval_losses"]] == [2, 4, 6]
+
+
+def test_the_loss_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training and evaluation over whole steps, under the model's name."""
+    figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    plot_losses(TrainArguments(out=tmp_path), "little", 300, [3.0, 2.0, 1.5], [(1, 4.0), (3, 2.5)])
+    axes = figures[0].axes[0]
+    training, evaluation = axes.lines
+    assert list(training.get_ydata()) == [3.0, 2.0, 1.5]
+    assert list(evaluation.get_xdata()) == [1, 3]
+    assert list(evaluation.get_ydata()) == [4.0, 2.5]
+    assert axes.get_title().startswith("little: ")
+    assert all(float(tick).is_integer() for tick in axes.get_xticks())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_run_in_order(number: signal.Signals, tmp_path: Path) -> None:
+    """The picture, run.json, a last checkpoint, and the command that goes on, as a last line."""
+    np.save(tmp_path / "ids.npy", np.arange(4096) % 300)
+    given = ["--pipeline", "2", "--vocab", "1", "--microbatches", "2", "--batch", "2"]
+    given += ["--sequence", "8", "--steps", "20000", "--hidden", "32", "--vocabulary", "300"]
+    given += ["--text", str(tmp_path / "ids.npy"), "--out", str(tmp_path / "out")]
+    given += ["--checkpoint", str(tmp_path / "kept")]
+    start = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d"]
+    start += ["--rdzv-endpoint", "localhost:0", "--nproc-per-node", "2", "-m", "launch.train"]
+    log = tmp_path / "out" / "log.jsonl"
+    with (tmp_path / "said").open("w") as said:
+        run = subprocess.Popen([*start, *given], cwd=ROOT, stdout=said, stderr=said)
+        try:
+            began = time.monotonic()
+            while not log.is_file() or len(log.read_text().splitlines()) < 3:
+                assert run.poll() is None, (tmp_path / "said").read_text()
+                assert time.monotonic() - began < 100
+                time.sleep(0.2)
+            run.send_signal(number)  # torchrun hands it to the ranks
+            assert run.wait(50) != 0
+        finally:
+            run.kill()
+    output = (tmp_path / "said").read_text()
+    document = json.loads((tmp_path / "out" / "run.json").read_text())
+    step = len(document["losses"])
+    assert 3 <= step < 20000
+    assert step == len(log.read_text().splitlines())
+    assert (tmp_path / "out" / "loss.png").stat().st_size > 1000
+    assert [path.name for path in complete_checkpoints(tmp_path / "kept")] == [f"step-{step:06d}"]
+    words = f"launch.train: stopped by {number.name} after step {step} of 20000; go on with: "
+    last = next(line for line in output.splitlines() if line.startswith(words))
+    goes_on = shlex.split(last.removeprefix(words))
+    assert goes_on == [
+        "torchrun",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "launch.train",
+        *given,
+        "--resume",
+    ]
+
+
+def test_what_a_signal_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing goes on without checkpoints; of several machines torchrun's options are left out."""
+    given = ["--steps", "9", "--checkpoint", "a folder"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *given])
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    said = said_of(TrainArguments(steps=9), signal.SIGINT, 4)
+    assert said.startswith("stopped by SIGINT after step 4 of 9; without --checkpoint FOLDER")
+    saved = TrainArguments(steps=9, checkpoint=Path("a folder"))
+    assert saved.world == 4
+    said = said_of(saved, signal.SIGTERM, 4)
+    command = "torchrun ... -m launch.train --steps 9 --checkpoint 'a folder' --resume"
+    assert said == f"stopped by SIGTERM after step 4 of 9; go on with: {command}"
+    assert said_of(dataclasses.replace(saved, resume=True), signal.SIGTERM, 4).endswith("folder'")
 
 
 def test_published_models() -> None:

@@ -64,11 +64,13 @@ class Batches:
         starts: [steps, batch, T] bool, the first token of each document; None where sequences are
             not packed.
         counted: [steps, batch, T] bool, what the loss counts; None: all tokens.
+        read: tokens that the text had, as far as it was read; None where that is not known.
     """
 
     ids: Tensor
     starts: Tensor | None = None
     counted: Tensor | None = None
+    read: int | None = None
 
     @property
     def counts_any(self) -> bool:
@@ -140,7 +142,10 @@ def batches_of_documents(
         starts = _cut(flat, shape)
         starts[..., 0] = True
     return Batches(
-        _cut(np.concatenate(ids), shape), starts, None if every.all() else _cut(every, shape)
+        _cut(np.concatenate(ids), shape),
+        starts,
+        None if every.all() else _cut(every, shape),
+        held,
     )
 
 
@@ -162,7 +167,7 @@ def batches_of_ids(ids: np.ndarray, *, steps: int, batch: int, sequence: int) ->
     if ids.size < batch * sequence:
         raise ValueError(_too_short(ids.size, batch, sequence))
     needed = np.array(ids.reshape(-1)[: steps * batch * sequence], dtype=np.int64)
-    return Batches(_cut(needed, (steps, batch, sequence)))
+    return Batches(_cut(needed, (steps, batch, sequence)), read=len(needed))
 
 
 def _too_short(tokens: int, batch: int, sequence: int) -> str:

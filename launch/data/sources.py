@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from launch.planning.nearest import nearest_path
+
 TAKEN = (
     "--text takes UTF-8 text, .jsonl or .json, .parquet, a folder of one of these or saved by "
     "`datasets`, or token ids as .npy"
@@ -55,7 +57,9 @@ def find_source(text: Path | None, option: str = "--text") -> Source:
             return Source(name, "ids", [text])
         return Source(name, "entries" if _reader(text) is not None else "text", [text])
     if not text.is_dir():
-        raise ValueError(f"{name} does not exist: {TAKEN}")
+        near = nearest_path(text)
+        meant = "" if near is None else f", did you mean {near}?"
+        raise ValueError(f"{name} does not exist{meant}: {TAKEN}")
     if (text / "dataset_dict.json").is_file():
         if not (text / "train").is_dir():
             splits = sorted(path.name for path in text.iterdir() if path.is_dir())

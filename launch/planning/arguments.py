@@ -23,8 +23,12 @@ class PlanArguments:
     gpu_memory: str | None = None
     """Of each, such as 80GB; by default the hardware's."""
     hardware: str | None = None
-    """h200, h100, a100, or a file of your own: see --calibrate. By default the fastest of the least
-    memory that has --gpu-memory, and h200 without one."""
+    """h200, h100, a100, or a file of your own: see --calibrate. By default the one that has about
+    --gpu-memory, and h200 without one."""
+    node_bandwidth: str | None = None
+    """That a GPU sends in a second to one in another node, such as 50GB; by default as within."""
+    node_gpus: int | None = None
+    """GPUs of a node; 8 by default."""
     calibrate: bool = False
     """Measure this device, and under torchrun the links of its ranks, write a hardware file to
     --out, and plan nothing."""
@@ -34,18 +38,17 @@ class PlanArguments:
     """Tokens of a sequence."""
     microbatch: int = 1
     """Sequences of a microbatch of one column."""
-    microbatches: int = 8
-    """Microbatches of a column in a step."""
-    schedule: Literal[
-        "1f1b",
-        "gpipe",
-        "interleaved1f1b",
-        "loopedbfs",
-        "interleavedzerobubble",
-        "zbvzerobubble",
-        "dualpipev",
-    ] = "1f1b"
-    """Pipeline schedule; all but the first two run two stages on each rank."""
+    batch: int | None = None
+    """Sequences of a step over all columns, equal for every mesh, whose microbatches follow from
+    it; meshes that it does not divide over are left out."""
+    batch_tokens: int | None = None
+    """The same in tokens, a multiple of --sequence."""
+    microbatches: int | None = None
+    """Microbatches of a column in a step, equal for every mesh; 8 where no batch is given."""
+    schedule: str = "1f1b"
+    """Pipeline schedule: 1F1B, GPipe, Interleaved1F1B, LoopedBFS, InterleavedZeroBubble,
+    ZBVZeroBubble or DualPipeV, in capitals or not; all but the first two run two stages on each
+    rank."""
     vocab_over: Literal["both", "last-stage", "all-stages"] = "both"
     """Which ranks hold rows of the vocabulary: those of the last stage, whose layers are balanced
     against the loss, or those of all stages. GPipe and DualPipeV have it on the last stage."""
@@ -54,6 +57,9 @@ class PlanArguments:
     float32_weights: bool = True
     """With --dtype bfloat16, let AdamW train float32 copies of the weights, with float32 moments:
     12 bytes a parameter beside weight and gradient, and 4 without."""
+    shard_body: bool = False
+    """Let each copy of the pipeline hold its part alone of layers, norms and a plain embedding,
+    with their optimizer state, as launch.train --shard-body does."""
     state_bytes: int | None = None
     """Of another optimizer than launch.train's, for each parameter."""
     memory_budget: str | None = None

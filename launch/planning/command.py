@@ -4,15 +4,17 @@ import json
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
+from launch.planning.advice import more_microbatches, other_schedule, way_to_fit
 from launch.planning.arguments import PlanArguments
 from launch.planning.estimate import Job
 from launch.planning.hardware import Hardware
 from launch.planning.meshes import MeshPlan, VocabOver, plan_meshes
+from launch.planning.orders import NAMES
 from launch.planning.shape import ModelShape
-from launch.planning.table import print_table, verdict
+from launch.planning.table import print_table, utilisation, verdict
 
 _UNITS = {"B": 1.0, "MB": 1e6, "GB": 1e9, "MIB": 2.0**20, "GIB": 2.0**30}
 
@@ -20,7 +22,7 @@ _UNITS = {"B": 1.0, "MB": 1e6, "GB": 1e9, "MIB": 2.0**20, "GIB": 2.0**30}
 def run(
     arguments: PlanArguments, start_command: Callable[[MeshPlan, Job, PlanArguments], str]
 ) -> None:
-    """Plan and print; a user's mistake ends with a message and code 2.
+    """Plan and print; a user's mistake ends with a message and code 2, no mesh that fits with 1.
 
     Args:
         arguments: of the command line.
@@ -28,23 +30,45 @@ def run(
     """
     try:
         job, plans, hardware = plan(arguments)
+        memory = _gpu_memory(arguments, hardware)
     except ValueError as error:
         print(f"launch.plan: {error}", file=sys.stderr)
         sys.exit(2)
-    start = start_command(plans[0], job, arguments) if plans[0].fits else None
+    best = plans[0]
+    start = start_command(best, job, arguments) if best.fits else None
+    batch = _batch(arguments)
+    if best.fits:
+        advice = [
+            more_microbatches(job, best, hardware, memory) if batch is None else "",
+            other_schedule(job, best, hardware, memory),
+        ]
+    else:
+        advice = [way_to_fit(job, hardware, memory, _places(arguments), batch, arguments.gpus or 1)]
+    advice = [sentence for sentence in advice if sentence]
     if arguments.json:
         meshes = [_document(one) for one in plans]
-        document = {"hardware": hardware.name, "verdict": verdict(plans), "command": start}
+        document: dict[str, Any] = {
+            "hardware": hardware.name,
+            "verdict": verdict(plans),
+            "command": start,
+        }
+        document["advice"] = advice
+        for one, found in zip(plans, meshes, strict=True):
+            found["utilisation"] = utilisation(one, hardware)
         print(json.dumps({**document, "meshes": meshes}))
     else:
         title = f"{arguments.model} on {arguments.gpus} x {hardware.name}"
-        print_table(title, plans, hardware, arguments.show)
+        if memory != hardware.memory:
+            title += f" with {memory / 1e9:.0f} GB each"
+        print_table(title, plans, hardware, arguments.show, advice if best.fits else [])
         # A command line is printed whole, whatever the width.
-        print(f"\n{start or 'No mesh fits: give more GPUs, or more memory to each.'}")
+        print(f"\n{start or ' '.join(advice)}")
     if arguments.plot is not None:
         from launch.planning.picture import plot_plan
 
-        plot_plan(plans[0], arguments.plot)
+        plot_plan(best, arguments.plot, job.shape.name, memory)
+    if not best.fits:
+        sys.exit(1)
 
 
 def plan(arguments: PlanArguments) -> tuple[Job, list[MeshPlan], Hardware]:
@@ -55,30 +79,78 @@ def plan(arguments: PlanArguments) -> tuple[Job, list[MeshPlan], Hardware]:
     """
     if arguments.model is None or arguments.gpus is None:
         raise ValueError("--model and --gpus are needed to plan: give both, or --calibrate")
-    for name in ("sequence", "microbatch", "microbatches", "show"):
-        if getattr(arguments, name) < 1:
-            raise ValueError(f"--{name} must be at least 1, got {getattr(arguments, name)}")
+    names = ("sequence", "microbatch", "microbatches", "batch", "batch_tokens", "show", "node_gpus")
+    for name in names:
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    schedule = arguments.schedule.lower()
+    if schedule not in NAMES:
+        raise ValueError(
+            f"--schedule {arguments.schedule} is unknown: give one of {', '.join(NAMES.values())}"
+        )
     memory = None
     if arguments.gpu_memory is not None:
         memory = parse_bytes("--gpu-memory", arguments.gpu_memory)
     hardware = _hardware(arguments.hardware, memory)
+    if arguments.node_bandwidth is not None:
+        rate = parse_bytes("--node-bandwidth", arguments.node_bandwidth)
+        hardware = replace(hardware, node_bytes=rate)
+    if arguments.node_gpus is not None:
+        hardware = replace(hardware, node_gpus=arguments.node_gpus)
+    batch = _batch(arguments)
     itemsize = {"bfloat16": 2, "float32": 4}[arguments.dtype]
     budget = arguments.memory_budget
     job = Job(
         shape=ModelShape.load(arguments.model),
         sequence=arguments.sequence,
         microbatch=arguments.microbatch,
-        microbatches=arguments.microbatches,
-        schedule=arguments.schedule,
+        microbatches=arguments.microbatches or 8,
+        schedule=schedule,
         itemsize=itemsize,
         state_bytes=_state_bytes(arguments, itemsize),
         memory_budget=None if budget is None else int(parse_bytes("--memory-budget", budget)),
+        shard_body=arguments.shard_body,
     )
-    memory = hardware.memory if memory is None else memory
-    places: tuple[VocabOver, ...] = ("last-stage", "all-stages")
-    if arguments.vocab_over != "both":
-        places = (arguments.vocab_over,)
-    return job, plan_meshes(job, arguments.gpus, hardware, memory, places), hardware
+    memory = _gpu_memory(arguments, hardware)
+    places = _places(arguments)
+    return job, plan_meshes(job, arguments.gpus, hardware, memory, places, batch), hardware
+
+
+def _places(arguments: PlanArguments) -> tuple[VocabOver, ...]:
+    if arguments.vocab_over == "both":
+        return ("last-stage", "all-stages")
+    return (arguments.vocab_over,)
+
+
+def _gpu_memory(arguments: PlanArguments, hardware: Hardware) -> float:
+    """Return the bytes of a GPU: what was given, or the hardware's."""
+    if arguments.gpu_memory is None:
+        return hardware.memory
+    return parse_bytes("--gpu-memory", arguments.gpu_memory)
+
+
+def _batch(arguments: PlanArguments) -> int | None:
+    """Return the sequences of a step over all columns; None where microbatches are equal.
+
+    Raises:
+        ValueError: more than one of the three that say it, or tokens that are no whole sequences.
+    """
+    given = [
+        f"--{name.replace('_', '-')}"
+        for name in ("batch", "batch_tokens", "microbatches")
+        if getattr(arguments, name) is not None
+    ]
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} say the same in two ways: give one of them")
+    if arguments.batch_tokens is None:
+        return arguments.batch
+    if arguments.batch_tokens % arguments.sequence:
+        raise ValueError(
+            f"--batch-tokens {arguments.batch_tokens} is no multiple of --sequence "
+            f"{arguments.sequence}"
+        )
+    return arguments.batch_tokens // arguments.sequence
 
 
 def _state_bytes(arguments: PlanArguments, itemsize: int) -> int:
@@ -114,7 +186,7 @@ def parse_bytes(flag: str, text: str) -> float:
 def _document(one: MeshPlan) -> dict[str, Any]:
     found = asdict(one)
     step = found.pop("step")
-    for name in ("spans", "drawn", "microbatches", "seconds"):
+    for name in ("spans", "drawn", "seconds"):
         del step[name]
     for estimate, stage in zip(step["stages"], one.stages, strict=True):
         estimate["memory"] = stage.memory

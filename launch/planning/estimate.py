@@ -23,6 +23,7 @@ class Job:
         schedule: one of `orders.SCHEDULES`.
         memory_budget: of the loss, as `plan_backward` has it.
         recompute_layers: whether a layer keeps its input alone and runs again in backward.
+        shard_body: whether copies of the body hold a part of it each, outside of a step.
     """
 
     shape: ModelShape
@@ -34,6 +35,7 @@ class Job:
     state_bytes: int = 4
     memory_budget: int | None = None
     recompute_layers: bool = False
+    shard_body: bool = False
 
     @property
     def layer_bytes(self) -> float:
@@ -60,6 +62,16 @@ class Mesh:
     data: int
     pipeline: int
     vocab: int
+
+    @property
+    def columns(self) -> int:
+        """Ranks of a stage, which follow one another."""
+        return self.data * self.vocab
+
+    @property
+    def ranks(self) -> int:
+        """Of the whole mesh."""
+        return self.columns * self.pipeline
 
 
 @dataclass(frozen=True)
@@ -153,8 +165,11 @@ def estimate_stages(job: Job, mesh: Mesh, hardware: Hardware) -> list[StageEstim
             stage,
             waiting=waiting[stage],
             vocabulary=vocabulary[stage],
+            whole_rows=shape.vocabulary if stage == 0 and not shape.tied else 0,
+            copies=mesh.data,
             loss=loss if stage == last else LossShare(),
             waits=True,
+            group=mesh.vocab,
         )
         for stage in range(len(counts))
     ]
@@ -168,8 +183,11 @@ def estimate_stage(
     *,
     waiting: int,
     vocabulary: int,
+    whole_rows: int = 0,
+    copies: int = 1,
     loss: LossShare,
     waits: bool,
+    group: int = 1,
 ) -> StageEstimate:
     """Estimate one stage.
 
@@ -177,14 +195,20 @@ def estimate_stage(
         counts: layers of every stage.
         waiting: microbatches in flight.
         vocabulary: rows of all its parameters that have the vocabulary's rows.
+        whole_rows: of them, those of an embedding that is not cut, which belongs to the body.
+        copies: of the stage, over the data axis, which share what a body that is sharded holds.
         loss: its rank's share.
         waits: whether the stage waits while its vocab group communicates.
+        group: ranks of that group, which follow one another.
     """
     shape, tokens, layers = job.shape, job.tokens, counts[stage]
     first = sum(counts[:stage])
     parameters = sum(shape.layer_parameters[first : first + layers]) + vocabulary * shape.hidden
     if stage == len(counts) - 1:
         parameters += shape.norm_parameters
+    # While a step runs, all copies hold whole weights and gradients; their own part besides.
+    body = parameters - (vocabulary - whole_rows) * shape.hidden
+    shared = body if job.shard_body and copies > 1 else 0
     activations = waiting * layers * job.layer_bytes
     if job.recompute_layers:  # the layer that runs again
         activations += tokens * shape.activation_bytes(job.itemsize)
@@ -195,9 +219,9 @@ def estimate_stage(
         rows=loss.rows,
         classifier=loss.rows * shape.hidden * (2 * job.itemsize + job.state_bytes),
         parameters=parameters,
-        weights=parameters * job.itemsize,
+        weights=(parameters + shared / copies) * job.itemsize,
         gradients=parameters * job.itemsize,
-        optimizer=parameters * job.state_bytes,
+        optimizer=(parameters - shared * (1 - 1 / copies)) * job.state_bytes,
         activations=activations,
         loss=loss.memory,
         forward_seconds=forward,
@@ -206,7 +230,7 @@ def estimate_stage(
         gradients_seconds=loss.gradients,
         loss_way=loss.way,
         collective_bytes=loss.collective_bytes,
-        collective_seconds=loss.collective_bytes / hardware.link_bytes if waits else 0.0,
+        collective_seconds=loss.collective_bytes / hardware.link_of(group) if waits else 0.0,
     )
 
 

@@ -1,5 +1,6 @@
 """Every mesh of so many GPUs: which fit, and the fastest first."""
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -15,6 +16,8 @@ from launch.planning.timeline import Span, simulate
 VocabOver = Literal["last-stage", "all-stages"]
 # What the runtime, the allocator's gaps and the communicators take.
 RESERVED = 0.06  # of a GPU's memory; assumed
+MOST_VOCAB = 64  # the largest vocab degree that is looked at
+MOST_GPUS = 1024  # of one copy, of which the least number that fits is looked for
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class MeshPlan:
         step: of a column; its parts can be read here too.
         step_seconds: of one optimizer step, the replicas' sum of gradients included.
         tokens_per_second: of the whole mesh.
+        flops_per_second: of the whole mesh, of the model's mathematics: nothing that runs again.
         missing: bytes that the fullest rank lacks; 0 where it fits.
     """
 
@@ -38,6 +42,7 @@ class MeshPlan:
     step: Step
     step_seconds: float
     tokens_per_second: float
+    flops_per_second: float
     missing: float
 
     @property
@@ -83,15 +88,18 @@ def plan_meshes(
     hardware: Hardware,
     gpu_memory: float,
     vocab_over: tuple[VocabOver, ...] = ("last-stage", "all-stages"),
+    batch: int | None = None,
 ) -> list[MeshPlan]:
     """Plan every mesh; those that fit first, by tokens a second, then by what is missing.
 
     A mesh is planned with the vocabulary on the last stage, its layers balanced against the loss,
-    and on all stages, with equally many rows a rank or filled rows, whichever is better.
+    and on all stages, with equally many rows a rank or filled rows, whichever is better. With a
+    batch, sequences of a step over all columns, a mesh has as many microbatches as that makes.
 
     Raises:
-        ValueError: no GPUs, less memory than one layer's weights and state need, or a schedule
-            that runs on no mesh, or not with the vocabulary on all stages.
+        ValueError: no GPUs, a batch that no mesh can share, less memory than one layer's weights
+            and state need, or a schedule that runs on no mesh, or not with the vocabulary on all
+            stages.
     """
     if gpus < 1:
         raise ValueError(f"--gpus must be at least 1, got {gpus}")
@@ -106,20 +114,69 @@ def plan_meshes(
             f"--schedule {job.schedule} has the vocabulary on the last stage alone: --vocab-over "
             f"all-stages takes one of {list(HELD)}"
         )
-    planner = _Planner(hardware, gpu_memory * (1 - RESERVED))
+    planner = _Planner(hardware, gpu_memory * (1 - RESERVED), batch)
     plans: list[MeshPlan] = []
     refused = "all-stages needs at least 2 pipeline ranks, and as many layers as stages"
     for mesh in _meshes(gpus, job):
         try:
-            if "last-stage" in vocab_over:
-                plans.append(planner.on_last_stage(job, mesh))
-            if "all-stages" in vocab_over and job.schedule in HELD and mesh.pipeline > 1:
-                plans.append(planner.on_all_stages(job, mesh))
-        except ValueError as error:  # of the schedule, for this pipeline degree
+            plans += planner.places(job, mesh, vocab_over)
+        except ValueError as error:  # of the schedule, for this pipeline degree, or of the batch
             refused = str(error)
     if not plans:
         raise ValueError(f"--schedule {job.schedule} runs on no mesh of {gpus} GPUs: {refused}")
     return _best_first(planner.with_own_order(job, _best_first(plans)))
+
+
+def plan_mesh(
+    job: Job,
+    mesh: Mesh,
+    hardware: Hardware,
+    gpu_memory: float,
+    vocab_over: VocabOver,
+    *,
+    simulated: bool,
+) -> MeshPlan:
+    """Plan one mesh as it would be under another schedule, or with other microbatches.
+
+    Args:
+        job, mesh, hardware, gpu_memory, vocab_over: as `plan_meshes` has them.
+        simulated: whether its own order is simulated where all stages carry the vocabulary.
+
+    Raises:
+        ValueError: the schedule cannot run on it.
+    """
+    planner = _Planner(hardware, gpu_memory * (1 - RESERVED), None)
+    if vocab_over == "all-stages":
+        return planner.on_all_stages(job, mesh, simulated=simulated)
+    return planner.on_last_stage(job, mesh)
+
+
+def least_gpus(
+    job: Job,
+    hardware: Hardware,
+    gpu_memory: float,
+    vocab_over: tuple[VocabOver, ...],
+    batch: int | None = None,
+) -> int | None:
+    """Return the least number of GPUs of which a mesh fits; None where none of `MOST_GPUS` does.
+
+    Copies over the data axis need no less each, and are left out.
+    """
+    room = gpu_memory * (1 - RESERVED)
+    planner = _Planner(hardware, room, batch)
+    shape = job.shape
+    if job.tokens * shape.activation_bytes(job.itemsize) > room:  # of a layer that runs again
+        return None
+    body = sum(shape.layer_parameters) + shape.vocabulary_parameters
+    fewest = max(1, int(body * (2 * job.itemsize + job.state_bytes) / room))
+    for gpus in range(fewest, MOST_GPUS + 1):
+        for mesh in _meshes(gpus, job):
+            if mesh.data > 1:
+                continue
+            with contextlib.suppress(ValueError):  # of the schedule or the batch, for this mesh
+                if any(plan.fits for plan in planner.places(job, mesh, vocab_over)):
+                    return gpus
+    return None
 
 
 def best_of(plans: list[MeshPlan], vocab_over: VocabOver) -> MeshPlan | None:
@@ -137,25 +194,40 @@ def _meshes(gpus: int, job: Job) -> Iterator[Mesh]:
         if sum(map(len, stages_of(job.schedule, pipeline))) > job.shape.layers:
             break
         for vocab in divisors:
-            if (gpus // pipeline) % vocab == 0 and vocab <= min(job.shape.vocabulary, 64):
+            if (gpus // pipeline) % vocab == 0 and vocab <= min(job.shape.vocabulary, MOST_VOCAB):
                 yield Mesh(gpus // pipeline // vocab, pipeline, vocab)
 
 
 class _Planner:
-    """Plans meshes on GPUs that have so much room, in bytes."""
+    """Plans meshes on GPUs with so much room, in bytes; for an equal batch where one is given."""
 
-    def __init__(self, hardware: Hardware, room: float) -> None:
-        self._hardware, self._room = hardware, room
+    def __init__(self, hardware: Hardware, room: float, batch: int | None) -> None:
+        self._hardware, self._room, self._batch = hardware, room, batch
         self._spanning = SpanningPlanner(hardware)
+
+    def places(self, job: Job, mesh: Mesh, vocab_over: tuple[VocabOver, ...]) -> list[MeshPlan]:
+        """Plan a mesh with the vocabulary in each of these places that its schedule has.
+
+        Raises:
+            ValueError: the schedule does not run on it, or it cannot share the batch.
+        """
+        plans = []
+        if "last-stage" in vocab_over:
+            plans.append(self.on_last_stage(job, mesh))
+        if "all-stages" in vocab_over and job.schedule in HELD and mesh.pipeline > 1:
+            plans.append(self.on_all_stages(job, mesh))
+        return plans
 
     def on_last_stage(self, job: Job, mesh: Mesh) -> MeshPlan:
         """Plan the vocabulary on the last stage."""
+        job = self._of_batch(job, mesh)
         return self._plan(
             job, mesh, "last-stage", "balanced", lambda job: _step(job, mesh, self._hardware)
         )
 
     def on_all_stages(self, job: Job, mesh: Mesh, *, simulated: bool = False) -> MeshPlan:
         """Plan the vocabulary on all stages, with the better of balanced and filled rows."""
+        job = self._of_batch(job, mesh)
         rules: list[Rows] = ["balanced"]
         if filling_helps(job, mesh.pipeline):
             rules.append("filled")
@@ -180,6 +252,18 @@ class _Planner:
             )
         return plans
 
+    def _of_batch(self, job: Job, mesh: Mesh) -> Job:
+        """Return the job with as many microbatches as the batch makes on a mesh."""
+        if self._batch is None:
+            return job
+        piece = mesh.data * mesh.vocab * job.microbatch
+        if self._batch % piece:
+            raise ValueError(
+                f"a batch of {self._batch} sequences is no multiple of data x vocab x --microbatch "
+                f"= {mesh.data} x {mesh.vocab} x {job.microbatch}"
+            )
+        return replace(job, microbatches=self._batch // piece)
+
     def _corrected(self, job: Job, plan: MeshPlan, by: Mesh) -> MeshPlan:
         spans = plan.vocab_over == "all-stages" and not plan.step.simulated
         alike = spans and plan.mesh.pipeline == by.pipeline
@@ -202,7 +286,8 @@ class _Planner:
         # bytes.
         replicas = mesh.data * mesh.vocab
         summed = max(of_ranks(step.stages, step.ranks, "gradients")) * 2 * (1 - 1 / replicas)
-        seconds = step.seconds + summed / self._hardware.link_bytes
+        seconds = step.seconds + summed / self._hardware.link_of(mesh.columns)
+        tokens = job.tokens * job.microbatches * replicas
         return MeshPlan(
             mesh=mesh,
             vocab_over=vocab_over,
@@ -210,7 +295,8 @@ class _Planner:
             recompute_layers=job.recompute_layers,
             step=step,
             step_seconds=seconds,
-            tokens_per_second=job.tokens * job.microbatches * replicas / seconds,
+            tokens_per_second=tokens / seconds,
+            flops_per_second=job.shape.step_flops(tokens, job.sequence) / seconds,
             missing=max(step.rank_memory) - self._room,
         )
 
@@ -219,7 +305,7 @@ def _step(job: Job, mesh: Mesh, hardware: Hardware) -> Step:
     """Simulate the step of a mesh that has the vocabulary on its last stage."""
     ranks = stages_of(job.schedule, mesh.pipeline)
     stages = estimate_stages(job, mesh, hardware)
-    transfer = job.tokens * job.shape.hidden * job.itemsize / hardware.link_bytes
+    transfer = job.tokens * job.shape.hidden * job.itemsize / hardware.link_of(mesh.ranks)
     times = [stage.times for stage in stages]
     spans = simulate(job.schedule, mesh.pipeline, job.microbatches, times, transfer)
     seconds = max(span.stop for span in spans)

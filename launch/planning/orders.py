@@ -12,7 +12,13 @@ Kind = Literal["forward", "backward", "inputs", "weights"]
 KINDS: dict[str, Kind] = {"F": "forward", "B": "backward", "I": "inputs", "W": "weights"}
 SINGLE = ("1f1b", "gpipe")  # one stage a rank; the others run two
 V_SHAPED = ("zbvzerobubble", "dualpipev")
-SCHEDULES = (*SINGLE, "interleaved1f1b", "loopedbfs", "interleavedzerobubble", *V_SHAPED)
+SPLIT = ("interleavedzerobubble", *V_SHAPED)  # the two halves of a backward run apart
+_TORCHS = (
+    *("1F1B", "GPipe", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble"),
+    *("ZBVZeroBubble", "DualPipeV"),
+)
+NAMES = {name.lower(): name for name in _TORCHS}  # as torch and launch.train write them
+SCHEDULES = tuple(NAMES)
 
 
 class Entry(NamedTuple):

@@ -24,8 +24,15 @@ _NAMES = {"S": "S: statistics and dE of the rows", "T": "T: gradient of the rows
 _PARTS = ("weights", "gradients", "optimizer", "activations", "loss")
 
 
-def plot_plan(plan: MeshPlan, path: Path) -> None:
-    """Draw bars of memory, a rank each, over the step's timeline."""
+def plot_plan(plan: MeshPlan, path: Path, model: str, gpu_memory: float) -> None:
+    """Draw bars of memory, a rank each, over the step's timeline.
+
+    Args:
+        plan: what is drawn.
+        path: of the picture.
+        model: its name, for the title.
+        gpu_memory: bytes of a card, drawn as a line.
+    """
     import matplotlib
 
     matplotlib.use("agg")
@@ -34,19 +41,21 @@ def plot_plan(plan: MeshPlan, path: Path) -> None:
     figure, (bars, line) = pyplot.subplots(
         2, 1, figsize=(10, 4 + 0.25 * len(plan.ranks)), layout="constrained"
     )
-    _draw_memory(bars, plan)
+    _draw_memory(bars, plan, model, gpu_memory)
     _draw_step(line, plan)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 
 
-def _draw_memory(bars: Any, plan: MeshPlan) -> None:
+def _draw_memory(bars: Any, plan: MeshPlan, model: str, gpu_memory: float) -> None:
     count = len(plan.ranks)
     below = [0.0] * count
     for part in _PARTS:
         values = [size / 1e9 for size in of_ranks(plan.stages, plan.ranks, part)]
         bars.bar(range(count), values, bottom=below, label=part)
         below = [low + value for low, value in zip(below, values, strict=True)]
+    card = gpu_memory / 1e9
+    bars.axhline(card, color="black", linestyle="--", linewidth=1, label=f"a card's {card:.0f} GB")
     mesh = plan.mesh
     place = "on the last stage" if plan.vocab_over == "last-stage" else "on all stages"
     filled = ", rows filled" if plan.rows == "filled" else ""
@@ -54,8 +63,8 @@ def _draw_memory(bars: Any, plan: MeshPlan) -> None:
         xticks=range(count),
         xlabel="pipeline rank",
         ylabel="GB a rank",
-        title=f"data {mesh.data} x pipeline {mesh.pipeline} x vocab {mesh.vocab}, vocabulary "
-        f"{place}{filled}",
+        title=f"{model}: data {mesh.data} x pipeline {mesh.pipeline} x vocab {mesh.vocab}, "
+        f"vocabulary {place}{filled}",
     )
     bars.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 

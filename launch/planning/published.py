@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from launch.planning.nearest import nearest, nearest_path
+
 _LLAMA_3_1: Mapping[str, Any] = {
     "model_type": "llama",
     "vocab_size": 128_256,
@@ -114,6 +116,8 @@ def find_model(model: str) -> Path | Mapping[str, Any]:
             f"--model {model} is no folder here, and nothing is downloaded: get it with `hf "
             f"download {model} --local-dir {name}`, then give --model {name}"
         )
+    near = nearest_path(path) or nearest(model, PUBLISHED)
     raise ValueError(
-        f"--model {model} is neither a folder nor a published model: known are {sorted(PUBLISHED)}"
+        f"--model {model} is neither a folder nor a published model"
+        f"{'' if near is None else f', did you mean {near}?'}: known are {sorted(PUBLISHED)}"
     )

@@ -108,6 +108,7 @@ class RankWork:
         inputs = 2.0 if self.again else 1.0
         of_column = job.tokens * job.shape.hidden
         of_all = mesh.vocab * of_column
+        link = hardware.link_of(mesh.ranks)
         gathered = 8 * mesh.pipeline * mesh.vocab * mesh.vocab * job.tokens
         return Costs(
             forward=lambda stage: self.forward[stage],
@@ -115,9 +116,9 @@ class RankWork:
             backward_weight=lambda stage: self.forward[stage],
             statistics=[s for s, _ in self.passes],
             gradients=[t for _, t in self.passes],
-            message=of_column * job.itemsize / hardware.link_bytes,
-            broadcast=of_all * job.itemsize / hardware.link_bytes,
-            exchange=(4 * of_all + gathered) / hardware.link_bytes,
+            message=of_column * job.itemsize / link,
+            broadcast=of_all * job.itemsize / link,
+            exchange=(4 * of_all + gathered) / link,
         )
 
 

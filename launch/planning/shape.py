@@ -179,6 +179,11 @@ class ModelShape:
         attention = (2 * queries + 2 * queries) * itemsize  # keys and values are repeated
         return norms + inputs + attention + 4 * self.intermediate * itemsize
 
+    def step_flops(self, tokens: int, sequence: int) -> float:
+        """Flops of a step that the model's mathematics needs: three times its forward."""
+        classifier = 2.0 * tokens * self.vocabulary_parameters
+        return 3.0 * (self.layers * self.layer_flops(tokens, sequence) + classifier)
+
     def layer_flops(self, tokens: int, sequence: int) -> float:
         """Flops of one layer's forward over some tokens, causal attention at half."""
         attention = 2.0 * tokens * sequence * self.heads * self.head_size

@@ -75,7 +75,7 @@ class SpanningPlanner:
             seconds *= self._ratios.get(key, 1.0)
             held = _Held.expected(job, work)
         moved = _collective_bytes(job, mesh)
-        seconds = max(seconds, job.microbatches * moved / self._hardware.link_bytes)
+        seconds = max(seconds, job.microbatches * moved / self._hardware.link_of(mesh.ranks))
         busy = job.microbatches * sum(work.of_ranks)
         return Step(
             stages=_stages(job, mesh, self._hardware, work, held, moved),
@@ -225,6 +225,7 @@ def _stages(
                 stage,
                 waiting=held.waiting[stage],
                 vocabulary=rows * (1 if job.shape.tied else 2) if has_rows else 0,
+                copies=mesh.data,
                 loss=share if has_rows else LossShare(),
                 waits=False,
             )

@@ -3,11 +3,15 @@
 from rich.console import Console
 from rich.table import Table
 
-from launch.planning.hardware import Hardware
+from launch.planning.hardware import Hardware, peak_of
 from launch.planning.meshes import MeshPlan, best_of
 
+ALIKE = 0.01  # of a speed: what is nearer is no difference that this arithmetic can tell
 
-def print_table(title: str, plans: list[MeshPlan], hardware: Hardware, show: int) -> None:
+
+def print_table(
+    title: str, plans: list[MeshPlan], hardware: Hardware, show: int, advice: list[str]
+) -> None:
     """Print a line a mesh, and below them which place of the vocabulary wins, and what is assumed.
 
     Args:
@@ -15,13 +19,16 @@ def print_table(title: str, plans: list[MeshPlan], hardware: Hardware, show: int
         plans: all, sorted.
         hardware: whose rates they have.
         show: how many have a line.
+        advice: sentences to print below.
     """
     table = Table(title=title)
     table.add_column("d x p x v", justify="right", no_wrap=True)
     table.add_column("vocabulary", no_wrap=True)
     for column in (
         "layers",
+        "M",
         "tokens/s",
+        "MFU",
         "step s",
         "bubble",
         "last / others",
@@ -42,7 +49,9 @@ def print_table(title: str, plans: list[MeshPlan], hardware: Hardware, show: int
             _mesh(one),
             _place(one),
             f"{layers[0]}..{layers[-1]}" if len(layers) > 1 else str(layers[0]),
+            str(one.step.microbatches),
             f"{one.tokens_per_second:,.0f}",
+            _share(utilisation(one, hardware)),
             f"{one.step_seconds:.2f}",
             f"{one.bubble:.0%}",
             f"{one.imbalance:.2f}",
@@ -53,19 +62,29 @@ def print_table(title: str, plans: list[MeshPlan], hardware: Hardware, show: int
             with_loss.loss_way,
             "" if one.fits else f"{one.missing / 1e9:.1f}",
         )
-    console = Console(width=150)
+    console = Console(width=160)
     console.print(table)
     for line in (
         verdict(plans),
-        "d x p x v: data x pipeline x vocab degrees; memory is a rank's",
+        *advice,
+        "d x p x v: data x pipeline x vocab degrees; M: microbatches of a column; MFU: of the data "
+        "sheet's dense bfloat16; memory is a rank's",
         "Memory is arithmetic, within 2% of what ranks of Qwen3-1.7B held. Nothing of the links' "
         f"time is hidden{_hidden(plans)}. Products "
         f"{_rate(hardware, 'product_flops', 1e12, 'TFLOP/s')}, layers "
         f"{_rate(hardware, 'layer_flops', 1e12, 'TFLOP/s')}, links "
-        f"{_rate(hardware, 'link_bytes', 1e9, 'GB/s')}.",
+        f"{_rate(hardware, 'link_bytes', 1e9, 'GB/s')}{_nodes(hardware)}.",
     ):
         if line:
             console.print(line, markup=False)
+
+
+def utilisation(one: MeshPlan, hardware: Hardware) -> float | None:
+    """Return the model-FLOPs utilisation: of the data sheet's peak; None where that is unknown."""
+    peak, mesh = peak_of(hardware.name), one.mesh
+    if peak is None:
+        return None
+    return one.flops_per_second / (peak * mesh.data * mesh.pipeline * mesh.vocab)
 
 
 def verdict(plans: list[MeshPlan]) -> str:
@@ -84,6 +103,8 @@ def verdict(plans: list[MeshPlan]) -> str:
         f"{_mesh(everywhere)} with the vocabulary on all stages has {_speed(everywhere)}, "
         f"{_mesh(last)} with it on {layers} {_speed(last)}"
     )
+    if abs(gain - 1.0) < ALIKE:
+        return f"No difference, less than {ALIKE:.0%}: {compared}."
     if gain <= 1.0:
         instead = "Do without a pipeline" if last.mesh.pipeline == 1 else "Rebalance layers instead"
         return f"{instead}, {1 / gain - 1:.1%} faster: {compared}."
@@ -94,6 +115,10 @@ def verdict(plans: list[MeshPlan]) -> str:
         f"Give the vocabulary to all stages, {gain - 1:.1%} faster: {compared}"
         f"{'' if same.fits else lacks}."
     )
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.0%}"
 
 
 def _mesh(one: MeshPlan) -> str:
@@ -117,6 +142,12 @@ def _speed(one: MeshPlan) -> str:
 def _hidden(plans: list[MeshPlan]) -> str:
     spans = any(one.vocab_over == "all-stages" for one in plans)
     return ", but where all stages carry the vocabulary" if spans else ""
+
+
+def _nodes(hardware: Hardware) -> str:
+    if hardware.node_bytes is None:
+        return ", between nodes too"
+    return f", between nodes of {hardware.node_gpus} GPUs {hardware.node_bytes / 1e9:.0f} GB/s"
 
 
 def _rate(hardware: Hardware, name: str, unit: float, unit_name: str) -> str:
