@@ -100,7 +100,7 @@ def main() -> None:
     print(json.dumps(document, default=str))
 
 
-def contestants(operands: Operands, against: Path | None) -> dict[str, Forward]:
+def contestants(operands: Operands, against: Path | None = None) -> dict[str, Forward]:
     """Return the forwards: ours in each way, as a schedule calls it, an older one, torch's own."""
     e, c, targets = operands.hidden, operands.rows, operands.targets
 

@@ -30,7 +30,8 @@ EVEN, UNEVEN = "48x16x600", "48x16x601"
 def test_several_gpus(tmp_path: Path) -> None:
     """One start, on two ranks; what it printed last is what it wrote."""
     command = ["-m", "benchmarks.several_gpus", "--shapes", EVEN, UNEVEN, "--rounds", "2"]
-    code, output = run_program(2, [*command, "--out", str(tmp_path)])
+    against = ["--against", str(ROOT)]  # the same code, as if it were older
+    code, output = run_program(2, [*command, *against, "--out", str(tmp_path)])
     assert code == 0, output[-6000:]
     last = next(line for line in reversed(output.splitlines()) if line.startswith("{"))
     document = json.loads(last)
@@ -56,6 +57,8 @@ def assert_every_way_in_every_layout(found: dict[str, Any]) -> None:
     assert [name for name in rows if name.startswith("ours")] == [
         f"{name} [{layout}]" for layout in LAYOUTS for name in OURS
     ]
+    older = [name.replace("ours", "older") for name in rows if name.startswith("ours")]
+    assert [name for name in rows if name.startswith("older")] == older
     for row in rows.values():
         floor = found["floors"][FLOOR_OF[row["layout"]]]
         assert row["over_floor"] == row["milliseconds"] / found["floors"]["products"]
@@ -145,7 +148,7 @@ def test_parts_of_several_gpus() -> None:
 
 def test_host_times(capsys: pytest.CaptureFixture[str]) -> None:
     operands = contestants.draw(32, 8, 40, torch.float32, CPU)
-    forwards = host.contestants(operands)
+    forwards = host.contestants(operands, ROOT)
     losses = [float(forward().detach()) for forward in forwards.values()]
     assert losses == pytest.approx([losses[-1]] * len(losses), rel=1e-5)
     found = host.measure(forwards, operands, microbatches=3, loops=2)
