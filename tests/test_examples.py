@@ -71,10 +71,22 @@ def test_snippets_are_complete() -> None:
         assert used <= made, used - made
 
 
+def test_snippets_run_and_print(tmp_path: Path) -> None:
+    """Copied as they are: the first in one process, the second as its example is."""
+    first, second = python_blocks(README)
+    program = tmp_path / "snippet.py"
+    for ranks, block in ((1, first), (4, second)):
+        program.write_text(block)
+        code, output = run_program(ranks, [str(program)])
+        assert code == 0, output[-6000:]
+        assert re.search(r"loss \d\.\d+", output), output[-6000:]
+
+
 def test_readme_is_short() -> None:
     assert len(README.split()) <= 700
-    numbers = re.findall(r"\d[\d,.]*", README)
-    assert len(numbers) <= 40, numbers
+    prose = re.sub(r"^```.*?^```", "", README, flags=re.DOTALL | re.MULTILINE)
+    numbers = re.findall(r"\d[\d,.]*", prose)
+    assert len(numbers) <= 30, numbers
 
 
 def paths_named(page: Path) -> Iterator[str]:
