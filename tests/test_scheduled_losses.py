@@ -19,6 +19,7 @@ from tests.recording import CollectiveRecorder
 from tests.toy_pipeline import SINGLE, V_SHAPED, adapted
 from vocab_parallel import (
     CCEPipelineLoss,
+    DistillationPipelineLoss,
     LogprobsPipelineLoss,
     SpanningSchedule,
     VocabParallelClassifier,
@@ -268,6 +269,48 @@ def check_function_of_logprobs(schedule: str, layout: str, groups: StageGroups) 
     step.check(found, want, whole)
 
 
+def check_distillation(schedule: str, layout: str, groups: StageGroups, *, top_k: bool) -> None:
+    """A teacher's hidden states and rows, or its top-k, mixed with labels, over a step's tokens."""
+    batch = Batch(layout, groups)
+    generator = torch.Generator().manual_seed(2)
+    shape = (*batch.tokens.shape, 5)
+    teacher_e = torch.randn(shape, generator=generator, dtype=torch.float64)
+    teacher_rows = torch.randn(VOCABULARY, 5, generator=generator, dtype=torch.float64)
+    log_q = torch.log_softmax(teacher_e @ teacher_rows.T / 2.0, -1)
+    extras = {"teacher_e": teacher_e}
+    if top_k:  # all of them: no token is left for the others
+        ids = torch.arange(VOCABULARY).expand(log_q.shape)
+        extras = {"teacher_ids": ids, "teacher_logprobs": log_q}
+    if layout == "sequence":
+        extras = {name: part.chunk(2, 1)[groups.vocab_rank] for name, part in extras.items()}
+
+    def make(head: Any) -> DistillationPipelineLoss:
+        rows = None if top_k else teacher_rows[head.start : head.stop]
+        loss = DistillationPipelineLoss(
+            head, rows, hidden_layout=layout, temperature=2.0, softcap=5.0,
+            cross_entropy_weight=0.3,
+        )  # fmt: skip
+        counted = [groups.vocab_group] if layout == "sharded" else []
+        loss.num_valid_tokens = count_valid_tokens(batch.own(batch.labels), counted)
+        return loss
+
+    step = Step(schedule, "one", layout, groups, make)
+    target = None
+    if step.head is not None:
+        parts = extras if layout == "sequence" else {n: batch.own(x) for n, x in extras.items()}
+        target = step.loss.load(batch.own(batch.labels), **parts)
+    found = step.run(batch.own_tokens(), target)
+    whole = toy(step.num_stages)
+    hidden = hidden_states(whole, step.num_stages, "one", batch.tokens)
+    logits = 5.0 * torch.tanh(whole["head"](hidden) / 5.0)
+    divergence = (log_q.exp() * (log_q - torch.log_softmax(logits / 2.0, -1))).sum(-1)
+    counts, labels = batch.labels != -100, batch.labels.clamp(min=0)
+    nll = -torch.log_softmax(logits, -1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    want = ((0.7 * divergence + 0.3 * nll) * counts).sum() / counts.sum()
+    want.backward()
+    step.check(found, want, whole)
+
+
 def check_schedules() -> None:
     groups = build_stage_groups(PIPELINE, 2, device_type="cpu")
     for schedule in SCHEDULES:
@@ -276,6 +319,8 @@ def check_schedules() -> None:
                 check_several_predictions(schedule, output, layout, groups)
             check_function_of_logprobs(schedule, layout, groups)
             check_metrics(schedule, layout, groups)
+            check_distillation(schedule, layout, groups, top_k=layout == "sharded")
+    check_distillation("1F1B", "replicated", groups, top_k=True)
 
 
 def test_under_schedules() -> None:

@@ -27,6 +27,7 @@ from vocab_parallel.options import VocabParallelOptions
 from vocab_parallel.partition import filled_rows
 from vocab_parallel.pipeline import (
     CCEPipelineLoss,
+    DistillationPipelineLoss,
     LogprobsPipelineLoss,
     no_loss,
     validate_pipeline_loss,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BackwardPlan",
     "CCEPipelineLoss",
+    "DistillationPipelineLoss",
     "LogprobsPipelineLoss",
     "LossMetrics",
     "Prediction",

@@ -6,12 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vocab_parallel.agreement import RankSummary, agree
 from vocab_parallel.backends.registry import create_backend
 from vocab_parallel.collectives import VocabGroup
 from vocab_parallel.functional import token_logprobs
 from vocab_parallel.layout import HiddenLayout
-from vocab_parallel.pipeline.scheduled_loss import ScheduledLoss
+from vocab_parallel.pipeline.named_batch import NamedBatchLoss
 from vocab_parallel.rank_rows import RankRows
 from vocab_parallel.settings import LossSettings, parameters_of, unknown_option
 
@@ -21,7 +20,7 @@ LogprobsFunction = Callable[[Tensor, Tensor | None, dict[str, Tensor]], Tensor]
 _NOT_OPTIONS = ("e", "c", "targets", "bias", "document_ids", "vocab_parallel_options", "validate")
 
 
-class LogprobsPipelineLoss(ScheduledLoss):
+class LogprobsPipelineLoss(NamedBatchLoss):
     """``loss_fn`` of a pipeline schedule: a function of the targets' log-probabilities.
 
     What reinforcement learning minimises, under any schedule that takes a `CCEPipelineLoss`; every
@@ -46,10 +45,11 @@ class LogprobsPipelineLoss(ScheduledLoss):
         function: called as ``function(logprobs, entropy, batch)`` for each microbatch, with this
             rank's log-probabilities [b, T - shift] ([b, T / V] in the "sequence" layout), 0 where
             the target is ignored; its entropies in nats, likewise, or None; and its sequences'
-            part of what `load` was given, with "targets" [b, T] among it. It returns a scalar that
-            is differentiable in the first two, and adds up over microbatches (with
-            ``scale_grads=True`` the schedule averages it). It must not communicate over the
-            pipeline's group, and may be called on uninitialised hidden states.
+            part of what `load` was given, with "targets" [b, T] among it; ``document_ids`` there
+            are those of `token_logprobs`, too. It returns a scalar that is differentiable in the
+            first two, and adds up over microbatches (with ``scale_grads=True`` the schedule
+            averages it). It must not communicate over the pipeline's group, and may be called on
+            uninitialised hidden states.
         return_entropy: whether it is given entropies.
         **loss_options: of `token_logprobs`: hidden_layout, softcap, temperature, backward, ...
 
@@ -88,31 +88,6 @@ class LogprobsPipelineLoss(ScheduledLoss):
         _check_options(options)
         super().__init__(output_weight, output_bias, vocab_parallel_options, options)
         self._function = function
-        self._batch: dict[str, Tensor] = {}
-
-    def load(self, targets: Tensor, **extras: Tensor) -> Tensor:
-        """Keep the batch of the next steps, and return the ``target`` to give to them.
-
-        Every rank of the vocab group calls it. The first call, and each with tensors on the CPU,
-        agrees over the group that the arguments are right. The tensors are read at the step, not
-        copied here.
-
-        Args:
-            targets: [B, T] ids of the whole vocabulary, as `token_logprobs` takes them.
-            **extras: tensors [B, ...] on the targets' device, without a gradient, by the names
-                that the function finds them under. ``document_ids`` [B, T] are those of
-                `token_logprobs`, too.
-
-        Returns:
-            the positions [B] of the sequences, int64 on the targets' device.
-
-        Raises:
-            ValueError: no tensor, or not B sequences of each; on every rank of the group.
-        """
-        batch = {"targets": targets, **extras}
-        self._agree_on_batch(batch)
-        self._batch = batch
-        return torch.arange(targets.shape[0], device=targets.device)
 
     def __call__(self, hidden_states: Tensor, target: Tensor) -> Tensor:
         """Return the scalar loss of one microbatch, equal on every rank of the vocab group.
@@ -125,14 +100,9 @@ class LogprobsPipelineLoss(ScheduledLoss):
             ValueError: another target, a function that returns no scalar, or rows that are whole
                 when it is called although the layout says that the ranks share them.
         """
-        if not self._batch or target.dim() != 1:
-            raise ValueError(
-                "a LogprobsPipelineLoss finds its microbatch by what load(targets, ...) returns: "
-                "call it before the step, and give the step its result as target"
-            )
+        batch = self.microbatch(target)
         self.warn_of_missing_validation()
         self.warn_of_kept_outputs()
-        batch = {name: tensor.index_select(0, target) for name, tensor in self._batch.items()}
         rows = self.read_rows()
         e, c = rows.operands(hidden_states)
         found = token_logprobs(
@@ -155,27 +125,6 @@ class LogprobsPipelineLoss(ScheduledLoss):
             group = RankRows.from_options(rows.options).group
         return self.finished(_SumOfRanks.apply(loss.reshape(()), group))
 
-    def _agree_on_batch(self, batch: Mapping[str, Any]) -> None:
-        """Refuse on every rank of the group what cannot be a batch."""
-        rows = RankRows.whole(0)
-        options = self.output_weight.read().options
-        if options is not None:
-            rows = RankRows.from_options(options)
-        problem = _problem_of_batch(batch)
-        on_gpu = self.output_weight.tensors[0].is_cuda
-        if rows.group.degree == 1 or (self._validated and on_gpu):
-            if problem is not None:
-                raise problem
-            return
-        vocab_size = -1 if rows.vocab_size is None else rows.vocab_size
-        shapes = {
-            name: (list(tensor.shape), tensor.dtype) if isinstance(tensor, Tensor) else None
-            for name, tensor in batch.items()
-        }
-        agree(
-            problem, RankSummary(rows.start, rows.stop, vocab_size), {"batch": shapes}, rows.group
-        )
-
 
 class _SumOfRanks(torch.autograd.Function):
     """Add up a number of each rank; each rank's own receives what the sum does."""
@@ -187,30 +136,6 @@ class _SumOfRanks(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
-
-
-def _problem_of_batch(batch: Mapping[str, Any]) -> ValueError | None:
-    targets = batch["targets"]
-    if not isinstance(targets, Tensor) or targets.dim() < 2:
-        kind = list(targets.shape) if isinstance(targets, Tensor) else type(targets).__name__
-        return ValueError(f"targets must be a tensor [B, T] of ids, got {kind}")
-    for name, tensor in batch.items():
-        if not isinstance(tensor, Tensor):
-            return ValueError(
-                f"{name} must be a tensor [B, ...] of a value a sequence, got "
-                f"{type(tensor).__name__}: bind what is no tensor to the function"
-            )
-        if tensor.dim() == 0 or tensor.shape[0] != targets.shape[0]:
-            return ValueError(
-                f"{name} must have the {targets.shape[0]} sequences of the targets on its first "
-                f"axis, got {list(tensor.shape)}"
-            )
-        if tensor.device != targets.device or tensor.requires_grad:
-            return ValueError(
-                f"{name} must be on {targets.device} as the targets are, and require no gradient, "
-                f"got one on {tensor.device} with requires_grad={tensor.requires_grad}"
-            )
-    return None
 
 
 def _check_options(options: Mapping[str, Any]) -> None:

@@ -1,6 +1,5 @@
 """The loss as a pipeline schedule calls it."""
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -91,7 +90,6 @@ class CCEPipelineLoss(ScheduledLoss):
         self.accumulate_into = loss_options.get("accumulate_into")
         self.num_valid_tokens: int | Tensor | None = None
         self.scaled_outside = scaled_outside
-        self._nothing_divides = False
         self._metric_sums: Tensor | None = None  # (3,), of the microbatches so far
         self._metrics_dtype = torch.float32
         options: dict[str, Any] = {
@@ -133,7 +131,7 @@ class CCEPipelineLoss(ScheduledLoss):
             raise ValueError(DIVIDED_TWICE)
         self.warn_of_missing_validation()
         self.warn_of_kept_outputs()
-        if divisor is None and getattr(self._stage, "has_backward", False):
+        if divisor is None:
             self.warn_of_missing_divisor()
         rows = self.read_rows()
         e, c = _operands(rows, hidden_states)
@@ -200,22 +198,6 @@ class CCEPipelineLoss(ScheduledLoss):
             microbatches_in_flight=microbatches_in_flight,
         )
         self.settings = _settings_of(self._options)
-        divided = scale_grads or self.scaled_outside or self.reduction != "mean"
-        self._nothing_divides = num_microbatches > 1 and not divided
-
-    def warn_of_missing_divisor(self) -> None:
-        """Warn once where a step that trains has no divisor, and nothing else divides."""
-        if not self._nothing_divides:
-            return
-        self._nothing_divides = False  # said once
-        warnings.warn(
-            "the schedule has scale_grads=False and the loss no num_valid_tokens, so that losses "
-            "and gradients are the sum of each microbatch's own mean, as many times too large as "
-            "there are microbatches: before each step set loss.num_valid_tokens = "
-            "count_valid_tokens(labels, groups, shift=...), or build the schedule with "
-            "scale_grads=True, or say scaled_outside=True where a trainer divides by itself",
-            stacklevel=3,
-        )
 
     @property
     def head_weights(self) -> tuple[float, ...] | None:

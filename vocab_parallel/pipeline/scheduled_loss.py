@@ -22,7 +22,12 @@ class ScheduledLoss:
     Attributes:
         output_weight: where the rows are found.
         scaled_by_schedule: whether the schedule divides gradients by the number of microbatches.
+        reduction: of a microbatch's tokens; "mean" where a divisor of the whole step is missed.
+        scaled_outside: whether somebody else divides what a microbatch gives.
     """
+
+    reduction = ""
+    scaled_outside = False
 
     def __init__(
         self,
@@ -38,6 +43,7 @@ class ScheduledLoss:
         self._stage: Any = None
         self._validated = False
         self._warns_of_validation = True
+        self._nothing_divides = False
         self._keeps_graph = loses_nodes()
         self._was_sharded = self._is_sharded()
 
@@ -61,10 +67,26 @@ class ScheduledLoss:
         """
         self._last_stage = self._stage = last_stage
         self._warns_of_validation = False
+        divided = scale_grads or self.scaled_outside or self.reduction != "mean"
+        self._nothing_divides = num_microbatches > 1 and not divided
         self._was_sharded = self._was_sharded or self._is_sharded()
         self.scaled_by_schedule = scale_grads
-        if self._options["impl"] in ("auto", "chunked"):
+        if self._options.get("impl") in ("auto", "chunked"):
             self._options.setdefault("microbatches_in_flight", microbatches_in_flight)
+
+    def warn_of_missing_divisor(self) -> None:
+        """Warn once where a step that trains has no divisor, and nothing else divides."""
+        if not (self._nothing_divides and getattr(self._stage, "has_backward", False)):
+            return
+        self._nothing_divides = False  # said once
+        warnings.warn(
+            "the schedule has scale_grads=False and the loss no num_valid_tokens, so that losses "
+            "and gradients are the sum of each microbatch's own mean, as many times too large as "
+            "there are microbatches: before each step set loss.num_valid_tokens = "
+            "count_valid_tokens(labels, groups, shift=...), or build the schedule with "
+            "scale_grads=True, or say scaled_outside=True where a trainer divides by itself",
+            stacklevel=3,
+        )
 
     def _is_sharded(self) -> bool:
         """Tell whether the rows are a DTensor's now: FSDP2 gathers such before a stage runs."""

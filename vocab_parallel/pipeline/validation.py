@@ -29,7 +29,8 @@ def validate_pipeline_loss(
     Communicates one small object a rank. Where ``loss_fn`` is a function of yours that adds
     something to a `CCEPipelineLoss` (a router's auxiliary loss, several losses over one
     classifier), give the `CCEPipelineLoss` here, once for each. A `LogprobsPipelineLoss` is checked
-    likewise, but for its function's scale, which nobody knows. It also tells the loss how many
+    likewise, but for its function's scale, which nobody knows, and so is a
+    `DistillationPipelineLoss`. It also tells the loss how many
     microbatches the schedule has in flight on the last stage, for its choice of ``backward``.
 
     With ``scale_grads=True`` the first call of the schedule's ``step`` or ``eval`` exchanges one
@@ -107,7 +108,9 @@ def validate_pipeline_loss(
         problem = problem_of_loss(loss, schedule.scale_grads, splits)
         if problem is None and not isinstance(loss, ScheduledLoss):
             kind = type(loss).__name__
-            problem = f"loss must be a CCEPipelineLoss or a LogprobsPipelineLoss, got {kind}"
+            problem = (
+                f"loss must be a CCEPipelineLoss, or another of the pipeline losses, got {kind}"
+            )
         if problem is None:
             problem, members = _problem_of_rows(loss.output_weight, last.submod)
     _agree_over_world(problem, last is not None, members)
