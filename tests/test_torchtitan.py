@@ -1,12 +1,15 @@
 """The loss in torchtitan's place for one, where torchtitan 0.3 is installed."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from tests.oracle import relative_error
+from tests.ranks import run_ranks
 from tests.test_adapter_snippets import run_snippet
 
 titan: Any = pytest.importorskip("torchtitan.components.loss", reason="needs torchtitan 0.3")
@@ -56,3 +59,64 @@ def test_in_place_of_the_chunked_loss() -> None:
     assert relative_error(found["ours"][0], found["theirs"][0]) < 1e-6
     for ours, theirs in zip(found["ours"][1], found["theirs"][1], strict=True):
         assert relative_error(ours, theirs) < 1e-5
+
+
+def check_plain_shards() -> None:
+    """Its default backend hands over plain rows: the loss finds their place on the active mesh."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torchtitan.distributed.spmd_types import set_current_spmd_mesh
+    from torchtitan.distributed.utils import get_spmd_backend
+
+    from vocab_parallel.torchtitan import CutCrossEntropyLoss, cut_cross_entropy
+
+    assert get_spmd_backend() == "spmd_types"
+    degree = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (degree,), mesh_dim_names=("tp",))
+    whole = Decoder()
+    ids = torch.randint(97, (2, 16), generator=torch.Generator().manual_seed(1))
+    labels, valid = ids.roll(-1, 1), torch.tensor(29)
+    labels[0, 13:] = -100
+    hidden = whole(ids).detach().requires_grad_()
+    exact = nn.functional.cross_entropy(
+        whole.lm_head(hidden).flatten(0, 1), labels.flatten(), reduction="sum"
+    )
+    (exact / valid).backward()
+    own = hidden.detach().clone().requires_grad_()
+    head = nn.Linear(16, 97, bias=False)
+    shard = whole.lm_head.weight.detach().split(-(-97 // degree))[dist.get_rank()]
+    head.weight = nn.Parameter(shard.clone())
+    loss_fn = cut_cross_entropy(titan.ChunkedLossWrapper.Config()).build(compile_config=None)
+    assert isinstance(loss_fn, CutCrossEntropyLoss)
+    loss_fn.set_lm_head(head)
+    with set_current_spmd_mesh(mesh):
+        loss, _ = loss_fn(own, labels, valid)
+    loss.backward()
+    assert relative_error(loss, exact / valid) < 1e-6
+    assert own.grad is not None
+    dist.all_reduce(own.grad)  # as torchtitan does
+    assert relative_error(own.grad, hidden.grad) < 1e-5
+    rows = whole.lm_head.weight.grad.split(-(-97 // degree))[dist.get_rank()]
+    assert relative_error(head.weight.grad, rows) < 1e-5
+    dist.barrier()
+
+
+def test_plain_shards_of_its_default_backend() -> None:
+    run_ranks(check_plain_shards, 2)
+
+
+def test_the_option_puts_it_in_the_place_of_the_chunked_loss() -> None:
+    """What --override.imports does with the name, by torchtitan's own function."""
+    from torchtitan.config.configurable import Configurable
+    from torchtitan.config.override import OverrideConfig, apply_overrides
+
+    from vocab_parallel.torchtitan import CutCrossEntropyLoss
+
+    @dataclass(kw_only=True, slots=True)
+    class Root(Configurable.Config):
+        loss: Any
+
+    name = "vocab_parallel.torchtitan.cut_cross_entropy"
+    config = Root(loss=titan.ChunkedLossWrapper.Config())
+    (line,) = apply_overrides(OverrideConfig(imports=[name]), config)
+    assert name in line
+    assert type(config.loss) is CutCrossEntropyLoss.Config
