@@ -4,6 +4,7 @@ The loop over tiles, their products and the sums are those of `backends/torch.py
 columns of its own, and their gradient. Nothing of [N, R] is kept between the two.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,7 +19,7 @@ from vocab_parallel.statistics import Columns
 
 
 @dataclass(frozen=True)
-class Comparison(TorchBackend):
+class Comparison(TorchBackend, ABC):
     """Compares the student's logits with a teacher.
 
     Attributes:
@@ -36,9 +37,9 @@ class Comparison(TorchBackend):
         return (*(LABEL_COLUMNS if self.with_labels else ()), *self.own_columns)
 
     @property
+    @abstractmethod
     def own_columns(self) -> Columns:
         """The statistics that the comparison takes one pass for."""
-        raise NotImplementedError
 
     @property
     def later_columns(self) -> Columns:
@@ -46,18 +47,19 @@ class Comparison(TorchBackend):
         return ()
 
     @property
+    @abstractmethod
     def tiles(self) -> int:
         """How many tensors of a tile's shape are held at the worst moment, the logits included."""
-        raise NotImplementedError
 
+    @abstractmethod
     def own_statistics(self, logits: Tensor, block: Block, tokens: slice) -> list[Tensor]:
         """Return the statistics [n] or [w, n] of a tile; may overwrite its logits [n, r]."""
-        raise NotImplementedError
 
     def later_statistics(self, logits: Tensor, block: Block, tokens: slice) -> list[Tensor]:
         """Return those of the second pass; `Shard.others` ends with the first one's, [N, k]."""
-        raise NotImplementedError
+        raise AssertionError(f"{type(self).__name__} has no second pass")
 
+    @abstractmethod
     def put_own_gradient(
         self, logits: Tensor, block: Block, tokens: slice, statistics: Tensor, grads: Tensor
     ) -> None:
@@ -66,7 +68,6 @@ class Comparison(TorchBackend):
         Args:
             statistics, grads: [k, n], of both passes.
         """
-        raise NotImplementedError
 
     def temporaries(self, shard: Shard) -> int:
         """See `TorchBackend.temporaries`: also masks, or a cast to the operands' dtype."""

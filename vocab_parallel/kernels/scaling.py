@@ -1,4 +1,4 @@
-"""Numbers times one factor in place, and each token's numbers times its own."""
+"""Each token's numbers times a number of the token."""
 
 import torch
 import triton
@@ -7,33 +7,8 @@ from torch import Tensor
 
 from vocab_parallel.kernels.logit import cdiv
 
-# What a program works on at a time: numbers, and tokens by their numbers.
-_NUMBERS = 4096
+# What a program works on at a time: tokens by their numbers.
 _ROWS, _WIDTH = 4, 512
-
-
-def scale_(tensor: Tensor, factor: Tensor) -> Tensor:
-    """Multiply a contiguous tensor in place by a one-element tensor.
-
-    A program that finds the factor 1 reads nothing else: a loss that is itself the root of a
-    backward costs no pass over its gradients, without asking the device.
-    """
-    assert tensor.is_contiguous()
-    with torch.cuda.device_of(tensor):
-        _scale[(cdiv(tensor.numel(), _NUMBERS),)](
-            tensor, factor, tensor.numel(), BLOCK=_NUMBERS, num_warps=8
-        )
-    return tensor
-
-
-@triton.jit
-def _scale(tensor, factor, size, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    by = tl.load(factor).to(tl.float32)
-    if by != 1.0:
-        index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        inside = index < size
-        value = tl.load(tensor + index, mask=inside).to(tl.float32)
-        tl.store(tensor + index, (value * by).to(tensor.dtype.element_ty), mask=inside)
 
 
 def scale_tokens(

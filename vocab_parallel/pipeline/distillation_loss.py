@@ -106,7 +106,7 @@ class DistillationPipelineLoss(NamedBatchLoss):
         batch = self.microbatch(target)
         self.warn_of_missing_validation()
         self.warn_of_kept_outputs()
-        if divisor is None:
+        if divisor is None and getattr(self._stage, "has_backward", False):
             self.warn_of_missing_divisor()
         names = ("teacher_ids", "teacher_logprobs") if self._teacher is None else ("teacher_e",)
         missing = [name for name in names if name not in batch]

@@ -131,7 +131,7 @@ class CCEPipelineLoss(ScheduledLoss):
             raise ValueError(DIVIDED_TWICE)
         self.warn_of_missing_validation()
         self.warn_of_kept_outputs()
-        if divisor is None:
+        if divisor is None and getattr(self._stage, "has_backward", False):
             self.warn_of_missing_divisor()
         rows = self.read_rows()
         e, c = _operands(rows, hidden_states)

@@ -76,7 +76,7 @@ class ScheduledLoss:
 
     def warn_of_missing_divisor(self) -> None:
         """Warn once where a step that trains has no divisor, and nothing else divides."""
-        if not (self._nothing_divides and getattr(self._stage, "has_backward", False)):
+        if not self._nothing_divides:
             return
         self._nothing_divides = False  # said once
         warnings.warn(
