@@ -14,6 +14,7 @@ from vocab_parallel import linear_cross_entropy
 from vocab_parallel.backends import registry
 from vocab_parallel.backends.interface import ClassifierGrad, Shard, Transform, Upstream, Wanted
 from vocab_parallel.backends.torch import TorchBackend
+from vocab_parallel.plan import row_blocks
 from vocab_parallel.statistics import LARGEST_OTHER, LSE, MEAN_LOG_PROB, TARGET, Columns, names_of
 
 HALF = torch.float16  # the interpreter has no bfloat16
@@ -294,6 +295,28 @@ def check_whole_loss() -> None:
             assert error < 2e-3, (backward, extra, keeps, error)
 
 
+def check_tiles_in_the_gradient() -> None:
+    """Tiles longer than the budget's, in rows of dC that are still to be written."""
+    use_interpreted()
+    torch.manual_seed(0)
+    num_tokens, num_rows, hidden_size = 40, 1100, 64
+    lent = (num_tokens, hidden_size)
+    lengths = [s.stop - s.start for s in row_blocks(num_rows, 128, aligned=True, lent=lent)]
+    assert lengths == [512, 256, 128, 128, 76], lengths
+    e, c = torch.randn(num_tokens, hidden_size).to(HALF), torch.randn(num_rows, hidden_size) / 8
+    own = [t.to(HALF).requires_grad_() for t in (e, c)]
+    wide = [t.detach().double().requires_grad_() for t in own]
+    targets = torch.randint(num_rows, (num_tokens,))
+    exact = torch.autograd.grad(oracle(wide[0], wide[1], targets)[0], wide)
+    for backward in ("auto", "recompute"):
+        loss = linear_cross_entropy(
+            *own, targets, backward=backward, memory_budget=num_tokens * 128 * HALF.itemsize
+        )
+        found = torch.autograd.grad(64.0 * loss, own)
+        for got, want in zip(found, exact, strict=True):
+            assert relative_error(got, 64.0 * want) < 2e-3, backward
+
+
 def check_small_logits() -> None:
     """Tokens whose target is no row here, with a lse far below the 0 of a target that is none."""
     use_interpreted()
@@ -336,6 +359,7 @@ def check_kernels() -> None:
         check_kept_probabilities()
         check_small_logits()
     check_whole_loss()
+    check_tiles_in_the_gradient()
 
 
 def test_product_kernels() -> None:

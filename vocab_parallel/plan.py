@@ -435,21 +435,35 @@ def blocks(length: int, size: int) -> tuple[slice, ...]:
 
 
 @functools.lru_cache(maxsize=4096)
-def row_blocks(num_rows: int, size: int, *, aligned: bool, cut: int = 0) -> tuple[slice, ...]:
+def row_blocks(
+    num_rows: int,
+    size: int,
+    *,
+    aligned: bool,
+    cut: int = 0,
+    lent: tuple[int, int] | None = None,
+) -> tuple[slice, ...]:
     """Cut the rows into slices of at most ``size``, none of them across ``cut``.
 
     cuBLAS is 2 to 3 times slower where a side of a product is no multiple of 8: where ``aligned``
     is asked for, the rows that are too many go by themselves, at the end.
+
+    Args:
+        lent: N and D, where a slice's logits [N, r] may lie in the gradient [R, D] of the rows
+            after it: those slices are longer than ``size``.
     """
     main = num_rows
     if aligned and num_rows % 8:
         main = num_rows // _GPU_GRAIN * _GPU_GRAIN
-    edges = sorted({0, min(cut, num_rows), main, num_rows})
-    return tuple(
-        slice(start + part.start, start + part.stop)
-        for start, stop in pairwise(edges)
-        for part in blocks(stop - start, size)
-    )
+    found: list[slice] = []
+    for start, stop in pairwise(sorted({0, min(cut, num_rows), main, num_rows})):
+        while start < stop:
+            # N r logits in (R - start - r) D numbers.
+            room = (num_rows - start) * lent[1] // sum(lent) if lent else 0
+            end = min(start + max(size, whole_tiles(room)), stop)
+            found.append(slice(start, end))
+            start = end
+    return tuple(found)
 
 
 def whole_tiles(num_rows: int) -> int:

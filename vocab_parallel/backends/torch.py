@@ -3,7 +3,8 @@
 The plane [N tokens, R rows] is cut into tiles. Rows are the outer loop and tokens the inner one,
 so that a block of rows is read once and its gradient is written once, and only the [N, D] partial
 gradient of the hidden states, which is summed over the group in float32 anyway, is accumulated at
-full size. A GPU's tile has all tokens unless the budget is tiny.
+full size. A GPU's tile has all tokens unless the budget is tiny, and more rows than the budget has
+room for while the part of the classifier's gradient that is still to be written can hold them.
 
     statistics   for each tile   z = e c^T                        2 N D R flops, one pass over z
     gradients    for each tile   z again, or the forward's        2 N D R, or none
@@ -145,14 +146,21 @@ class TorchBackend:
         num_tokens, num_rows = shard.hidden.shape[0], shard.classifier.shape[0]
         source = _GradientTiles(self, shard, plan, upstream)
         tile, scale, into = source.tile, source.scale, upstream.classifier_grad
-        row_slices = row_blocks(num_rows, tile.rows, aligned=self.kernels, cut=source.num_kept)
         token_slices = blocks(num_tokens, tile.tokens)
-        at_once = len(row_slices) == 1 and scale is None
-        hidden_grad = allocate_hidden_grad(shard, at_once) if upstream.wanted.hidden else None
-        classifier_grad = allocate_classifier_grad(shard, upstream)
-        bias_grad = allocate_bias_grad(shard, upstream)
         # One tile of all tokens: its product writes or adds to the destination.
         direct = len(token_slices) == 1 and scale is None and not shard.mixed
+        classifier_grad = allocate_classifier_grad(shard, upstream)
+        lends = direct and self.chunk_rows is None and source.borrows(classifier_grad)
+        row_slices = row_blocks(
+            num_rows,
+            tile.rows,
+            aligned=self.kernels,
+            cut=source.num_kept,
+            lent=tuple(shard.hidden.shape) if lends else None,
+        )
+        at_once = len(row_slices) == 1 and scale is None
+        hidden_grad = allocate_hidden_grad(shard, at_once) if upstream.wanted.hidden else None
+        bias_grad = allocate_bias_grad(shard, upstream)
         for rows in row_slices:
             block, sums = self.block(shard, rows), None
             for tokens in token_slices:
@@ -414,6 +422,7 @@ class _GradientTiles:
             self._kept = kept.pop() if self._pops else kept.values
         self.tile = backend._tile(shard, plan, whole and self._kept is not None)
         self._scratch: Tensor | None = None
+        self._lender: Tensor | None = None
         if self._kept is None or not self._pops:
             if self._kept is not None:
                 most = min(-(-shard.hidden.shape[0] // _PARTS), self.tile.tokens)
@@ -433,6 +442,30 @@ class _GradientTiles:
             self._kept_sums = backend.gradient_of_kept(values, kept.reference, shard, upstream)
             self._is_gradient = True
 
+    def borrows(self, classifier_grad: Tensor | None) -> bool:
+        """Tell whether tiles may lie in the part of the classifier's gradient still to be written.
+
+        They are of all tokens. Longer products run nearer to the device's peak, and the sums of
+        the hidden states' gradient are read and written less often.
+        """
+        if not self._backend.kernels or self._scratch is None or classifier_grad is None:
+            return False
+        if self._upstream.classifier_grad.add_to is None and (
+            classifier_grad.dtype == self._scratch.dtype
+        ):
+            self._lender = classifier_grad
+        return self._lender is not None
+
+    def _room(self, tokens: slice, rows: slice) -> Tensor:
+        """Return where a tile's gradient [n, r] is made."""
+        assert self._scratch is not None
+        num_rows = rows.stop - rows.start
+        if self._lender is None or num_rows <= self._scratch.shape[1]:
+            return corner(self._scratch, tokens, rows)
+        count = tokens.stop - tokens.start
+        rest = self._lender[rows.stop :].view(-1)
+        return rest[: count * num_rows].view(count, num_rows)
+
     def make(self, block: Block, tokens: slice) -> tuple[Tensor, Tensor | None]:
         """Return a tile's gradient [n, r], until the next call, and its sum over tokens [r]."""
         logits, rows = None, block.rows
@@ -443,11 +476,7 @@ class _GradientTiles:
             if self._kept_sums is None or tokens.start > 0:
                 return logits, None
             return logits, self._kept_sums[rows]
-        if logits is not None and self._pops:
-            out = logits
-        else:
-            assert self._scratch is not None
-            out = corner(self._scratch, tokens, rows)
+        out = logits if logits is not None and self._pops else self._room(tokens, rows)
         sums = self._backend.put_gradient(
             out, block, tokens, self._upstream.statistics, self._grads,
             logits=logits, sum_tokens=self._sums_tokens,
