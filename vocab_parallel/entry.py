@@ -22,7 +22,7 @@ def entry(function: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         if torch.compiler.is_compiling():
-            from vocab_parallel.outside_of_graphs import run
+            from vocab_parallel.in_graphs import run
 
             return run(function, *args, **kwargs)
         try:
