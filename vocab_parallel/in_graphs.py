@@ -18,8 +18,8 @@ import ast
 import itertools
 import math
 from array import array
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from inspect import signature
 from typing import Any, ParamSpec, TypeVar, cast
@@ -52,9 +52,13 @@ _ROWS = ("start", "stop", "reduce_e_grad", "vocab_size", "largest_shard")
 
 
 def run(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-    """Call a function of the library: an operator where tensors and a text can say the call."""
+    """Call a function of the library: as an operator where tensors and a text can say the call.
+
+    Else the graph breaks, and the function runs as it does without a graph.
+    """
     names = _PARAMETERS.get(function.__name__, ())
-    if len(args) <= len(names):
+    transformed = torch._C._are_functorch_transforms_active()  # which the function refuses
+    if len(args) <= len(names) and not transformed:
         given = dict(dict(zip(names, args, strict=False)), **kwargs)
         if _can_be_said(given):
             return cast(R, _in_graph(function.__name__, given))
@@ -69,6 +73,7 @@ outside = torch.compiler.disable(_outside)
 
 
 def _can_be_said(given: Mapping[str, Any]) -> bool:
+    """Tell whether tensors and values are plain; ``accumulate_into`` writes to the parameter."""
     rest = {name: value for name, value in given.items() if name not in _TENSORS}
     options = rest.pop("vocab_parallel_options", None)
     if options is not None:
@@ -76,7 +81,7 @@ def _can_be_said(given: Mapping[str, Any]) -> bool:
             return False
         if options.group is not None and not hasattr(options.group, "group_name"):
             return False
-        rest.update({name: getattr(options, name, None) for name in _ROWS})
+        rest.update(_rows(options))
     if type(rest.get("num_valid_tokens")) is Tensor:
         del rest["num_valid_tokens"]
     tensors = [given.get(name) for name in _TENSORS]
@@ -89,15 +94,24 @@ def _can_be_said(given: Mapping[str, Any]) -> bool:
     )
 
 
+def _rows(options: Any) -> dict[str, Any]:
+    return {name: getattr(options, name, None) for name in _ROWS}
+
+
 def _in_graph(name: str, given: dict[str, Any]) -> Any:
+    """Call the operator, and return what the function of that name does."""
     tensors = Operands.of(*[given.pop(each, None) for each in _TENSORS])
     e, c, bias = tensors.hidden, tensors.classifier, tensors.bias
-    divisor, options = given.pop("num_valid_tokens", None), given.pop("vocab_parallel_options", None)
+    options, divisor = given.pop("vocab_parallel_options", None), given.get("num_valid_tokens")
+    if type(divisor) in (int, Tensor):  # another number at each step is no other graph
+        del given["num_valid_tokens"]
+    else:
+        divisor = None
+    counted = isinstance(divisor, Tensor)
     text = _said({"function": name, **given})
     if options is not None:
         group = None if options.group is None else options.group.group_name
-        text += "," + _said({"group": group, **{each: getattr(options, each, None) for each in _ROWS}})
-    kind, counted = e.device.type, isinstance(divisor, Tensor)
+        text += "," + _said({"group": group, **_rows(options)})
     found = torch.ops.vocab_parallel.loss.default(
         e,
         c,
@@ -105,7 +119,6 @@ def _in_graph(name: str, given: dict[str, Any]) -> Any:
         bias,
         [tensors.token_weight, tensors.document_ids, divisor if counted else None],
         None if counted else divisor,
-        torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None,
         [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (e, c, bias)],
         text,
     )
@@ -116,6 +129,7 @@ def _in_graph(name: str, given: dict[str, Any]) -> Any:
 
 
 def _said(values: Mapping[str, Any]) -> str:
+    """Return the text of a dictionary of plain values, by what a tracer knows."""
     text = ""
     for name, value in values.items():
         # A number may be a symbol, which this makes a constant of.
@@ -127,7 +141,7 @@ def _said(values: Mapping[str, Any]) -> str:
 # --- the operators ---
 
 
-class _Ticket(array):  # type: ignore[type-arg]
+class _Ticket(array):
     """A call that waits for its backward, and the memory of the tensor of its number.
 
     Attributes:
@@ -149,12 +163,11 @@ _numbers = itertools.count()
     "vocab_parallel::loss",
     mutates_args=(),
     schema="(Tensor e, Tensor c, Tensor targets, Tensor? bias, Tensor?[] others, SymInt? divisor,"
-    " ScalarType? autocast, bool[] wanted, str text) -> Tensor[]",
+    " bool[] wanted, str text) -> Tensor[]",
 )
 def _loss(
-    e: Any, c: Any, targets: Any, bias: Any, others: Any, divisor: Any, autocast: Any, wanted: Any,
-    text: str,
-) -> list[Tensor]:  # fmt: skip
+    e: Any, c: Any, targets: Any, bias: Any, others: Any, divisor: Any, wanted: Any, text: str
+) -> list[Tensor]:
     """Return the tensors of a call's results, and last the number of its ticket, int64 [1]."""
     given, rows = _understood(text)
     given = dict(given)
@@ -171,9 +184,8 @@ def _loss(
         for tensor, needed in zip((e, c, bias), wanted, strict=True)
     ]
     ticket.lent = []
-    with _recording(any(wanted)), _lending(ticket), torch.autocast(
-        e.device.type, autocast, enabled=autocast is not None
-    ):
+    # Autocast has been applied in the outer graph.
+    with _recording(any(wanted)), _lending(ticket), torch.autocast(e.device.type, enabled=False):
         e, c, bias = ticket.leaves
         results = function(e, c, targets, bias, **given)
     flat: list[Tensor] = []
@@ -195,8 +207,8 @@ def _loss_backward(ticket: Any, grads: Any, leaves: Any, wanted: Any) -> list[Te
     call = _waiting.get(int(ticket))
     if call is None:
         raise RuntimeError(
-            "the loss's forward is gone before its backward: do not let hooks on saved tensors "
-            "copy or move the int64 tensor of one number that stands for it"
+            "what the loss's forward kept is gone: hooks on saved tensors, such as save_on_cpu, "
+            "copied the int64 tensor of one number that it belongs to; let them leave that as it is"
         )
     pairs = [
         (output, grad)
@@ -204,7 +216,7 @@ def _loss_backward(ticket: Any, grads: Any, leaves: Any, wanted: Any) -> list[Te
         if grad is not None and output.requires_grad
     ]
     outputs, received = zip(*pairs, strict=True)
-    sought = [leaf for leaf, want in zip(call.leaves, wanted, strict=True) if want]
+    sought = [cast(Tensor, leaf) for leaf, want in zip(call.leaves, wanted, strict=True) if want]
     call.lent[:] = leaves
     try:
         with _recording(False):
@@ -221,17 +233,19 @@ def _understood(text: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
     return (found, None) if isinstance(found, dict) else found
 
 
-def _recording(grad: bool) -> AbstractContextManager[None]:
-    """Let autograd see what an operator does, beneath which it is switched off."""
-    stack = ExitStack()
-    for key in ("AutogradFunctionality", "ADInplaceOrView"):
-        key = getattr(torch._C.DispatchKey, key)
-        stack.enter_context(torch._C._SetExcludeDispatchKeyGuard(key, False))
-    stack.enter_context(torch.set_grad_enabled(grad))
-    return stack
+@contextmanager
+def _recording(grad: bool) -> Iterator[None]:
+    """Let autograd work within an operator, where torch has switched it off."""
+    include, keys = torch._C._SetExcludeDispatchKeyGuard, torch._C.DispatchKey
+    with (
+        include(keys.AutogradFunctionality, False),
+        include(keys.ADInplaceOrView, False),
+        torch.set_grad_enabled(grad),
+    ):
+        yield
 
 
-def _lending(ticket: _Ticket) -> AbstractContextManager[None]:
+def _lending(ticket: _Ticket) -> saved_tensors_hooks:
     """Let what is saved of a ticket's leaves be read from what it is lent in backward."""
     leaves, lent = ticket.leaves, ticket.lent  # not the ticket: its graph would keep itself alive
 
@@ -256,14 +270,14 @@ def _lending(ticket: _Ticket) -> AbstractContextManager[None]:
 
 
 @_loss.register_fake
-def _(e: Tensor, c: Tensor, *_: Any) -> list[Tensor]:
+def _(e: Tensor, c: Tensor, *rest: Any) -> list[Tensor]:
     """Return tensors like the results; what is wrong with a call is said where it runs."""
-    given, _ = _understood(_[-1])
+    given, _ = _understood(rest[-1])
     dtype = accumulation_dtype(torch.promote_types(e.dtype, c.dtype))
     each = list(e.shape[:-1])
     shift = given.get("shift", 0)
-    if each and given.get("hidden_layout") != "sequence" and isinstance(shift, int):
-        each[-1] = each[-1] - shift
+    if each and shift and given.get("hidden_layout") != "sequence" and isinstance(shift, int):
+        each[-1] = max(each[-1] - shift, 0)
     logprobs = given["function"] == "token_logprobs"
     whole = not logprobs and given.get("reduction", "mean") != "none"
     shapes = [() if whole else each]
@@ -278,11 +292,7 @@ def _(e: Tensor, c: Tensor, *_: Any) -> list[Tensor]:
 
 @_loss_backward.register_fake
 def _(ticket: Any, grads: Any, leaves: Any, wanted: Any) -> list[Tensor]:
-    return [
-        torch.empty(leaf.shape, dtype=leaf.dtype, device=leaf.device)
-        for leaf, want in zip(leaves, wanted, strict=True)
-        if want
-    ]
+    return [leaf.new_empty(leaf.shape) for leaf, want in zip(leaves, wanted, strict=True) if want]
 
 
 def _save(ctx: Any, inputs: Any, output: list[Tensor]) -> None:
