@@ -57,12 +57,17 @@ def run(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
     Else the graph breaks, and the function runs as it does without a graph.
     """
     names = _PARAMETERS.get(function.__name__, ())
-    transformed = torch._C._are_functorch_transforms_active()  # which the function refuses
-    if len(args) <= len(names) and not transformed:
+    if len(args) <= len(names) and not _is_transformed():
         given = dict(dict(zip(names, args, strict=False)), **kwargs)
         if _can_be_said(given):
             return cast(R, _in_graph(function.__name__, given))
     return outside(function, *args, **kwargs)
+
+
+@torch.compiler.assume_constant_result
+def _is_transformed() -> bool:
+    """Tell whether a transform of torch.func is traced: the function refuses it, as in eager."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _outside(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
