@@ -145,13 +145,12 @@ def test_what_changes_between_calls() -> None:
     for length in (5, 1, 0, 6):
         check(e[:, :length].detach().requires_grad_(), targets[:, :length])
     torch.compiler.reset()
-    before = backend.frame_count
     values = (1.0, 2.0, 3.0)
     losses = []
     for given["temperature"] in values:
         check(e, targets)
         losses.append(float(compiled(e, targets).detach()))
-    assert len(set(losses)) == backend.frame_count - before == len(values)
+    assert len(set(losses)) == len(values)
     given["vocab_parallel_options"] = VocabParallelOptions(0, 17, None, True, 16)
     check(e, targets.clamp(max=15))
     assert float(compiled(e, targets.clamp(max=15)).detach()) not in losses
@@ -232,12 +231,10 @@ def test_what_is_no_operator_breaks_the_graph_once() -> None:
     torch.compiler.reset()
     torch.compile(step, backend=backend)(e).backward()
     assert backend.frame_count == 2, "one graph before the loss, one after"
-    found = [e.grad, c.grad]
+    found: Any = [e.grad, c.grad]
     c.grad = e.grad = None
     step(e).backward()
-    for got, want in zip(found, (e.grad, c.grad), strict=True):
-        assert got is not None and want is not None  # noqa: PT018 (for mypy)
-        assert torch.equal(got, want)
+    assert same(found, [e.grad, c.grad])  # type: ignore[list-item]
     torch.compiler.reset()
     with pytest.raises(torch._dynamo.exc.Unsupported):
         torch.compile(step, backend="eager", fullgraph=True)(e)

@@ -95,7 +95,7 @@ def _can_be_said(given: Mapping[str, Any]) -> bool:
         and None not in [type(tensor) for tensor in tensors[:3]]
         and all(tensor is None or type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
         and all(value is None or type(value) in (bool, int, float, str) for value in rest.values())
-        and all(math.isfinite(value) for value in rest.values() if type(value) is float)
+        and all(abs(float(value)) < math.inf for value in rest.values() if type(value) is float)
     )
 
 
