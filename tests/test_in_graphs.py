@@ -253,23 +253,18 @@ def check_ranks() -> None:
     _, c, bias, _ = drawn(options.stop - options.start)
     torch.manual_seed(1)
     e, _, _, targets = drawn()
-    for extra in (
-        {},
-        {"reduction": "none", "shift": 1, "return_lse": True},
-        {"hidden_layout": "sharded", "reduction": "sum"},
-        {"hidden_layout": "sharded", "reduction": "none"},
-    ):
+    given: dict[str, Any] = {"vocab_parallel_options": options}
 
-        def step(e: Tensor, targets: Tensor, extra: Any = extra) -> Any:
-            given = {"vocab_parallel_options": options, **extra}
-            hidden = torch.tanh(e)
-            with torch.no_grad():  # its collectives are called, though nobody uses it
-                linear_cross_entropy(hidden, c, targets, bias, **given)
-            second = linear_cross_entropy(hidden.neg(), c, targets, reduction="sum",
-                                          vocab_parallel_options=options)  # fmt: skip
-            return linear_cross_entropy(hidden, c, targets, bias, **given), second
+    def several(e: Tensor, targets: Tensor) -> Any:
+        hidden = torch.tanh(e)
+        with torch.no_grad():  # its collectives are called, though nobody uses it
+            linear_cross_entropy(hidden, c, targets, bias, **given)
+        each = linear_cross_entropy(
+            hidden, c, targets, bias, reduction="none", shift=1, return_lse=True, **given
+        )
+        return each, token_logprobs(hidden, c, targets, hidden_layout="sharded", **given)
 
-        check_step(step, e, targets, c, bias, backend="aot_eager")
+    check_step(several, e, targets, c, bias, backend="aot_eager")
 
     def loss(e: Tensor, targets: Tensor) -> Any:
         return linear_cross_entropy(e, c, targets, vocab_parallel_options=options)
