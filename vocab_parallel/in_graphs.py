@@ -173,7 +173,16 @@ _numbers = itertools.count()
 def _loss(
     e: Any, c: Any, targets: Any, bias: Any, others: Any, divisor: Any, wanted: Any, text: str
 ) -> list[Tensor]:
-    """Return the tensors of a call's results, and last the number of its ticket, int64 [1]."""
+    """Return the tensors of a call's results, and last the number of its ticket, int64 [1].
+
+    Raises:
+        ValueError: a CUDA graph is being captured, whose replays would draw no ticket.
+    """
+    if e.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise ValueError(
+            "the loss within a compiled graph cannot be captured into a CUDA graph: compile it "
+            'without mode="reduce-overhead", or capture the loss outside of what is compiled'
+        )
     given, rows = _understood(text)
     given = dict(given)
     function = getattr(functional, given.pop("function"))
