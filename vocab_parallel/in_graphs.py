@@ -31,8 +31,8 @@ from torch._library.effects import EffectType
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.distributed_c10d import _resolve_process_group
 
-from vocab_parallel import functional
 from vocab_parallel.arguments import Operands
+from vocab_parallel.functional import linear_cross_entropy, token_logprobs
 from vocab_parallel.metrics import LossMetrics
 from vocab_parallel.options import VocabParallelOptions
 from vocab_parallel.statistics import accumulation_dtype
@@ -40,10 +40,10 @@ from vocab_parallel.statistics import accumulation_dtype
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_PARAMETERS = {
-    name: tuple(signature(getattr(functional, name)).parameters)
-    for name in ("linear_cross_entropy", "token_logprobs")
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    each.__name__: each for each in (linear_cross_entropy, token_logprobs)
 }
+_PARAMETERS = {name: tuple(signature(each).parameters) for name, each in _FUNCTIONS.items()}
 _TENSORS = ("e", "c", "targets", "bias", "token_weight", "document_ids")
 _ROWS = ("start", "stop", "reduce_e_grad", "vocab_size", "largest_shard")
 
@@ -185,7 +185,7 @@ def _loss(
         )
     given, rows = _understood(text)
     given = dict(given)
-    function = getattr(functional, given.pop("function"))
+    function = _FUNCTIONS[given.pop("function")]
     if rows is not None:
         group = None if rows["group"] is None else _resolve_process_group(rows["group"])
         given["vocab_parallel_options"] = VocabParallelOptions(**{**rows, "group": group})
