@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch._library.effects import EffectType
 from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import _resolve_process_group
 
 from vocab_parallel.arguments import Operands
@@ -84,7 +85,7 @@ def _can_be_said(given: Mapping[str, Any]) -> bool:
     if options is not None:
         if not all(hasattr(options, name) for name in ("group", *_ROWS[:3])):
             return False
-        if options.group is not None and not hasattr(options.group, "group_name"):
+        if not isinstance(options.group, (ProcessGroup, type(None))):
             return False
         rest.update(_rows(options))
     if type(rest.get("num_valid_tokens")) is Tensor:
@@ -265,7 +266,7 @@ def _lending(ticket: _Ticket) -> saved_tensors_hooks:
 
     def pack(tensor: Tensor) -> Any:
         for place, leaf in enumerate(leaves):
-            if leaf is not None and leaf.numel() == tensor.numel():
+            if leaf is not None and 0 < leaf.numel() == tensor.numel():
                 view = leaf.detach().reshape(tensor.shape)
                 if (view.data_ptr(), view.stride()) == (tensor.data_ptr(), tensor.stride()):
                     return place, tensor.shape
