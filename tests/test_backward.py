@@ -191,24 +191,3 @@ def test_kept_bytes_fit() -> None:
     assert (named.kept_rows, named.kept_bytes) == (0, 0), "who names it keeps nothing"
     odd = plan_backward(8192, 37_984, 5120, chunk_rows=999)
     assert (odd.tile.rows, odd.kept_rows) == (992, 4096), "kernels write whole sectors of a tile"
-
-
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-def test_compiled_model_breaks_once() -> None:
-    graphs: list[Any] = []
-
-    def backend(module: Any, inputs: Any) -> Any:
-        graphs.append(module)
-        return module.forward
-
-    e, c, targets = drawn()
-
-    def step(e: Tensor) -> Tensor:
-        loss = linear_cross_entropy(torch.tanh(e), c, targets)
-        assert isinstance(loss, Tensor)
-        return 2.0 * loss
-
-    expected = torch.autograd.grad(step(e), (e, c))
-    found = torch.autograd.grad(torch.compile(step, backend=backend)(e), (e, c))
-    assert len(graphs) == 2, "one before the loss, one after"
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

@@ -14,15 +14,14 @@ def entry(function: Callable[P, R]) -> Callable[P, R]:
     """Let torch.compile not look into ``function``, and a call by others' names say ours.
 
     What is inside is kernels, cuBLAS products and collectives, which a compiler would not improve:
-    its graph breaks once at the call, where it would otherwise make a dozen small ones.
-    `torch.compiler.disable` at import would load the compiler, which takes most of a second that
-    whoever compiles nothing should not wait for.
+    `in_graphs.py` makes an operator of the call, or lets the graph break once. It loads the
+    compiler, which takes most of a second that whoever compiles nothing should not wait for.
     """
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         if torch.compiler.is_compiling():
-            from vocab_parallel.outside_of_graphs import run
+            from vocab_parallel.in_graphs import run
 
             return run(function, *args, **kwargs)
         try:

@@ -59,6 +59,42 @@ def test_half_precision(impl: str, dtype: torch.dtype, softcap: float | None) ->
         assert relative_error(ours, want) <= slack * relative_error(peer, want) + 1e-4
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+@pytest.mark.parametrize("backward", ["probs", "recompute"])
+@pytest.mark.parametrize("shape", [{}, {"rows": 2048, "hidden": 128}])
+def test_compiled_in_one_graph(backward: str, shape: dict[str, int]) -> None:
+    """torch.compile sees an operator: no break, the bits of an eager call, no synchronisation."""
+    e, c, targets = drawn(torch.bfloat16, **shape)
+
+    def step(e: torch.Tensor) -> torch.Tensor:
+        return linear_cross_entropy(e.relu(), c, targets, shift=1, backward=backward)
+
+    torch.compiler.reset()
+    compiled = torch.compile(step, fullgraph=True)
+    compiled(e).backward()  # compiles
+    expected = step(e)
+    expected_grads = torch.autograd.grad(expected, (e, c))
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        loss = compiled(e)
+        grads = torch.autograd.grad(loss, (e, c))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(loss, expected)
+    assert all(torch.equal(a, b) for a, b in zip(grads, expected_grads, strict=True))
+    fast = torch.compile(step, fullgraph=True, mode="reduce-overhead")
+    for turn in range(1, 5):  # the first calls only warm up
+        other = e.detach().mul(turn).requires_grad_()
+        try:
+            loss = fast(other)
+            found = torch.autograd.grad(loss, (other, c))
+        except ValueError as error:
+            assert "CUDA graph" in str(error)  # noqa: PT017 (it is refused, or right)
+            break
+        expected_grads = torch.autograd.grad(step(other), (other, c))
+        assert all(torch.equal(a, b) for a, b in zip(found, expected_grads, strict=True))
+
+
 def test_one_rank_has_every_impl() -> None:
     states = available_impls()
     assert all(states[name] == "ready" for name in ("cce", "cce_exact", "chunked", "torch_compile"))

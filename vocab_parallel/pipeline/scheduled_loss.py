@@ -154,7 +154,7 @@ class ScheduledLoss:
     def finished(self, loss: Tensor) -> Tensor:
         """Return the loss of a call that went well, in the way that a schedule needs it."""
         self._validated = True
-        if self._keeps_graph:
+        if self._keeps_graph and not torch.compiler.is_compiling():
             keep_graph(loss)
         return loss
 
