@@ -177,9 +177,17 @@ class Run:
                 ignore_index=self.options.get("ignore_index", -100),
             )
         needs = 0 in self.indices or self.case.get("embedding")
+        args, inputs = ([tokens] if needs else []), {"target": labels}
+        if self.case.get("split"):  # as torchtitan gives them
+            inputs = {
+                "arg_mbs": [(own,) for own in tokens.chunk(self.microbatches)] if needs else None,
+                "kwarg_mbs": [{} for _ in range(self.microbatches)],
+                "target_mbs": list(labels.chunk(self.microbatches)),
+            }
+            args = []
         run(
-            *([tokens] if needs else []),
-            target=labels,
+            *args,
+            **inputs,
             losses=losses if self.has_last else None,
             return_outputs=False,
         )
@@ -336,11 +344,11 @@ def check_collectives(recorded: CollectiveRecorder, run: Run) -> None:
 
 CASES: list[dict[str, Any]] = [
     *({"schedule": "1F1B", "microbatches": m, "vocabulary": 23} for m in (1, 2, 4, 8)),
-    {"schedule": "1F1B", "microbatches": 5, "vocabulary": 23, "embedding": "tied"},
+    {"schedule": "1F1B", "microbatches": 5, "vocabulary": 23, "embedding": "tied", "split": True},
     {"schedule": "1F1B", "microbatches": 4, "vocabulary": 23, "embedding": "own", "barriers": 2},
     {"schedule": "Interleaved1F1B", "microbatches": 8, "vocabulary": 23, "embedding": "tied"},
     {"schedule": "LoopedBFS", "microbatches": 4, "vocabulary": 23, "embedding": "own"},
-    {"schedule": "InterleavedZeroBubble", "microbatches": 8, "vocabulary": 24},
+    {"schedule": "InterleavedZeroBubble", "microbatches": 8, "vocabulary": 24, "split": True},
     {"schedule": "ZBVZeroBubble", "microbatches": 8, "vocabulary": 23, "embedding": "tied",
      "rows": [0, 17, 1, 5]},
     {"schedule": "1F1B", "microbatches": 4, "vocabulary": 9},  # a rank without rows
@@ -481,9 +489,13 @@ def check_refusals() -> None:
         ({"target": labels.float()}, "as an int32 or int64 tensor, got torch.float32"),
         ({"target": labels[:, :1]}, "shift=1 needs sequences that are longer, got 1"),
         ({"target": labels[:, :3]}, "the last stage must return hidden states"),
+        ({"target": labels, "target_mbs": [labels]}, "was given both: leave one out"),
+        ({"target_mbs": [labels] if mine else [*labels.chunk(2)]}, r"needs target_mbs as a list "),
+        ({"target_mbs": [labels[:1], labels[:2]]}, "the labels .* must have one shape"),
+        ({"kwarg_mbs": [{}, {}]}, r"needs target_mbs as a list of 2 Tensors, .* got .*NoneType"),
     ):
         with pytest.raises(ValueError, match=message):
-            schedule.step(*inputs, **given)
+            schedule.step(*([] if "target" not in given else inputs), **given)
     check_unlike_lengths(schedule)
     undivided = built(scale_grads=False)
     with pytest.warns(UserWarning, match="the loss no num_valid_tokens"):
@@ -505,6 +517,9 @@ def check_refusals() -> None:
         embeds.step(*([labels] if mine else []), target=labels)
     with pytest.raises(ValueError, match=r"targets must lie in \[0, 9\)"):
         embeds.step(labels + 9, target=labels)
+    halves = list(labels.chunk(2))
+    with pytest.raises(ValueError, match=r"needs arg_mbs as a list of 2 tuples, .* got .*NoneType"):
+        embeds.step(arg_mbs=None if mine else [(own,) for own in halves], target_mbs=halves)
 
 
 def check_unlike_lengths(schedule: SpanningSchedule) -> None:
