@@ -19,7 +19,7 @@ STEPS = 4
 OURS = "vocab_parallel.torchtitan.cut_cross_entropy"
 ATTENTION = "tests.clients.titan_attention.cpu_attention"
 TRAINING = (
-    "--training.seq_len 64 --training.local_batch_size 4 --training.disable_cuda_graphs "
+    "--training.seq_len 256 --training.local_batch_size 4 --training.disable_cuda_graphs "
     "--training.mixed_precision_param float32 --debug.seed 0 --debug.deterministic"
 )
 LAYOUTS = {

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch._utils
 import torch.distributed.fsdp._fully_shard._fsdp_collectives as fsdp_collectives
+import torch.distributed.tensor.experimental._context_parallel._attention as context_parallel
 import torch.nn.attention.flex_attention as flex_attention
 
 
@@ -37,6 +38,8 @@ def give_the_cpu_what_cuda_has() -> None:
         setattr(cpu, name, lambda *_, _found=found: _found)
     # Its eager form has the backward that flex attention refuses on a CPU.
     flex_attention._validate_device = lambda *_: None  # type: ignore[assignment]
+    # Compiled, it would want a compiler on every machine that runs this.
+    context_parallel._compiled_create_block_mask = flex_attention.create_block_mask
     # gloo has no PREMUL_SUM; FSDP2 has a switch for such backends.
     factors = fsdp_collectives._get_gradient_divide_factors
     fsdp_collectives._get_gradient_divide_factors = lambda *args: factors(*args[:-1], True)
