@@ -120,3 +120,32 @@ def test_the_option_puts_it_in_the_place_of_the_chunked_loss() -> None:
     (line,) = apply_overrides(OverrideConfig(imports=[name]), config)
     assert name in line
     assert type(config.loss) is CutCrossEntropyLoss.Config
+
+
+def test_what_it_is_not_put_in_the_place_of() -> None:
+    """Heads whose logits are more than a product, and other losses than cross-entropy."""
+    from torchtitan.models.common.linear import Linear
+
+    from vocab_parallel.torchtitan import CutCrossEntropyLoss, cut_cross_entropy
+
+    class SoftCapped(Linear):
+        @dataclass(kw_only=True, slots=True)
+        class Config(Linear.Config):
+            pass
+
+        def forward(self, hidden: Tensor) -> Tensor:
+            return 3.0 * (super().forward(hidden) / 3.0).tanh()
+
+    loss_fn: Any = CutCrossEntropyLoss.Config().build(compile_config=None)
+    plain, capped = (
+        kind.Config(in_features=16, out_features=97).build() for kind in (Linear, SoftCapped)
+    )
+    for head in (plain, capped):
+        head.forward = titan.cross_entropy_loss  # some function of torchtitan's, as it sets one
+    loss_fn.set_lm_head(plain)
+    assert plain.forward is titan.cross_entropy_loss
+    with pytest.raises(ValueError, match="SoftCapped that has a forward of its own"):
+        loss_fn.set_lm_head(capped)
+    mean_square = titan.ChunkedLossWrapper.Config(loss_fn=titan.MSELoss.Config())
+    with pytest.raises(ValueError, match=r"this chunked loss is of MSELoss\.Config"):
+        cut_cross_entropy(mean_square)
