@@ -8,9 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tests.oracle import relative_error
+from tests.oracle import oracle, relative_error
 from tests.ranks import run_ranks
-from tests.test_adapter_snippets import run_snippet
 
 titan: Any = pytest.importorskip("torchtitan.components.loss", reason="needs torchtitan 0.3")
 
@@ -32,7 +31,8 @@ class Decoder(nn.Module):
 
 def test_in_place_of_the_chunked_loss() -> None:
     """Built by its configuration and called by the trainer's contract: equal loss and gradients."""
-    ours: Any = run_snippet("VocabParallelLoss")["VocabParallelLoss"]  # as docs/adapters.md has it
+    from vocab_parallel.torchtitan import CutCrossEntropyLoss
+
     ids = torch.randint(97, (2, 16))
     labels = ids.roll(-1, 1)
     labels[0, 9:] = -100
@@ -40,7 +40,7 @@ def test_in_place_of_the_chunked_loss() -> None:
     found: dict[str, tuple[Tensor, list[Tensor]]] = {}
     for name, config in (
         ("theirs", titan.ChunkedLossWrapper.Config(num_chunks=4)),
-        ("ours", ours.Config()),
+        ("ours", CutCrossEntropyLoss.Config()),
     ):
         model = Decoder()
         loss_fn = config.build(compile_config=None)
@@ -117,9 +117,17 @@ def test_the_option_puts_it_in_the_place_of_the_chunked_loss() -> None:
 
     name = "vocab_parallel.torchtitan.cut_cross_entropy"
     config = Root(loss=titan.ChunkedLossWrapper.Config())
-    (line,) = apply_overrides(OverrideConfig(imports=[name]), config)
+    options = {"z_loss": 1e-4}
+    (line,) = apply_overrides(OverrideConfig(imports=[(name, options)]), config)
     assert name in line
-    assert type(config.loss) is CutCrossEntropyLoss.Config
+    assert config.loss == CutCrossEntropyLoss.Config(options=options)
+    loss_fn: Any = config.loss.build(compile_config=None)
+    head, hidden = nn.Linear(16, 97, bias=False), torch.randn(1, 5, 16)
+    loss_fn.set_lm_head(head)
+    labels = torch.randint(97, (1, 5))
+    found, _ = loss_fn(hidden, labels, torch.tensor(5))
+    exact, _ = oracle(hidden.double(), head.weight.double(), labels, **options)
+    assert relative_error(found, exact) < 1e-6
 
 
 def test_what_it_is_not_put_in_the_place_of() -> None:

@@ -1,11 +1,12 @@
 """The loss inside of torchtitan's trainer, by one of its own options.
 
     torchtitan ... --override.imports vocab_parallel.torchtitan.cut_cross_entropy
+    torchtitan ... --override.imports 'vocab_parallel.torchtitan.cut_cross_entropy={"z_loss": 1e-4}'
 
 Nothing of torchtitan is changed, and the library imports this module nowhere: it loads torchtitan.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch.distributed as dist
@@ -35,8 +36,10 @@ class CutCrossEntropyLoss(HiddenStatesLoss, ChunkedLossWrapper):
     class Config(ChunkedLossWrapper.Config):
         """What torchtitan builds the loss of; the chunked loss's own fields count for nothing."""
 
+        options: dict[str, Any] = field(default_factory=dict)  # of `linear_cross_entropy`
+
     def __init__(self, config: Any, *, compile_config: Any = None) -> None:
-        HiddenStatesLoss.__init__(self)
+        HiddenStatesLoss.__init__(self, **config.options)
 
     def set_lm_head(self, lm_head: nn.Module) -> None:
         """Take the classifier, whose forward torchtitan may have set to place its operands.
@@ -80,8 +83,12 @@ class CutCrossEntropyLoss(HiddenStatesLoss, ChunkedLossWrapper):
     exact=True,
     description="cut cross-entropy over the tp axis",
 )
-def cut_cross_entropy(config: Any) -> Any:
+def cut_cross_entropy(config: Any, **options: Any) -> Any:
     """Return the configuration that takes the place of the chunked loss's.
+
+    Args:
+        config: of the chunked loss.
+        **options: of `linear_cross_entropy`.
 
     Raises:
         ValueError: the chunked loss is of another loss than cross-entropy.
@@ -91,4 +98,4 @@ def cut_cross_entropy(config: Any) -> Any:
             f"cut_cross_entropy takes the place of a chunked cross-entropy, and this chunked loss "
             f"is of {type(config.loss_fn).__qualname__}: leave the override out"
         )
-    return CutCrossEntropyLoss.Config()
+    return CutCrossEntropyLoss.Config(options=options)
