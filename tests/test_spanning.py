@@ -141,6 +141,10 @@ class Run:
             PipelineStage(module, i, self.num_stages, device, group=groups.pipeline_group)
             for module, i in zip(self.modules, self.indices, strict=True)
         ]
+        if case.get("directions"):  # a communicator each way, as torch may have since 2.14
+            ways: list[Any] = [dist.new_group() for _ in range(2)]
+            for stage in stages:
+                stage._downstream_group, stage._upstream_group = ways
         layout = "sharded" if case.get("columns") == "apart" else "replicated"
         self.options = options_of(case)
         if "token_weight" in self.options:
@@ -348,9 +352,10 @@ CASES: list[dict[str, Any]] = [
     {"schedule": "1F1B", "microbatches": 4, "vocabulary": 23, "embedding": "own", "barriers": 2},
     {"schedule": "Interleaved1F1B", "microbatches": 8, "vocabulary": 23, "embedding": "tied"},
     {"schedule": "LoopedBFS", "microbatches": 4, "vocabulary": 23, "embedding": "own"},
-    {"schedule": "InterleavedZeroBubble", "microbatches": 8, "vocabulary": 24, "split": True},
+    {"schedule": "InterleavedZeroBubble", "microbatches": 8, "vocabulary": 24, "split": True,
+     "directions": True},
     {"schedule": "ZBVZeroBubble", "microbatches": 8, "vocabulary": 23, "embedding": "tied",
-     "rows": [0, 17, 1, 5]},
+     "rows": [0, 17, 1, 5], "directions": True},
     {"schedule": "1F1B", "microbatches": 4, "vocabulary": 9},  # a rank without rows
     {"schedule": "1F1B", "microbatches": 4, "vocabulary": 23, "bias": True, "whole_step": True,
      "options": {"softcap": 2.0, "temperature": 0.7, "z_loss": 0.01, "return_metrics": True}},
