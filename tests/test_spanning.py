@@ -419,7 +419,12 @@ def check_all(pipeline: int, columns: int, cases: list[dict[str, Any]]) -> None:
     groups = build_stage_groups(
         pipeline, columns, device_type=rank_device().type, vocab_over="all_stages"
     )
+    sends_to_itself = rank_device().type == "cpu" and not hasattr(PipelineStage, "_is_same_rank")
     for case in cases:
+        if case["schedule"] in V_SHAPED and sends_to_itself:
+            with pytest.raises(ValueError, match=r"ZBVZeroBubble on a CPU needs torch 2\.13"):
+                Run(groups, case)
+            continue
         check_case(groups, case)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage
 from torch.distributed.tensor import DTensor
 
 from stage_groups import StageGroups
@@ -95,6 +96,12 @@ def _problem_of_kinds(given: ScheduleArguments) -> str | None:
         return f"1F1B has one stage a rank, got {number}: use Interleaved1F1B"
     if given.schedule == "ZBVZeroBubble" and number != 2:
         return f"ZBVZeroBubble has two stages a rank, got {number}"
+    on_cpu = torch.device(given.stages[0].device).type == "cpu"
+    if given.schedule == "ZBVZeroBubble" and on_cpu and not hasattr(PipelineStage, "_is_same_rank"):
+        return (
+            f"torch {torch.__version__} sends a message between the two stages of one rank, which "
+            f"gloo cannot: ZBVZeroBubble on a CPU needs torch 2.13 or newer"
+        )
     if not isinstance(given.num_microbatches, int) or given.num_microbatches < 1:
         return f"n_microbatches must be a positive integer, got {given.num_microbatches!r}"
     if not isinstance(given.loss, CCEPipelineLoss):
