@@ -123,6 +123,6 @@ def test_trainer(tmp_path: Path) -> None:
     pytest.importorskip("accelerate", reason="Trainer needs it")
     model = tiny("llama", tie_word_embeddings=False)
     before = model.lm_head.weight.clone()
-    run_snippet(RUN[3], model=model, arguments=arguments_of(str(tmp_path)), dataset=Ids())
+    run_snippet(RUN[2], model=model, arguments=arguments_of(str(tmp_path)), dataset=Ids())
     assert model(**{name: ids[None] for name, ids in Ids()[0].items()}).logits is None
     assert not torch.equal(model.lm_head.weight, before)
