@@ -4,56 +4,75 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3
-VENV ?= .venv
+# `make test TORCH=2.14.1` takes that torch, in an environment of its own.
+VENV ?= .venv$(addprefix -,$(TORCH))
 BIN := $(VENV)/bin
 # Ranks share the machine's cores: one thread each halves the time of a step.
 export OMP_NUM_THREADS := 1
 # A start of torchrun that takes no fixed port.
 TORCHRUN := $(BIN)/torchrun --rdzv-backend c10d --rdzv-endpoint localhost:0
 
-.PHONY: help demo test test-all test-gpu bench package docs fuzz lint clean
+.PHONY: help demo test test-all test-clients test-gpu bench package docs fuzz lint clean
 
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
 # torch is installed first and alone, so that its constrained version is the one
 # that everything else is resolved against.
-$(VENV)/.torch: constraints.txt
+CONSTRAINTS := $(VENV)/constraints.txt
+$(CONSTRAINTS): constraints.txt
+	mkdir -p $(VENV)
+	sed '$(if $(TORCH),s/^torch==.*/torch==$(TORCH)/)' constraints.txt > $@
+
+$(VENV)/.torch: $(CONSTRAINTS)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' $(CONSTRAINTS))"
 	touch $@
 
 $(VENV)/.train: $(VENV)/.torch pyproject.toml
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[train]'
 	touch $@
 
 $(VENV)/.test: $(VENV)/.train
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,test,bench]'
-	# Of torchtitan its losses alone are tested: what its trainer needs besides is left out.
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt torchtitan spmd-types
+	$(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[train,test,bench]'
+	# Of torchtitan its losses alone are tested here: what its trainer needs besides is left out.
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -c $(CONSTRAINTS) torchtitan spmd-types
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.test
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt ruff mypy
+	$(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) ruff mypy
 	touch $@
 
 $(VENV)/.package: $(VENV)/.test
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt build twine
+	$(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) build twine
 	touch $@
 
 $(VENV)/.docs: $(VENV)/.test
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[docs]'
 	touch $@
 
 demo: $(VENV)/.train  ## train a small Qwen3 on real text, 2 x 2 ranks, and check it against one process
 	$(TORCHRUN) --nproc-per-node 4 -m launch.train --pipeline 2 --vocab 2 --check --out runs/demo
 
-test: $(VENV)/.test  ## the tests that CI runs (about 12 minutes on 2 cores)
+test: $(VENV)/.test  ## the tests that CI runs (about 12 minutes on 2 cores); TORCH=2.14.1: with that one
 	$(BIN)/pytest -n 2 -m 'not gpu and not slow'
 
 test-all: $(VENV)/.test  ## the larger matrices too
 	$(BIN)/pytest -n 2 -m 'not gpu'
+
+# What torchtitan asks for is older than some of constraints.txt.
+CLIENTS := .venv-clients
+$(CLIENTS)/.clients: constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/pip install --quiet --disable-pip-version-check torch==2.14.1
+	grep '^torchtitan==' constraints.txt | xargs $(CLIENTS)/bin/pip install --quiet \
+	  --disable-pip-version-check torch==2.14.1 -e '.[test]' transformers expecttest
+	touch $@
+
+test-clients: $(CLIENTS)/.clients  ## inside torchtitan's whole trainer, and peers' tests with ours (half an hour, 7 GB)
+	@echo "peers' clones: CUT_CROSS_ENTROPY_SOURCE=$(CUT_CROSS_ENTROPY_SOURCE) LIGER_KERNEL_SOURCE=$(LIGER_KERNEL_SOURCE)"
+	$(CLIENTS)/bin/pytest -rsP tests/clients
 
 # On a GPU machine the torch that is there is used: PYTHON names its interpreter.
 # pytest-benchmark, where it is installed, warns of several workers, and a warning is an error.
@@ -88,4 +107,4 @@ lint: $(VENV)/.lint  ## formatting, lint and types
 	$(BIN)/mypy
 
 clean:  ## remove the virtual environment and what runs left
-	rm -rf $(VENV) runs build dist site *.egg-info
+	rm -rf $(VENV) .venv-* runs build dist site *.egg-info

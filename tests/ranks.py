@@ -134,11 +134,12 @@ def torchrun(
     *,
     timeout: float = START_TIMEOUT,
     environment: Mapping[str, str] | None = None,
+    cwd: Path = ROOT,
 ) -> tuple[int, str]:
     """Start ranks of ``python COMMAND`` and return (exit code, their output)."""
     process = subprocess.Popen(
         torchrun_command(ranks, command),
-        cwd=ROOT,
+        cwd=cwd,
         env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -1,6 +1,7 @@
 """The loss inside a schedule, against the same model in one process."""
 
 import contextlib
+import inspect
 import types
 import warnings
 from typing import Any
@@ -438,7 +439,8 @@ def check_mistakes_of_one_rank(groups: StageGroups) -> None:
     # A divisor that comes between the check and the first step.
     tokens = torch.randint(VOCABULARY, (BATCH, LENGTH), generator=torch.Generator().manual_seed(3))
     losses: list[Tensor] | None = [] if is_last else None
-    for how in ("attribute", "argument"):
+    takes_them = "loss_kwargs" in inspect.signature(get_schedule_class("GPipe").step).parameters
+    for how in ("attribute", "argument") if takes_them else ("attribute",):  # torch 2.11 not
         schedule = built(loss)
         validate_pipeline_loss(schedule, loss)
         divisor = {"num_valid_tokens": BATCH * (LENGTH - 1)} if is_last else {}

@@ -8,9 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tests.oracle import relative_error
+from tests.oracle import oracle, relative_error
 from tests.ranks import run_ranks
-from tests.test_adapter_snippets import run_snippet
 
 titan: Any = pytest.importorskip("torchtitan.components.loss", reason="needs torchtitan 0.3")
 
@@ -32,7 +31,8 @@ class Decoder(nn.Module):
 
 def test_in_place_of_the_chunked_loss() -> None:
     """Built by its configuration and called by the trainer's contract: equal loss and gradients."""
-    ours: Any = run_snippet("VocabParallelLoss")["VocabParallelLoss"]  # as docs/adapters.md has it
+    from vocab_parallel.torchtitan import CutCrossEntropyLoss
+
     ids = torch.randint(97, (2, 16))
     labels = ids.roll(-1, 1)
     labels[0, 9:] = -100
@@ -40,7 +40,7 @@ def test_in_place_of_the_chunked_loss() -> None:
     found: dict[str, tuple[Tensor, list[Tensor]]] = {}
     for name, config in (
         ("theirs", titan.ChunkedLossWrapper.Config(num_chunks=4)),
-        ("ours", ours.Config()),
+        ("ours", CutCrossEntropyLoss.Config()),
     ):
         model = Decoder()
         loss_fn = config.build(compile_config=None)
@@ -117,6 +117,43 @@ def test_the_option_puts_it_in_the_place_of_the_chunked_loss() -> None:
 
     name = "vocab_parallel.torchtitan.cut_cross_entropy"
     config = Root(loss=titan.ChunkedLossWrapper.Config())
-    (line,) = apply_overrides(OverrideConfig(imports=[name]), config)
+    options = {"z_loss": 1e-4}
+    (line,) = apply_overrides(OverrideConfig(imports=[(name, options)]), config)
     assert name in line
-    assert type(config.loss) is CutCrossEntropyLoss.Config
+    assert config.loss == CutCrossEntropyLoss.Config(options=options)
+    loss_fn: Any = config.loss.build(compile_config=None)
+    head, hidden = nn.Linear(16, 97, bias=False), torch.randn(1, 5, 16)
+    loss_fn.set_lm_head(head)
+    labels = torch.randint(97, (1, 5))
+    found, _ = loss_fn(hidden, labels, torch.tensor(5))
+    exact, _ = oracle(hidden.double(), head.weight.double(), labels, **options)
+    assert relative_error(found, exact) < 1e-6
+
+
+def test_what_it_is_not_put_in_the_place_of() -> None:
+    """Heads whose logits are more than a product, and other losses than cross-entropy."""
+    from torchtitan.models.common.linear import Linear
+
+    from vocab_parallel.torchtitan import CutCrossEntropyLoss, cut_cross_entropy
+
+    class SoftCapped(Linear):
+        @dataclass(kw_only=True, slots=True)
+        class Config(Linear.Config):
+            pass
+
+        def forward(self, hidden: Tensor) -> Tensor:
+            return 3.0 * (super().forward(hidden) / 3.0).tanh()
+
+    loss_fn: Any = CutCrossEntropyLoss.Config().build(compile_config=None)
+    plain, capped = (
+        kind.Config(in_features=16, out_features=97).build() for kind in (Linear, SoftCapped)
+    )
+    for head in (plain, capped):
+        head.forward = titan.cross_entropy_loss  # some function of torchtitan's, as it sets one
+    loss_fn.set_lm_head(plain)
+    assert plain.forward is titan.cross_entropy_loss
+    with pytest.raises(ValueError, match="SoftCapped that has a forward of its own"):
+        loss_fn.set_lm_head(capped)
+    mean_square = titan.ChunkedLossWrapper.Config(loss_fn=titan.MSELoss.Config())
+    with pytest.raises(ValueError, match=r"this chunked loss is of MSELoss\.Config"):
+        cut_cross_entropy(mean_square)

@@ -1,20 +1,23 @@
 """The loss inside of torchtitan's trainer, by one of its own options.
 
     torchtitan ... --override.imports vocab_parallel.torchtitan.cut_cross_entropy
+    torchtitan ... --override.imports 'vocab_parallel.torchtitan.cut_cross_entropy={"z_loss": 1e-4}'
 
 Nothing of torchtitan is changed, and the library imports this module nowhere: it loads torchtitan.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
-from torchtitan.components.loss import ChunkedLossWrapper
+from torch.distributed.fsdp import FSDPModule
+from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
 from torchtitan.config.override import override
 from torchtitan.distributed.spmd_types import current_spmd_mesh
 
 from vocab_parallel.adapters import HiddenStatesLoss
+from vocab_parallel.modules.heads import OutputWeight
 from vocab_parallel.options import VocabParallelOptions
 from vocab_parallel.partition import ceiling_rows, row_range
 
@@ -33,18 +36,25 @@ class CutCrossEntropyLoss(HiddenStatesLoss, ChunkedLossWrapper):
     class Config(ChunkedLossWrapper.Config):
         """What torchtitan builds the loss of; the chunked loss's own fields count for nothing."""
 
+        options: dict[str, Any] = field(default_factory=dict)  # of `linear_cross_entropy`
+
     def __init__(self, config: Any, *, compile_config: Any = None) -> None:
-        HiddenStatesLoss.__init__(self)
+        HiddenStatesLoss.__init__(self, **config.options)
 
     def set_lm_head(self, lm_head: nn.Module) -> None:
-        """See `HiddenStatesLoss.set_lm_head`.
+        """Take the classifier, whose forward torchtitan may have set to place its operands.
 
-        torchtitan sets the forward of its own Linear from outside, to place its operands: its
-        logits are those of its weight all the same.
+        Raises:
+            ValueError: logits that are more than the classifier's product, as an adapter's or
+                those of a softcap in the module.
         """
-        if isinstance(lm_head, nn.Linear) and type(lm_head).__module__.startswith("torchtitan."):
+        placed: Any = vars(lm_head).get("forward")
+        if getattr(placed, "__module__", "").startswith("torchtitan."):
+            del lm_head.forward
+            OutputWeight(lm_head)  # its class's own forward, and hooks, are refused as ever
+            lm_head.forward = placed
             lm_head.logits_are_linear = True  # type: ignore[assignment]
-        self._head = lm_head
+        self._head: Any = lm_head
         super().set_lm_head(lm_head)
 
     def __call__(
@@ -55,19 +65,37 @@ class CutCrossEntropyLoss(HiddenStatesLoss, ChunkedLossWrapper):
         **loss_inputs: Any,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """See `HiddenStatesLoss.__call__`."""
+        if isinstance(self._head, FSDPModule):  # the model skips the classifier, and so its hooks
+            self._head.unshard()
         mesh = current_spmd_mesh()
         if mesh is not None and "tp" in (mesh.mesh_dim_names or ()):
             group = mesh.get_group("tp")
             rank, degree = dist.get_rank(group), dist.get_world_size(group)
-            vocab_size: Any = self._head.out_features
+            vocab_size = self._head.out_features
             start, stop = row_range(ceiling_rows(vocab_size, degree), rank)
-            options = VocabParallelOptions(start, stop, group, vocab_size=vocab_size)
-            self._head.options = options  # type: ignore[assignment]
+            self._head.options = VocabParallelOptions(start, stop, group, vocab_size=vocab_size)
             self._options["hidden_grad_scale"] = 1.0 / degree
         return super().__call__(pred, labels, global_valid_tokens, **loss_inputs)
 
 
-@override(target=ChunkedLossWrapper.Config, description="cut cross-entropy over the tp axis")
-def cut_cross_entropy(config: Any) -> Any:
-    """Return the configuration that takes the place of the chunked loss's."""
-    return CutCrossEntropyLoss.Config()
+@override(
+    target=ChunkedLossWrapper.Config,
+    exact=True,
+    description="cut cross-entropy over the tp axis",
+)
+def cut_cross_entropy(config: Any, **options: Any) -> Any:
+    """Return the configuration that takes the place of the chunked loss's.
+
+    Args:
+        config: of the chunked loss.
+        **options: of `linear_cross_entropy`.
+
+    Raises:
+        ValueError: the chunked loss is of another loss than cross-entropy.
+    """
+    if type(config.loss_fn) is not CrossEntropyLoss.Config:
+        raise ValueError(
+            f"cut_cross_entropy takes the place of a chunked cross-entropy, and this chunked loss "
+            f"is of {type(config.loss_fn).__qualname__}: leave the override out"
+        )
+    return CutCrossEntropyLoss.Config(options=options)

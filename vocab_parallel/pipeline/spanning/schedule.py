@@ -41,11 +41,20 @@ from vocab_parallel.pipeline.spanning.validation import (
     agree_on_schedule,
     agree_on_shapes,
     differs_somewhere,
+    problem_of_microbatches,
     step_inputs,
 )
 from vocab_parallel.split_backward import keep_graph, loses_nodes
 
 _V_SHAPED = ("ZBVZeroBubble",)
+# What this schedule overrides, calls or writes of torch's own: true of 2.11 to 2.14.
+_OF_TORCH = (
+    "_comp_type_to_function_map",
+    "_initialize_stages",
+    "_maybe_compute_loss",
+    "_prepare_schedule_with_comms",
+    "_split_inputs",
+)
 
 
 class VocabAction(StrEnum):
@@ -131,6 +140,13 @@ class SpanningSchedule(_PipelineScheduleRuntime):
         # torch calls its loss_fn only to infer shapes.
         super().__init__(own, n_microbatches, loss_fn=_no_loss_yet, scale_grads=scale_grads)
         self.loss_fn = loss_fn
+        missing = [name for name in _OF_TORCH if not hasattr(self, name)]
+        if missing:  # an override that nobody calls would leave the loss out
+            raise ValueError(
+                f"torch {torch.__version__} has no {missing} in its pipeline schedules, on which "
+                f"this one is built: use torch 2.11 to 2.14, or give the vocabulary to the last "
+                f"stage alone"
+            )
         self._given, self._trains = given, True
         barriers = barriers_of(loss_fn.settings) if barriers is None else barriers
         messages = VocabMessages.of(groups)
@@ -140,6 +156,7 @@ class SpanningSchedule(_PipelineScheduleRuntime):
         self._loss = LossPasses(loss_fn, self._last, barriers)
         self._embedding = None if embedding is None else EmbeddingPasses(embedding, self._first)
         self._inputs: StepInputs | None = None
+        self._split: tuple[list[Any], list[Any]] | None = None  # of a step that was given both
         self._hidden: Tensor | None = None  # of the shape of the last stage's hidden states
         self._shapes_of: bool | None = None  # whether they are those of training
         self._shapes: list[torch.Size] | None = None  # of the last step's labels and inputs
@@ -175,6 +192,9 @@ class SpanningSchedule(_PipelineScheduleRuntime):
         losses: list[Tensor] | None = None,
         return_outputs: bool = True,
         loss_kwargs: dict[str, Any] | None = None,
+        arg_mbs: list[tuple[Any, ...]] | None = None,
+        kwarg_mbs: list[dict[str, Any]] | None = None,
+        target_mbs: list[Tensor] | None = None,
         **kwargs: Any,
     ) -> Any:
         """Run one step, as torch's schedules do; all ranks call, each with its column's labels.
@@ -189,14 +209,27 @@ class SpanningSchedule(_PipelineScheduleRuntime):
             losses: receives each microbatch's loss on ranks with the last stage.
             return_outputs: whether to return, and so to keep, the last stage's hidden states.
             loss_kwargs: ``num_valid_tokens``, equal on all ranks, or nothing.
+            arg_mbs, kwarg_mbs, target_mbs: in place of args, kwargs and target, one for each
+                microbatch, as torch has them since 2.14; here with every torch.
             kwargs: of the stages' modules.
 
         Raises:
             ValueError: on every rank, labels, ids or lengths that cannot be right on some.
         """
         self._trains = self._has_backward
+        self._split = problem = None
+        if any(each is not None for each in (arg_mbs, kwarg_mbs, target_mbs)):
+            whole = bool(args or kwargs) or target is not None
+            problem = problem_of_microbatches(self._given, whole, arg_mbs, kwarg_mbs, target_mbs)
+            if problem is None:
+                assert target_mbs is not None
+                number = len(target_mbs)
+                self._split = arg_mbs or [()] * number, kwarg_mbs or [{}] * number
+                target = torch.cat(target_mbs)
+                if self._embedding is not None:
+                    args = (torch.cat([ids for (ids,) in self._split[0]]),)
         on_cpu = self._given.loss.output_weight.tensors[0].is_cpu
-        shapes, known = _shapes_of((target, args, kwargs)), self._shapes
+        shapes, known = _shapes_of((target, self._split or (args, kwargs))), self._shapes
         validate = on_cpu or known is None or shapes[:1] != known[:1]  # the labels', on all ranks
         self._inputs = inputs = step_inputs(
             self._given,
@@ -204,6 +237,7 @@ class SpanningSchedule(_PipelineScheduleRuntime):
             args,
             target,
             loss_kwargs,
+            problem,
             trains=self._trains,
             validate=validate,
         )
@@ -233,7 +267,7 @@ class SpanningSchedule(_PipelineScheduleRuntime):
         self._shapes = self._shapes_of = None
 
     def _split_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
-        split, kwargs_split = super()._split_inputs(args, kwargs)
+        split, kwargs_split = self._split or super()._split_inputs(args, kwargs)
         if self._embedding is not None:
             split = [(leaf,) for leaf in self._embedding.inputs]
         return split, kwargs_split

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage
 from torch.distributed.tensor import DTensor
 
 from stage_groups import StageGroups
@@ -95,6 +96,12 @@ def _problem_of_kinds(given: ScheduleArguments) -> str | None:
         return f"1F1B has one stage a rank, got {number}: use Interleaved1F1B"
     if given.schedule == "ZBVZeroBubble" and number != 2:
         return f"ZBVZeroBubble has two stages a rank, got {number}"
+    on_cpu = torch.device(given.stages[0].device).type == "cpu"
+    if given.schedule == "ZBVZeroBubble" and on_cpu and not hasattr(PipelineStage, "_is_same_rank"):
+        return (
+            f"torch {torch.__version__} sends a message between the two stages of one rank, which "
+            f"gloo cannot: ZBVZeroBubble on a CPU needs torch 2.13 or newer"
+        )
     if not isinstance(given.num_microbatches, int) or given.num_microbatches < 1:
         return f"n_microbatches must be a positive integer, got {given.num_microbatches!r}"
     if not isinstance(given.loss, CCEPipelineLoss):
@@ -256,6 +263,7 @@ def step_inputs(
     args: Sequence[Any],
     target: Any,
     loss_kwargs: dict[str, Any] | None,
+    problem: ValueError | None,
     *,
     trains: bool,
     validate: bool,
@@ -266,6 +274,7 @@ def step_inputs(
         given: of the schedule.
         last: the last stage's ranks.
         args, target, loss_kwargs: of ``step``.
+        problem: what is wrong with this rank's microbatches already.
         trains: whether a backward follows.
         validate: whether to agree over all ranks that it is right, which waits for a GPU.
 
@@ -276,7 +285,8 @@ def step_inputs(
     divisor = loss.num_valid_tokens
     if loss_kwargs:
         divisor = loss_kwargs.get("num_valid_tokens", divisor)
-    problem = _problem_of_step(given, args, target, loss_kwargs, divisor, validate)
+    if problem is None:
+        problem = _problem_of_step(given, args, target, loss_kwargs, divisor, validate)
     ids = args[0] if given.embedding is not None and problem is None else None
     if validate:
         agree(problem, *_claimed(given, target, ids, divisor, trains, problem), group)
@@ -295,6 +305,51 @@ def step_inputs(
     if weight is not None:
         weight = last.gather_columns(weight)
     return StepInputs(labels, all_ids, weight, divisor)
+
+
+def problem_of_microbatches(
+    given: ScheduleArguments, whole: bool, arg_mbs: Any, kwarg_mbs: Any, target_mbs: Any
+) -> ValueError | None:
+    """Say what is wrong with a step's inputs that are split already, or None.
+
+    Args:
+        given: of the schedule.
+        whole: whether inputs or labels of a whole batch came too.
+        arg_mbs, kwarg_mbs, target_mbs: of ``step``.
+    """
+    if whole:
+        return ValueError(
+            "step takes inputs and labels of the whole batch, or arg_mbs, kwarg_mbs and target_mbs "
+            "of each microbatch, and was given both: leave one out"
+        )
+    count, spans = given.num_microbatches, given.embedding is not None
+    for name, every, kind, needed in (
+        ("arg_mbs", arg_mbs, tuple, spans),
+        ("kwarg_mbs", kwarg_mbs, dict, False),
+        ("target_mbs", target_mbs, Tensor, True),
+    ):
+        if every is None and not needed:
+            continue
+        got = [type(one).__name__ for one in every] if isinstance(every, list) else type(every)
+        if not isinstance(got, list) or len(every) != count or not _all(every, kind):
+            return ValueError(
+                f"every rank needs {name} as a list of {count} {kind.__name__}s, one for each "
+                f"microbatch of its column, got {got}"
+            )
+    if spans and not all(len(one) == 1 and isinstance(one[0], Tensor) for one in arg_mbs):
+        return ValueError("each of arg_mbs must be (ids [b, T],) and nothing else")
+    for name, tensors in (
+        ("labels (target_mbs)", target_mbs),
+        ("ids (arg_mbs)", [one[0] for one in arg_mbs] if spans else []),
+    ):
+        kinds = {(tuple(one.shape), one.dtype, one.device) for one in tensors}
+        if len(kinds) > 1:
+            return ValueError(f"the {name} must have one shape, dtype and device, got {kinds}")
+    return None
+
+
+def _all(values: list[Any], kind: type) -> bool:
+    return all(isinstance(one, kind) for one in values)
 
 
 def _problem_of_step(
