@@ -155,6 +155,8 @@ def check_case(case: Case, group: dist.ProcessGroup | None = None) -> None:
         errors = differences(case, group)
         # The error of a logit is relative to it, that of its exponential is the logit's own.
         tolerance = TOLERANCE[getattr(torch, case.dtype)] * max(1.0, case.scale / 10)
+        if case.batch * case.length * case.hidden < 4:
+            tolerance *= 10.0  # a single number may be what is left where large ones cancel
         wrong = {name: error for name, error in errors.items() if not error <= tolerance}
         fault = f"{case}: {wrong}" if wrong else ""
     except Exception as error:

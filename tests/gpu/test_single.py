@@ -60,6 +60,7 @@ def test_half_precision(impl: str, dtype: torch.dtype, softcap: float | None) ->
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")  # torch's first one is
 @pytest.mark.parametrize("backward", ["probs", "recompute"])
 @pytest.mark.parametrize("shape", [{}, {"rows": 2048, "hidden": 128}])
 def test_compiled_in_one_graph(backward: str, shape: dict[str, int]) -> None:
@@ -88,8 +89,8 @@ def test_compiled_in_one_graph(backward: str, shape: dict[str, int]) -> None:
         try:
             loss = fast(other)
             found = torch.autograd.grad(loss, (other, c))
-        except ValueError as error:
-            assert "CUDA graph" in str(error)  # noqa: PT017 (it is refused, or right)
+        except (ValueError, RuntimeError) as error:  # refused, by torch or by us, or right
+            assert "cudagraph" in str(error).lower().replace(" ", "")  # noqa: PT017
             break
         expected_grads = torch.autograd.grad(step(other), (other, c))
         assert all(torch.equal(a, b) for a, b in zip(found, expected_grads, strict=True))
