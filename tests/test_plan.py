@@ -74,19 +74,24 @@ def test_time_of_the_measured_loss(way: str, budget: float) -> None:
 
 
 def test_scaling_study() -> None:
-    """Against benchmarks.scaling: time within 10% and memory within 5%, every row of it."""
-    found = json.loads((MEASURED.parent / "2026-11-25-scaling-h200.json").read_text())
-    hidden = {"qwen3-8b": 4096, "qwen3-32b": 5120, "llama-3.1-70b": 8192, "248,320 rows": 5120}
+    """Against benchmarks.scaling: the times of up to 16 shards within 10%, memory within 1%."""
+    found = json.loads((MEASURED.parent / "2026-11-29-scaling-h200.json").read_text())
+    hidden = {"qwen3-8b": 4096, "qwen3-32b": 5120, "248,320 rows": 5120}
     hardware, tokens = Hardware.load("h200"), found["tokens"]
+    shards = {}
     for model, size in hidden.items():
         for row in found["models"][model]:
             shape = (tokens, row["rows"], size)
+            shards[model, row["degree"]] = shape
             one = plan_backward(*shape, backward=row["way"])
             predicted = 1e3 * loss_seconds(one, *shape, 2, hardware)
-            assert predicted == pytest.approx(row["milliseconds"], rel=0.1), (model, row)
-    assert len(found["memory"]) == 8
+            # The smallest are bound by what is no product.
+            within = 0.1 if row["degree"] <= 16 else 0.15
+            assert predicted == pytest.approx(row["milliseconds"], rel=within), (model, row)
+    assert len(found["memory"]) == 3
     for row in found["memory"]:
-        assert row["predicted_bytes"] == pytest.approx(row["bytes"], rel=0.05)
+        plan = plan_backward(*shards[row["model"], row["degree"]], degree=row["degree"])
+        assert plan.peak_bytes == pytest.approx(row["bytes"], rel=0.01)
 
 
 def planned(**given: Any) -> Any:

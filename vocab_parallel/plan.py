@@ -311,8 +311,10 @@ class Planner(NamedTuple):
             scaled = hidden * narrow if self.kernels and kept_rows == self.rows else 0
             working = kept + logits + hidden_sum + rows * narrow + block + scaled
             copying = rows * narrow + hidden_sum + (hidden * narrow if adds else 0)
-            if self.degree > 1 and narrow < wide:  # a share of the sum, and it rounded
-                copying += hidden * (wide + narrow) // self.degree
+            if self.degree > 1 and narrow < wide:
+                # A rank's share is summed beside the last product, and then rounded.
+                working += hidden * wide // self.degree
+                copying += hidden * narrow // self.degree
             sums += block
         if self.mixed:
             working += (tile.tokens + tile.rows) * self.hidden_size * wide
