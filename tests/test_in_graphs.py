@@ -288,4 +288,4 @@ def check_ranks() -> None:
 
 
 def test_two_ranks() -> None:
-    run_ranks(check_ranks, 2)
+    run_ranks(check_ranks, 2, timeout=110)
