@@ -127,6 +127,7 @@ def test_inductor() -> None:
 def test_what_changes_between_calls() -> None:
     """Shapes, options and rows make other graphs; a divisor that changes makes one for all."""
     e, c, _, targets = drawn()
+    targets = targets.clamp(max=15)
     given: dict[str, Any] = {"vocab_parallel_options": VocabParallelOptions(0, 17, None, True, 17)}
 
     def step(e: Tensor, targets: Tensor) -> Any:
@@ -152,8 +153,8 @@ def test_what_changes_between_calls() -> None:
         losses.append(float(compiled(e, targets).detach()))
     assert len(set(losses)) == len(values)
     given["vocab_parallel_options"] = VocabParallelOptions(0, 17, None, True, 16)
-    check(e, targets.clamp(max=15))
-    assert float(compiled(e, targets.clamp(max=15)).detach()) not in losses
+    check(e, targets)
+    assert float(compiled(e, targets).detach()) not in losses
     torch.compiler.reset()
     counts = []
     for given["num_valid_tokens"] in (5, 6, 7, 8, 9):
@@ -287,4 +288,4 @@ def check_ranks() -> None:
 
 
 def test_two_ranks() -> None:
-    run_ranks(check_ranks, 2)
+    run_ranks(check_ranks, 2, timeout=110)

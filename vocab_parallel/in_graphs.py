@@ -85,7 +85,7 @@ def _can_be_said(given: Mapping[str, Any]) -> bool:
     if options is not None:
         if not all(hasattr(options, name) for name in ("group", *_ROWS[:3])):
             return False
-        if not isinstance(options.group, (ProcessGroup, type(None))):
+        if options.group is not None and not isinstance(options.group, ProcessGroup):
             return False
         rest.update(_rows(options))
     if type(rest.get("num_valid_tokens")) is Tensor:
