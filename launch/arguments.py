@@ -57,22 +57,9 @@ class DataArguments:
             )
 
 
-_SPLIT = ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
-
-
-@dataclass(frozen=True)
-class TrainArguments(DataArguments):
-    """Train a causal language model on text, on a data x pipeline x vocab mesh of ranks.
-
-    Start it with torchrun; the number of ranks is data x pipeline x vocab:
-
-        torchrun --nproc-per-node 4 -m launch.train --pipeline 2 --vocab 2
-
-    The body is data-parallel over the vocab axis: each column of ranks is a pipeline with its
-    own sequences. On the last stage the columns share the classifier, of which each holds only
-    its rows, and compute one loss together; with --vocab-over all-stages the ranks of all stages
-    do, between their own layers.
-    """
+@dataclass(frozen=True, kw_only=True)
+class MeshArguments:
+    """How many ranks there are, and how they share the work."""
 
     pipeline: int = 2
     """Pipeline degree: over how many ranks the layers are spread."""
@@ -97,6 +84,13 @@ class TrainArguments(DataArguments):
     the most microbatches in flight."""
     loss_memory: int = 64
     """MiB that a rank's loss may hold of logits; with more it computes fewer of them twice."""
+    timeout: float = 300.0
+    """Seconds after which a rank gives up waiting for another."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepsArguments:
+    """How long a run is, and how a step is cut."""
 
     steps: int = 30
     """Optimizer steps."""
@@ -109,24 +103,13 @@ class TrainArguments(DataArguments):
     """Into how many microbatches a column cuts its sequences of a schedule's step."""
     accumulate: int = 1
     """Schedule steps whose gradients add up to one optimizer step."""
-    learning_rate: float | None = None
-    """Learning rate of AdamW, the largest where it has a schedule; by default what the size of a
-    --model folder suggests, and 3e-3 for random weights."""
-    learning_rate_schedule: Literal["constant", "linear", "cosine", "inverse_sqrt"] | None = None
-    """How the learning rate decays to the last step, as transformers' get_scheduler has it; by
-    default cosine for a --model folder, and constant for random weights."""
-    warmup: int | None = None
-    """Steps in which the learning rate rises from 0; by default 3% of --steps for a --model folder,
-    and none for random weights."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """Of AdamW's two averages."""
-    weight_decay: float = 0.01
-    """Of AdamW, for matrices alone: norms and biases do not decay."""
-    clip_norm: float | None = None
-    """Clip the norm of the whole model's gradient to this; by default to 1 for a --model folder,
-    and not for random weights. inf leaves it alone."""
     seed: int = 0
     """Seed of the model's initial weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelArguments:
+    """What is trained, and in which numbers."""
 
     model: str | None = None
     """A Hugging Face folder (config.json and safetensors); where there is no folder of that name,
@@ -147,6 +130,33 @@ class TrainArguments(DataArguments):
     """Compile the decoder layers with torch.compile; auto is yes on a GPU with triton, but for
     schedules that split the backward."""
 
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerArguments:
+    """How the weights follow the gradients."""
+
+    learning_rate: float | None = None
+    """Learning rate of AdamW, the largest where it has a schedule; by default what the size of a
+    --model folder suggests, and 3e-3 for random weights."""
+    learning_rate_schedule: Literal["constant", "linear", "cosine", "inverse_sqrt"] | None = None
+    """How the learning rate decays to the last step, as transformers' get_scheduler has it; by
+    default cosine for a --model folder, and constant for random weights."""
+    warmup: int | None = None
+    """Steps in which the learning rate rises from 0; by default 3% of --steps for a --model folder,
+    and none for random weights."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Of AdamW's two averages."""
+    weight_decay: float = 0.01
+    """Of AdamW, for matrices alone: norms and biases do not decay."""
+    clip_norm: float | None = None
+    """Clip the norm of the whole model's gradient to this; by default to 1 for a --model folder,
+    and not for random weights. inf leaves it alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointArguments:
+    """What a run leaves to go on from, and to use elsewhere."""
+
     checkpoint: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
     """Save checkpoints here, which load on any mesh; the two newest are kept. A folder that has
     some already is of another run: --resume it."""
@@ -159,6 +169,11 @@ class TrainArguments(DataArguments):
     folder's generation config; with --resume and no step left, that alone is done."""
     export_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the exported weights; auto is that of the --model folder, else --dtype."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportArguments:
+    """What a run says of itself."""
 
     out: Path = Path("runs/train")
     """Folder for the loss curve (loss.png), the numbers (run.json) and a line a step
@@ -177,8 +192,32 @@ class TrainArguments(DataArguments):
     check: bool = False
     """Run the first five steps again in one process, unsharded, and compare: losses to 1e-5,
     the classifier's and every body gradient of step 1 to 1e-4 by relative norm."""
-    timeout: float = 300.0
-    """Seconds after which a rank gives up waiting for another."""
+
+
+_SPLIT = ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainArguments(
+    MeshArguments,
+    StepsArguments,
+    ModelArguments,
+    DataArguments,
+    OptimizerArguments,
+    CheckpointArguments,
+    ReportArguments,
+):
+    """Train a causal language model on text, on a data x pipeline x vocab mesh of ranks.
+
+    Start it with torchrun; the number of ranks is data x pipeline x vocab:
+
+        torchrun --nproc-per-node 4 -m launch.train --pipeline 2 --vocab 2
+
+    The body is data-parallel over the vocab axis: each column of ranks is a pipeline with its
+    own sequences. On the last stage the columns share the classifier, of which each holds only
+    its rows, and compute one loss together; with --vocab-over all-stages the ranks of all stages
+    do, between their own layers.
+    """
 
     @property
     def splits_backward(self) -> bool:
@@ -203,8 +242,8 @@ class TrainArguments(DataArguments):
     @property
     def written_folders(self) -> dict[str, Path]:
         """Folders that a run writes to, by their options, without that of its checkpoints."""
-        found = {"--out": self.out, "--profile": self.profile}
-        found["--export"] = None if self.export is None else self.export.parent
+        parent = None if self.export is None else self.export.parent
+        found = {"--export": parent, "--profile": self.profile, "--out": self.out}
         return {option: folder for option, folder in found.items() if folder is not None}
 
     def validate(self) -> None:
