@@ -34,6 +34,7 @@ from launch.planning.shape import ModelShape
 from launch.planning.spanning import SpanningPlanner, tasks_of
 from launch.planning.table import utilisation, verdict
 from launch.planning.timeline import StageTimes, simulate
+from launch.planning.unpiped import without_pipeline
 from launch.start_command import start_command
 from tests.ranks import ROOT
 from vocab_parallel import plan_backward
@@ -578,6 +579,50 @@ def test_advice() -> None:
     assert gain > 0.01
 
 
+def test_without_a_pipeline() -> None:
+    """FSDP2 alone, and x TP: bytes and FLOPs counted by hand, at the batch that is given."""
+    shape, batch, gpus = ModelShape.load("qwen3-8b"), 32, 8
+    job = Job(shape, 4096, 1, 8, "1f1b", state_bytes=12, memory_budget=10**9)
+    body = 36 * (2 * 4096 * 128 * 40 + 3 * 4096 * 12_288 + 2 * 4096 + 2 * 128) + 4096
+    rows = 151_936 * 4096
+    parameters = body + 2 * rows
+    inputs, kept = 2 * 2 * 4096, 6 * (2 * 4096 + 40 * 128) + 8 * 32 * 128 + 8 * 12_288
+    fast = replace(Hardware.load("h100"), link_bytes=1e30)
+    for one, least in zip(without_pipeline(job, gpus, batch, fast, 1e15), (1, 2), strict=True):
+        degree, tensor = one.mesh.data, one.mesh.vocab
+        assert degree * tensor == 8
+        assert tensor >= least
+        assert not one.recompute_layers, "there is room"
+        assert one.microbatch * one.count * degree == batch
+        tokens = 4096 * one.microbatch
+        plan_of_rows = plan_backward(
+            tokens, 151_936 // tensor, 4096, memory_budget=10**9, degree=tensor
+        )
+        layer = 2 * (body - 4096) / 36 / tensor
+        whole = max(4 * layer, layer + 2 * rows / tensor + plan_of_rows.peak_bytes)
+        activations = 36 * tokens * (inputs + kept / tensor)
+        assert one.memory == pytest.approx(16 * parameters / 8 + whole + activations)
+        flops = 3 * 36 * (2 * tokens * (body - 4096) / 36 + 2 * tokens * 4096 * 32 * 128) / tensor
+        flops -= 3 * 36 * 2 * tokens * (2 * 4096 + 2 * 128) / tensor  # norms multiply nothing
+        loss = loss_seconds(plan_of_rows, tokens, 151_936 // tensor, 4096, 2, fast)
+        assert one.step_seconds == pytest.approx(one.count * (flops / fast.layer_flops + loss))
+        assert one.waits == pytest.approx(0.0)
+    # Over a slow link nothing hides: three times the weights; and TP's messages besides.
+    slow = replace(Hardware.load("h100"), link_bytes=1e6)
+    alone, product = without_pipeline(job, gpus, batch, slow, 1e15)
+    assert (alone.name, alone.count) == ("FSDP2 alone", 1)
+    assert alone.step_seconds == pytest.approx(3 * 2 * parameters * (7 / 8) / 1e6)
+    data, tensor = product.mesh.data, product.mesh.vocab
+    gathers = 3 * 2 * parameters / tensor * (1 - 1 / data)
+    messages = 8 * 36 * 2 * 4096 * 4096 * batch / data * (1 - 1 / tensor)
+    assert product.step_seconds == pytest.approx((gathers + messages) / 1e6, rel=1e-3)
+    # A GPU that has no room for activations has them made again; a batch of 12 is not shared by 8.
+    tight = without_pipeline(job, gpus, batch, fast, 70e9)[0]
+    assert tight.missing <= 0
+    assert tight.recompute_layers or tight.count > 1
+    assert [one.mesh.vocab > 1 for one in without_pipeline(job, gpus, 12, fast, 80e9)] == [True]
+
+
 def test_least_gpus() -> None:
     """So many have a mesh that fits; one fewer has none."""
     for model, memory in (("qwen3-8b", 80e9), ("qwen3-32b", 141e9)):
@@ -843,7 +888,12 @@ def test_command(tmp_path: Path) -> None:
     best = document["meshes"][0]
     assert best["fits"]
     assert {one["vocab_over"] for one in document["meshes"]} == {"last-stage", "all-stages"}
-    assert document["advice"] == []
+    others = document["without_pipeline"]
+    assert [one["name"] for one in others] == ["FSDP2 alone", "FSDP2 x TP, 4 x 2"]
+    faster = [one for one in others if one["step_seconds"] < best["step_seconds"] / 1.01]
+    assert [sentence.partition(",")[0] for sentence in document["advice"]] == (
+        ["FSDP2 alone"] if faster else []
+    )
     assert 0 < best["utilisation"] < 1
     assert {"rows", "simulated", "hidden_held", "ranks", "bubble", "rank_memory"} <= set(best)
     for name in ("rows", "in_flight", "memory", "statistics_seconds", "gradients_seconds"):

@@ -16,6 +16,7 @@ from launch.planning.meshes import (
 from launch.planning.orders import NAMES, SCHEDULES, SPLIT
 from launch.planning.rank_work import HELD
 from launch.planning.table import ALIKE
+from launch.planning.unpiped import Unpiped
 
 LARGE, SMALL = 0.1, 0.05  # a bubble that is worth a word, and one that is not
 MOST_TIMES = 64  # the microbatches that were asked for
@@ -86,6 +87,18 @@ def other_schedule(job: Job, best: MeshPlan, hardware: Hardware, gpu_memory: flo
         f"{found.tokens_per_second:,.0f} tokens/s, with {max(found.rank_memory) / 1e9:.1f} GB on "
         f"the fullest rank."
     )
+
+
+def rather_unpiped(best: MeshPlan, others: list[Unpiped]) -> str:
+    """Say which of the ways without a pipeline is better than the best mesh."""
+    fitting = [one for one in others if one.missing <= 0]
+    one = min(fitting, key=lambda one: one.step_seconds, default=None)
+    if one is None or not best.fits:
+        return "" if one is None else f"{one.name} fits, without a pipeline."
+    gain = one.tokens_per_second / best.tokens_per_second - 1
+    if gain < ALIKE:
+        return ""
+    return f"{one.name}, without a pipeline, would be {gain:.1%} faster at the same batch."
 
 
 def way_to_fit(

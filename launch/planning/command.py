@@ -7,7 +7,12 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
-from launch.planning.advice import more_microbatches, other_schedule, way_to_fit
+from launch.planning.advice import (
+    more_microbatches,
+    other_schedule,
+    rather_unpiped,
+    way_to_fit,
+)
 from launch.planning.arguments import PlanArguments
 from launch.planning.estimate import Job
 from launch.planning.hardware import Hardware
@@ -15,6 +20,7 @@ from launch.planning.meshes import MeshPlan, VocabOver, plan_meshes
 from launch.planning.orders import NAMES
 from launch.planning.shape import ModelShape
 from launch.planning.table import print_table, utilisation, verdict
+from launch.planning.unpiped import without_pipeline
 
 _UNITS = {"B": 1.0, "MB": 1e6, "GB": 1e9, "MIB": 2.0**20, "GIB": 2.0**30}
 
@@ -36,15 +42,17 @@ def run(
         sys.exit(2)
     best = plans[0]
     start = start_command(best, job, arguments) if best.fits else None
-    batch = _batch(arguments)
+    batch, gpus = _batch(arguments), arguments.gpus or 1
+    of_step = best.step.microbatches * job.microbatch * best.mesh.data * best.mesh.vocab
+    others = without_pipeline(job, gpus, of_step, hardware, memory)
     if best.fits:
         advice = [
             more_microbatches(job, best, hardware, memory) if batch is None else "",
             other_schedule(job, best, hardware, memory),
         ]
     else:
-        advice = [way_to_fit(job, hardware, memory, _places(arguments), batch, arguments.gpus or 1)]
-    advice = [sentence for sentence in advice if sentence]
+        advice = [way_to_fit(job, hardware, memory, _places(arguments), batch, gpus)]
+    advice = [sentence for sentence in (*advice, rather_unpiped(best, others)) if sentence]
     if arguments.json:
         meshes = [_document(one) for one in plans]
         document: dict[str, Any] = {
@@ -55,12 +63,17 @@ def run(
         document["advice"] = advice
         for one, found in zip(plans, meshes, strict=True):
             found["utilisation"] = utilisation(one, hardware)
-        print(json.dumps({**document, "meshes": meshes}))
+        unpiped = [
+            {"name": one.name, **asdict(one), "utilisation": utilisation(one, hardware)}
+            for one in others
+        ]
+        print(json.dumps({**document, "meshes": meshes, "without_pipeline": unpiped}))
     else:
         title = f"{arguments.model} on {arguments.gpus} x {hardware.name}"
         if memory != hardware.memory:
             title += f" with {memory / 1e9:.0f} GB each"
-        print_table(title, plans, hardware, arguments.show, advice if best.fits else [])
+        shown = advice if best.fits else []
+        print_table(title, plans, others, hardware, arguments.show, shown)
         # A command line is printed whole, whatever the width.
         print(f"\n{start or ' '.join(advice)}")
     if arguments.plot is not None:
