@@ -369,20 +369,28 @@ class TrainArguments(
 
 @dataclass(frozen=True)
 class EvaluateArguments(DataArguments):
-    """Score a model on text, its classifier's rows over all ranks that torchrun started.
+    """Score a model on text, on a pipeline x vocab mesh of ranks, without gradients.
 
         torchrun --nproc-per-node 2 -m launch.evaluate --model FOLDER --text FILE
+        torchrun --nproc-per-node 8 -m launch.evaluate --model FOLDER --text FILE --pipeline 4
 
-    Each rank runs the whole body on its own sequences; the logits never exist. The last line of
-    the output is one JSON document.
+    Layers are spread over the pipeline, and each column of ranks has sequences of its own; without
+    --pipeline every rank runs the whole body. The logits never exist. The last line of the output
+    is one JSON document.
     """
 
     model: str
     """A Hugging Face folder, or a published model with random weights, as in launch.train."""
+    pipeline: int = 1
+    """Pipeline degree: over how many ranks the layers are spread."""
+    vocab: int | None = None
+    """Vocab degree, of which each column of ranks has one; by default ranks / pipeline."""
+    vocab_over: Literal["last-stage", "all-stages"] = "last-stage"
+    """Which ranks hold the rows of classifier and embedding, as in launch.train."""
     batches: int = 8
     """Batches to score."""
     batch: int = 4
-    """Sequences of one batch over all ranks; a multiple of their number."""
+    """Sequences of one batch over all columns; a multiple of their number."""
     sequence: int = 512
     """Tokens of one sequence."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -390,20 +398,39 @@ class EvaluateArguments(DataArguments):
     timeout: float = 300.0
     """Seconds after which a rank gives up waiting for another."""
 
+    def as_trained(self, ranks: int) -> TrainArguments:
+        """Return how launch.train has the model on so many ranks."""
+        return TrainArguments(
+            model=self.model,
+            pipeline=self.pipeline,
+            vocab=self.vocab or ranks // self.pipeline,
+            vocab_over=self.vocab_over,
+            microbatches=self.pipeline,  # the least that a schedule takes; none is run
+            dtype=self.dtype,
+            compile="no",
+        )
+
     def validate(self) -> None:
         """Raise ValueError for values that cannot be; the same on every rank."""
-        for name in ("batches", "batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("pipeline", "vocab", "batches", "batch"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name} must be at least 1, got {value}")
         if self.sequence < 2:
             raise ValueError(f"--sequence must be at least 2, got {self.sequence}")
         if self.timeout <= 0:
             raise ValueError(f"--timeout must be positive seconds, got {self.timeout}")
 
     def validate_ranks(self, ranks: int) -> None:
-        """Raise ValueError where the ranks cannot share a batch."""
-        if self.batch % ranks:
-            raise ValueError(f"--batch must be a multiple of {ranks} ranks, got {self.batch}")
+        """Raise ValueError where the ranks are no such mesh, or cannot share a batch."""
+        if ranks % self.pipeline:
+            raise ValueError(f"--pipeline {self.pipeline} does not divide the {ranks} ranks")
+        meshed = self.as_trained(ranks)
+        meshed.validate_ranks(ranks)
+        if self.batch % meshed.vocab:
+            raise ValueError(
+                f"--batch must be a multiple of {meshed.vocab} columns, got {self.batch}"
+            )
 
     def validate_paths(self) -> None:
         """See `DataArguments.validate_paths`; the model's folder too."""
