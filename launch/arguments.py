@@ -13,16 +13,9 @@ import tyro
 from launch.data.sources import find_source
 from launch.planning.nearest import nearest_path
 from launch.planning.published import find_model
+from launch.planning.schedules import SCHEDULES
 
-ScheduleName = Literal[
-    "1F1B",
-    "GPipe",
-    "Interleaved1F1B",
-    "LoopedBFS",
-    "InterleavedZeroBubble",
-    "ZBVZeroBubble",
-    "DualPipeV",
-]
+_NAMED = tyro.extras.literal_type_from_choices([one.name for one in SCHEDULES.values()])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +67,7 @@ class MeshArguments:
     """Which ranks hold the rows of classifier and embedding: with all-stages every rank does."""
     rows: Literal["balanced", "filled"] = "balanced"
     """With all-stages: as many rows on each rank, or more where there are fewer layers."""
-    schedule: ScheduleName = "1F1B"
+    schedule: Annotated[str, tyro.conf.arg(constructor=_NAMED)] = "1F1B"
     """Pipeline schedule of torch.distributed.pipelining; all but the first two run two stages on
     each rank."""
     impl: str = "auto"
@@ -194,9 +187,6 @@ class ReportArguments:
     the classifier's and every body gradient of step 1 to 1e-4 by relative norm."""
 
 
-_SPLIT = ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
-
-
 @dataclass(frozen=True, kw_only=True)
 class TrainArguments(
     MeshArguments,
@@ -222,7 +212,7 @@ class TrainArguments(
     @property
     def splits_backward(self) -> bool:
         """Whether the schedule runs the two halves of a backward apart."""
-        return self.schedule in _SPLIT
+        return SCHEDULES[self.schedule.lower()].splits
 
     @property
     def world(self) -> int:
@@ -280,21 +270,21 @@ class TrainArguments(
             raise ValueError("--export-dtype needs --export FOLDER")
         if self.check and (self.dtype != "float32" or self.resume):
             raise ValueError("--check compares float32 runs from their first step")
-        if self.vocab_over == "all-stages" and self.schedule in ("GPipe", "DualPipeV"):
+        if self.vocab_over == "all-stages" and not SCHEDULES[self.schedule.lower()].held:
             raise ValueError(
-                f"--schedule {self.schedule} cannot let all stages carry the vocabulary: use 1F1B, "
-                f"Interleaved1F1B, LoopedBFS, InterleavedZeroBubble or ZBVZeroBubble"
+                f"--schedule {self.schedule} cannot let all stages carry the vocabulary: use one "
+                f"of {', '.join(one.name for one in SCHEDULES.values() if one.held)}"
             )
+        whole = ", ".join(one.name for one in SCHEDULES.values() if not one.splits)
         if self.compile == "yes" and self.splits_backward:
             raise ValueError(
                 f"--compile yes makes one function of a layer's backward, whose halves --schedule "
-                f"{self.schedule} runs apart: use 1F1B, Interleaved1F1B, GPipe or LoopedBFS"
+                f"{self.schedule} runs apart: use one of {whole}"
             )
         if self.recompute != "none" and self.splits_backward:
             raise ValueError(
                 f"--recompute {self.recompute} would run layers in both halves of a backward, "
-                f"which --schedule {self.schedule} splits: use 1F1B, Interleaved1F1B, GPipe or "
-                f"LoopedBFS"
+                f"which --schedule {self.schedule} splits: use one of {whole}"
             )
         if self.shard_body and self.data == 1:
             raise ValueError("--shard-body spreads the body over copies: give --data 2 or more")

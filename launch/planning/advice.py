@@ -13,8 +13,7 @@ from launch.planning.meshes import (
     plan_mesh,
     plan_meshes,
 )
-from launch.planning.orders import NAMES, SCHEDULES, SPLIT
-from launch.planning.rank_work import HELD
+from launch.planning.schedules import SCHEDULES
 from launch.planning.table import ALIKE
 from launch.planning.unpiped import Unpiped
 
@@ -57,14 +56,14 @@ def other_schedule(job: Job, best: MeshPlan, hardware: Hardware, gpu_memory: flo
 
     def planned(schedule: str, *, simulated: bool) -> MeshPlan | None:
         own = replace(job, schedule=schedule)
-        if best.vocab_over == "all-stages" and schedule not in HELD:
+        if best.vocab_over == "all-stages" and not SCHEDULES[schedule].held:
             return None
         with contextlib.suppress(ValueError):  # of the schedule, for these degrees
             one = plan_mesh(
                 own, best.mesh, hardware, gpu_memory, best.vocab_over, simulated=simulated
             )
             # Layers cannot run again in both halves of a backward.
-            if one.fits and not (one.recompute_layers and schedule in SPLIT):
+            if one.fits and not (one.recompute_layers and SCHEDULES[schedule].splits):
                 return one
         return None
 
@@ -83,7 +82,7 @@ def other_schedule(job: Job, best: MeshPlan, hardware: Hardware, gpu_memory: flo
         return ""
     gain = found.tokens_per_second / best.tokens_per_second - 1
     return (
-        f"--schedule {NAMES[name]} would be {gain:.1%} faster on that mesh, "
+        f"--schedule {SCHEDULES[name].name} would be {gain:.1%} faster on that mesh, "
         f"{found.tokens_per_second:,.0f} tokens/s, with {max(found.rank_memory) / 1e9:.1f} GB on "
         f"the fullest rank."
     )

@@ -17,7 +17,7 @@ from launch.planning.arguments import PlanArguments
 from launch.planning.estimate import Job
 from launch.planning.hardware import Hardware
 from launch.planning.meshes import MeshPlan, VocabOver, plan_meshes
-from launch.planning.orders import NAMES
+from launch.planning.schedules import SCHEDULES
 from launch.planning.shape import ModelShape
 from launch.planning.table import print_table, utilisation, verdict
 from launch.planning.unpiped import without_pipeline
@@ -98,10 +98,9 @@ def plan(arguments: PlanArguments) -> tuple[Job, list[MeshPlan], Hardware]:
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     schedule = arguments.schedule.lower()
-    if schedule not in NAMES:
-        raise ValueError(
-            f"--schedule {arguments.schedule} is unknown: give one of {', '.join(NAMES.values())}"
-        )
+    if schedule not in SCHEDULES:
+        known = ", ".join(one.name for one in SCHEDULES.values())
+        raise ValueError(f"--schedule {arguments.schedule} is unknown: give one of {known}")
     memory = None
     if arguments.gpu_memory is not None:
         memory = parse_bytes("--gpu-memory", arguments.gpu_memory)
@@ -199,7 +198,7 @@ def parse_bytes(flag: str, text: str) -> float:
 def _document(one: MeshPlan) -> dict[str, Any]:
     found = asdict(one)
     step = found.pop("step")
-    for name in ("spans", "drawn", "seconds"):
+    for name in ("passes", "drawn", "seconds"):
         del step[name]
     for estimate, stage in zip(step["stages"], one.stages, strict=True):
         estimate["memory"] = stage.memory

@@ -7,20 +7,22 @@ from launch.planning.meshes import MeshPlan
 from launch.planning.step import of_ranks
 
 _COLORS = {
-    "forward": "tab:blue",
-    "backward": "tab:green",
-    "inputs": "tab:green",
-    "weights": "tab:olive",
+    "F": "tab:blue",
+    "B": "tab:green",
+    "I": "tab:green",
+    "W": "tab:olive",
     "S": "gold",
     "T": "tab:pink",
 }
-_WITH_LOSS = {
-    "forward": "tab:orange",
-    "backward": "tab:red",
-    "inputs": "tab:red",
-    "weights": "tab:purple",
+_WITH_LOSS = {"F": "tab:orange", "B": "tab:red", "I": "tab:red", "W": "tab:purple"}
+_NAMES = {
+    "F": "forward",
+    "B": "backward",
+    "I": "inputs",
+    "W": "weights",
+    "S": "S: statistics and dE of the rows",
+    "T": "T: gradient of the rows",
 }
-_NAMES = {"S": "S: statistics and dE of the rows", "T": "T: gradient of the rows"}
 _PARTS = ("weights", "gradients", "optimizer", "activations", "loss")
 
 
@@ -74,14 +76,14 @@ def _draw_step(line: Any, plan: MeshPlan) -> None:
 
     on_last = len(plan.stages) - 1 if plan.vocab_over == "last-stage" else None
     shown: dict[str, str] = {}  # colors, by what they are of
-    for span in plan.spans:
-        has_loss = span.stage == on_last
-        name = f"{span.kind}, with the loss" if has_loss else _NAMES.get(span.kind, span.kind)
-        shown[name] = (_WITH_LOSS if has_loss else _COLORS)[span.kind]
+    for one in plan.passes:
+        has_loss = one.stage == on_last
+        name = _NAMES[one.kind] + (", with the loss" if has_loss else "")
+        shown[name] = (_WITH_LOSS if has_loss else _COLORS)[one.kind]
         line.barh(
-            span.rank,
-            1e3 * (span.stop - span.start),
-            left=1e3 * span.start,
+            one.ranks[0],
+            1e3 * (one.end - one.start),
+            left=1e3 * one.start,
             color=shown[name],
             edgecolor="white",
             linewidth=0.4,
