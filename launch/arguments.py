@@ -238,30 +238,9 @@ class TrainArguments(
 
     def validate(self) -> None:
         """Raise ValueError for values that cannot be combined; the same on every rank."""
-        for name in [
-            "pipeline",
-            "vocab",
-            "data",
-            "steps",
-            "batch",
-            "sequence",
-            "microbatches",
-            "accumulate",
-            "layers",
-            "hidden",
-            "vocabulary",
-            "loss_memory",
-            "eval_batches",
-        ]:
-            value = getattr(self, name)
-            if value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-        if self.sequence < 2:
-            raise ValueError(
-                f"--sequence must be at least 2, to predict a token, got {self.sequence}"
-            )
-        if self.timeout <= 0:
-            raise ValueError(f"--timeout must be positive seconds, got {self.timeout}")
+        mesh, sizes = "pipeline vocab data", "layers hidden vocabulary"
+        cut = "steps batch sequence microbatches accumulate loss_memory eval_batches"
+        _refuse_small(self, f"{mesh} {cut} {sizes}")
         if self.checkpoint_every < 0:
             raise ValueError(f"--checkpoint-every must be at least 0, got {self.checkpoint_every}")
         if self.checkpoint is None and (self.resume or self.checkpoint_every):
@@ -402,14 +381,7 @@ class EvaluateArguments(DataArguments):
 
     def validate(self) -> None:
         """Raise ValueError for values that cannot be; the same on every rank."""
-        for name in ("pipeline", "vocab", "batches", "batch"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name} must be at least 1, got {value}")
-        if self.sequence < 2:
-            raise ValueError(f"--sequence must be at least 2, got {self.sequence}")
-        if self.timeout <= 0:
-            raise ValueError(f"--timeout must be positive seconds, got {self.timeout}")
+        _refuse_small(self, "pipeline vocab batches batch")
 
     def validate_ranks(self, ranks: int) -> None:
         """Raise ValueError where the ranks are no such mesh, or cannot share a batch."""
@@ -432,3 +404,17 @@ def _is_installed(package: str) -> bool:
     """Tell whether it is; a folder of that name here, as trackers leave them, is no package."""
     spec = find_spec(package)
     return spec is not None and spec.origin is not None
+
+
+def _refuse_small(arguments: TrainArguments | EvaluateArguments, names: str) -> None:
+    """Raise ValueError for a count below 1, a sequence without a target, or no time at all."""
+    for name in names.split():
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if arguments.sequence < 2:
+        raise ValueError(
+            f"--sequence must be at least 2, to predict a token, got {arguments.sequence}"
+        )
+    if arguments.timeout <= 0:
+        raise ValueError(f"--timeout must be positive seconds, got {arguments.timeout}")

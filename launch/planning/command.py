@@ -36,7 +36,7 @@ def run(
     """
     try:
         job, plans, hardware = plan(arguments)
-        memory = _gpu_memory(arguments, hardware)
+        memory = _gpu_memory(arguments, hardware.memory)
     except ValueError as error:
         print(f"launch.plan: {error}", file=sys.stderr)
         sys.exit(2)
@@ -54,20 +54,20 @@ def run(
         advice = [way_to_fit(job, hardware, memory, _places(arguments), batch, gpus)]
     advice = [sentence for sentence in (*advice, rather_unpiped(best, others)) if sentence]
     if arguments.json:
-        meshes = [_document(one) for one in plans]
-        document: dict[str, Any] = {
+        document = {
             "hardware": hardware.name,
             "verdict": verdict(plans),
             "command": start,
+            "advice": advice,
+            "meshes": [
+                {**_document(one), "utilisation": utilisation(one, hardware)} for one in plans
+            ],
+            "without_pipeline": [
+                {"name": one.name, **asdict(one), "utilisation": utilisation(one, hardware)}
+                for one in others
+            ],
         }
-        document["advice"] = advice
-        for one, found in zip(plans, meshes, strict=True):
-            found["utilisation"] = utilisation(one, hardware)
-        unpiped = [
-            {"name": one.name, **asdict(one), "utilisation": utilisation(one, hardware)}
-            for one in others
-        ]
-        print(json.dumps({**document, "meshes": meshes, "without_pipeline": unpiped}))
+        print(json.dumps(document))
     else:
         title = f"{arguments.model} on {arguments.gpus} x {hardware.name}"
         if memory != hardware.memory:
@@ -101,10 +101,7 @@ def plan(arguments: PlanArguments) -> tuple[Job, list[MeshPlan], Hardware]:
     if schedule not in SCHEDULES:
         known = ", ".join(one.name for one in SCHEDULES.values())
         raise ValueError(f"--schedule {arguments.schedule} is unknown: give one of {known}")
-    memory = None
-    if arguments.gpu_memory is not None:
-        memory = parse_bytes("--gpu-memory", arguments.gpu_memory)
-    hardware = _hardware(arguments.hardware, memory)
+    hardware = _hardware(arguments.hardware, _gpu_memory(arguments, None))
     if arguments.node_bandwidth is not None:
         rate = parse_bytes("--node-bandwidth", arguments.node_bandwidth)
         hardware = replace(hardware, node_bytes=rate)
@@ -124,8 +121,7 @@ def plan(arguments: PlanArguments) -> tuple[Job, list[MeshPlan], Hardware]:
         memory_budget=None if budget is None else int(parse_bytes("--memory-budget", budget)),
         shard_body=arguments.shard_body,
     )
-    memory = _gpu_memory(arguments, hardware)
-    places = _places(arguments)
+    memory, places = _gpu_memory(arguments, hardware.memory), _places(arguments)
     return job, plan_meshes(job, arguments.gpus, hardware, memory, places, batch), hardware
 
 
@@ -135,11 +131,10 @@ def _places(arguments: PlanArguments) -> tuple[VocabOver, ...]:
     return (arguments.vocab_over,)
 
 
-def _gpu_memory(arguments: PlanArguments, hardware: Hardware) -> float:
-    """Return the bytes of a GPU: what was given, or the hardware's."""
-    if arguments.gpu_memory is None:
-        return hardware.memory
-    return parse_bytes("--gpu-memory", arguments.gpu_memory)
+def _gpu_memory(arguments: PlanArguments, default: Any) -> Any:
+    """Return the bytes of a GPU that were given, if they were."""
+    given = arguments.gpu_memory
+    return default if given is None else parse_bytes("--gpu-memory", given)
 
 
 def _batch(arguments: PlanArguments) -> int | None:

@@ -6,22 +6,14 @@ from typing import Any
 from launch.planning.meshes import MeshPlan
 from launch.planning.step import of_ranks
 
-_COLORS = {
-    "F": "tab:blue",
-    "B": "tab:green",
-    "I": "tab:green",
-    "W": "tab:olive",
-    "S": "gold",
-    "T": "tab:pink",
-}
-_WITH_LOSS = {"F": "tab:orange", "B": "tab:red", "I": "tab:red", "W": "tab:purple"}
-_NAMES = {
-    "F": "forward",
-    "B": "backward",
-    "I": "inputs",
-    "W": "weights",
-    "S": "S: statistics and dE of the rows",
-    "T": "T: gradient of the rows",
+# Of each kind of pass its name, and its color, alone and with the last stage's loss.
+_KINDS = {
+    "F": ("forward", "tab:blue", "tab:orange"),
+    "B": ("backward", "tab:green", "tab:red"),
+    "I": ("inputs", "tab:green", "tab:red"),
+    "W": ("weights", "tab:olive", "tab:purple"),
+    "S": ("S: statistics and dE of the rows", "gold", ""),
+    "T": ("T: gradient of the rows", "tab:pink", ""),
 }
 _PARTS = ("weights", "gradients", "optimizer", "activations", "loss")
 
@@ -77,14 +69,15 @@ def _draw_step(line: Any, plan: MeshPlan) -> None:
     on_last = len(plan.stages) - 1 if plan.vocab_over == "last-stage" else None
     shown: dict[str, str] = {}  # colors, by what they are of
     for one in plan.passes:
-        has_loss = one.stage == on_last
-        name = _NAMES[one.kind] + (", with the loss" if has_loss else "")
-        shown[name] = (_WITH_LOSS if has_loss else _COLORS)[one.kind]
+        name, color, with_loss = _KINDS[one.kind]
+        if one.stage == on_last:
+            name, color = f"{name}, with the loss", with_loss
+        shown[name] = color
         line.barh(
             one.ranks[0],
             1e3 * (one.end - one.start),
             left=1e3 * one.start,
-            color=shown[name],
+            color=color,
             edgecolor="white",
             linewidth=0.4,
         )
