@@ -55,6 +55,14 @@ def commands(page: Path) -> Iterator[str]:
                 yield shlex.join(words)
 
 
+def inline_commands(page: Path) -> Iterator[str]:
+    """Yield what a sentence tells to type, but for what it leaves to the reader."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    for command in re.findall(r"`((?:python -m|torchrun) (?:launch|benchmarks)[^`]*)`", text):
+        if "..." not in command:
+            yield " ".join(command.split())
+
+
 SHOWN = [(page.name, command) for page in PAGES for command in commands(page)]
 
 
@@ -97,6 +105,19 @@ def test_is_read(page: str, command: str, tmp_path: Path, monkeypatch: pytest.Mo
     if not isinstance(arguments, PlanArguments):
         arguments.validate()
         arguments.validate_ranks(ranks)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_inline_is_read(page: Path) -> None:
+    """Of a placeholder, a capital letter alone, any number will do."""
+    for command in inline_commands(page):
+        _, (_, module, *given) = started(command)
+        given = [re.sub(r"^[A-Z]$", "1", word) for word in given]
+        if module in KINDS:
+            if given != ["--help"]:
+                parse(KINDS[module], module, given)
+        else:
+            tyro.cli(importlib.import_module(module).Arguments, args=given)
 
 
 def test_every_stranger_is_shown() -> None:

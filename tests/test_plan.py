@@ -624,6 +624,27 @@ def test_without_a_pipeline() -> None:
     assert [one.mesh.vocab > 1 for one in without_pipeline(job, gpus, 12, fast, 80e9)] == [True]
 
 
+@pytest.mark.slow
+def test_the_table_without_a_pipeline() -> None:
+    """docs/planning.md: the row in the middle; each cell is a plan of seconds."""
+    page = (ROOT / "docs" / "planning.md").read_text()
+    rows = re.findall(
+        r"^\| ([\d,]+)(?: sequences)? \| (.*) / (.*) \| (.*) / (.*) \| (.*) / (.*) \|$", page, re.M
+    )
+    assert [row[0] for row in rows] == ["64", "256", "1,024"]
+    for batch, *cells in rows[1:2]:
+        for index, rate in enumerate((None, "12.5GB", "3GB")):
+            given = {"node_bandwidth": rate, "batch": int(batch.replace(",", ""))}
+            arguments = PlanArguments(
+                model="qwen3-32b", gpus=64, gpu_memory="80GB", schedule="ZBVZeroBubble", **given
+            )  # type: ignore[arg-type]
+            job, plans, hardware = plan(arguments)
+            found = without_pipeline(job, 64, given["batch"], hardware, 80e9)  # type: ignore[arg-type]
+            ratios = [one.tokens_per_second / plans[0].tokens_per_second for one in found]
+            expected = [float(cell) for cell in cells[2 * index : 2 * index + 2]]
+            assert ratios == pytest.approx(expected, abs=0.006)
+
+
 def test_least_gpus() -> None:
     """So many have a mesh that fits; one fewer has none."""
     for model, memory in (("qwen3-8b", 80e9), ("qwen3-32b", 141e9)):
