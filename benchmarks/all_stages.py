@@ -16,7 +16,7 @@ from benchmarks.row_passes import RowPasses
 from benchmarks.stages import Stage, StageMeasurement, measure_with_passes, release
 from launch.planning.balance import layer_counts
 from launch.planning.hardware import Hardware
-from launch.planning.spanning import tasks_of
+from launch.planning.orders import tasks_of
 from vocab_parallel.pipeline.spanning.order import Costs, Order, best_order
 
 NAME = "(e) ours, all stages"

@@ -41,7 +41,7 @@ from benchmarks.plot import plot_last_stages
 from benchmarks.stages import Stage, measure_layers, measure_with_loss, release
 from launch.planning.balance import layer_counts
 from launch.planning.hardware import Hardware
-from launch.planning.timeline import StageTimes, simulate
+from launch.planning.orders import alone
 
 GB = 1e9
 
@@ -189,11 +189,11 @@ def _measure(
     per_layer = first.milliseconds / counts[0]
     stage_times = [count * per_layer for count in counts[:-1]] + [last.milliseconds]
     seconds = [(own + link) / 1e3 for own, link in zip(stage_times, links, strict=True)]
-    spans = simulate(
+    order = alone(
         "1f1b",
         case.pipeline,
         microbatches,
-        [StageTimes(one / 3, 2 * one / 3, one / 3) for one in seconds],
+        [(one / 3, one / 3, one / 3) for one in seconds],
         arguments.sequence * case.config["hidden_size"] * 2 / hardware.link_bytes,
     )
     return Row(
@@ -204,7 +204,7 @@ def _measure(
         link_milliseconds=links[-1],
         last_peak=last.peak,
         first_peak=first.peak,
-        step_seconds=max(span.stop for span in spans),
+        step_seconds=order.finish,
     )
 
 

@@ -8,9 +8,7 @@ import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from launch.planning.orders import stages_of
-from launch.planning.spanning import tasks_of
-from launch.planning.timeline import StageTimes, simulate
+from launch.planning.orders import alone, stages_of, tasks_of
 from vocab_parallel import filled_rows
 from vocab_parallel.pipeline.spanning.order import Costs, best_order
 
@@ -193,22 +191,15 @@ def _simulated(
     message: float | None = None,
 ) -> float:
     """Simulate the loss on the last stage: a third of it in forward, a third in each half after."""
-    times = [
-        StageTimes(
-            count * pieces.layer_forward, count * pieces.layer_backward,
-            count * pieces.layer_backward / 2,
-        )
-        for count in counts
-    ]  # fmt: skip
-    last = times[-1]
-    times[-1] = StageTimes(
-        last.forward + loss / 3, last.backward + 2 * loss / 3 + link, last.weights + loss / 3
-    )
-    spans = simulate(
+    half = pieces.layer_backward / 2
+    times = [(count * pieces.layer_forward, count * half, count * half) for count in counts]
+    forward, inputs, weights = times[-1]
+    times[-1] = (forward + loss / 3, inputs + loss / 3 + link, weights + loss / 3)
+    order = alone(
         pipeline.schedule,
         pipeline.ranks,
         pipeline.microbatches,
         times,
         pieces.message if message is None else message,
     )
-    return max(span.stop for span in spans)
+    return order.finish

@@ -13,16 +13,9 @@ import tyro
 from launch.data.sources import find_source
 from launch.planning.nearest import nearest_path
 from launch.planning.published import find_model
+from launch.planning.schedules import SCHEDULES
 
-ScheduleName = Literal[
-    "1F1B",
-    "GPipe",
-    "Interleaved1F1B",
-    "LoopedBFS",
-    "InterleavedZeroBubble",
-    "ZBVZeroBubble",
-    "DualPipeV",
-]
+_NAMED = tyro.extras.literal_type_from_choices([one.name for one in SCHEDULES.values()])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,22 +50,9 @@ class DataArguments:
             )
 
 
-_SPLIT = ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
-
-
-@dataclass(frozen=True)
-class TrainArguments(DataArguments):
-    """Train a causal language model on text, on a data x pipeline x vocab mesh of ranks.
-
-    Start it with torchrun; the number of ranks is data x pipeline x vocab:
-
-        torchrun --nproc-per-node 4 -m launch.train --pipeline 2 --vocab 2
-
-    The body is data-parallel over the vocab axis: each column of ranks is a pipeline with its
-    own sequences. On the last stage the columns share the classifier, of which each holds only
-    its rows, and compute one loss together; with --vocab-over all-stages the ranks of all stages
-    do, between their own layers.
-    """
+@dataclass(frozen=True, kw_only=True)
+class MeshArguments:
+    """How many ranks there are, and how they share the work."""
 
     pipeline: int = 2
     """Pipeline degree: over how many ranks the layers are spread."""
@@ -87,7 +67,7 @@ class TrainArguments(DataArguments):
     """Which ranks hold the rows of classifier and embedding: with all-stages every rank does."""
     rows: Literal["balanced", "filled"] = "balanced"
     """With all-stages: as many rows on each rank, or more where there are fewer layers."""
-    schedule: ScheduleName = "1F1B"
+    schedule: Annotated[str, tyro.conf.arg(constructor=_NAMED)] = "1F1B"
     """Pipeline schedule of torch.distributed.pipelining; all but the first two run two stages on
     each rank."""
     impl: str = "auto"
@@ -97,6 +77,13 @@ class TrainArguments(DataArguments):
     the most microbatches in flight."""
     loss_memory: int = 64
     """MiB that a rank's loss may hold of logits; with more it computes fewer of them twice."""
+    timeout: float = 300.0
+    """Seconds after which a rank gives up waiting for another."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepsArguments:
+    """How long a run is, and how a step is cut."""
 
     steps: int = 30
     """Optimizer steps."""
@@ -109,24 +96,13 @@ class TrainArguments(DataArguments):
     """Into how many microbatches a column cuts its sequences of a schedule's step."""
     accumulate: int = 1
     """Schedule steps whose gradients add up to one optimizer step."""
-    learning_rate: float | None = None
-    """Learning rate of AdamW, the largest where it has a schedule; by default what the size of a
-    --model folder suggests, and 3e-3 for random weights."""
-    learning_rate_schedule: Literal["constant", "linear", "cosine", "inverse_sqrt"] | None = None
-    """How the learning rate decays to the last step, as transformers' get_scheduler has it; by
-    default cosine for a --model folder, and constant for random weights."""
-    warmup: int | None = None
-    """Steps in which the learning rate rises from 0; by default 3% of --steps for a --model folder,
-    and none for random weights."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """Of AdamW's two averages."""
-    weight_decay: float = 0.01
-    """Of AdamW, for matrices alone: norms and biases do not decay."""
-    clip_norm: float | None = None
-    """Clip the norm of the whole model's gradient to this; by default to 1 for a --model folder,
-    and not for random weights. inf leaves it alone."""
     seed: int = 0
     """Seed of the model's initial weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelArguments:
+    """What is trained, and in which numbers."""
 
     model: str | None = None
     """A Hugging Face folder (config.json and safetensors); where there is no folder of that name,
@@ -147,6 +123,33 @@ class TrainArguments(DataArguments):
     """Compile the decoder layers with torch.compile; auto is yes on a GPU with triton, but for
     schedules that split the backward."""
 
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerArguments:
+    """How the weights follow the gradients."""
+
+    learning_rate: float | None = None
+    """Learning rate of AdamW, the largest where it has a schedule; by default what the size of a
+    --model folder suggests, and 3e-3 for random weights."""
+    learning_rate_schedule: Literal["constant", "linear", "cosine", "inverse_sqrt"] | None = None
+    """How the learning rate decays to the last step, as transformers' get_scheduler has it; by
+    default cosine for a --model folder, and constant for random weights."""
+    warmup: int | None = None
+    """Steps in which the learning rate rises from 0; by default 3% of --steps for a --model folder,
+    and none for random weights."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Of AdamW's two averages."""
+    weight_decay: float = 0.01
+    """Of AdamW, for matrices alone: norms and biases do not decay."""
+    clip_norm: float | None = None
+    """Clip the norm of the whole model's gradient to this; by default to 1 for a --model folder,
+    and not for random weights. inf leaves it alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointArguments:
+    """What a run leaves to go on from, and to use elsewhere."""
+
     checkpoint: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
     """Save checkpoints here, which load on any mesh; the two newest are kept. A folder that has
     some already is of another run: --resume it."""
@@ -159,6 +162,11 @@ class TrainArguments(DataArguments):
     folder's generation config; with --resume and no step left, that alone is done."""
     export_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the exported weights; auto is that of the --model folder, else --dtype."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportArguments:
+    """What a run says of itself."""
 
     out: Path = Path("runs/train")
     """Folder for the loss curve (loss.png), the numbers (run.json) and a line a step
@@ -177,13 +185,34 @@ class TrainArguments(DataArguments):
     check: bool = False
     """Run the first five steps again in one process, unsharded, and compare: losses to 1e-5,
     the classifier's and every body gradient of step 1 to 1e-4 by relative norm."""
-    timeout: float = 300.0
-    """Seconds after which a rank gives up waiting for another."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainArguments(
+    MeshArguments,
+    StepsArguments,
+    ModelArguments,
+    DataArguments,
+    OptimizerArguments,
+    CheckpointArguments,
+    ReportArguments,
+):
+    """Train a causal language model on text, on a data x pipeline x vocab mesh of ranks.
+
+    Start it with torchrun; the number of ranks is data x pipeline x vocab:
+
+        torchrun --nproc-per-node 4 -m launch.train --pipeline 2 --vocab 2
+
+    The body is data-parallel over the vocab axis: each column of ranks is a pipeline with its
+    own sequences. On the last stage the columns share the classifier, of which each holds only
+    its rows, and compute one loss together; with --vocab-over all-stages the ranks of all stages
+    do, between their own layers.
+    """
 
     @property
     def splits_backward(self) -> bool:
         """Whether the schedule runs the two halves of a backward apart."""
-        return self.schedule in _SPLIT
+        return SCHEDULES[self.schedule.lower()].splits
 
     @property
     def world(self) -> int:
@@ -203,36 +232,15 @@ class TrainArguments(DataArguments):
     @property
     def written_folders(self) -> dict[str, Path]:
         """Folders that a run writes to, by their options, without that of its checkpoints."""
-        found = {"--out": self.out, "--profile": self.profile}
-        found["--export"] = None if self.export is None else self.export.parent
+        parent = None if self.export is None else self.export.parent
+        found = {"--export": parent, "--profile": self.profile, "--out": self.out}
         return {option: folder for option, folder in found.items() if folder is not None}
 
     def validate(self) -> None:
         """Raise ValueError for values that cannot be combined; the same on every rank."""
-        for name in [
-            "pipeline",
-            "vocab",
-            "data",
-            "steps",
-            "batch",
-            "sequence",
-            "microbatches",
-            "accumulate",
-            "layers",
-            "hidden",
-            "vocabulary",
-            "loss_memory",
-            "eval_batches",
-        ]:
-            value = getattr(self, name)
-            if value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-        if self.sequence < 2:
-            raise ValueError(
-                f"--sequence must be at least 2, to predict a token, got {self.sequence}"
-            )
-        if self.timeout <= 0:
-            raise ValueError(f"--timeout must be positive seconds, got {self.timeout}")
+        mesh, sizes = "pipeline vocab data", "layers hidden vocabulary"
+        cut = "steps batch sequence microbatches accumulate loss_memory eval_batches"
+        _refuse_small(self, f"{mesh} {cut} {sizes}")
         if self.checkpoint_every < 0:
             raise ValueError(f"--checkpoint-every must be at least 0, got {self.checkpoint_every}")
         if self.checkpoint is None and (self.resume or self.checkpoint_every):
@@ -241,21 +249,21 @@ class TrainArguments(DataArguments):
             raise ValueError("--export-dtype needs --export FOLDER")
         if self.check and (self.dtype != "float32" or self.resume):
             raise ValueError("--check compares float32 runs from their first step")
-        if self.vocab_over == "all-stages" and self.schedule in ("GPipe", "DualPipeV"):
+        if self.vocab_over == "all-stages" and not SCHEDULES[self.schedule.lower()].held:
             raise ValueError(
-                f"--schedule {self.schedule} cannot let all stages carry the vocabulary: use 1F1B, "
-                f"Interleaved1F1B, LoopedBFS, InterleavedZeroBubble or ZBVZeroBubble"
+                f"--schedule {self.schedule} cannot let all stages carry the vocabulary: use one "
+                f"of {', '.join(one.name for one in SCHEDULES.values() if one.held)}"
             )
+        whole = ", ".join(one.name for one in SCHEDULES.values() if not one.splits)
         if self.compile == "yes" and self.splits_backward:
             raise ValueError(
                 f"--compile yes makes one function of a layer's backward, whose halves --schedule "
-                f"{self.schedule} runs apart: use 1F1B, Interleaved1F1B, GPipe or LoopedBFS"
+                f"{self.schedule} runs apart: use one of {whole}"
             )
         if self.recompute != "none" and self.splits_backward:
             raise ValueError(
                 f"--recompute {self.recompute} would run layers in both halves of a backward, "
-                f"which --schedule {self.schedule} splits: use 1F1B, Interleaved1F1B, GPipe or "
-                f"LoopedBFS"
+                f"which --schedule {self.schedule} splits: use one of {whole}"
             )
         if self.shard_body and self.data == 1:
             raise ValueError("--shard-body spreads the body over copies: give --data 2 or more")
@@ -330,20 +338,28 @@ class TrainArguments(DataArguments):
 
 @dataclass(frozen=True)
 class EvaluateArguments(DataArguments):
-    """Score a model on text, its classifier's rows over all ranks that torchrun started.
+    """Score a model on text, on a pipeline x vocab mesh of ranks, without gradients.
 
         torchrun --nproc-per-node 2 -m launch.evaluate --model FOLDER --text FILE
+        torchrun --nproc-per-node 8 -m launch.evaluate --model FOLDER --text FILE --pipeline 4
 
-    Each rank runs the whole body on its own sequences; the logits never exist. The last line of
-    the output is one JSON document.
+    Layers are spread over the pipeline, and each column of ranks has sequences of its own; without
+    --pipeline every rank runs the whole body. The logits never exist. The last line of the output
+    is one JSON document.
     """
 
     model: str
     """A Hugging Face folder, or a published model with random weights, as in launch.train."""
+    pipeline: int = 1
+    """Pipeline degree: over how many ranks the layers are spread."""
+    vocab: int | None = None
+    """Vocab degree, of which each column of ranks has one; by default ranks / pipeline."""
+    vocab_over: Literal["last-stage", "all-stages"] = "last-stage"
+    """Which ranks hold the rows of classifier and embedding, as in launch.train."""
     batches: int = 8
     """Batches to score."""
     batch: int = 4
-    """Sequences of one batch over all ranks; a multiple of their number."""
+    """Sequences of one batch over all columns; a multiple of their number."""
     sequence: int = 512
     """Tokens of one sequence."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -351,20 +367,32 @@ class EvaluateArguments(DataArguments):
     timeout: float = 300.0
     """Seconds after which a rank gives up waiting for another."""
 
+    def as_trained(self, ranks: int) -> TrainArguments:
+        """Return how launch.train has the model on so many ranks."""
+        return TrainArguments(
+            model=self.model,
+            pipeline=self.pipeline,
+            vocab=self.vocab or ranks // self.pipeline,
+            vocab_over=self.vocab_over,
+            microbatches=self.pipeline,  # the least that a schedule takes; none is run
+            dtype=self.dtype,
+            compile="no",
+        )
+
     def validate(self) -> None:
         """Raise ValueError for values that cannot be; the same on every rank."""
-        for name in ("batches", "batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
-        if self.sequence < 2:
-            raise ValueError(f"--sequence must be at least 2, got {self.sequence}")
-        if self.timeout <= 0:
-            raise ValueError(f"--timeout must be positive seconds, got {self.timeout}")
+        _refuse_small(self, "pipeline vocab batches batch")
 
     def validate_ranks(self, ranks: int) -> None:
-        """Raise ValueError where the ranks cannot share a batch."""
-        if self.batch % ranks:
-            raise ValueError(f"--batch must be a multiple of {ranks} ranks, got {self.batch}")
+        """Raise ValueError where the ranks are no such mesh, or cannot share a batch."""
+        if ranks % self.pipeline:
+            raise ValueError(f"--pipeline {self.pipeline} does not divide the {ranks} ranks")
+        meshed = self.as_trained(ranks)
+        meshed.validate_ranks(ranks)
+        if self.batch % meshed.vocab:
+            raise ValueError(
+                f"--batch must be a multiple of {meshed.vocab} columns, got {self.batch}"
+            )
 
     def validate_paths(self) -> None:
         """See `DataArguments.validate_paths`; the model's folder too."""
@@ -376,3 +404,17 @@ def _is_installed(package: str) -> bool:
     """Tell whether it is; a folder of that name here, as trackers leave them, is no package."""
     spec = find_spec(package)
     return spec is not None and spec.origin is not None
+
+
+def _refuse_small(arguments: TrainArguments | EvaluateArguments, names: str) -> None:
+    """Raise ValueError for a count below 1, a sequence without a target, or no time at all."""
+    for name in names.split():
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if arguments.sequence < 2:
+        raise ValueError(
+            f"--sequence must be at least 2, to predict a token, got {arguments.sequence}"
+        )
+    if arguments.timeout <= 0:
+        raise ValueError(f"--timeout must be positive seconds, got {arguments.timeout}")

@@ -12,13 +12,10 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-import tyro
-
-from launch.planning.nearest import nearest
+from launch.options import parse
 
 # Seconds for the other ranks to leave before the one whose end makes torchrun end them: it lists
 # every rank that it had to stop.
@@ -64,11 +61,9 @@ def read_command(program: str, kind: type[A]) -> A:
             silence.enter_context(contextlib.redirect_stdout(nowhere))
             silence.enter_context(contextlib.redirect_stderr(nowhere))
         try:
-            arguments = tyro.cli(kind, prog=f"python -m {program}")
-        except SystemExit as end:
-            if end.code:
-                raise UserError(unreadable(kind, sys.argv[1:])) from None
-            raise
+            arguments = parse(kind, program)
+        except ValueError as error:
+            raise UserError(str(error)) from None
     if "RANK" not in os.environ:
         raise UserError(
             f"start this with torchrun, e.g. torchrun --nproc-per-node 4 -m {program}; "
@@ -124,20 +119,6 @@ def raised_on_all(group: Any = None) -> Iterator[None]:
 def partial_name(report: str) -> Path:
     """Return where torchrun's report of a rank is written, which it must not read half."""
     return Path(f"{report}.partial")
-
-
-def unreadable(kind: type[Any], given: list[str]) -> str:
-    """Say what is wrong with a command line: the options that there are not, if that is it."""
-    known = [f"--{field.name.replace('_', '-')}" for field in fields(kind)]
-    known += ["--help", *(f"--no-{own[2:]}" for own in known)]
-    unknown = []
-    for option in (word.partition("=")[0] for word in given if word.startswith("--")):
-        if option.replace("_", "-") not in known:
-            near = nearest(option, known)
-            unknown.append(option + ("" if near is None else f", did you mean {near}?"))
-    if unknown:
-        return f"there is no option {'; no option '.join(unknown)}; --help lists all"
-    return "the command line cannot be read, as said above"
 
 
 def _leave(sentence: str, code: int) -> None:

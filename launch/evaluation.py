@@ -1,26 +1,24 @@
 """Perplexity and accuracy of a model over a text, on every rank."""
 
 import json
+import sys
 
 import torch
 import torch.distributed as dist
 from rich.console import Console
-from torch import Tensor
-from tqdm import tqdm
 
-from launch.arguments import EvaluateArguments, TrainArguments
+from launch.arguments import EvaluateArguments
 from launch.command import raised_on_all
 from launch.configs import say_beyond_positions
 from launch.data.load import load_batches
+from launch.held_out import score_pipeline
 from launch.last_words import record
-from launch.model import build_stage
 from launch.packing import refuse_to_look_across
 from launch.runtime import process_group
-from launch.training_pipeline import model_of
+from launch.training_pipeline import build_pipeline, model_of
 from launch.weights import say_random
 from stage_groups import build_stage_groups
-from vocab_parallel import TokenScores, VocabParallelClassifier, score_tokens
-from vocab_parallel.logit_settings import LogitSettings, logit_settings
+from vocab_parallel import TokenScores
 
 
 @record
@@ -32,15 +30,18 @@ def start(arguments: EvaluateArguments) -> None:
             _report(scores)
 
 
-@torch.no_grad()
 def evaluate(arguments: EvaluateArguments, device: torch.device) -> TokenScores:
-    """Return the scores of all ranks' tokens, on every rank."""
-    ranks = dist.get_world_size()
-    groups = build_stage_groups(1, ranks, device_type=device.type)
+    """Return the scores of all columns' tokens, on every rank."""
+    meshed = arguments.as_trained(dist.get_world_size())
+    groups = build_stage_groups(
+        meshed.pipeline,
+        meshed.vocab,
+        device_type=device.type,
+        vocab_over="all_stages" if meshed.vocab_over == "all-stages" else "last_stage",
+    )
     with raised_on_all():
         arguments.validate_paths()
-        config, source = model_of(TrainArguments(model=arguments.model))
-        settings = logit_settings(config)
+        config, source = model_of(meshed)
         batches = load_batches(
             arguments,
             steps=arguments.batches,
@@ -49,44 +50,22 @@ def evaluate(arguments: EvaluateArguments, device: torch.device) -> TokenScores:
             vocabulary=config.vocab_size,
             model=arguments.model,
         )
-        dtype = getattr(torch, arguments.dtype)
-        stage = build_stage(config, source, 0, 1, groups.vocab_group, device=device, dtype=dtype)
+    with raised_on_all():
+        pipeline = build_pipeline(meshed, config, source, groups, device)
+    with raised_on_all():
         if batches.starts is not None:
-            refuse_to_look_across([stage])
+            refuse_to_look_across(pipeline.stages)
     if dist.get_rank() == 0:
         say_random(arguments.model, source)
         say_beyond_positions(config, batches.longest)
-    stage.eval()
-    head, total = stage.lm_head, None
-    for batch in tqdm(batches, desc="scoring", disable=dist.get_rank() != 0):
-        own = batch.chunk(ranks)[dist.get_rank()].to(device)
-        hidden = stage.hidden_states(own.ids, own.position_ids)
-        scores = score_hidden(hidden, own.labels, head, settings)
-        total = scores if total is None else total + scores
-    assert total is not None
-    sums = torch.stack([total.nll, total.correct, total.count])
-    dist.all_reduce(sums)
+        tokens = arguments.batches * arguments.batch * arguments.sequence
+        print(f"launch.evaluate: {tokens:,} tokens, {meshed.mesh}", file=sys.stderr, flush=True)
+    scores = score_pipeline(pipeline, batches, 1)
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    if scores is not None:
+        sums = torch.stack([scores.nll, scores.correct, scores.count]).to(sums)
+    dist.broadcast(sums, pipeline.owners[-1] * meshed.vocab)
     return TokenScores(*sums.unbind())
-
-
-def score_hidden(
-    hidden: Tensor, labels: Tensor, head: VocabParallelClassifier, settings: LogitSettings
-) -> TokenScores:
-    """Score hidden states [b, T, D] against labels [b, T], other ones on every rank.
-
-    All ranks of the classifier's group call it, with equally many tokens.
-    """
-    return score_tokens(
-        # logit_settings never gives both, and the classifier has no bias: without a softcap
-        # the scale of the logits is that of the hidden states.
-        hidden / settings["temperature"],
-        head.weight,
-        labels,
-        softcap=settings["softcap"],
-        shift=1,
-        vocab_parallel_options=head.options,
-        hidden_layout="sharded",
-    )
 
 
 def _report(scores: TokenScores) -> None:

@@ -8,10 +8,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from launch.data.batches import IGNORED, Batch, Batches
-from launch.evaluation import score_hidden
 from launch.sharded_body import reshard_body
 from launch.training_pipeline import Pipeline
-from vocab_parallel import TokenScores
+from vocab_parallel import TokenScores, VocabParallelClassifier, score_tokens
+from vocab_parallel.logit_settings import LogitSettings
 
 
 @torch.no_grad()
@@ -54,13 +54,13 @@ def _score(pipeline: Pipeline, piece: Batch) -> TokenScores | None:
     hidden, head, settings = _last_hidden(pipeline, piece), pipeline.head, pipeline.settings
     if hidden is not None:
         assert head is not None
-        return score_hidden(hidden, piece.labels, head, settings)
+        return _score_hidden(hidden, piece.labels, head, settings)
     if pipeline.spans:
         # Every rank has rows for all tokens, and must give as many of its own: of padding.
         assert head is not None
         like = head.weight
         padding = like.new_zeros((*piece.ids.shape, like.shape[1]))
-        score_hidden(padding, torch.full_like(piece.labels, IGNORED), head, settings)
+        _score_hidden(padding, torch.full_like(piece.labels, IGNORED), head, settings)
     return None
 
 
@@ -90,3 +90,23 @@ def _receive(pipeline: Pipeline, piece: Batch, source: int) -> Tensor:
     hidden = torch.empty(shape, dtype=like.dtype, device=like.device)
     dist.recv(hidden, group=pipeline.groups.pipeline_group, group_src=source)
     return hidden
+
+
+def _score_hidden(
+    hidden: Tensor, labels: Tensor, head: VocabParallelClassifier, settings: LogitSettings
+) -> TokenScores:
+    """Score hidden states [b, T, D] against labels [b, T], other ones on every rank.
+
+    All ranks of the classifier's group call it, with equally many tokens.
+    """
+    return score_tokens(
+        # logit_settings never gives both, and the classifier has no bias: without a softcap
+        # the scale of the logits is that of the hidden states.
+        hidden / settings["temperature"],
+        head.weight,
+        labels,
+        softcap=settings["softcap"],
+        shift=1,
+        vocab_parallel_options=head.options,
+        hidden_layout="sharded",
+    )

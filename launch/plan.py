@@ -5,17 +5,21 @@ The planner is `launch.planning`; here is what starts it, and the process group 
 
 import json
 import os
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
-import tyro
-
+from launch.options import parse
 from launch.planning.arguments import PlanArguments
 
 
 def main() -> None:
     """Parse the command line and plan; a user's mistake ends with a message and code 2."""
-    arguments = tyro.cli(PlanArguments, prog="python -m launch.plan")
+    try:
+        arguments = parse(PlanArguments, "launch.plan")
+    except ValueError as error:
+        print(f"launch.plan: {error}", file=sys.stderr)
+        sys.exit(2)
     if arguments.calibrate:
         _calibrate(arguments.out)
     else:

@@ -153,7 +153,7 @@ def write_run(
 def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):  # which JSON does not have
         return str(value)
-    return value if value is None or isinstance(value, int | float | str) else str(value)
+    return value if value is None or isinstance(value, int | float | str | tuple) else str(value)
 
 
 def _version(package: str) -> str | None:

@@ -1,12 +1,12 @@
 """The command that trains on the mesh of a plan."""
 
 from pathlib import Path
-from typing import get_args
 
-from launch.arguments import ScheduleName, TrainArguments
+from launch.arguments import TrainArguments
 from launch.planning.arguments import PlanArguments
 from launch.planning.estimate import Job
 from launch.planning.meshes import MeshPlan
+from launch.planning.schedules import SCHEDULES
 
 _PER_MACHINE = 8  # GPUs; as many, or fewer alone, as most machines have
 
@@ -24,7 +24,7 @@ def start_command(plan: MeshPlan, job: Job, arguments: PlanArguments) -> str:
         shard_body=job.shard_body and mesh.data > 1,
         vocab_over=plan.vocab_over,
         rows=plan.rows,
-        schedule=next(s for s in get_args(ScheduleName) if s.lower() == job.schedule),
+        schedule=SCHEDULES[job.schedule].name,
         recompute="all" if plan.recompute_layers else "none",
         loss_memory=64 if job.memory_budget is None else max(1, job.memory_budget // 2**20),
         batch=mesh.data * mesh.vocab * plan.step.microbatches * job.microbatch,

@@ -8,12 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
-from torch.distributed.pipelining.schedules import (
-    PipelineScheduleSingle,
-    ScheduleDualPipeV,
-    ScheduleZBVZeroBubble,
-    get_schedule_class,
-)
+from torch.distributed.pipelining.schedules import get_schedule_class
 from transformers import PretrainedConfig
 
 from launch.arguments import TrainArguments
@@ -22,6 +17,7 @@ from launch.configs import config_of_sizes, load_config
 from launch.data.batches import Batch
 from launch.layers import compiles, prepare_layers
 from launch.model import EMBEDDING, SpanningRows, Stage, build_stage
+from launch.planning.schedules import SCHEDULES
 from launch.sharded_body import StageOfShards, refuse_to_shard, shard_body
 from launch.spanning import SpanningPlan, spanning_plan
 from launch.weights import FolderWeights, RandomWeights, WeightSource
@@ -198,11 +194,9 @@ def build_pipeline(
     """
     refuse_other_losses(config)
     refuse_to_shard(arguments)
-    cls = get_schedule_class(arguments.schedule)
-    single = issubclass(cls, PipelineScheduleSingle)
-    v_shaped = issubclass(cls, ScheduleZBVZeroBubble | ScheduleDualPipeV)
-    style: StageStyle = "v" if v_shaped else "loop"
-    num_stages = arguments.pipeline * (1 if single else 2)
+    named = SCHEDULES[arguments.schedule.lower()]
+    style: StageStyle = "v" if named.v_shaped else "loop"
+    num_stages = arguments.pipeline * named.stages
     indices = groups.stages(num_stages, style)
     plan = None
     if groups.message_groups is not None:
@@ -228,7 +222,7 @@ def build_pipeline(
     head = next((stage.lm_head for stage in stages if stage.lm_head is not None), None)
     tied = None
     if config.tie_word_embeddings and plan is None:
-        tied = _tie(stages, head, groups, v_shaped)
+        tied = _tie(stages, head, groups, named.v_shaped)
     settings = logit_settings(config)
     options: dict[str, Any] = {**settings, "impl": arguments.impl}
     if arguments.impl in ("auto", "chunked"):
@@ -286,8 +280,8 @@ def _schedule(
             scale_grads=False,
         )
     cls = get_schedule_class(arguments.schedule)
-    alone = pipeline_stages[0] if issubclass(cls, PipelineScheduleSingle) else pipeline_stages
-    return cls(alone, n_microbatches=count, loss_fn=loss, scale_grads=False)
+    own = pipeline_stages[0] if len(pipeline_stages) == 1 else pipeline_stages
+    return cls(own, n_microbatches=count, loss_fn=loss, scale_grads=False)
 
 
 def _tie(

@@ -71,13 +71,13 @@ def run_ranks(
 
 
 def run_program(
-    ranks: int, command: list[str], *, timeout: float = START_TIMEOUT
+    ranks: int, command: list[str], *, timeout: float = START_TIMEOUT, folder: Path = ROOT
 ) -> tuple[int, str]:
-    """Run ranks of ``python COMMAND`` on the CPU and return (exit code, their output).
+    """Run ranks of ``python COMMAND`` in a folder on the CPU; return (exit code, their output).
 
     What they printed stands last, that of the first rank before the others'.
     """
-    return _forked(ranks, timeout, _program, *command)
+    return _forked(ranks, timeout, _program, str(folder), *command)
 
 
 def _forked(
@@ -111,8 +111,8 @@ def _limited(timeout: float, function: Callable[..., None], *arguments: str) -> 
     function(*arguments)
 
 
-def _program(*command: str) -> None:
-    os.chdir(ROOT)
+def _program(folder: str, *command: str) -> None:
+    os.chdir(folder)
     if command[0] == "-m":
         sys.argv = list(command[1:])
         runpy.run_module(command[1], run_name="__main__", alter_sys=True)

@@ -4,11 +4,13 @@ import itertools
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -18,13 +20,14 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from launch.arguments import TrainArguments
+from launch.arguments import EvaluateArguments, TrainArguments
 from launch.checkpoint import complete_checkpoints
 from launch.configs import config_of_sizes
+from launch.evaluation import evaluate
 from launch.model import build_stage
 from launch.training_pipeline import model_of
 from launch.weights import FolderWeights
-from tests.ranks import run_program, torchrun
+from tests.ranks import run_program, run_ranks, torchrun
 from tests.small_tokenizer import END, WORDS, write_tokenizer
 
 VOCABULARY, HIDDEN, LAYERS = 151_936, 32, 4
@@ -332,22 +335,26 @@ def test_more_stages_than_layers(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def check_evaluate(meshes: list[list[Any]], expected: list[float], **given: Any) -> None:
+    """Every rank has the same scores, whatever the mesh."""
+    for pipeline, vocab, vocab_over in meshes:
+        arguments = EvaluateArguments(
+            **{**given, "text": Path(given["text"])},
+            pipeline=pipeline, vocab=vocab, vocab_over=vocab_over,
+        )  # fmt: skip
+        arguments.validate_ranks(dist.get_world_size())
+        found = evaluate(arguments, torch.device("cpu"))
+        assert [found.perplexity, found.accuracy, float(found.count)] == pytest.approx(
+            expected, rel=1e-4
+        ), (pipeline, vocab, vocab_over)
+
+
 def test_evaluate(tmp_path: Path) -> None:
-    """Perplexity and accuracy of packed documents on 2 ranks: those of each one's logits alone."""
+    """Perplexity and accuracy of packed documents: those of each one's logits alone."""
     source = write_model(tmp_path / "a", tied=True)
     texts = ["the quick brown fox jumps over the lazy dog " * (1 + n % 3) for n in range(16)]
     text = tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps({"text": one}) + "\n" for one in texts))
-    code, output = run_program(
-        2,
-        [
-            "-m", "launch.evaluate", "--model", str(source), "--text", str(text),
-            "--batches", "2", "--batch", "4", "--sequence", "24", "--timeout", "40",
-        ],
-        timeout=60,
-    )  # fmt: skip
-    assert code == 0, output[-3000:]
-    found = json.loads(output.strip().splitlines()[-1])
     encode = AutoTokenizer.from_pretrained(source)
     stream = [(n, t) for n, one in enumerate(texts) for t in [*encode(one).input_ids, END]]
     rows = [stream[start : start + 24] for start in range(0, 2 * 4 * 24, 24)]
@@ -362,6 +369,21 @@ def test_evaluate(tmp_path: Path) -> None:
         logits = torch.cat([model(piece).logits[0, :-1] for piece in pieces])
     wanted = torch.cat([piece[0, 1:] for piece in pieces])
     nll = torch.nn.functional.cross_entropy(logits, wanted)
-    assert found["tokens"] == wanted.numel()
-    assert found["perplexity"] == pytest.approx(float(nll.exp()), rel=1e-4)
-    assert found["accuracy"] == pytest.approx(float((logits.argmax(-1) == wanted).float().mean()))
+    accuracy = (logits.argmax(-1) == wanted).float().mean()
+    expected = [float(nll.exp()), float(accuracy), wanted.numel()]
+    given = {"model": str(source), "text": str(text), "batches": 2, "batch": 4, "sequence": 24}
+    last, everywhere = "last-stage", "all-stages"
+    for ranks, meshes in (
+        (2, [(1, None, last), (2, 1, last), (2, None, everywhere)]),
+        (4, [(2, 2, last), (2, 2, everywhere)]),
+    ):
+        run_ranks(check_evaluate, ranks, meshes=meshes, expected=expected, timeout=60, **given)
+    arguments = EvaluateArguments("folder", pipeline=2, batch=3)
+    for ranks, words in (
+        (3, "--pipeline 2 does not divide the 3 ranks"),
+        (4, "--batch must be a multiple of 2 columns, got 3"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            arguments.validate_ranks(ranks)
+    with pytest.raises(ValueError, match="a mesh of 2 ranks, but torchrun started 4"):
+        replace(arguments, vocab=1).validate_ranks(4)

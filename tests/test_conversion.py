@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from launch.arguments import ScheduleName, TrainArguments
+from launch.arguments import TrainArguments
 from launch.model import build_stage, layers_of_stage
 from launch.training import run
 from launch.training_pipeline import build_pipeline, model_of
@@ -39,7 +39,7 @@ NAMES = {
     "mixtral": "model.layers.2.block_sparse_moe.experts.11.w3.weight",
     "deepseek_v3": "model.layers.2.mlp.experts.11.up_proj.weight",
 }
-SCHEDULES: dict[str, ScheduleName] = {
+SCHEDULES = {
     "qwen3_moe": "1F1B",
     "mixtral": "ZBVZeroBubble",
     "deepseek_v3": "InterleavedZeroBubble",

@@ -167,6 +167,7 @@ def test_planning_knows_nothing_of_the_trainer() -> None:
             "launch.configs",
             "launch.timing",
             "vocab_parallel",
+            "vocab_parallel.pipeline.spanning",
             "vocab_parallel.pipeline.spanning.order",
         )
     ]

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ import tyro
 from matplotlib.figure import Figure
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from launch.arguments import ScheduleName, TrainArguments
+from launch.arguments import TrainArguments
 from launch.configs import load_config
 from launch.model import layers_of_stage
 from launch.planning.advice import more_microbatches, other_schedule
@@ -26,20 +26,23 @@ from launch.planning.estimate import Job, Mesh, estimate_stages
 from launch.planning.hardware import Hardware
 from launch.planning.loss_time import LAUNCHES, loss_seconds, passes_seconds
 from launch.planning.meshes import best_of, least_gpus, plan_mesh, plan_meshes
-from launch.planning.orders import NAMES, SCHEDULES, SINGLE, most_in_flight, orders, stages_of
+from launch.planning.orders import alone, most_in_flight, stages_of, tasks_of
 from launch.planning.picture import plot_plan
 from launch.planning.published import PUBLISHED
-from launch.planning.rank_work import HELD, RankWork, Rows, filling_helps
+from launch.planning.rank_work import RankWork, Rows, filling_helps
+from launch.planning.schedules import SCHEDULES
 from launch.planning.shape import ModelShape
-from launch.planning.spanning import SpanningPlanner, tasks_of
+from launch.planning.spanning import SpanningPlanner
 from launch.planning.table import utilisation, verdict
-from launch.planning.timeline import StageTimes, simulate
+from launch.planning.unpiped import without_pipeline
 from launch.start_command import start_command
 from tests.ranks import ROOT
 from vocab_parallel import plan_backward
 from vocab_parallel.pipeline.spanning.order import Costs, best_order, one_forward_one_backward
+from vocab_parallel.pipeline.spanning.validation import SCHEDULES as SPANNING
 
 MIB = 2**20
+HELD = [name for name, one in SCHEDULES.items() if one.held]
 MEASURED = ROOT / "benchmarks" / "results" / "2026-11-29-loss-h200.json"
 
 
@@ -134,18 +137,20 @@ def test_timeline() -> None:
         ranks, microbatches = 4, 8
         stages = [stage for own in stages_of(schedule, ranks) for stage in own]
         share = ranks / len(stages)
-        times = [StageTimes(share, 2 * share, share)] * len(stages)
-        spans = simulate(schedule, ranks, microbatches, times, 0.0)
+        times = [(share, share, share)] * len(stages)
+        order = alone(schedule, ranks, microbatches, times, 0.0)
+        spans = order.passes
         work = {(span.stage, span.kind, span.microbatch) for span in spans}
         assert len(work) == len(spans), "nothing twice"
         for stage, microbatch in itertools.product(stages, range(microbatches)):
             kinds = {kind for s, kind, m in work if (s, m) == (stage, microbatch)}
-            assert kinds in ({"forward", "backward"}, {"forward", "inputs", "weights"})
+            assert kinds == {"F", "I", "W"} or kinds == {"F", "B"}
+            assert SCHEDULES[schedule].splits or "B" in kinds
         for rank in range(ranks):
-            own = sorted((span.start, span.stop) for span in spans if span.rank == rank)
+            own = sorted((span.start, span.end) for span in spans if span.ranks == (rank,))
             assert all(a[1] <= b[0] + 1e-12 for a, b in itertools.pairwise(own))
-        total = max(span.stop for span in spans)
-        if schedule in SINGLE:
+        total = order.finish
+        if SCHEDULES[schedule].stages == 1:
             assert total == pytest.approx(3.0 * (microbatches + ranks - 1))
         else:
             assert 3.0 * microbatches <= total < 3.0 * (microbatches + ranks - 1)
@@ -153,10 +158,10 @@ def test_timeline() -> None:
 
 def test_in_flight() -> None:
     """1F1B keeps P - stage microbatches, GPipe all, and a V-shaped rank those of both stages."""
-    order = orders("1f1b", 4, 8)
+    order = tasks_of("1f1b", 4, 8)
     assert [most_in_flight(order[r], {r: 1.0})[r] for r in range(4)] == [4, 3, 2, 1]
-    assert most_in_flight(orders("gpipe", 4, 8)[3], {3: 1.0}) == {3: 8}
-    found = most_in_flight(orders("zbvzerobubble", 4, 8)[0], {0: 1.0, 7: 1.0})
+    assert most_in_flight(tasks_of("gpipe", 4, 8)[3], {3: 1.0}) == {3: 8}
+    found = most_in_flight(tasks_of("zbvzerobubble", 4, 8)[0], {0: 1.0, 7: 1.0})
     assert sum(found.values()) == 8, "as much as 1F1B's first rank, whose stages are twice as long"
 
 
@@ -254,12 +259,9 @@ def test_order_of_all_stages() -> None:
     assert {n: stage.in_flight for n, stage in enumerate(step.stages)} == order.in_flight
     assert step.hidden_held == order.hidden_held
     assert first.statistics_seconds > first.gradients_seconds
-    own = [event for event in order.events if len(event.ranks) == 1]
-    names = {"F": "forward", "B": "backward", "S": "S", "T": "T"}
-    for span, event in zip(step.spans, own, strict=True):
-        found = (span.rank, span.stage, span.kind, span.microbatch)
-        assert found == (event.ranks[0], event.stage, names[event.kind], event.microbatch)
-        assert span.start == pytest.approx(event.start)
+    for found, event in zip(step.passes, order.passes, strict=True):
+        assert found[:4] == event[:4]
+        assert found.start == pytest.approx(event.start)
     assert 1 - step.bubble == pytest.approx(sum(order.busy) / 4 / order.finish)
 
 
@@ -308,7 +310,7 @@ def test_approximations(schedule: str, model: str) -> None:
             whole = best_order(tasks_of(schedule, pipeline, microbatches), costs).finish
             expected = SpanningPlanner(hardware).step(job, mesh, rows, simulated=False)
             found = SpanningPlanner(hardware).step(job, mesh, rows, simulated=True)
-            uneven = rows == "filled" and schedule not in SINGLE
+            uneven = rows == "filled" and SCHEDULES[schedule].stages == 2
             assert found.seconds == pytest.approx(whole, rel=0.04 if uneven else 0.01)
             assert (0.88 if uneven else 0.95) <= expected.seconds / whole <= 1.05
 
@@ -352,7 +354,7 @@ def test_both_places() -> None:
     best = best_of(plans, "all-stages")
     assert best is plans[0]
     assert best.step.simulated
-    assert best.spans
+    assert best.passes
     assert verdict(plans).startswith("Give the vocabulary to all stages, ")
     again = planned(vocab_over="all-stages", hardware="h100")
     assert [one.mesh for one in again] == [
@@ -573,7 +575,7 @@ def test_advice() -> None:
     assert other_schedule(job, few, hardware, 141e9) == ""
 
     said = other_schedule(job, best, hardware, 141e9)
-    assert set(NAMES.values()) == set(get_args(ScheduleName))
+    assert {SCHEDULES[name].name for name in HELD} == set(SPANNING)
     named = re.match(r"--schedule (\w+) would be ([\d.]+)% faster on that mesh", said)
     assert named, said
     alike = plan(PlanArguments(**given, schedule=named[1], vocab_over=best.vocab_over))[1]
@@ -581,6 +583,71 @@ def test_advice() -> None:
     gain = faster.tokens_per_second / best.tokens_per_second - 1
     assert float(named[2]) == pytest.approx(100 * gain, abs=2)
     assert gain > 0.01
+
+
+def test_without_a_pipeline() -> None:
+    """FSDP2 alone, and x TP: bytes and FLOPs counted by hand, at the batch that is given."""
+    shape, batch, gpus = ModelShape.load("qwen3-8b"), 32, 8
+    job = Job(shape, 4096, 1, 8, "1f1b", state_bytes=12, memory_budget=10**9)
+    body = 36 * (2 * 4096 * 128 * 40 + 3 * 4096 * 12_288 + 2 * 4096 + 2 * 128) + 4096
+    rows = 151_936 * 4096
+    parameters = body + 2 * rows
+    inputs, kept = 2 * 2 * 4096, 6 * (2 * 4096 + 40 * 128) + 8 * 32 * 128 + 8 * 12_288
+    fast = replace(Hardware.load("h100"), link_bytes=1e30)
+    for one, least in zip(without_pipeline(job, gpus, batch, fast, 1e15), (1, 2), strict=True):
+        degree, tensor = one.mesh.data, one.mesh.vocab
+        assert degree * tensor == 8
+        assert tensor >= least
+        assert not one.recompute_layers, "there is room"
+        assert one.microbatch * one.count * degree == batch
+        tokens = 4096 * one.microbatch
+        plan_of_rows = plan_backward(
+            tokens, 151_936 // tensor, 4096, memory_budget=10**9, degree=tensor
+        )
+        layer = 2 * (body - 4096) / 36 / tensor
+        whole = max(4 * layer, layer + 2 * rows / tensor + plan_of_rows.peak_bytes)
+        activations = 36 * tokens * (inputs + kept / tensor)
+        assert one.memory == pytest.approx(16 * parameters / 8 + whole + activations)
+        flops = 3 * 36 * (2 * tokens * (body - 4096) / 36 + 2 * tokens * 4096 * 32 * 128) / tensor
+        flops -= 3 * 36 * 2 * tokens * (2 * 4096 + 2 * 128) / tensor  # norms multiply nothing
+        loss = loss_seconds(plan_of_rows, tokens, 151_936 // tensor, 4096, 2, fast)
+        assert one.step_seconds == pytest.approx(one.count * (flops / fast.layer_flops + loss))
+        assert one.waits == pytest.approx(0.0)
+    # Over a slow link nothing hides: three times the weights; and TP's messages besides.
+    slow = replace(Hardware.load("h100"), link_bytes=1e6)
+    alone, product = without_pipeline(job, gpus, batch, slow, 1e15)
+    assert (alone.name, alone.count) == ("FSDP2 alone", 1)
+    assert alone.step_seconds == pytest.approx(3 * 2 * parameters * (7 / 8) / 1e6)
+    data, tensor = product.mesh.data, product.mesh.vocab
+    gathers = 3 * 2 * parameters / tensor * (1 - 1 / data)
+    messages = 8 * 36 * 2 * 4096 * 4096 * batch / data * (1 - 1 / tensor)
+    assert product.step_seconds == pytest.approx((gathers + messages) / 1e6, rel=1e-3)
+    # A GPU that has no room for activations has them made again; a batch of 12 is not shared by 8.
+    tight = without_pipeline(job, gpus, batch, fast, 70e9)[0]
+    assert tight.missing <= 0
+    assert tight.recompute_layers or tight.count > 1
+    assert [one.mesh.vocab > 1 for one in without_pipeline(job, gpus, 12, fast, 80e9)] == [True]
+
+
+@pytest.mark.slow
+def test_the_table_without_a_pipeline() -> None:
+    """docs/planning.md: the row in the middle; each cell is a plan of seconds."""
+    page = (ROOT / "docs" / "planning.md").read_text()
+    rows = re.findall(
+        r"^\| ([\d,]+)(?: sequences)? \| (.*) / (.*) \| (.*) / (.*) \| (.*) / (.*) \|$", page, re.M
+    )
+    assert [row[0] for row in rows] == ["64", "256", "1,024"]
+    for batch, *cells in rows[1:2]:
+        for index, rate in enumerate((None, "12.5GB", "3GB")):
+            given = {"node_bandwidth": rate, "batch": int(batch.replace(",", ""))}
+            arguments = PlanArguments(
+                model="qwen3-32b", gpus=64, gpu_memory="80GB", schedule="ZBVZeroBubble", **given
+            )  # type: ignore[arg-type]
+            job, plans, hardware = plan(arguments)
+            found = without_pipeline(job, 64, given["batch"], hardware, 80e9)  # type: ignore[arg-type]
+            ratios = [one.tokens_per_second / plans[0].tokens_per_second for one in found]
+            expected = [float(cell) for cell in cells[2 * index : 2 * index + 2]]
+            assert ratios == pytest.approx(expected, abs=0.006)
 
 
 def test_least_gpus() -> None:
@@ -848,7 +915,12 @@ def test_command(tmp_path: Path) -> None:
     best = document["meshes"][0]
     assert best["fits"]
     assert {one["vocab_over"] for one in document["meshes"]} == {"last-stage", "all-stages"}
-    assert document["advice"] == []
+    others = document["without_pipeline"]
+    assert [one["name"] for one in others] == ["FSDP2 alone", "FSDP2 x TP, 4 x 2"]
+    faster = [one for one in others if one["step_seconds"] < best["step_seconds"] / 1.01]
+    assert [sentence.partition(",")[0] for sentence in document["advice"]] == (
+        ["FSDP2 alone"] if faster else []
+    )
     assert 0 < best["utilisation"] < 1
     assert {"rows", "simulated", "hidden_held", "ranks", "bubble", "rank_memory"} <= set(best)
     for name in ("rows", "in_flight", "memory", "statistics_seconds", "gradients_seconds"):

@@ -1,6 +1,7 @@
 """launch.train as torchrun starts it, on small models."""
 
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -23,10 +24,11 @@ from transformers import AutoModelForCausalLM, get_scheduler
 
 from launch.arguments import EvaluateArguments, TrainArguments
 from launch.checkpoint import complete_checkpoints
-from launch.command import unreadable
 from launch.configs import config_of_sizes, load_config
 from launch.defaults import settled
 from launch.model import layers_of_stage
+from launch.options import parse, unreadable
+from launch.planning.arguments import PlanArguments
 from launch.planning.shape import ModelShape
 from launch.report import plot_losses
 from launch.stopping import said_of
@@ -338,6 +340,56 @@ def test_misspelt_names(tmp_path: Path) -> None:
         TrainArguments(model="abacus").validate_paths()
 
 
+def test_options_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """YAML as a command line would say it; what is given besides wins, what is wrong is said."""
+    path = tmp_path / "run.yaml"
+
+    def read(text: str, *given: str) -> TrainArguments:
+        path.write_text(text)
+        return parse(TrainArguments, "launch.train", ["--config", str(path), *given])
+
+    text = "packed: no\nlearning_rate: 1e-4\nbetas: [0.8, 0.9]\nshard-body: true\nmodel: null\n"
+    assert read(text + "float32_weights: false\nbatch: 16", "--batch", "32") == TrainArguments(
+        packed="no", learning_rate=1e-4, betas=(0.8, 0.9), shard_body=True, batch=32,
+        float32_weights=False,
+    )  # fmt: skip
+    for wrong, words in (
+        ("bacth: 5", "there is no option --bacth, did you mean --batch?; --help lists all"),
+        ("batch: many", "the command line cannot be read, as said above"),
+        ("- batch", f"--config {path} has no options: give one a line, as in batch: 64"),
+        ("batch: [", f"--config {path} cannot be read: while parsing"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(words)):
+            read(wrong)
+    with pytest.raises(ValueError, match=r"--config nowhere\.yaml cannot be read: .*No such file"):
+        parse(TrainArguments, "launch.train", ["--config=nowhere.yaml"])
+    assert "bacth" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", [TrainArguments, EvaluateArguments, PlanArguments])
+def test_help_in_groups(
+    kind: type, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A group for each base, every option in one, and lines end where no word more had room."""
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit):
+        parse(kind, "launch.train", ["--help"])
+    shown = capsys.readouterr().out
+    names = [base.__name__.removesuffix("Arguments").lower() for base in kind.__mro__[1:-1]]
+    for name in (*names, "config"):
+        assert shown.count(f" {name} options ") == 1
+    for field in dataclasses.fields(kind):
+        assert len(re.findall(rf"^\W --{field.name.replace('_', '-')}[ ,]", shown, re.M)) == 1
+    lines = [line[2:-2].rstrip() for line in shown.splitlines() if len(line) == 100]
+    wrapped = 0
+    for line, following in itertools.pairwise(lines):
+        has_words = line.startswith(" ") or re.match(r"--.*\S  +\S", line)
+        if has_words and following.startswith("  " * 4):
+            wrapped += 1
+            assert len(line) + 1 + len(following.split()[0]) > 96, (line, following)
+    assert wrapped > 3
+
+
 def test_defaults_of_a_pretrained_model() -> None:
     """Smaller rates for larger models, as the root of their sizes; what is given stays."""
     arguments = TrainArguments(steps=1000)
@@ -404,6 +456,13 @@ def test_what_a_run_says(tmp_path: Path) -> None:
     assert run["model"]["parameters"] == parameters
     assert not {"hidden", "layers", "vocabulary"} & set(run["arguments"])
     assert run["arguments"]["clip_norm"] == 1.0
+    read = parse(
+        TrainArguments, "launch.train", ["--config", str(out / "run.json"), "--steps", "7"]
+    )
+    assert (read.steps, read.out, read.betas, read.warmup) == (7, out, (0.9, 0.999), 0)
+    assert json.loads(json.dumps(dataclasses.asdict(read), default=str)).items() >= {
+        **run["arguments"], "steps": 7,
+    }.items()  # fmt: skip
 
     again = ["--pipeline", "1", "--vocab", "2", "--steps", "6", "--out", str(out), "--resume"]
     code, output = run_program(

@@ -13,9 +13,9 @@ from launch.planning.meshes import (
     plan_mesh,
     plan_meshes,
 )
-from launch.planning.orders import NAMES, SCHEDULES, SPLIT
-from launch.planning.rank_work import HELD
+from launch.planning.schedules import SCHEDULES
 from launch.planning.table import ALIKE
+from launch.planning.unpiped import Unpiped
 
 LARGE, SMALL = 0.1, 0.05  # a bubble that is worth a word, and one that is not
 MOST_TIMES = 64  # the microbatches that were asked for
@@ -56,14 +56,14 @@ def other_schedule(job: Job, best: MeshPlan, hardware: Hardware, gpu_memory: flo
 
     def planned(schedule: str, *, simulated: bool) -> MeshPlan | None:
         own = replace(job, schedule=schedule)
-        if best.vocab_over == "all-stages" and schedule not in HELD:
+        if best.vocab_over == "all-stages" and not SCHEDULES[schedule].held:
             return None
         with contextlib.suppress(ValueError):  # of the schedule, for these degrees
             one = plan_mesh(
                 own, best.mesh, hardware, gpu_memory, best.vocab_over, simulated=simulated
             )
             # Layers cannot run again in both halves of a backward.
-            if one.fits and not (one.recompute_layers and schedule in SPLIT):
+            if one.fits and not (one.recompute_layers and SCHEDULES[schedule].splits):
                 return one
         return None
 
@@ -82,10 +82,22 @@ def other_schedule(job: Job, best: MeshPlan, hardware: Hardware, gpu_memory: flo
         return ""
     gain = found.tokens_per_second / best.tokens_per_second - 1
     return (
-        f"--schedule {NAMES[name]} would be {gain:.1%} faster on that mesh, "
+        f"--schedule {SCHEDULES[name].name} would be {gain:.1%} faster on that mesh, "
         f"{found.tokens_per_second:,.0f} tokens/s, with {max(found.rank_memory) / 1e9:.1f} GB on "
         f"the fullest rank."
     )
+
+
+def rather_unpiped(best: MeshPlan, others: list[Unpiped]) -> str:
+    """Say which of the ways without a pipeline is better than the best mesh."""
+    fitting = [one for one in others if one.missing <= 0]
+    one = min(fitting, key=lambda one: one.step_seconds, default=None)
+    if one is None or not best.fits:
+        return "" if one is None else f"{one.name} fits, without a pipeline."
+    gain = one.tokens_per_second / best.tokens_per_second - 1
+    if gain < ALIKE:
+        return ""
+    return f"{one.name}, without a pipeline, would be {gain:.1%} faster at the same batch."
 
 
 def way_to_fit(

@@ -6,18 +6,9 @@ from typing import Literal
 
 
 @dataclass(frozen=True)
-class PlanArguments:
-    """Plan a data x pipeline x vocab mesh: memory and time of each stage, the best meshes first.
+class HardwareArguments:
+    """What there is."""
 
-    Memory is that of weights, gradients and AdamW as launch.train has them, and of activations as
-    transformers keeps them; where that does not fit, each layer keeps its input alone and runs
-    again in backward.
-    Times are arithmetic over a hardware file; what is measured and what is assumed is said below
-    the table. Starts no ranks and needs no GPU.
-    """
-
-    model: str | None = None
-    """A published model, or a Hugging Face config.json or its folder."""
     gpus: int | None = None
     """How many GPUs there are."""
     gpu_memory: str | None = None
@@ -34,6 +25,14 @@ class PlanArguments:
     --out, and plan nothing."""
     out: Path = Path("hardware.json")
     """Where --calibrate writes."""
+
+
+@dataclass(frozen=True)
+class JobArguments:
+    """What is to be trained, and how."""
+
+    model: str | None = None
+    """A published model, or a Hugging Face config.json or its folder."""
     sequence: int = 4096
     """Tokens of a sequence."""
     microbatch: int = 1
@@ -64,9 +63,27 @@ class PlanArguments:
     """Of another optimizer than launch.train's, for each parameter."""
     memory_budget: str | None = None
     """Of the loss, such as 64MiB; by default the loss's own, 64MiB."""
+
+
+@dataclass(frozen=True)
+class OutputArguments:
+    """What is shown."""
+
     show: int = 8
     """Meshes in the table."""
     json: bool = False
     """Print one JSON document in place of the table."""
     plot: Path | None = None
     """Write a picture of the best mesh here: memory of each stage, and the simulated step."""
+
+
+@dataclass(frozen=True)
+class PlanArguments(JobArguments, HardwareArguments, OutputArguments):
+    """Plan a data x pipeline x vocab mesh: memory and time of each stage, the best meshes first.
+
+    Memory is that of weights, gradients and AdamW as launch.train has them, and of activations as
+    transformers keeps them; where that does not fit, each layer keeps its input alone and runs
+    again in backward.
+    Times are arithmetic over a hardware file; what is measured and what is assumed is said below
+    the table. Starts no ranks and needs no GPU.
+    """

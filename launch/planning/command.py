@@ -7,14 +7,20 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
-from launch.planning.advice import more_microbatches, other_schedule, way_to_fit
+from launch.planning.advice import (
+    more_microbatches,
+    other_schedule,
+    rather_unpiped,
+    way_to_fit,
+)
 from launch.planning.arguments import PlanArguments
 from launch.planning.estimate import Job
 from launch.planning.hardware import Hardware
 from launch.planning.meshes import MeshPlan, VocabOver, plan_meshes
-from launch.planning.orders import NAMES
+from launch.planning.schedules import SCHEDULES
 from launch.planning.shape import ModelShape
 from launch.planning.table import print_table, utilisation, verdict
+from launch.planning.unpiped import without_pipeline
 
 _UNITS = {"B": 1.0, "MB": 1e6, "GB": 1e9, "MIB": 2.0**20, "GIB": 2.0**30}
 
@@ -30,37 +36,44 @@ def run(
     """
     try:
         job, plans, hardware = plan(arguments)
-        memory = _gpu_memory(arguments, hardware)
+        memory = _gpu_memory(arguments, hardware.memory)
     except ValueError as error:
         print(f"launch.plan: {error}", file=sys.stderr)
         sys.exit(2)
     best = plans[0]
     start = start_command(best, job, arguments) if best.fits else None
-    batch = _batch(arguments)
+    batch, gpus = _batch(arguments), arguments.gpus or 1
+    of_step = best.step.microbatches * job.microbatch * best.mesh.data * best.mesh.vocab
+    others = without_pipeline(job, gpus, of_step, hardware, memory)
     if best.fits:
         advice = [
             more_microbatches(job, best, hardware, memory) if batch is None else "",
             other_schedule(job, best, hardware, memory),
         ]
     else:
-        advice = [way_to_fit(job, hardware, memory, _places(arguments), batch, arguments.gpus or 1)]
-    advice = [sentence for sentence in advice if sentence]
+        advice = [way_to_fit(job, hardware, memory, _places(arguments), batch, gpus)]
+    advice = [sentence for sentence in (*advice, rather_unpiped(best, others)) if sentence]
     if arguments.json:
-        meshes = [_document(one) for one in plans]
-        document: dict[str, Any] = {
+        document = {
             "hardware": hardware.name,
             "verdict": verdict(plans),
             "command": start,
+            "advice": advice,
+            "meshes": [
+                {**_document(one), "utilisation": utilisation(one, hardware)} for one in plans
+            ],
+            "without_pipeline": [
+                {"name": one.name, **asdict(one), "utilisation": utilisation(one, hardware)}
+                for one in others
+            ],
         }
-        document["advice"] = advice
-        for one, found in zip(plans, meshes, strict=True):
-            found["utilisation"] = utilisation(one, hardware)
-        print(json.dumps({**document, "meshes": meshes}))
+        print(json.dumps(document))
     else:
         title = f"{arguments.model} on {arguments.gpus} x {hardware.name}"
         if memory != hardware.memory:
             title += f" with {memory / 1e9:.0f} GB each"
-        print_table(title, plans, hardware, arguments.show, advice if best.fits else [])
+        shown = advice if best.fits else []
+        print_table(title, plans, others, hardware, arguments.show, shown)
         # A command line is printed whole, whatever the width.
         print(f"\n{start or ' '.join(advice)}")
     if arguments.plot is not None:
@@ -85,14 +98,10 @@ def plan(arguments: PlanArguments) -> tuple[Job, list[MeshPlan], Hardware]:
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     schedule = arguments.schedule.lower()
-    if schedule not in NAMES:
-        raise ValueError(
-            f"--schedule {arguments.schedule} is unknown: give one of {', '.join(NAMES.values())}"
-        )
-    memory = None
-    if arguments.gpu_memory is not None:
-        memory = parse_bytes("--gpu-memory", arguments.gpu_memory)
-    hardware = _hardware(arguments.hardware, memory)
+    if schedule not in SCHEDULES:
+        known = ", ".join(one.name for one in SCHEDULES.values())
+        raise ValueError(f"--schedule {arguments.schedule} is unknown: give one of {known}")
+    hardware = _hardware(arguments.hardware, _gpu_memory(arguments, None))
     if arguments.node_bandwidth is not None:
         rate = parse_bytes("--node-bandwidth", arguments.node_bandwidth)
         hardware = replace(hardware, node_bytes=rate)
@@ -112,8 +121,7 @@ def plan(arguments: PlanArguments) -> tuple[Job, list[MeshPlan], Hardware]:
         memory_budget=None if budget is None else int(parse_bytes("--memory-budget", budget)),
         shard_body=arguments.shard_body,
     )
-    memory = _gpu_memory(arguments, hardware)
-    places = _places(arguments)
+    memory, places = _gpu_memory(arguments, hardware.memory), _places(arguments)
     return job, plan_meshes(job, arguments.gpus, hardware, memory, places, batch), hardware
 
 
@@ -123,11 +131,10 @@ def _places(arguments: PlanArguments) -> tuple[VocabOver, ...]:
     return (arguments.vocab_over,)
 
 
-def _gpu_memory(arguments: PlanArguments, hardware: Hardware) -> float:
-    """Return the bytes of a GPU: what was given, or the hardware's."""
-    if arguments.gpu_memory is None:
-        return hardware.memory
-    return parse_bytes("--gpu-memory", arguments.gpu_memory)
+def _gpu_memory(arguments: PlanArguments, default: Any) -> Any:
+    """Return the bytes of a GPU that were given, if they were."""
+    given = arguments.gpu_memory
+    return default if given is None else parse_bytes("--gpu-memory", given)
 
 
 def _batch(arguments: PlanArguments) -> int | None:
@@ -186,7 +193,7 @@ def parse_bytes(flag: str, text: str) -> float:
 def _document(one: MeshPlan) -> dict[str, Any]:
     found = asdict(one)
     step = found.pop("step")
-    for name in ("spans", "drawn", "seconds"):
+    for name in ("passes", "drawn", "seconds"):
         del step[name]
     for estimate, stage in zip(step["stages"], one.stages, strict=True):
         estimate["memory"] = stage.memory

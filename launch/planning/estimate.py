@@ -6,9 +6,8 @@ import torch
 
 from launch.planning.hardware import Hardware
 from launch.planning.loss_time import loss_seconds
-from launch.planning.orders import most_in_flight, orders, stages_of
+from launch.planning.orders import most_in_flight, stages_of, tasks_of
 from launch.planning.shape import ModelShape
-from launch.planning.timeline import StageTimes
 from vocab_parallel import plan_backward
 
 
@@ -127,11 +126,12 @@ class StageEstimate:
         return self.statistics_seconds + self.gradients_seconds
 
     @property
-    def times(self) -> StageTimes:
-        """Seconds of a microbatch, the loss within it; half of its T is the weights' half."""
+    def times(self) -> tuple[float, float, float]:
+        """Seconds of a microbatch, as `orders.alone` has them; half of T is the weights' half."""
         forward = self.forward_seconds + self.statistics_seconds
         backward = self.backward_seconds + self.gradients_seconds + self.collective_seconds
-        return StageTimes(forward, backward, self.forward_seconds + self.gradients_seconds / 2)
+        weights = self.forward_seconds + self.gradients_seconds / 2
+        return forward, backward - weights, weights
 
 
 def estimate_stages(job: Job, mesh: Mesh, hardware: Hardware) -> list[StageEstimate]:
@@ -146,9 +146,8 @@ def estimate_stages(job: Job, mesh: Mesh, hardware: Hardware) -> list[StageEstim
     ranks = stages_of(job.schedule, mesh.pipeline)
     counts = shape.layer_counts(sum(map(len, ranks)))
     waiting: dict[int, int] = {}
-    for own, order in zip(
-        ranks, orders(job.schedule, mesh.pipeline, job.microbatches), strict=True
-    ):
+    listed = tasks_of(job.schedule, mesh.pipeline, job.microbatches)
+    for own, order in zip(ranks, listed, strict=True):
         waiting |= most_in_flight(order, {stage: float(counts[stage]) for stage in own})
     last = len(counts) - 1
     rows = -(-shape.vocabulary // mesh.vocab)

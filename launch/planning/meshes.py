@@ -7,11 +7,12 @@ from typing import Literal
 
 from launch.planning.estimate import Job, Mesh, StageEstimate, estimate_stages
 from launch.planning.hardware import Hardware
-from launch.planning.orders import stages_of
-from launch.planning.rank_work import HELD, Rows, filling_helps
+from launch.planning.orders import alone, stages_of
+from launch.planning.rank_work import Rows, filling_helps
+from launch.planning.schedules import SCHEDULES
 from launch.planning.spanning import SpanningPlanner
 from launch.planning.step import Step, of_ranks
-from launch.planning.timeline import Span, simulate
+from vocab_parallel.pipeline.spanning.order import Event
 
 VocabOver = Literal["last-stage", "all-stages"]
 # What the runtime, the allocator's gaps and the communicators take.
@@ -56,9 +57,9 @@ class MeshPlan:
         return self.step.ranks
 
     @property
-    def spans(self) -> list[Span]:
+    def passes(self) -> list[Event]:
         """The simulated step."""
-        return self.step.spans
+        return self.step.passes
 
     @property
     def bubble(self) -> float:
@@ -109,10 +110,10 @@ def plan_meshes(
             f"--gpu-memory {gpu_memory / 1e9:.2f}GB is below one layer of {job.shape.name}, whose "
             f"weights, gradients and optimizer state are {least / 1e9:.2f} GB"
         )
-    if vocab_over == ("all-stages",) and job.schedule not in HELD:
+    if vocab_over == ("all-stages",) and not SCHEDULES[job.schedule].held:
         raise ValueError(
             f"--schedule {job.schedule} has the vocabulary on the last stage alone: --vocab-over "
-            f"all-stages takes one of {list(HELD)}"
+            f"all-stages takes one of {[name for name, one in SCHEDULES.items() if one.held]}"
         )
     planner = _Planner(hardware, gpu_memory * (1 - RESERVED), batch)
     plans: list[MeshPlan] = []
@@ -214,7 +215,8 @@ class _Planner:
         plans = []
         if "last-stage" in vocab_over:
             plans.append(self.on_last_stage(job, mesh))
-        if "all-stages" in vocab_over and job.schedule in HELD and mesh.pipeline > 1:
+        spans = SCHEDULES[job.schedule].held and mesh.pipeline > 1
+        if "all-stages" in vocab_over and spans:
             plans.append(self.on_all_stages(job, mesh))
         return plans
 
@@ -307,16 +309,14 @@ def _step(job: Job, mesh: Mesh, hardware: Hardware) -> Step:
     stages = estimate_stages(job, mesh, hardware)
     transfer = job.tokens * job.shape.hidden * job.itemsize / hardware.link_of(mesh.ranks)
     times = [stage.times for stage in stages]
-    spans = simulate(job.schedule, mesh.pipeline, job.microbatches, times, transfer)
-    seconds = max(span.stop for span in spans)
-    busy = sum(span.stop - span.start for span in spans)
+    order = alone(job.schedule, mesh.pipeline, job.microbatches, times, transfer)
     return Step(
         stages=stages,
         ranks=ranks,
-        seconds=seconds,
-        bubble=1 - busy / (seconds * len(ranks)),
+        seconds=order.finish,
+        bubble=1 - sum(order.busy) / (order.finish * len(ranks)),
         microbatches=job.microbatches,
-        spans=spans,
+        passes=order.passes,
         drawn=job.microbatches,
     )
 

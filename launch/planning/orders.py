@@ -1,79 +1,86 @@
-"""What each rank of a pipeline does, in order."""
+"""What each rank of a pipeline does, in order, and when."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Sequence
 from types import SimpleNamespace
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 from torch import nn
 
-Kind = Literal["forward", "backward", "inputs", "weights"]
-# torch's names of them; the last two are the halves of a split backward.
-KINDS: dict[str, Kind] = {"F": "forward", "B": "backward", "I": "inputs", "W": "weights"}
-SINGLE = ("1f1b", "gpipe")  # one stage a rank; the others run two
-V_SHAPED = ("zbvzerobubble", "dualpipev")
-SPLIT = ("interleavedzerobubble", *V_SHAPED)  # the two halves of a backward run apart
-_TORCHS = (
-    *("1F1B", "GPipe", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble"),
-    *("ZBVZeroBubble", "DualPipeV"),
+from launch.planning.schedules import SCHEDULES
+from vocab_parallel.pipeline.spanning.order import (
+    Costs,
+    Event,
+    Order,
+    Task,
+    one_forward_one_backward,
+    order_of,
 )
-NAMES = {name.lower(): name for name in _TORCHS}  # as torch and launch.train write them
-SCHEDULES = tuple(NAMES)
-
-
-class Entry(NamedTuple):
-    """One microbatch's work on one stage."""
-
-    stage: int
-    kind: Kind
-    microbatch: int
 
 
 def stages_of(schedule: str, ranks: int) -> list[list[int]]:
     """Return the stages that each rank of a column runs."""
-    if schedule in SINGLE:
+    found = SCHEDULES[schedule]
+    if found.stages == 1:
         return [[rank] for rank in range(ranks)]
-    if schedule in V_SHAPED:
-        return [[rank, 2 * ranks - 1 - rank] for rank in range(ranks)]
-    return [[rank, ranks + rank] for rank in range(ranks)]
+    return [
+        [rank, 2 * ranks - 1 - rank if found.v_shaped else ranks + rank] for rank in range(ranks)
+    ]
 
 
 @functools.cache
-def orders(schedule: str, ranks: int, microbatches: int) -> list[list[Entry]]:
-    """Return what each rank does, in order.
+def tasks_of(schedule: str, ranks: int, microbatches: int) -> list[list[Task]]:
+    """Return what each rank does, in order; of two stages a rank, torch's own order.
 
-    Of two stages a rank, torch's own orders, which follow from the number of ranks, stages and
-    microbatches alone. What torch 2.13 reports of 1F1B starts the last rank at microbatch 1, so
-    the orders of one stage a rank are written out here.
+    It follows from the number of ranks, stages and microbatches alone.
 
     Raises:
-        ValueError: an unknown schedule, or microbatches that it cannot run on so many ranks.
+        ValueError: microbatches that the schedule cannot run on so many ranks.
     """
-    if schedule not in SCHEDULES:
-        raise ValueError(f"unknown schedule {schedule!r}: the planner knows {list(SCHEDULES)}")
-    if schedule in SINGLE:
-        warm = [microbatches if schedule == "gpipe" else ranks - rank for rank in range(ranks)]
-        return [list(_one_stage(rank, warm[rank], microbatches)) for rank in range(ranks)]
+    if schedule == "1f1b":
+        return one_forward_one_backward(ranks, microbatches)
+    if schedule == "gpipe":
+        counted = range(microbatches)
+        return [
+            [Task(kind, rank, m) for kind in ("F", "B") for m in counted] for rank in range(ranks)
+        ]
     # Not loaded before it is needed.
-    from torch.distributed.pipelining.schedules import get_schedule_class
+    from vocab_parallel.pipeline.spanning import schedule as spanning
 
     stages = [_stand_in(stage, ranks, 2 * ranks) for stage in stages_of(schedule, ranks)[0]]
-    cls: Any = get_schedule_class(schedule)
-    found = cls(stages, n_microbatches=microbatches).pipeline_order
-    return [list(_entries(found[rank])) for rank in range(ranks)]
+    return spanning.tasks_of(stages, SCHEDULES[schedule].name, microbatches)
 
 
-def _one_stage(stage: int, warm: int, microbatches: int) -> Iterator[Entry]:
-    """Yield so many forwards, then backwards and forwards in turn."""
-    for index in range(min(warm, microbatches)):
-        yield Entry(stage, "forward", index)
-    for done in range(microbatches):
-        yield Entry(stage, "backward", done)
-        if warm + done < microbatches:
-            yield Entry(stage, "forward", warm + done)
+def alone(
+    schedule: str,
+    ranks: int,
+    microbatches: int,
+    times: Sequence[tuple[float, float, float]],
+    message: float,
+) -> Order:
+    """Run a schedule on paper whose last stage has the loss among its passes.
+
+    Args:
+        schedule, ranks, microbatches: as `tasks_of` has them.
+        times: of each stage, in seconds: forward, and the inputs' and weights' halves of backward.
+        message: seconds that an activation or its gradient takes to another rank.
+
+    Raises:
+        ValueError: see `tasks_of`.
+    """
+    forward, inputs, weights = (list(column) for column in zip(*times, strict=True))
+    costs = Costs(
+        forward=forward.__getitem__,
+        backward_input=inputs.__getitem__,
+        backward_weight=weights.__getitem__,
+        statistics=(),
+        gradients=(),
+        message=message,
+    )
+    return order_of(tasks_of(schedule, ranks, microbatches), costs, vocabulary=False)
 
 
-def most_in_flight(order: list[Entry], weights: dict[int, float]) -> dict[int, int]:
+def most_in_flight(order: Iterable[Task | Event], weights: dict[int, float]) -> dict[int, int]:
     """Return how many microbatches of each stage wait for their backward at the worst moment.
 
     Args:
@@ -82,15 +89,15 @@ def most_in_flight(order: list[Entry], weights: dict[int, float]) -> dict[int, i
     """
     waiting = dict.fromkeys(weights, 0)
     worst, held, most = dict(waiting), 0.0, 0.0
-    for entry in order:
-        if entry.kind == "forward":
-            waiting[entry.stage] += 1
-            held += weights[entry.stage]
+    for kind, stage, *_ in order:
+        if kind == "F":
+            waiting[stage] += 1
+            held += weights[stage]
             if held > most:
                 worst, most = dict(waiting), held
-        elif entry.kind != "inputs":
-            waiting[entry.stage] -= 1
-            held -= weights[entry.stage]
+        elif kind in ("B", "W"):
+            waiting[stage] -= 1
+            held -= weights[stage]
     return worst
 
 
@@ -107,12 +114,3 @@ def _stand_in(stage: int, ranks: int, stages: int) -> Any:
         submod=nn.Identity(),
         stage_index_to_group_rank={},
     )
-
-
-def _entries(actions: Any) -> Iterator[Entry]:
-    """Yield what is computed: neither pauses, nor communication; pairs one after the other."""
-    for action in actions:
-        for one in () if action is None else getattr(action, "sub_actions", None) or (action,):
-            kind = KINDS.get(one.computation_type.value)
-            if kind is not None:
-                yield Entry(one.stage_index, kind, one.microbatch_index)

@@ -6,21 +6,15 @@ from typing import Any
 from launch.planning.meshes import MeshPlan
 from launch.planning.step import of_ranks
 
-_COLORS = {
-    "forward": "tab:blue",
-    "backward": "tab:green",
-    "inputs": "tab:green",
-    "weights": "tab:olive",
-    "S": "gold",
-    "T": "tab:pink",
+# Of each kind of pass its name, and its color, alone and with the last stage's loss.
+_KINDS = {
+    "F": ("forward", "tab:blue", "tab:orange"),
+    "B": ("backward", "tab:green", "tab:red"),
+    "I": ("inputs", "tab:green", "tab:red"),
+    "W": ("weights", "tab:olive", "tab:purple"),
+    "S": ("S: statistics and dE of the rows", "gold", ""),
+    "T": ("T: gradient of the rows", "tab:pink", ""),
 }
-_WITH_LOSS = {
-    "forward": "tab:orange",
-    "backward": "tab:red",
-    "inputs": "tab:red",
-    "weights": "tab:purple",
-}
-_NAMES = {"S": "S: statistics and dE of the rows", "T": "T: gradient of the rows"}
 _PARTS = ("weights", "gradients", "optimizer", "activations", "loss")
 
 
@@ -74,15 +68,16 @@ def _draw_step(line: Any, plan: MeshPlan) -> None:
 
     on_last = len(plan.stages) - 1 if plan.vocab_over == "last-stage" else None
     shown: dict[str, str] = {}  # colors, by what they are of
-    for span in plan.spans:
-        has_loss = span.stage == on_last
-        name = f"{span.kind}, with the loss" if has_loss else _NAMES.get(span.kind, span.kind)
-        shown[name] = (_WITH_LOSS if has_loss else _COLORS)[span.kind]
+    for one in plan.passes:
+        name, color, with_loss = _KINDS[one.kind]
+        if one.stage == on_last:
+            name, color = f"{name}, with the loss", with_loss
+        shown[name] = color
         line.barh(
-            span.rank,
-            1e3 * (span.stop - span.start),
-            left=1e3 * span.start,
-            color=shown[name],
+            one.ranks[0],
+            1e3 * (one.end - one.start),
+            left=1e3 * one.start,
+            color=color,
             edgecolor="white",
             linewidth=0.4,
         )

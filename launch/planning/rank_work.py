@@ -8,20 +8,12 @@ from launch.planning.balance import layer_counts
 from launch.planning.estimate import Job, Mesh
 from launch.planning.hardware import Hardware
 from launch.planning.loss_time import passes_seconds
-from launch.planning.orders import KINDS, Entry, most_in_flight, stages_of
+from launch.planning.orders import stages_of
+from launch.planning.schedules import SCHEDULES
 from vocab_parallel import BackwardPlan, filled_rows, plan_backward
 from vocab_parallel.pipeline.spanning.order import Costs
 
 Rows = Literal["balanced", "filled"]
-# The schedules that can span, and of how many microbatches a rank has done S and not T: more than
-# two wait for T no longer than they must.
-HELD = {
-    "1f1b": 3,
-    "interleaved1f1b": 3,
-    "loopedbfs": 4,
-    "interleavedzerobubble": 3,
-    "zbvzerobubble": 3,
-}
 
 
 @dataclass(frozen=True)
@@ -92,17 +84,6 @@ class RankWork:
         both = zip(self.layers_of_ranks, self.passes, strict=True)
         return [layers + sum(passes) for layers, passes in both]
 
-    def waiting(self, rank: int, passes: Sequence[tuple[str, int, int]]) -> dict[int, int]:
-        """Return microbatches in flight of each of a rank's stages, from what it does in order."""
-        entries = [
-            Entry(stage, KINDS[kind], microbatch)
-            for kind, stage, microbatch in passes
-            if kind in KINDS
-        ]
-        return most_in_flight(
-            entries, {stage: float(self.counts[stage]) for stage in self.ranks[rank]}
-        )
-
     def costs(self, job: Job, mesh: Mesh, hardware: Hardware) -> Costs:
         """Return how long everything takes, in seconds."""
         inputs = 2.0 if self.again else 1.0
@@ -135,7 +116,7 @@ def _loss_of(
         hidden,
         job.torch_dtype,
         memory_budget=job.memory_budget,
-        microbatches_in_flight=HELD[job.schedule],
+        microbatches_in_flight=SCHEDULES[job.schedule].held,
         degree=mesh.pipeline * mesh.vocab,
         in_spans=False,  # dE is reduced when all of it is there
     )

@@ -166,8 +166,11 @@ class ModelShape:
         """Parameters of the embedding, and of the classifier."""
         return self.vocabulary * self.hidden
 
-    def activation_bytes(self, itemsize: int) -> int:
+    def activation_bytes(self, itemsize: int, group: int = 1) -> int:
         """Bytes that one layer keeps of one token for its backward, as transformers computes it.
+
+        Of a group of tensor-parallel ranks, sequence-parallel too, each keeps its part of all but
+        the inputs of products, which it has gathered.
 
         Norms keep their input in float32 and its normalised values; products their input; attention
         queries, keys, values and output; the gated product its three factors and itself.
@@ -177,7 +180,7 @@ class ModelShape:
         norms = normed * (4 + itemsize)
         inputs = 2 * self.hidden * itemsize
         attention = (2 * queries + 2 * queries) * itemsize  # keys and values are repeated
-        return norms + inputs + attention + 4 * self.intermediate * itemsize
+        return (norms + attention + 4 * self.intermediate * itemsize) // group + inputs
 
     def step_flops(self, tokens: int, sequence: int) -> float:
         """Flops of a step that the model's mathematics needs: three times its forward."""

@@ -20,16 +20,15 @@ from dataclasses import dataclass
 
 from launch.planning.estimate import Job, LossShare, Mesh, StageEstimate, estimate_stage
 from launch.planning.hardware import Hardware
-from launch.planning.orders import KINDS, Entry, Kind, most_in_flight, orders
-from launch.planning.rank_work import HELD, RankWork, Rows
+from launch.planning.orders import alone, most_in_flight, tasks_of
+from launch.planning.rank_work import RankWork, Rows
+from launch.planning.schedules import SCHEDULES
 from launch.planning.step import Step
-from launch.planning.timeline import Span, SpanKind, StageTimes, simulate
 from vocab_parallel import BackwardPlan
 from vocab_parallel.pipeline.spanning.order import (
     Costs,
     Event,
     Order,
-    Pass,
     Task,
     best_order,
     more_forwards,
@@ -39,7 +38,6 @@ from vocab_parallel.pipeline.spanning.order import (
 _PARTS = 4
 # What a rank keeps of the loss from S to T is counted like a stage, under this index.
 _LOSS = -1
-_COUNTED = (*KINDS, "S", "T")
 
 
 class SpanningPlanner:
@@ -66,11 +64,12 @@ class SpanningPlanner:
         costs = work.costs(job, mesh, self._hardware)
         seconds = self._formula(job, mesh, work, costs)
         key = (job, mesh.pipeline, rows)
-        spans: list[Span] = []
+        passes: list[Event] = []
         if simulated:
             order, found = simulate_spanning(job.schedule, job.microbatches, costs)
             self._ratios[key] = found / seconds
-            seconds, held, spans = found, _Held.of_order(order, work, job, mesh), _spans(order)
+            seconds, held = found, _Held.of_order(order, work, job, mesh)
+            passes = order.passes
         else:
             seconds *= self._ratios.get(key, 1.0)
             held = _Held.expected(job, work)
@@ -83,7 +82,7 @@ class SpanningPlanner:
             seconds=seconds,
             bubble=1 - busy / (seconds * len(work.ranks)),
             microbatches=job.microbatches,
-            spans=spans,
+            passes=passes,
             drawn=_fewer(job.microbatches, mesh.pipeline) if simulated else 0,
             simulated=simulated,
             hidden_held=held.hidden,
@@ -103,7 +102,7 @@ def simulate_spanning(schedule: str, microbatches: int, costs: Costs) -> tuple[O
     """Return the order of a step, and the seconds of all its microbatches.
 
     Args:
-        schedule: one of `HELD`.
+        schedule: one that can span.
         microbatches: of a column. The order is that of fewer, where there are 4 P or more.
         costs: of P ranks, in seconds.
 
@@ -119,21 +118,11 @@ def simulate_spanning(schedule: str, microbatches: int, costs: Costs) -> tuple[O
     return order, order.finish + (microbatches - fewer) // ranks * round_more
 
 
-def tasks_of(schedule: str, ranks: int, microbatches: int) -> list[list[Task]]:
-    """Return what a schedule lists for each rank, in the spanning order's words."""
-    letters: dict[Kind, Pass] = {"forward": "F", "backward": "B", "inputs": "I", "weights": "W"}
-    return [
-        [Task(letters[entry.kind], entry.stage, entry.microbatch) for entry in own]
-        for own in orders(schedule, ranks, microbatches)
-    ]
-
-
 def _layers_alone(job: Job, work: RankWork, message: float) -> float:
     """Return the seconds of the schedule's own step without a loss."""
     factor = 3 if work.again else 2
-    times = [StageTimes(each, factor * each, each) for each in work.forward]
-    spans = simulate(job.schedule, len(work.ranks), job.microbatches, times, message)
-    return max(span.stop for span in spans)
+    times = [(each, (factor - 1) * each, each) for each in work.forward]
+    return alone(job.schedule, len(work.ranks), job.microbatches, times, message).finish
 
 
 def _fewer(microbatches: int, ranks: int) -> int:
@@ -176,8 +165,8 @@ class _Held:
             plan = work.plans[rank]
             share = numbers * 4 + (0 if plan is None else plan.kept_bytes)
             sizes = {stage: work.counts[stage] * job.layer_bytes for stage in own}
-            entries = [_entry(event) for event in order.of_rank(rank) if event.kind in _COUNTED]
-            counted = most_in_flight(entries, {**sizes, _LOSS: share})
+            own_passes = [_counted(event) for event in order.passes if rank in event.ranks]
+            counted = most_in_flight(own_passes, {**sizes, _LOSS: share})
             shares.append(counted.pop(_LOSS))
             waiting |= counted
         return cls(waiting, order.hidden_held, shares)
@@ -188,16 +177,17 @@ class _Held:
         waiting: dict[int, int] = {}
         fewer = _fewer(job.microbatches, len(work.ranks))
         for rank, own in enumerate(tasks_of(job.schedule, len(work.ranks), fewer)):
-            waiting |= work.waiting(rank, more_forwards(own, 1))
-        most = min(HELD[job.schedule], job.microbatches)
+            weights = {stage: float(work.counts[stage]) for stage in work.ranks[rank]}
+            waiting |= most_in_flight(more_forwards(own, 1), weights)
+        most = min(SCHEDULES[job.schedule].held, job.microbatches)
         return cls(waiting, most, [most] * len(work.ranks))
 
 
-def _entry(event: Event) -> Entry:
-    """Return a pass as the schedules' own counts have it: S begins what T ends."""
+def _counted(event: Event) -> Event | Task:
+    """Return a pass as it is counted in flight: S begins what T ends."""
     if event.kind in ("S", "T"):
-        return Entry(_LOSS, "forward" if event.kind == "S" else "backward", event.microbatch)
-    return Entry(event.stage, KINDS[event.kind], event.microbatch)
+        return Task("F" if event.kind == "S" else "B", _LOSS, event.microbatch)
+    return event
 
 
 def _stages(
@@ -249,18 +239,7 @@ def _loss_bytes(
     found = float(hidden * numbers * job.itemsize + shares * numbers * 4)
     if backward_plan is None:
         return found
-    found += (shares - HELD[job.schedule]) * backward_plan.kept_bytes
+    found += (shares - SCHEDULES[job.schedule].held) * backward_plan.kept_bytes
     if backward_plan.backward == "probs":
         found += backward_plan.kept_bytes / _PARTS
     return found + backward_plan.peak_bytes - rows * job.shape.hidden * job.itemsize
-
-
-def _spans(order: Order) -> list[Span]:
-    kinds: dict[str, SpanKind] = {**KINDS, "S": "S", "T": "T"}
-    return [
-        Span(
-            event.ranks[0], event.stage, kinds[event.kind], event.microbatch, event.start, event.end
-        )
-        for event in order.events
-        if event.kind in kinds
-    ]

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from launch.planning.estimate import StageEstimate
-from launch.planning.timeline import Span
+from vocab_parallel.pipeline.spanning.order import Event
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Step:
         seconds: until the last rank has done its part.
         bubble: the share of the ranks' time in which they wait.
         microbatches: of it.
-        spans: who does what when, in a step of ``drawn`` microbatches; none where no order was
+        passes: who does what when, in a step of ``drawn`` microbatches; none where no order was
             simulated.
         simulated: whether this mesh's own order was simulated.
         hidden_held: microbatches whose hidden states a rank holds for the loss at the worst moment.
@@ -27,7 +27,7 @@ class Step:
     seconds: float
     bubble: float
     microbatches: int
-    spans: list[Span]
+    passes: list[Event]
     drawn: int
     simulated: bool = True
     hidden_held: int = 0

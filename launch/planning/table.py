@@ -5,18 +5,25 @@ from rich.table import Table
 
 from launch.planning.hardware import Hardware, peak_of
 from launch.planning.meshes import MeshPlan, best_of
+from launch.planning.unpiped import Unpiped
 
 ALIKE = 0.01  # of a speed: what is nearer is no difference that this arithmetic can tell
 
 
 def print_table(
-    title: str, plans: list[MeshPlan], hardware: Hardware, show: int, advice: list[str]
+    title: str,
+    plans: list[MeshPlan],
+    others: list[Unpiped],
+    hardware: Hardware,
+    show: int,
+    advice: list[str],
 ) -> None:
     """Print a line a mesh, and below them which place of the vocabulary wins, and what is assumed.
 
     Args:
         title: above it.
         plans: all, sorted.
+        others: what the GPUs would do without a pipeline.
         hardware: whose rates they have.
         show: how many have a line.
         advice: sentences to print below.
@@ -64,6 +71,8 @@ def print_table(
         )
     console = Console(width=160)
     console.print(table)
+    if others:
+        console.print(_table_of_others(plans[0], others, hardware))
     for line in (
         verdict(plans),
         *advice,
@@ -74,12 +83,37 @@ def print_table(
         f"{_rate(hardware, 'product_flops', 1e12, 'TFLOP/s')}, layers "
         f"{_rate(hardware, 'layer_flops', 1e12, 'TFLOP/s')}, links "
         f"{_rate(hardware, 'link_bytes', 1e9, 'GB/s')}{_nodes(hardware)}.",
+        "Without a pipeline: FSDP2's gathers and reductions hide behind computation, tensor "
+        "parallelism's messages do not; the fastest microbatch that fits; the same loss and rates.",
     ):
         if line:
             console.print(line, markup=False)
 
 
-def utilisation(one: MeshPlan, hardware: Hardware) -> float | None:
+def _table_of_others(best: MeshPlan, others: list[Unpiped], hardware: Hardware) -> Table:
+    batch = others[0].microbatch * others[0].count * others[0].mesh.data
+    table = Table(title=f"the same batch of {batch:,} sequences without a pipeline")
+    for column in ("", "microbatch", "tokens/s", "of the best mesh", "MFU", "step s", "waits"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for column in ("layers again", "GB a GPU", "missing GB"):
+        table.add_column(column, justify="right")
+    for one in others:
+        table.add_row(
+            one.name,
+            f"{one.microbatch} x {one.count}",
+            f"{one.tokens_per_second:,.0f}",
+            f"{one.tokens_per_second / best.tokens_per_second:.0%}",
+            _share(utilisation(one, hardware)),
+            f"{one.step_seconds:.2f}",
+            f"{one.waits:.0%}",
+            "yes" if one.recompute_layers else "",
+            f"{one.memory / 1e9:.1f}",
+            "" if one.missing <= 0 else f"{one.missing / 1e9:.1f}",
+        )
+    return table
+
+
+def utilisation(one: MeshPlan | Unpiped, hardware: Hardware) -> float | None:
     """Return the model-FLOPs utilisation: of the data sheet's peak; None where that is unknown."""
     peak, mesh = peak_of(hardware.name), one.mesh
     if peak is None:

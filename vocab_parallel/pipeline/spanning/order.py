@@ -22,6 +22,7 @@ all who take part have come: of the first message in the order that is not done,
 have done what stands before it, nobody is missing.
 """
 
+import heapq
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -117,6 +118,11 @@ class Order(NamedTuple):
     hidden_held: int
     busy: tuple[float, ...]
 
+    @property
+    def passes(self) -> list[Event]:
+        """What is computed, without the messages."""
+        return [event for event in self.events if len(event.ranks) == 1]
+
     def of_rank(self, rank: int) -> list[Event]:
         """Return what one rank does."""
         return [event for event in self.events if rank in event.ranks]
@@ -199,6 +205,7 @@ def order_of(
     *,
     barriers: int = 1,
     embedding: bool = False,
+    vocabulary: bool = True,
 ) -> Order:
     """Place the vocabulary's passes and all messages into a schedule's own order of each rank.
 
@@ -207,21 +214,29 @@ def order_of(
         costs: how long everything takes.
         barriers: 1 where S makes dE, 2 where T does.
         embedding: whether all ranks hold rows of the embedding.
+        vocabulary: whether they hold the classifier's; False is the schedule as torch runs it, its
+            last stage's loss a part of its passes.
 
     Raises:
         ValueError: the ranks' lists wait for one another, as those do that have the last stage's B
             right after its F of the same microbatch.
     """
-    return _Step(orders, costs, barriers, embedding).run()
+    return _Step(orders, costs, barriers, embedding, vocabulary).run()
 
 
 class _Step:
     """A step run on paper."""
 
     def __init__(
-        self, orders: Sequence[Sequence[Task]], costs: Costs, barriers: int, embedding: bool
+        self,
+        orders: Sequence[Sequence[Task]],
+        costs: Costs,
+        barriers: int,
+        embedding: bool,
+        vocabulary: bool,
     ) -> None:
         self._costs, self._barriers, self._embedding = costs, barriers, embedding
+        self._vocabulary = vocabulary
         self._trains = any(task.kind != "F" for own in orders for task in own)
         self._ranks = len(orders)
         self._left = [list(reversed(own)) for own in orders]  # the next one is the last
@@ -244,20 +259,26 @@ class _Step:
         """Go on until nothing can be begun, and see that nothing is left."""
         everyone = range(self._ranks)
         choices = {rank: choice for rank in everyone if (choice := self._most_urgent(rank))}
-        while choices:
-            rank = min(choices, key=lambda rank: (choices[rank][0], rank))
-            begins, task = choices[rank]
+        # By when they begin; what a rank would rather do by now is skipped when it comes.
+        queue = [(begins, rank, task) for rank, (begins, task) in choices.items()]
+        heapq.heapify(queue)
+        while queue:
+            begins, rank, task = heapq.heappop(queue)
+            if choices.get(rank) != (begins, task):
+                continue
             self._do(begins, rank, task)
             # What another rank may begin changes by a neighbour's pass, or by one of the loss's.
-            of_all = task.kind in ("S", "T") or task[:2] == ("F", self._last)
+            of_all = task.kind in ("S", "T") or (self._vocabulary and task[:2] == ("F", self._last))
             near = (self._rank_of.get(task.stage + step, rank) for step in (-1, 1))
             for other in everyone if of_all else {rank, *near}:
                 choice = self._most_urgent(other)
                 if choice is None:
                     choices.pop(other, None)
-                else:
+                elif choice != choices.get(other):
                     choices[other] = choice
-        if any(self._left) or min(self._next["T" if self._trains else "S"]) < self._microbatches:
+                    heapq.heappush(queue, (choice[0], other, choice[1]))
+        done = min(self._next["T" if self._trains else "S"])
+        if any(self._left) or (self._vocabulary and done < self._microbatches):
             stuck = {rank: own[-1] for rank, own in enumerate(self._left) if own}
             raise ValueError(f"the ranks wait for one another at {stuck}: give a forward more")
         # A pass that begins when a message ends was begun after it was sent: the sort is stable.
@@ -274,7 +295,7 @@ class _Step:
         """Return (when it begins, what a rank does next), or None where nothing is ready."""
         ready: list[tuple[float, int, Task]] = []
         s, t = self._next["S"][rank], self._next["T"][rank]
-        hidden = self._done.get(("F", self._last, s))
+        hidden = self._done.get(("F", self._last, s)) if self._vocabulary else None
         if hidden is not None:
             ready.append((hidden + self._costs.broadcast, 0, Task("S", self._last, s)))
         joined = self._joined.get(t) if t < s and self._trains else None
@@ -305,7 +326,7 @@ class _Step:
             return 0.0 if stage == 0 else self._arrival(("F", stage - 1, microbatch), stage)
         own = self._done.get(("F", stage, microbatch))
         if stage == self._last:
-            return None if own is None else self._summed.get(microbatch)
+            return own if own is None or not self._vocabulary else self._summed.get(microbatch)
         for half in ("B", "I"):
             gradient = self._arrival((half, stage + 1, microbatch), stage)
             if gradient is not None:
@@ -331,9 +352,9 @@ class _Step:
             return
         self._left[rank].pop()
         self._done[kind, stage, microbatch] = end
-        if kind == "F" and stage == self._last:
+        if kind == "F" and stage == self._last and self._vocabulary:
             self._tell_all("broadcast", microbatch, end, end + self._costs.broadcast)
-        elif kind == "F":
+        elif kind == "F" and stage < self._last:
             self._send("activations", stage, stage + 1, microbatch, end)
         elif kind in ("B", "I") and stage > 0:
             self._send("gradients", stage, stage - 1, microbatch, end)
