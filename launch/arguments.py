@@ -44,6 +44,9 @@ class DataArguments:
     chat_labels: Literal["assistant", "all"] = "assistant"
     """Which tokens of a conversation count in the loss: the assistant's, as the chat template
     marks them, or all."""
+    cache: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path("runs/tokens")
+    """Folder for the text's tokens, in memory-mapped files that the first run makes and the next
+    one finds; all ranks of a machine see it."""
 
     def validate_paths(self) -> None:
         """Raise ValueError for a file or folder that is not there, or is of no known kind."""
@@ -126,7 +129,9 @@ class TrainArguments(DataArguments):
     """Clip the norm of the whole model's gradient to this; by default to 1 for a --model folder,
     and not for random weights. inf leaves it alone."""
     seed: int = 0
-    """Seed of the model's initial weights."""
+    """Seed of the model's initial weights, and of the order of the text's sequences."""
+    shuffle: bool = True
+    """Read the text's sequences in an order that is another one in each epoch; or in their own."""
 
     model: str | None = None
     """A Hugging Face folder (config.json and safetensors); where there is no folder of that name,
@@ -154,6 +159,8 @@ class TrainArguments(DataArguments):
     """Save after every so many steps; 0 saves after the last one alone."""
     resume: bool = False
     """Go on from the newest checkpoint of --checkpoint, if there is one."""
+    new_batch: bool = False
+    """Let --resume go on with another --batch, behind the tokens that were read."""
     export: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
     """Write a Hugging Face model folder here at the end, with the tokenizer and the --model
     folder's generation config; with --resume and no step left, that alone is done."""

@@ -6,12 +6,12 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 from torch import Tensor
-from tqdm import tqdm
+from tqdm import trange
 
 from launch.arguments import EvaluateArguments, TrainArguments
 from launch.command import raised_on_all
 from launch.configs import say_beyond_positions
-from launch.data.load import load_batches
+from launch.data.load import load_batches_on_all
 from launch.last_words import record
 from launch.model import build_stage
 from launch.packing import refuse_to_look_across
@@ -41,25 +41,26 @@ def evaluate(arguments: EvaluateArguments, device: torch.device) -> TokenScores:
         arguments.validate_paths()
         config, source = model_of(TrainArguments(model=arguments.model))
         settings = logit_settings(config)
-        batches = load_batches(
-            arguments,
-            steps=arguments.batches,
-            batch=arguments.batch,
-            sequence=arguments.sequence,
-            vocabulary=config.vocab_size,
-            model=arguments.model,
-        )
+    batches = load_batches_on_all(
+        arguments,
+        steps=arguments.batches,
+        batch=arguments.batch,
+        sequence=arguments.sequence,
+        vocabulary=config.vocab_size,
+        model=arguments.model,
+    )
+    with raised_on_all():
         dtype = getattr(torch, arguments.dtype)
         stage = build_stage(config, source, 0, 1, groups.vocab_group, device=device, dtype=dtype)
-        if batches.starts is not None:
+        if batches.packed:
             refuse_to_look_across([stage])
     if dist.get_rank() == 0:
         say_random(arguments.model, source)
         say_beyond_positions(config, batches.longest)
     stage.eval()
     head, total = stage.lm_head, None
-    for batch in tqdm(batches, desc="scoring", disable=dist.get_rank() != 0):
-        own = batch.chunk(ranks)[dist.get_rank()].to(device)
+    for step in trange(len(batches), desc="scoring", disable=dist.get_rank() != 0):
+        own = batches.part(step, dist.get_rank(), ranks).to(device)
         hidden = stage.hidden_states(own.ids, own.position_ids)
         scores = score_hidden(hidden, own.labels, head, settings)
         total = scores if total is None else total + scores

@@ -46,6 +46,7 @@ OPTIMIZER = [
     *("--weight-decay", "0.1"),
 ]
 SCORES = [
+    "--no-shuffle",
     *("--text", "LICENSE", "--eval-text", "LICENSE", "--eval-batches", "1", "--eval-every", "1"),
 ]
 
@@ -381,7 +382,8 @@ def test_what_a_run_says(tmp_path: Path) -> None:
     for words in (
         f"model      little, {parameters:,} parameters, float32",
         "mesh       data 1 x pipeline 2 x vocab 1 on 2 x CPU, 1F1B, vocabulary on the last stage",
-        "repeated to the 128 of 4 steps; 4 x 8 = 32 a step",
+        " tokens, shuffled; 128 in 4 steps, ",
+        " epochs; 4 x 8 = 32 a step",
         "learning rate 0.0001, cosine, 0 steps of warm-up, weight decay 0.01, gradient norm "
         "clipped to 1; chosen by the model's size: --learning-rate, --learning-rate-schedule, "
         "--warmup, --clip-norm",
