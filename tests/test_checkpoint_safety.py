@@ -276,6 +276,13 @@ def check_other_runs(folder: str) -> None:
     assert Run(kept, ids, batch=16, new_batch=True).checkpoints.resume().tokens == 12
     assert_refused(Run(kept, ids, steps=2), "has done all of --steps 2")
 
+    newest = kept / "step-000002"
+    run_json = (newest / "run.json").read_bytes()
+    older = {n: value for n, value in json.loads(run_json).items() if n != "tokens_read"}
+    once(lambda: rewrite(newest, "run.json", json.dumps(older).encode()))
+    assert_refused(Run(kept, ids), "does not say how far its text was read, .*--steps 2 --resume")
+    once(lambda: rewrite(newest, "run.json", run_json))
+
     stranger = kept / "step-000001"
     shutil.copytree(stranger, kept / "step-000001.bak") if dist.get_rank() == 0 else None
 
