@@ -249,7 +249,8 @@ def test_a_mistake_that_one_rank_finds(tmp_path: Path) -> None:
     save_file(weights, tmp_path / "a" / "model.safetensors")
     config.save_pretrained(tmp_path / "a")
     mesh = ["--pipeline", "2", "--vocab", "1", "--out", str(tmp_path / "out")]
-    code, output = torchrun(2, ["-m", "launch.train", *mesh, "--model", str(tmp_path / "a")])
+    mesh += ["--text", "LICENSE", "--model", str(tmp_path / "a")]
+    code, output = torchrun(2, ["-m", "launch.train", *mesh])
     assert_one_sentence(code, output, "has no weight model.norm.weight")
 
 

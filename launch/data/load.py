@@ -44,7 +44,6 @@ def load_batches_on_all(arguments: DataArguments, **given: Any) -> Batches:
     assert batches is not None
     digests: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(digests, batches.tokens.digest, group=group)
-    dist.destroy_process_group(group)
     with raised_on_all():
         if len(set(digests)) > 1:
             raise ValueError(
