@@ -173,6 +173,25 @@ def load_ids_again(folder: Path, tokens: int) -> Batches:
     return load.load_batches(arguments, steps=tokens // (16 * 4096), **shape)
 
 
+def check_what_one_rank_finds(arguments: TrainArguments) -> None:
+    """The tokens' maker fails, or a machine has another text: every rank says it."""
+    shape = {"steps": 1, "batch": 1, "sequence": SEQUENCE, "vocabulary": 320}
+    found, rank = load.load_batches_on_all(arguments, **shape), dist.get_rank()
+
+    def full(*_: Any, **__: Any) -> Batches:
+        raise ValueError("the disk is full")
+
+    def other(*_: Any, **__: Any) -> Batches:
+        return replace(found, tokens=replace(found.tokens, digest=str(rank)))
+
+    for patched, words in ((full, "the disk is full"), (other, "ids.npy is not the same on all")):
+        with pytest.MonkeyPatch.context() as patch:
+            if patched is other or rank == 0:
+                patch.setattr(load, "load_batches", patched)
+            with pytest.raises(UserError, match=words):
+                load.load_batches_on_all(arguments, **shape)
+
+
 def check_start(folder: str, vocab: int, batch: int, steps: int, first: int) -> None:
     """Run launch.train, and keep the ids that each column has read."""
     arguments = TrainArguments(
@@ -190,6 +209,7 @@ def check_start(folder: str, vocab: int, batch: int, steps: int, first: int) -> 
         return own
 
     cpu = torch.device("cpu")
+    check_what_one_rank_finds(arguments)
     if first:
         words = rf"step-00000{first} is of a run whose batch is 16, .* is {batch}; .*--new-batch"
         with pytest.raises(UserError, match=words):

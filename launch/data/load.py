@@ -47,8 +47,8 @@ def load_batches_on_all(arguments: DataArguments, **given: Any) -> Batches:
     with raised_on_all():
         if len(set(digests)) > 1:
             raise ValueError(
-                f"--text {arguments.text} is not the same on all machines: copy it, and the "
-                f"tokenizer, from one to the others"
+                f"{given.get('option', '--text')} {arguments.text} is not the same on all "
+                f"machines: copy it, and the tokenizer, from one to the others"
             )
     return batches
 
