@@ -28,7 +28,7 @@ def validate_ids(source: Source, sequence: int) -> None:
                 f"its rows have {ids.shape[1]} ids, but --sequence is {sequence}: give --sequence "
                 f"{ids.shape[1]}"
             )
-    except (ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise ValueError(f"{source.name}: {error}") from error
 
 

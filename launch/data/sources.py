@@ -104,10 +104,14 @@ def read_texts(source: Source) -> Iterator[str]:
     """Read plain text, a file or `_PIECE` of one at a time, which ends where a line does.
 
     Raises:
-        ValueError: a file is not UTF-8 text.
+        ValueError: a file is not UTF-8 text, or cannot be read.
     """
     for file in source.files:
-        with file.open("rb") as raw:
+        try:
+            raw = file.open("rb")
+        except OSError as error:
+            raise ValueError(f"{file} cannot be read: {_first_line(error)}") from error
+        with raw:
             opened = io.TextIOWrapper(raw, encoding="utf-8-sig")
             try:
                 while text := opened.read(_PIECE):

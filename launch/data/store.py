@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from launch.checksums import sync_folder, write_synced
 from launch.data.tokenizers import Document
-from launch.disk import as_values, try_to_write
+from launch.disk import try_to_write
 
 _TOKENS, _ABOUT = "tokens.arrow", "about.json"
 _BLOCK = 2**22  # tokens, about, of a record batch; the open file holds some bytes for each
@@ -98,21 +98,23 @@ def make_tokens(folder: Path, documents: Iterable[Document]) -> None:
     """
     try_to_write(folder.parent, "--cache")
     partial = folder.with_suffix(".partial")
-    with (
-        as_values(f"--cache {folder.parent} cannot be written to"),
-        FileLock(folder.with_suffix(".lock")),  # of runs that begin together one makes it
-    ):
-        if folder.is_dir():
-            return
-        shutil.rmtree(partial, ignore_errors=True)  # what a run that was killed has left
-        partial.mkdir()
-        try:
-            about = _write(partial / _TOKENS, documents)
-            write_synced(partial / _ABOUT, json.dumps(about, indent=1))
-            sync_folder(partial)
-            partial.rename(folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+    try:
+        with FileLock(folder.with_suffix(".lock")):  # of runs that begin together one makes it
+            if folder.is_dir():
+                return
+            shutil.rmtree(partial, ignore_errors=True)  # what a run that was killed has left
+            partial.mkdir()
+            try:
+                about = _write(partial / _TOKENS, documents)
+                write_synced(partial / _ABOUT, json.dumps(about, indent=1))
+                sync_folder(partial)
+                partial.rename(folder)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        raise ValueError(
+            f"--cache {folder.parent} does not take the tokens: {error}; give another folder"
+        ) from error
 
 
 def _write(file: Path, documents: Iterable[Document]) -> dict[str, Any]:
