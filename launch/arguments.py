@@ -37,6 +37,9 @@ class DataArguments:
     chat_labels: Literal["assistant", "all"] = "assistant"
     """Which tokens of a conversation count in the loss: the assistant's, as the chat template
     marks them, or all."""
+    cache: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path("runs/tokens")
+    """Folder for the text's tokens, in memory-mapped files that the first run makes and the next
+    one finds; all ranks of a machine see it."""
 
     def validate_paths(self) -> None:
         """Raise ValueError for a file or folder that is not there, or is of no known kind."""
@@ -97,7 +100,9 @@ class StepsArguments:
     accumulate: int = 1
     """Schedule steps whose gradients add up to one optimizer step."""
     seed: int = 0
-    """Seed of the model's initial weights."""
+    """Seed of the model's initial weights, and of the order of the text's sequences."""
+    shuffle: bool = True
+    """Read the text's sequences in an order that is another one in each epoch; or in their own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,6 +162,8 @@ class CheckpointArguments:
     """Save after every so many steps; 0 saves after the last one alone."""
     resume: bool = False
     """Go on from the newest checkpoint of --checkpoint, if there is one."""
+    new_batch: bool = False
+    """Let --resume go on with another --batch, behind the tokens that were read."""
     export: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
     """Write a Hugging Face model folder here at the end, with the tokenizer and the --model
     folder's generation config; with --resume and no step left, that alone is done."""

@@ -19,7 +19,7 @@ import json
 import re
 import shutil
 import uuid
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -39,7 +39,7 @@ from launch.disk import as_values, try_to_write
 from launch.folder_lock import lock_folder
 from launch.model import CLASSIFIER, EMBEDDING, vocabulary_rows
 from launch.optimizer import AdamW
-from launch.run_identity import StepsDigest, run_identity
+from launch.run_identity import run_identity
 from launch.tensor_files import TENSORS, CheckedReader, CheckedWriter
 from launch.training_pipeline import Pipeline
 from vocab_parallel import rows_for_checkpoint
@@ -56,11 +56,13 @@ class History:
 
     Attributes:
         losses, seconds: of each step.
+        tokens: that all steps have read.
         mesh: that saved it, in words; empty where that is not known.
     """
 
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+    tokens: int = 0
     mesh: str = ""
 
     @property
@@ -105,17 +107,18 @@ class Checkpoints:
         assert arguments.checkpoint is not None
         self._folder, self._arguments, self._group = arguments.checkpoint, arguments, group
         self._pipeline, self._optimizer = pipeline, optimizer
-        self._digest = StepsDigest(batches)
+        self._text = batches.tokens.digest
         self._run = uuid.uuid4().hex  # rank 0's counts; a resumed run keeps its own
         self._saving: _Saving | None = None
         self._lock: IO[str] | None = None
 
-    def save(self, losses: list[float], seconds: list[float]) -> None:
+    def save(self, losses: list[float], seconds: list[float], tokens: int) -> None:
         """Begin to save; training may go on when it returns. All ranks call it.
 
         Args:
             losses: of every step of the run, where the last stage is.
             seconds: of every step of the run.
+            tokens: that all of them have read.
         """
         self.finish()
         final = self._folder / f"{_STEP}{len(seconds):06d}"
@@ -131,7 +134,7 @@ class Checkpoints:
         future = dcp.async_save(
             self._state(), storage_writer=writer, process_group=self._group, async_stager=stager
         )
-        history = History(list(losses), list(seconds))
+        history = History(list(losses), list(seconds), tokens)
         self._saving = _Saving(future, writer, stager, partial, final, history)
 
     def finish(self) -> None:
@@ -154,7 +157,7 @@ class Checkpoints:
                 if dist.get_rank() == 0:
                     sums = {name: digest for sums, _ in told for name, digest in sums.items()}
                     losses = max((losses for _, losses in told), key=len)
-                    self._complete(saving, sums, History(losses, saving.history.seconds))
+                    self._complete(saving, sums, replace(saving.history, losses=losses))
         except ValueError:
             if dist.get_rank() == 0:
                 shutil.rmtree(saving.partial, ignore_errors=True)
@@ -244,8 +247,11 @@ class Checkpoints:
         """Write what rank 0 alone writes, give the folder its name, and drop older ones."""
         partial, final = saving.partial, saving.final
         run = run_identity(self._pipeline.config, self._arguments) | {
+            "batch": self._arguments.batch,
             "step": history.step,
-            "read": self._digest.until(history.step),
+            "text": self._text,
+            "shuffle": self._arguments.shuffle,
+            "tokens_read": history.tokens,
             "run": self._run,
             "mesh": self._arguments.mesh,
         }
@@ -279,6 +285,7 @@ class Checkpoints:
         history = History(
             list(map(float, lists["losses"])),
             list(map(float, lists["seconds"])),
+            int(run.get("tokens_read", 0)),
             str(run.get("mesh", "")),
         )
         if not len(history.losses) == len(history.seconds) == run["step"]:
@@ -296,11 +303,23 @@ class Checkpoints:
                 f"{newest} has done all of --steps {self._arguments.steps}: ask for more steps, or "
                 f"for --export FOLDER alone"
             )
-        if dist.get_rank() == 0 and run["read"] != self._digest.until(history.step):
+        if "tokens_read" not in run:
             raise ValueError(
-                f"{newest} is of another run: the {history.step} steps that it has done read "
-                f"other tokens than this one's; resume with the same --text and --tokenizer, and "
-                f"what says how they are read, or give another --checkpoint folder"
+                f"{newest} does not say how far its text was read, as an older version saved it: "
+                f"--steps {history.step} --resume --export FOLDER writes its weights; train on "
+                f"with --model FOLDER and another --checkpoint"
+            )
+        if (run["text"], run["shuffle"]) != (self._text, self._arguments.shuffle):
+            raise ValueError(
+                f"{newest} is of another run: it has read other tokens than this one's, or in "
+                f"another order; resume with the same --text and --tokenizer, and what says how "
+                f"they are read, or give another --checkpoint folder"
+            )
+        if run["batch"] != self._arguments.batch and not self._arguments.new_batch:
+            raise ValueError(
+                f"{newest} is of a run whose batch is {run['batch']}, but this one's is "
+                f"{self._arguments.batch}; resume with the same, or give --new-batch to go on "
+                f"behind what was read with this one"
             )
         self._run = str(run["run"])
         return history

@@ -10,7 +10,7 @@ from rich.console import Console
 from launch.arguments import EvaluateArguments
 from launch.command import raised_on_all
 from launch.configs import say_beyond_positions
-from launch.data.load import load_batches
+from launch.data.load import load_batches_on_all
 from launch.held_out import score_pipeline
 from launch.last_words import record
 from launch.packing import refuse_to_look_across
@@ -42,18 +42,18 @@ def evaluate(arguments: EvaluateArguments, device: torch.device) -> TokenScores:
     with raised_on_all():
         arguments.validate_paths()
         config, source = model_of(meshed)
-        batches = load_batches(
-            arguments,
-            steps=arguments.batches,
-            batch=arguments.batch,
-            sequence=arguments.sequence,
-            vocabulary=config.vocab_size,
-            model=arguments.model,
-        )
+    batches = load_batches_on_all(
+        arguments,
+        steps=arguments.batches,
+        batch=arguments.batch,
+        sequence=arguments.sequence,
+        vocabulary=config.vocab_size,
+        model=arguments.model,
+    )
     with raised_on_all():
         pipeline = build_pipeline(meshed, config, source, groups, device)
     with raised_on_all():
-        if batches.starts is not None:
+        if batches.packed:
             refuse_to_look_across(pipeline.stages)
     if dist.get_rank() == 0:
         say_random(arguments.model, source)

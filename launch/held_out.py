@@ -29,8 +29,8 @@ def score_pipeline(pipeline: Pipeline, batches: Batches, microbatches: int) -> T
     groups, device = pipeline.groups, next(pipeline.parameters()).device
     pipeline.stages.eval()
     total = None
-    for batch in batches:
-        for piece in pipeline.column_of(batch).chunk(microbatches):
+    for step in range(len(batches)):
+        for piece in pipeline.column_of(batches, step).chunk(microbatches):
             scores = _score(pipeline, piece.to(device))
             if scores is not None:
                 total = scores if total is None else total + scores

@@ -7,7 +7,7 @@ import torch
 from transformers import PretrainedConfig
 
 from launch.arguments import TrainArguments
-from launch.checkpoint import complete_checkpoints
+from launch.checkpoint import History, complete_checkpoints
 from launch.data.batches import Batches
 from launch.defaults import OF_SIZE
 from launch.whole import model_without_memory
@@ -58,11 +58,12 @@ def say_opening(
     print("\n".join(["launch.train", *block]), file=sys.stderr, flush=True)
 
 
-def say_resumed(arguments: TrainArguments, step: int, mesh: str) -> None:
+def say_resumed(arguments: TrainArguments, history: History) -> None:
     """Say from which step, and from which mesh's checkpoint, a run goes on; one rank calls it."""
-    saved = f", which a mesh of {mesh} has saved" if mesh else ""
-    words = f"goes on after step {step} of {arguments.steps}{saved}"
-    if step == 0:
+    saved = f", which a mesh of {history.mesh} has saved" if history.mesh else ""
+    words = f"goes on after step {history.step} of {arguments.steps}{saved}"
+    words += f", behind {history.tokens:,} tokens"
+    if history.step == 0:
         words = f"--resume: {arguments.checkpoint} has no checkpoint yet, so from the first step on"
     print(f"launch.train: {words}", file=sys.stderr, flush=True)
 
@@ -100,11 +101,11 @@ def _text(arguments: TrainArguments, batches: Batches) -> str:
     name = "the standard library" if arguments.text is None else str(arguments.text)
     of_step = arguments.batch * arguments.sequence
     wanted = arguments.steps * of_step
-    read = batches.read if batches.read is not None else wanted
-    tokens = f"{read:,} tokens read for the {wanted:,} of {arguments.steps:,} steps"
-    if read < wanted:
-        tokens = f"{read:,} tokens, repeated to the {wanted:,} of {arguments.steps:,} steps"
-    return f"{name}: {tokens}; {arguments.batch} x {arguments.sequence} = {of_step:,} a step"
+    tokens, order = len(batches.tokens), "shuffled" if arguments.shuffle else "in their order"
+    epochs = wanted / (batches.sequences * arguments.sequence)
+    read = f"{tokens:,} tokens, {order}; {wanted:,} in {arguments.steps:,} steps"
+    step = f"{arguments.batch} x {arguments.sequence} = {of_step:,} a step"
+    return f"{name}: {read}, {epochs:.3g} epochs; {step}"
 
 
 def _optimizer(given: TrainArguments, arguments: TrainArguments) -> str:

@@ -15,7 +15,7 @@ from launch.checkpoint import Checkpoints
 from launch.command import raised_on_all
 from launch.configs import say_beyond_positions
 from launch.data.batches import Batch, Batches
-from launch.data.load import load_batches
+from launch.data.load import load_batches_on_all
 from launch.defaults import settled
 from launch.disk import try_to_write
 from launch.export import export_model
@@ -85,25 +85,19 @@ def run(arguments: TrainArguments, device: torch.device) -> bool:
         if isinstance(source, FolderWeights):
             pretrained = count_parameters(config)
         arguments = settled(arguments, pretrained)
-        batches = load_batches(
-            arguments,
-            steps=arguments.steps,
-            batch=arguments.batch,
-            sequence=arguments.sequence,
-            vocabulary=config.vocab_size,
-            model=arguments.model,
+    shape = {"batch": arguments.batch, "sequence": arguments.sequence}
+    of_model = {"vocabulary": config.vocab_size, "model": arguments.model}
+    seed = arguments.seed if arguments.shuffle else None
+    batches = load_batches_on_all(arguments, steps=arguments.steps, **shape, **of_model, seed=seed)
+    held_out = None
+    if arguments.eval_text is not None:
+        held_out = load_batches_on_all(
+            replace(arguments, text=arguments.eval_text),
+            steps=arguments.eval_batches,
+            **shape,
+            **of_model,
+            option="--eval-text",
         )
-        held_out = None
-        if arguments.eval_text is not None:
-            held_out = load_batches(
-                replace(arguments, text=arguments.eval_text),
-                steps=arguments.eval_batches,
-                batch=arguments.batch,
-                sequence=arguments.sequence,
-                vocabulary=config.vocab_size,
-                model=arguments.model,
-                option="--eval-text",
-            )
     if dist.get_rank() == 0:
         say_random(arguments.model, source)
         say_beyond_positions(config, batches.longest)
@@ -111,13 +105,13 @@ def run(arguments: TrainArguments, device: torch.device) -> bool:
     with raised_on_all():
         pipeline = build_pipeline(arguments, config, source, groups, device)
     with raised_on_all():
-        if batches.starts is not None:
+        if batches.packed:
             refuse_to_look_across(pipeline.stages)
     if arguments.shard_body:
         pipeline.shard_body(getattr(torch, arguments.dtype))
     if compiles(arguments, device):
         pieces = arguments.columns * arguments.accumulate * arguments.microbatches
-        warm_up(pipeline.stages, batches[0].chunk(pieces)[0])
+        warm_up(pipeline.stages, batches.part(0, 0, pieces))
     with raised_on_all():
         for option, folder in arguments.written_folders.items():
             try_to_write(folder, option)
@@ -167,8 +161,9 @@ def train(
         history = checkpoints.resume() if arguments.resume else checkpoints.begin()
         trained.first_step, trained.seconds = history.step, history.seconds
         trained.losses = history.losses if pipeline.has_last else []
+        batches = replace(batches, begins=(history.step, history.tokens))
         if arguments.resume and dist.get_rank() == 0:
-            say_resumed(arguments, history.step, history.mesh)
+            say_resumed(arguments, history)
     shown = pipeline.has_last and groups.column_rank == 0 and groups.data_rank == 0
     progress = None
     with raised_on_all():
@@ -190,7 +185,7 @@ def train(
             trained.stopped = signals.agreed()
             if trained.stopped:
                 break
-            own = pipeline.column_of(batches[step])
+            own = pipeline.column_of(batches, step)
             done, last = step + 1, step + 1 == arguments.steps
             scores_now = held_out is not None and (last or done % arguments.eval_every == 0)
             saves_now = checkpoints is not None and _saves(arguments, done)
@@ -209,12 +204,13 @@ def train(
                     progress.show_scores(done, scores)
             if saves_now:
                 assert checkpoints is not None
-                checkpoints.save(trained.losses, trained.seconds)
+                checkpoints.save(trained.losses, trained.seconds, batches.read_before(done))
                 saved = done
         signals.last()
         told(readings.finish())  # of a run that was stopped
         if trained.stopped and checkpoints is not None and saved < len(trained.seconds):
-            checkpoints.save(trained.losses, trained.seconds)
+            done = len(trained.seconds)
+            checkpoints.save(trained.losses, trained.seconds, batches.read_before(done))
         if progress is not None:
             trained.scores = progress.scores
             progress.close()

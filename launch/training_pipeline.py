@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 from launch.arguments import TrainArguments
 from launch.command import raised_on_all
 from launch.configs import config_of_sizes, load_config
-from launch.data.batches import Batch
+from launch.data.batches import Batch, Batches
 from launch.layers import compiles, prepare_layers
 from launch.model import EMBEDDING, SpanningRows, Stage, build_stage
 from launch.planning.schedules import SCHEDULES
@@ -100,11 +100,11 @@ class Pipeline:
             assert isinstance(stage, Stage)
             shard_body(stage, self.groups.data_mesh, dtype)
 
-    def column_of(self, batch: Batch) -> Batch:
-        """Return this column's sequences of a batch."""
+    def column_of(self, batches: Batches, step: int) -> Batch:
+        """Return this column's sequences of a step's batch, and read no other."""
         groups = self.groups
         column = groups.data_rank * groups.column_degree + groups.column_rank
-        return batch.chunk(groups.data_degree * groups.column_degree)[column]
+        return batches.part(step, column, groups.data_degree * groups.column_degree)
 
     def accumulate(self, batch: Batch, pieces: int) -> Tensor | None:
         """Run forward and backward over this column's sequences [b, T], in schedule steps.

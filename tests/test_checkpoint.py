@@ -35,7 +35,7 @@ SIZES = [
     *("--batch", "24", "--sequence", "16", "--timeout", "40"),
     *("--hidden", "32", "--layers", "4"),
 ]
-FOLDER_SIZES = SIZES[:-4]
+FOLDER_SIZES = [*SIZES[:-4], "--text", "LICENSE"]
 
 
 def write_model(folder: Path, tied: bool, shards: str = "5GB") -> Path:

@@ -25,9 +25,9 @@ from launch.arguments import TrainArguments
 from launch.checkpoint import Checkpoints, complete_checkpoints
 from launch.checksums import SUMS, checksum
 from launch.command import UserError
-from launch.data.batches import Batches
 from launch.optimizer import AdamW
 from stage_groups import build_host_group
+from tests.batches import batches_of_ids
 from tests.ranks import ROOT, run_ranks
 from vocab_parallel import VocabParallelClassifier
 
@@ -54,7 +54,7 @@ class Run:
         )
         given = TrainArguments(checkpoint=folder, **{"steps": 8} | arguments)
         pipeline: Any = SimpleNamespace(stages=self.model, tied=None, config=CONFIG)
-        batches = Batches(ids)
+        batches = batches_of_ids(ids)
         self.checkpoints = Checkpoints(given, pipeline, self.optimizer, batches, build_host_group())
         self.losses: list[float] = []
 
@@ -67,7 +67,7 @@ class Run:
     def save(self) -> None:
         # The last stage's ranks alone know the losses.
         losses = self.losses if dist.get_rank() == 1 else []
-        self.checkpoints.save(losses, [0.5] * len(self.losses))
+        self.checkpoints.save(losses, [0.5] * len(self.losses), 6 * len(self.losses))
 
     def weights(self) -> list[torch.Tensor]:
         moments = [value for state in self.optimizer.state.values() for value in state.values()]
@@ -264,8 +264,24 @@ def check_other_runs(folder: str) -> None:
     with pytest.raises(UserError, match="has the checkpoint step-000002 of a run before"):
         Run(kept, ids).checkpoints.begin()
     assert_refused(Run(kept, ids, seed=1), "its seed is 0, but this one's is 1")
-    assert_refused(Run(kept, ids + 1), "other tokens than this one's; resume with the same --text")
+    for run in (
+        Run(kept, ids + 1),
+        Run(kept, torch.cat([ids, ids])),
+        Run(kept, ids, shuffle=False),
+    ):
+        assert_refused(
+            run, "other tokens than this one's, or in another order; resume with the same"
+        )
+    assert_refused(Run(kept, ids, batch=16), "whose batch is 8, .* is 16; .* or give --new-batch")
+    assert Run(kept, ids, batch=16, new_batch=True).checkpoints.resume().tokens == 12
     assert_refused(Run(kept, ids, steps=2), "has done all of --steps 2")
+
+    newest = kept / "step-000002"
+    run_json = (newest / "run.json").read_bytes()
+    older = {n: value for n, value in json.loads(run_json).items() if n != "tokens_read"}
+    once(lambda: rewrite(newest, "run.json", json.dumps(older).encode()))
+    assert_refused(Run(kept, ids), "does not say how far its text was read, .*--steps 2 --resume")
+    once(lambda: rewrite(newest, "run.json", run_json))
 
     stranger = kept / "step-000001"
     shutil.copytree(stranger, kept / "step-000001.bak") if dist.get_rank() == 0 else None
@@ -278,8 +294,7 @@ def check_other_runs(folder: str) -> None:
         (kept / "step-000004").write_text("a file")
 
     once(of_another)
-    more = torch.cat([ids, ids + 50])  # the same steps so far, and others behind them
-    second = Run(kept, more)
+    second = Run(kept, ids)
     second.losses = second.checkpoints.resume().losses
     for _ in range(3):
         second.step()
@@ -291,7 +306,7 @@ def check_other_runs(folder: str) -> None:
     ]  # fmt: skip
     assert (kept / "step-000003.replaced-1" / "notes").read_text() == "mine"
     assert (kept / "step-000004.replaced-1").read_text() == "a file"
-    assert Run(kept, more).checkpoints.resume().losses == [12.0, 11.0, 10.0, 9.0, 8.0]
+    assert Run(kept, ids).checkpoints.resume().losses == [12.0, 11.0, 10.0, 9.0, 8.0]
 
 
 def check_disks(folder: str) -> None:

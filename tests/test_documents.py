@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from launch.data.batches import batches_of_documents
 from launch.data.tokenizers import Document
+from tests.batches import batches_of_documents
 from tests.oracle import multi_token_oracle, oracle, relative_error
 from tests.ranks import run_ranks
 from vocab_parallel import (

@@ -12,12 +12,12 @@ from transformers import AutoModelForCausalLM
 from launch import evaluation
 from launch.arguments import EvaluateArguments, TrainArguments
 from launch.check import compare_with_one_process
-from launch.data.batches import Batches
 from launch.gradients import named_gradients
 from launch.model import build_stage
 from launch.training_pipeline import build_pipeline, model_of
 from launch.weights import RandomWeights
 from stage_groups import build_stage_groups
+from tests.batches import batches_of_ids
 from tests.oracle import relative_error
 from tests.ranks import run_ranks
 from tests.test_causal_families import NEUTRAL, batch, tiny_model
@@ -80,7 +80,7 @@ def check_launch(folders: list[str]) -> None:
     """Two stages, the check in one process and the evaluation, against the model's own loss."""
     groups, device = build_stage_groups(2, 1, device_type="cpu"), torch.device("cpu")
     ids = batch()["input_ids"]
-    batches = Batches(ids[None])
+    batches = batches_of_ids(ids[None])
     for folder in folders:
         whole: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         loss_of_whole = whole(ids, labels=ids).loss
@@ -100,7 +100,7 @@ def check_launch(folders: list[str]) -> None:
             assert abs(loss / expected - 1) < 1e-5
             assert compare_with_one_process(arguments, batches, [loss], exact, device).passed
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(evaluation, "load_batches", lambda *_, **__: batches)
+            patch.setattr(evaluation, "load_batches_on_all", lambda *_, **__: batches)
             scores = evaluation.evaluate(EvaluateArguments(folder), device)
         assert abs(scores.perplexity / math.exp(expected) - 1) < 1e-5
 

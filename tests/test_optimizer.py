@@ -13,13 +13,13 @@ from transformers import get_scheduler
 
 from launch.arguments import TrainArguments
 from launch.checkpoint import Checkpoints
-from launch.data.batches import Batches
 from launch.model import build_stage
 from launch.optimizer import AdamW, LearningRate
 from launch.readings import Readings
 from launch.training_pipeline import build_pipeline, model_of
 from launch.utilisation import step_flops, utilisation
 from stage_groups import build_host_group, build_stage_groups
+from tests.batches import batches_of_ids
 from tests.oracle import relative_error
 from tests.ranks import run_ranks
 from vocab_parallel import clip_grad_norm_
@@ -132,7 +132,7 @@ def check_resume(folder: str) -> None:
         hidden=32, dtype="bfloat16", checkpoint=Path(folder), learning_rate=1e-5,
     )  # fmt: skip
     host = build_host_group()
-    batches = Batches(torch.arange(4 * 2 * 8).view(4, 2, 8))
+    batches = batches_of_ids(torch.arange(4 * 2 * 8).view(4, 2, 8))
 
     def start() -> tuple[Any, AdamW, Checkpoints]:
         pipeline = build_pipeline(arguments, *model_of(arguments), groups, CPU)
@@ -157,7 +157,7 @@ def check_resume(folder: str) -> None:
     whole, optimizer, checkpoints = start()
     first = next(whole.parameters()).clone()
     train(whole, optimizer, 0)
-    checkpoints.save([12.0], [0.5])
+    checkpoints.save([12.0], [0.5], 16)
     checkpoints.finish()
     train(whole, optimizer, 1)
     again, other, resumed = start()

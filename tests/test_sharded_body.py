@@ -79,7 +79,7 @@ def check_what_a_rank_holds(folder: Path) -> None:
         own.numel() for own in pipeline.stages.parameters() if id(own) not in whole_rows
     )  # of DTensors, the whole
     for step in range(2):
-        batch = pipeline.column_of(batches[step])
+        batch = pipeline.column_of(batches, step)
         with CollectiveRecorder() as seen:
             pipeline.accumulate(batch, arguments.accumulate)
         sent = {

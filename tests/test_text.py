@@ -14,15 +14,31 @@ from launch.arguments import DataArguments, EvaluateArguments, TrainArguments
 from launch.configs import known_positions, load_config, say_beyond_positions
 from launch.data.batches import IGNORED, Batches
 from launch.data.load import load_batches
-from launch.data.tokenizers import QwenTokenizer, save_tokenizer
+from launch.data.tokenizers import Document, QwenTokenizer, save_tokenizer
 from launch.planning.shape import ModelShape
 from launch.weights import RandomWeights, say_random
+from tests.batches import batches_of_documents
 from tests.small_tokenizer import BEGIN, CHAT, END, UNMARKED_CHAT, WORDS, write_tokenizer
 
 SIZES: dict[str, Any] = {
     "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4,
     "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,
 }  # fmt: skip
+
+
+KEPT: dict[str, Path] = {}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Keep tokens in a folder of the test's."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setitem(KEPT, "cache", folder)
+    return folder
+
+
+def ids_of(batches: Batches) -> list[int]:
+    return [token for one in batches for token in one.ids.flatten().tolist()]
 
 
 def write_config(folder: Path, family: str, **given: Any) -> Path:
@@ -34,7 +50,7 @@ def load(text: Path, model: Path | None, **given: Any) -> Batches:
     """Load one batch of 2 x 8 ids of a vocabulary of 300, or as it is said."""
     shape = {"steps": 1, "batch": 2, "sequence": 8, "vocabulary": 300}
     shape |= {name: given.pop(name) for name in list(given) if name in shape}
-    arguments = DataArguments(text=text, **given)
+    arguments = DataArguments(text=text, **KEPT, **given)
     return load_batches(arguments, **shape, model=None if model is None else str(model))
 
 
@@ -55,13 +71,13 @@ def test_a_folders_own_tokenizer(family: str, begins: bool, plain: Path, tmp_pat
     expected = AutoTokenizer.from_pretrained(folder)(plain.read_text()).input_ids[:16]
     assert (expected[0] == BEGIN) == begins
     found = load(plain, folder)
-    assert found.ids.flatten().tolist() == expected
-    assert found.starts is None
+    assert found[0].ids.flatten().tolist() == expected
+    assert found[0].for_stages() == {}
     assert expected != QwenTokenizer().encode(plain.read_text())[:16]
 
     other = tmp_path / "other"
     write_tokenizer(other, begins=not begins)
-    assert load(plain, folder, tokenizer=other).ids.tolist() != found.ids.tolist()
+    assert load(plain, folder, tokenizer=other)[0].ids.tolist() != found[0].ids.tolist()
     with pytest.raises(ValueError, match="has the id") as raised:
         load(plain, folder, vocabulary=100)
     assert f"the tokenizer of {folder} has the id 2" in str(raised.value)
@@ -71,17 +87,17 @@ def test_a_folders_own_tokenizer(family: str, begins: bool, plain: Path, tmp_pat
 
 def test_the_built_in_tokenizer(plain: Path, tmp_path: Path) -> None:
     """Qwen's ids for a Qwen; for another published model none; exported, it says the same."""
-    ids = load(plain, None, vocabulary=151_936).ids
+    ids = load(plain, None, vocabulary=151_936)[0].ids
     assert ids.flatten().tolist() == QwenTokenizer().encode(plain.read_text())[:16]
     with pytest.raises(
         ValueError, match=r"the built-in Qwen tokenizer has the id .* --vocabulary is"
     ):
         load(plain, None, vocabulary=10)
     for_qwen = load_batches(
-        DataArguments(text=plain), steps=1, batch=2, sequence=8, vocabulary=151_936,
+        DataArguments(text=plain, **KEPT), steps=1, batch=2, sequence=8, vocabulary=151_936,
         model="qwen3-8b",
     )  # fmt: skip
-    assert torch.equal(for_qwen.ids, ids)
+    assert torch.equal(for_qwen[0].ids, ids)
     with pytest.raises(ValueError, match=r"llama-3.1-8b brings no tokenizer"):
         load(plain, Path("llama-3.1-8b"), vocabulary=128_256)
     save_tokenizer(None, None, tmp_path / "exported")
@@ -145,16 +161,16 @@ def test_plain_text(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("alpha beta gamma")
     given: dict[str, Any] = {"vocabulary": 151_936, "batch": 1, "sequence": 3}
     folder = load(tmp_path, None, **given | {"steps": 3, "sequence": 4})
-    assert folder.ids.shape == (3, 1, 4)
+    assert (len(folder), folder[0].ids.shape) == (3, (1, 4))
     alone = load(tmp_path / "a.txt", None, **given)
-    assert folder.ids[0, 0, :3].tolist() == alone.ids[0, 0].tolist()
+    assert ids_of(folder)[:3] == ids_of(alone)
     assert torch.equal(folder[0].labels, folder[0].ids)
     assert folder[0].for_stages() == {}
     repeated = load(tmp_path / "a.txt", None, **given | {"steps": 2})
-    assert repeated.ids[0].tolist() == repeated.ids[1].tolist()
+    assert repeated[0].ids.tolist() == repeated[1].ids.tolist()
     packed = load(tmp_path, None, **given | {"sequence": 8}, packed="yes")
     end = QwenTokenizer().end
-    assert packed.ids[0, 0, 3] == end
+    assert packed[0].ids[0, 3] == end
     assert packed[0].labels[0, 4] == IGNORED
     with pytest.raises(ValueError, match=r"has \d+ tokens, fewer than one batch of 1 x 99 = 99"):
         load(tmp_path, None, **given | {"sequence": 99})
@@ -191,15 +207,16 @@ def test_data_sets_are_read_alike(tmp_path: Path) -> None:
     given: dict[str, Any] = {"tokenizer": tmp_path / "tokenizer", "steps": 2, "sequence": 20}
     for name in ("a.jsonl", "a.json", "a.json.gz", "a.parquet", "saved", "splits", "published"):
         found = load(tmp_path / name, None, **given)
-        assert found.ids.flatten().tolist() == expected[:80], name
-        assert found.starts is not None
-        begun = found.starts.flatten().nonzero().flatten().tolist()
-        assert begun == sorted({*(s for s in starts.tolist() if s < 80), 0, 20, 40, 60}), name
+        assert ids_of(found) == expected[:80], name
+        begun = [p == 0 for one in found for p in one.for_stages()["position_ids"].flatten()]
+        assert np.flatnonzero(begun).tolist() == sorted(
+            {*(s for s in starts.tolist() if s < 80), 0, 20, 40, 60}
+        ), name
     stream = load(tmp_path / "a.jsonl", None, **given, packed="no")
-    assert stream.starts is None
-    assert stream.ids.flatten().tolist() == expected[:80]
+    assert stream[0].for_stages() == {}
+    assert ids_of(stream) == expected[:80]
     other = load(tmp_path / "a.jsonl", None, **given | {"sequence": 4}, text_field="other")
-    assert other.ids[0, 0].tolist() == [*encode("x").input_ids, END] * 2
+    assert other[0].ids[0].tolist() == [*encode("x").input_ids, END] * 2
 
 
 def test_refused_sources(plain: Path, tmp_path: Path) -> None:
@@ -248,12 +265,11 @@ def test_ids(tmp_path: Path) -> None:
     for given in (ids, ids.reshape(5, 20).astype(np.int64)):
         np.save(path, given)
         found = load(path, None, steps=3, sequence=20)
-        assert found.ids.dtype == torch.int64
-        # 4 whole batches' rows, and again from the first
-        assert found.ids.flatten().tolist() == [*range(80), *range(40)]
-        assert found.starts is None
+        assert found[0].ids.dtype == torch.int64
+        assert ids_of(found) == [*range(100), *range(20)]  # each row once, and again from the first
+        assert found[0].for_stages() == {}
     for wrong, match in (
-        (ids, r"ids\.npy has the id 79, but --vocabulary is 50"),
+        (ids, r"ids\.npy has the id 99, but --vocabulary is 50"),
         (-ids.astype(np.int32), "has the id -"),
         (ids.astype(np.float32), r"expected integers \[tokens\] or \[sequences, T\], got float32"),
         (ids.reshape(5, 5, 4), r"got uint16 \[5, 5, 4\]"),
@@ -302,10 +318,9 @@ def test_conversations(tmp_path: Path) -> None:
     labels = marked[0].labels.flatten()
     assert labels[labels != IGNORED].tolist()[: len(expected)] == expected
     every = load(path, None, tokenizer=tmp_path / "marked", batch=1, sequence=48, chat_labels="all")
-    assert torch.equal(every.ids, marked.ids)
-    assert every.counted is None
-    assert every.starts is not None
-    assert int((every[0].labels == IGNORED).sum()) == int(every.starts.sum())
+    assert torch.equal(every[0].ids, marked[0].ids)
+    starts = every[0].for_stages()["position_ids"] == 0
+    assert torch.equal(every[0].labels == IGNORED, starts)
     column = tmp_path / "column.jsonl"
     column.write_text(path.read_text().replace('"messages"', '"talk"'))
     again = load(
@@ -375,14 +390,13 @@ def test_positions_that_a_model_knows(
     said = capsys.readouterr().err
     assert f"of {known + 1} tokens" in said
     assert f"the model knows {known} positions" in said
-    ids = torch.zeros(1, 1, 10, dtype=torch.int64)
-    starts = torch.zeros_like(ids, dtype=torch.bool)
-    starts[..., [0, 3, 9]] = True
-    assert Batches(ids).longest == 10
-    assert Batches(ids, starts).longest == 6
+    documents = [Document([1] * length) for length in (3, 6, 1)]
+    for packed, sequence, longest in ((False, 10, 10), (True, 10, 6), (True, 5, 5)):
+        given = {"steps": 1, "batch": 1, "sequence": sequence, "packed": packed}
+        assert batches_of_documents(documents, **given).longest == longest
 
 
 def test_evaluate_takes_the_same_options() -> None:
-    shared = {"text", "text_field", "tokenizer", "packed", "chat_labels"}
+    shared = {"text", "text_field", "tokenizer", "packed", "chat_labels", "cache"}
     for arguments in (TrainArguments(), EvaluateArguments("folder")):
         assert shared <= vars(arguments).keys()

@@ -48,6 +48,7 @@ OPTIMIZER = [
     *("--weight-decay", "0.1"),
 ]
 SCORES = [
+    "--no-shuffle",
     *("--text", "LICENSE", "--eval-text", "LICENSE", "--eval-batches", "1", "--eval-every", "1"),
 ]
 
@@ -250,7 +251,8 @@ def test_a_mistake_that_one_rank_finds(tmp_path: Path) -> None:
     save_file(weights, tmp_path / "a" / "model.safetensors")
     config.save_pretrained(tmp_path / "a")
     mesh = ["--pipeline", "2", "--vocab", "1", "--out", str(tmp_path / "out")]
-    code, output = torchrun(2, ["-m", "launch.train", *mesh, "--model", str(tmp_path / "a")])
+    mesh += ["--text", "LICENSE", "--model", str(tmp_path / "a")]
+    code, output = torchrun(2, ["-m", "launch.train", *mesh])
     assert_one_sentence(code, output, "has no weight model.norm.weight")
 
 
@@ -433,7 +435,8 @@ def test_what_a_run_says(tmp_path: Path) -> None:
     for words in (
         f"model      little, {parameters:,} parameters, float32",
         "mesh       data 1 x pipeline 2 x vocab 1 on 2 x CPU, 1F1B, vocabulary on the last stage",
-        "repeated to the 128 of 4 steps; 4 x 8 = 32 a step",
+        " tokens, shuffled; 128 in 4 steps, ",
+        " epochs; 4 x 8 = 32 a step",
         "learning rate 0.0001, cosine, 0 steps of warm-up, weight decay 0.01, gradient norm "
         "clipped to 1; chosen by the model's size: --learning-rate, --learning-rate-schedule, "
         "--warmup, --clip-norm",

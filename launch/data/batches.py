@@ -1,13 +1,14 @@
 """Token ids as the batches of a run: what is read, what is predicted, and where documents begin."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from launch.data.tokenizers import Document
+from launch.data.order import shuffled
+from launch.data.store import Tokens
 
 IGNORED = -100
 
@@ -57,130 +58,82 @@ class Batch:
 
 @dataclass(frozen=True)
 class Batches:
-    """All steps of a run.
+    """The steps of a run: sequence by sequence the whole text, and again from its first step on.
+
+    A step's sequences hang on nothing but how many were read before it: on no mesh, and on no
+    other step's batch.
 
     Attributes:
-        ids: [steps, batch, T] int64.
-        starts: [steps, batch, T] bool, the first token of each document; None where sequences are
-            not packed.
-        counted: [steps, batch, T] bool, what the loss counts; None: all tokens.
-        read: tokens that the text had, as far as it was read; None where that is not known.
+        tokens: of the text, cut into sequences; the last ones that fill none are left out.
+        steps: how many there are.
+        batch: sequences of a step.
+        sequence: tokens of a sequence.
+        packed: whether documents in a sequence are kept apart.
+        seed: of the order, another one in each epoch; None is the text's own order.
+        begins: a step, and how many tokens all steps before it have read.
     """
 
-    ids: Tensor
-    starts: Tensor | None = None
-    counted: Tensor | None = None
-    read: int | None = None
+    tokens: Tokens
+    steps: int
+    batch: int
+    sequence: int
+    packed: bool = False
+    seed: int | None = None
+    begins: tuple[int, int] = (0, 0)
+
+    @property
+    def sequences(self) -> int:
+        """How many an epoch has, in which each is read once."""
+        return len(self.tokens) // self.sequence
 
     @property
     def counts_any(self) -> bool:
-        """Whether a token counts for the loss at all."""
-        return any(bool((batch.labels[:, 1:] != IGNORED).any()) for batch in self)
+        """Whether a token counts for the loss at all; looks no further than at the first one."""
+        every = range(self.sequences)
+        labels = (self._read(np.array([number])).labels for number in every)
+        return any(bool((one[:, 1:] != IGNORED).any()) for one in labels)
 
     @property
     def longest(self) -> int:
         """Of how many tokens the longest document is, or sequence where they are not packed."""
-        if self.starts is None:
-            return self.ids.shape[-1]
-        positions = (batch.position_ids for batch in self)
-        return 1 + max(int(each.max()) for each in positions if each is not None)
+        return min(self.sequence, self.tokens.longest) if self.packed else self.sequence
+
+    def read_before(self, step: int) -> int:
+        """Return how many tokens all steps before one have read."""
+        first, tokens = self.begins
+        return tokens + (step - first) * self.batch * self.sequence
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return self.steps
 
     def __iter__(self) -> Iterator[Batch]:
         return (self[step] for step in range(len(self)))
 
     def __getitem__(self, step: int) -> Batch:
         """Return one step's batch."""
-        ids = self.ids[step]
-        labels, positions = ids, None
-        if self.counted is not None:
-            labels = labels.masked_fill(~self.counted[step], IGNORED)
-        if self.starts is not None:
-            starts = self.starts[step]
+        return self.part(step, 0, 1)
+
+    def part(self, step: int, piece: int, pieces: int) -> Batch:
+        """Return one of equal pieces of a step's batch, and read no other."""
+        own = self.batch // pieces
+        first = self.read_before(step) // self.sequence + piece * own
+        epochs, places = np.divmod(np.arange(first, first + own), self.sequences)
+        if self.seed is not None:
+            for epoch in set(epochs.tolist()):
+                of_epoch = epochs == epoch
+                places[of_epoch] = shuffled(places[of_epoch], self.sequences, self.seed, epoch)
+        return self._read(places)
+
+    def _read(self, numbers: np.ndarray) -> Batch:
+        """Return some sequences, by their numbers in the text."""
+        read = [self.tokens.read(n * self.sequence, self.sequence) for n in numbers.tolist()]
+        ids, starts, counted = (
+            torch.from_numpy(np.stack(column)) for column in zip(*read, strict=True)
+        )
+        labels, positions = ids.masked_fill(~counted, IGNORED), None
+        if self.packed:
+            starts[:, 0] = True
             labels = labels.masked_fill(starts, IGNORED)
-            index = torch.arange(ids.shape[-1]).expand_as(ids)
+            index = torch.arange(self.sequence).expand_as(ids)
             positions = index - index.masked_fill(~starts, 0).cummax(-1).values
         return Batch(ids, labels, positions)
-
-
-def batches_of_documents(
-    documents: Iterable[Document], *, steps: int, batch: int, sequence: int, packed: bool
-) -> Batches:
-    """Lay documents end to end and cut them into sequences, reading no more than is needed.
-
-    A document that a sequence's end cuts goes on in the next one, as a document of its own. What is
-    too short for all steps is repeated.
-
-    Raises:
-        ValueError: fewer tokens than one batch.
-    """
-    wanted = steps * batch * sequence
-    ids: list[np.ndarray] = []
-    counted: list[np.ndarray] = []
-    begins: list[int] = []
-    held = 0
-    for document in documents:
-        if not document.ids:
-            continue
-        begins.append(held)
-        ids.append(np.asarray(document.ids, dtype=np.int64))
-        masked = document.counted
-        counted.append(np.ones(len(ids[-1]), bool) if masked is None else np.asarray(masked, bool))
-        held += len(ids[-1])
-        if held >= wanted:
-            break
-    if held < batch * sequence:
-        raise ValueError(_too_short(held, batch, sequence))
-    shape = (steps, batch, sequence)
-    every = np.concatenate(counted)
-    starts = None
-    if packed:
-        flat = np.zeros(held, bool)
-        flat[begins] = True
-        starts = _cut(flat, shape)
-        starts[..., 0] = True
-    return Batches(
-        _cut(np.concatenate(ids), shape),
-        starts,
-        None if every.all() else _cut(every, shape),
-        held,
-    )
-
-
-def batches_of_ids(ids: np.ndarray, *, steps: int, batch: int, sequence: int) -> Batches:
-    """Cut a stream of token ids [n] into sequences, or take rows [n, T] as they are.
-
-    Raises:
-        ValueError: another shape or dtype, fewer tokens than one batch, or rows of another length.
-    """
-    if ids.dtype.kind not in "iu" or ids.ndim not in (1, 2):
-        raise ValueError(
-            f"expected integers [tokens] or [sequences, T], got {ids.dtype} {list(ids.shape)}"
-        )
-    if ids.ndim == 2 and ids.shape[1] != sequence:
-        raise ValueError(
-            f"its rows have {ids.shape[1]} ids, but --sequence is {sequence}: give --sequence "
-            f"{ids.shape[1]}"
-        )
-    if ids.size < batch * sequence:
-        raise ValueError(_too_short(ids.size, batch, sequence))
-    needed = np.array(ids.reshape(-1)[: steps * batch * sequence], dtype=np.int64)
-    return Batches(_cut(needed, (steps, batch, sequence)), read=len(needed))
-
-
-def _too_short(tokens: int, batch: int, sequence: int) -> str:
-    return (
-        f"the text has {tokens} tokens, fewer than one batch of {batch} x {sequence} = "
-        f"{batch * sequence}: give more text, or a smaller --batch or --sequence"
-    )
-
-
-def _cut(flat: np.ndarray, shape: tuple[int, int, int]) -> Tensor:
-    """Return the first tokens [steps, batch, T]; whole batches are repeated where there are few."""
-    steps, batch, sequence = shape
-    whole = len(flat) // (batch * sequence) * batch * sequence
-    wanted = steps * batch * sequence
-    kept = torch.from_numpy(flat[: min(whole, wanted)])
-    return kept.repeat(-(-wanted // len(kept)))[:wanted].view(shape)

