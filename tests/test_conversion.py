@@ -115,7 +115,7 @@ def train_families(folder: str) -> None:
             TrainArguments(
                 text=here / "ids.npy", model=str(here / "a"), steps=STEPS, batch=BATCH,
                 sequence=SEQUENCE, microbatches=2, learning_rate=RATE, out=here / "out",
-                learning_rate_schedule="constant", clip_norm=math.inf,
+                learning_rate_schedule="constant", clip_norm=math.inf, shuffle=False,
                 export=here / "b", schedule=SCHEDULES[family],
             ),
             torch.device("cpu"),

@@ -150,7 +150,8 @@ class TorchBackend:
         # One tile of all tokens: its product writes or adds to the destination.
         direct = len(token_slices) == 1 and scale is None and not shard.mixed
         classifier_grad = allocate_classifier_grad(shard, upstream)
-        lends = direct and self.chunk_rows is None and source.borrows(classifier_grad)
+        may_lend = self.kernels and direct and self.chunk_rows is None
+        lends = may_lend and source.borrows(classifier_grad)
         row_slices = row_blocks(
             num_rows,
             tile.rows,
@@ -448,7 +449,7 @@ class _GradientTiles:
         They are of all tokens. Longer products run nearer to the device's peak, and the sums of
         the hidden states' gradient are read and written less often.
         """
-        if not self._backend.kernels or self._scratch is None or classifier_grad is None:
+        if self._scratch is None or classifier_grad is None:
             return False
         if self._upstream.classifier_grad.add_to is None and (
             classifier_grad.dtype == self._scratch.dtype
