@@ -421,9 +421,14 @@ def check_checkpoints(folder: str) -> None:
         assert head.weight.shape == moment.shape == (head.stop - head.start, HIDDEN)
         assert head.stop - head.start < VOCABULARY
 
+    sharded = functools.partial(OURS, hidden_layout="sharded")
     for changed, match in (
         ({"fused_loss_factory": None}, "expected a fused_loss_factory"),
-        ({"fused_loss_factory": functools.partial(OURS, hidden_layout="sharded")}, "replicated"),
+        (
+            {"fused_loss_factory": sharded},
+            "got CCE.*sharded",
+        ),
+        ({"fused_loss_factory": lambda _: causal_loss}, "got function"),
         ({"vocab_degree": 3}, "does not divide 4 ranks"),
         ({"fuse_optim_with_backward": True}, "fuse_optim_with_backward"),
     ):
@@ -456,10 +461,10 @@ def test_output_embeddings_are_the_head_itself() -> None:
 
 
 class Ids(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """Sixteen sequences with uneven labels."""
+    """Sequences with uneven labels, so many that its trainer resumes within an epoch."""
 
     def __init__(self) -> None:
-        self.ids = torch.randint(VOCABULARY, (16, 9), generator=torch.Generator().manual_seed(0))
+        self.ids = torch.randint(VOCABULARY, (48, 9), generator=torch.Generator().manual_seed(0))
         self.labels = uneven_labels(self.ids.unflatten(0, (-1, 4))).flatten(0, 1)
 
     def __len__(self) -> int:

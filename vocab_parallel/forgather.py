@@ -21,6 +21,7 @@ from stage_groups import build_stage_groups
 from vocab_parallel.adapters import shard_output_embeddings
 from vocab_parallel.collectives import VocabGroup
 from vocab_parallel.modules.gradient_norm import clip_grad_norm_
+from vocab_parallel.pipeline import CCEPipelineLoss
 
 
 class WholeCheckpoints(CheckpointManager):
@@ -100,16 +101,12 @@ class VocabPipelineTrainer(PipelineTrainer):
         super().__init__(**given)
 
     def _post_init(self) -> None:
-        layout = getattr(self.fused_loss_factory, "keywords", {}).get("hidden_layout", "replicated")
-        if self.fused_loss_factory is None or layout != "replicated":
-            raise ValueError(
-                f"columns have the same sequences, and rows of the classifier each: expected a "
-                f"fused_loss_factory with hidden_layout='replicated', got "
-                f"{self.fused_loss_factory}: give functools.partial(CCEPipelineLoss, "
-                f"scaled_outside=True)"
-            )
+        self._check_loss()
         if self.args.fuse_optim_with_backward:
-            raise ValueError("fuse_optim_with_backward counts the body's norm once a column: off")
+            raise ValueError(
+                "fuse_optim_with_backward would count the body's gradients in each column: "
+                "switch it off"
+            )
         self._mesh = self.dist
         pipeline, rest = divmod(self.dist.world_size, self._vocab_degree)
         if rest:
@@ -130,6 +127,19 @@ class VocabPipelineTrainer(PipelineTrainer):
         super()._post_init()
         self.is_world_process_zero = self._mesh.rank == 0
         self.pp_group = groups.pipeline_group
+
+    def _check_loss(self) -> None:
+        """Refuse on every rank what the last stage alone would see, by a loss of no head."""
+        factory: Any = self.fused_loss_factory
+        loss = factory and factory(nn.Linear(1, 1, device="meta"))
+        layout = loss.hidden_layout if isinstance(loss, CCEPipelineLoss) else None
+        if layout != "replicated":
+            raise ValueError(
+                f"columns have the same sequences, and rows of the classifier each: expected a "
+                f"fused_loss_factory of CCEPipelineLoss with hidden_layout='replicated', got "
+                f"{type(loss).__name__} with {layout!r}: give it as "
+                f"functools.partial(CCEPipelineLoss, scaled_outside=True)"
+            )
 
     def _split_model(self, *args: Any, **kwargs: Any) -> Any:
         found = super()._split_model(*args, **kwargs)
