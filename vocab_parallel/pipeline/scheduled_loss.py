@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from vocab_parallel.layout import HiddenLayout
 from vocab_parallel.modules.heads import OutputWeight, Rows
 from vocab_parallel.split_backward import keep_graph, loses_nodes
 
@@ -46,6 +47,11 @@ class ScheduledLoss:
         self._nothing_divides = False
         self._keeps_graph = loses_nodes()
         self._was_sharded = self._is_sharded()
+
+    @property
+    def hidden_layout(self) -> HiddenLayout:
+        """Whose tokens the loss is given."""
+        return self._options["hidden_layout"]
 
     def bind(
         self,
@@ -99,7 +105,7 @@ class ScheduledLoss:
             ValueError: what `OutputWeight.read` raises, and rows that were a shard when the loss
                 was made and are whole now, where the hidden layout gathers tokens.
         """
-        rows, layout = self.output_weight.read(), self._options["hidden_layout"]
+        rows, layout = self.output_weight.read(), self.hidden_layout
         if layout != "replicated" and rows.options is None and self._was_sharded:
             raise ValueError(
                 f'hidden_layout="{layout}" says that the ranks share the rows of the classifier, '
