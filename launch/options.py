@@ -127,8 +127,12 @@ def _of_file(given: list[str], hints: dict[str, Any]) -> list[str]:
     options = []
     for name, value in found.items():
         option = name.replace("_", "-")
+        if option in ("config", "help"):
+            raise ValueError(f"--config {path} has {name}, which a file cannot give: leave it out")
         if hints.get(name.replace("-", "_")) is bool:
-            options.append(f"--{option}" if value in (True, "true") else f"--no-{option}")
+            if (word := str(value).lower()) not in ("true", "false"):
+                raise ValueError(f"--config {path}: {name} is true or false, got {value!r}")
+            options.append(f"--{option}" if word == "true" else f"--no-{option}")
         elif value not in (None, "null", ""):
             values = value if isinstance(value, list) else [value]
             options += [f"--{option}", *map(str, values)]

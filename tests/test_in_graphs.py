@@ -18,6 +18,7 @@ from vocab_parallel import (
     available_impls,
     in_graphs,
     linear_cross_entropy,
+    score_tokens,
     token_logprobs,
 )
 
@@ -219,6 +220,29 @@ def test_errors_are_those_of_an_eager_call() -> None:
 
         with pytest.raises(ValueError, match=words):
             torch.compile(step, backend="eager", fullgraph=True)(e)
+
+
+def test_calls_that_are_no_operator() -> None:
+    """Functions that have none, by keywords alone; and what no eager call would take."""
+    e, c, bias, targets = drawn()
+
+    def scores(e: Tensor) -> Any:
+        return score_tokens(e=e, c=c, targets=targets)
+
+    torch.compiler.reset()
+    assert torch.equal(torch.compile(scores, backend="eager")(e).nll, scores(e).nll)
+    for args, options, words in (
+        ((c, targets, bias, -100, None, "mean", 0, False, True), {}, "positional"),
+        ((c, targets), {"e": e}, "multiple values"),
+        ((c,), {}, "'targets'"),
+    ):
+
+        def step(e: Tensor, args: Any = args, options: Any = options) -> Any:
+            return linear_cross_entropy(e, *args, **options)
+
+        torch.compiler.reset()
+        with pytest.raises(TypeError, match=words):
+            torch.compile(step, backend="eager")(e)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")

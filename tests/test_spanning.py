@@ -502,6 +502,7 @@ def check_refusals() -> None:
         ({"target": labels, "target_mbs": [labels]}, "was given both: leave one out"),
         ({"target_mbs": [labels] if mine else [*labels.chunk(2)]}, r"needs target_mbs as a list "),
         ({"target_mbs": [labels[:1], labels[:2]]}, "the labels .* must have one shape"),
+        ({"target_mbs": [*labels[0, :2]] if mine else [*labels.chunk(2)]}, "each, got numbers"),
         ({"kwarg_mbs": [{}, {}]}, r"needs target_mbs as a list of 2 Tensors, .* got .*NoneType"),
     ):
         with pytest.raises(ValueError, match=message):

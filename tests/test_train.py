@@ -350,7 +350,7 @@ def test_options_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         path.write_text(text)
         return parse(TrainArguments, "launch.train", ["--config", str(path), *given])
 
-    text = "packed: no\nlearning_rate: 1e-4\nbetas: [0.8, 0.9]\nshard-body: true\nmodel: null\n"
+    text = "packed: no\nlearning_rate: 1e-4\nbetas: [0.8, 0.9]\nshard-body: True\nmodel: null\n"
     assert read(text + "float32_weights: false\nbatch: 16", "--batch", "32") == TrainArguments(
         packed="no", learning_rate=1e-4, betas=(0.8, 0.9), shard_body=True, batch=32,
         float32_weights=False,
@@ -358,6 +358,8 @@ def test_options_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     for wrong, words in (
         ("bacth: 5", "there is no option --bacth, did you mean --batch?; --help lists all"),
         ("batch: many", "the command line cannot be read, as said above"),
+        ("resume: on", f"--config {path}: resume is true or false, got 'on'"),
+        ("config: other.yaml", f"--config {path} has config, which a file cannot give"),
         ("- batch", f"--config {path} has no options: give one a line, as in batch: 64"),
         ("batch: [", f"--config {path} cannot be read: while parsing"),
     ):

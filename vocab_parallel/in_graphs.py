@@ -44,7 +44,10 @@ R = TypeVar("R")
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     each.__name__: each for each in (linear_cross_entropy, token_logprobs)
 }
-_PARAMETERS = {name: tuple(signature(each).parameters) for name, each in _FUNCTIONS.items()}
+_POSITIONAL = {
+    name: [one.name for one in signature(each).parameters.values() if one.kind < one.KEYWORD_ONLY]
+    for name, each in _FUNCTIONS.items()
+}
 _TENSORS = ("e", "c", "targets", "bias", "token_weight", "document_ids")
 _ROWS = ("start", "stop", "reduce_e_grad", "vocab_size", "largest_shard")
 
@@ -57,10 +60,11 @@ def run(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
 
     Else the graph breaks, and the function runs as it does without a graph.
     """
-    names = _PARAMETERS.get(function.__name__, ())
-    if len(args) <= len(names) and not _is_transformed():
-        given = dict(dict(zip(names, args, strict=False)), **kwargs)
-        if _can_be_said(given):
+    names = _POSITIONAL.get(function.__name__)
+    if names is not None and len(args) <= len(names) and not _is_transformed():
+        placed = dict(zip(names, args, strict=False))
+        given = dict(placed, **kwargs)
+        if len(given) == len(placed) + len(kwargs) and _can_be_said(given):
             return cast(R, _in_graph(function.__name__, given))
     return outside(function, *args, **kwargs)
 
@@ -93,7 +97,7 @@ def _can_be_said(given: Mapping[str, Any]) -> bool:
     tensors = [given.get(name) for name in _TENSORS]
     return (
         rest.get("accumulate_into") is None
-        and None not in [type(tensor) for tensor in tensors[:3]]
+        and all(tensor is not None for tensor in tensors[:3])
         and all(tensor is None or type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
         and all(value is None or type(value) in (bool, int, float, str) for value in rest.values())
         and all(abs(float(value)) < math.inf for value in rest.values() if type(value) is float)

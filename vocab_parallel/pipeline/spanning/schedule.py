@@ -230,7 +230,9 @@ class SpanningSchedule(_PipelineScheduleRuntime):
                     args = (torch.cat([ids for (ids,) in self._split[0]]),)
         on_cpu = self._given.loss.output_weight.tensors[0].is_cpu
         shapes, known = _shapes_of((target, self._split or (args, kwargs))), self._shapes
-        validate = on_cpu or known is None or shapes[:1] != known[:1]  # the labels', on all ranks
+        # The labels' shapes change on all ranks; where there are no labels, others do not agree.
+        changed = problem is None and shapes[:1] != (known or [])[:1]
+        validate = on_cpu or known is None or changed
         self._inputs = inputs = step_inputs(
             self._given,
             self._last,
@@ -255,7 +257,7 @@ class SpanningSchedule(_PipelineScheduleRuntime):
                 *args, target=target, losses=losses, return_outputs=return_outputs, **kwargs
             )
         finally:
-            self.loss_fn.num_valid_tokens = before
+            self.loss_fn.num_valid_tokens, self._split = before, None
         self._shapes = shapes
         return result
 

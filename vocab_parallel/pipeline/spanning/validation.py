@@ -343,6 +343,8 @@ def problem_of_microbatches(
         ("ids (arg_mbs)", [one[0] for one in arg_mbs] if spans else []),
     ):
         kinds = {(tuple(one.shape), one.dtype, one.device) for one in tensors}
+        if any(not one.dim() for one in tensors):
+            return ValueError(f"the {name} must be [b, T] each, got numbers")
         if len(kinds) > 1:
             return ValueError(f"the {name} must have one shape, dtype and device, got {kinds}")
     return None
