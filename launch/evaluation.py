@@ -49,6 +49,7 @@ def evaluate(arguments: EvaluateArguments, device: torch.device) -> TokenScores:
         sequence=arguments.sequence,
         vocabulary=config.vocab_size,
         model=arguments.model,
+        once=True,
     )
     with raised_on_all():
         pipeline = build_pipeline(meshed, config, source, groups, device)
@@ -58,7 +59,7 @@ def evaluate(arguments: EvaluateArguments, device: torch.device) -> TokenScores:
     if dist.get_rank() == 0:
         say_random(arguments.model, source)
         say_beyond_positions(config, batches.longest)
-        tokens = arguments.batches * arguments.batch * arguments.sequence
+        tokens = len(batches) * arguments.batch * arguments.sequence
         print(f"launch.evaluate: {tokens:,} tokens, {meshed.mesh}", file=sys.stderr, flush=True)
     scores = score_pipeline(pipeline, batches, 1)
     sums = torch.zeros(3, dtype=torch.float64, device=device)

@@ -94,6 +94,7 @@ def run(arguments: TrainArguments, device: torch.device) -> bool:
         held_out = load_batches_on_all(
             replace(arguments, text=arguments.eval_text),
             steps=arguments.eval_batches,
+            once=True,
             **shape,
             **of_model,
             option="--eval-text",

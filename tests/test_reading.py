@@ -33,6 +33,15 @@ def load_ids(folder: Path, ids: np.ndarray, **given: Any) -> Batches:
     return load.load_batches(arguments, **shape)
 
 
+def test_a_short_text_is_scored_once(tmp_path: Path) -> None:
+    """A run reads five sequences again and again; an evaluation ends with their last batch."""
+    ids = np.arange(5 * SEQUENCE)
+    assert len(load_ids(tmp_path, ids, steps=8, batch=2)) == 8
+    scored = load_ids(tmp_path, ids, steps=8, batch=2, once=True)
+    read = torch.cat([batch.ids.flatten() for batch in scored])
+    assert read.tolist() == list(range(4 * SEQUENCE))
+
+
 def test_order() -> None:
     """A permutation of every count, another one for each seed and epoch, without a pattern."""
     for count in (1, 2, 3, 5, 16, 17, 1000, 65_537):

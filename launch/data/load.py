@@ -63,6 +63,7 @@ def load_batches(
     model: str | None = None,
     option: str = "--text",
     seed: int | None = None,
+    once: bool = False,
 ) -> Batches:
     """Open a text's tokens in ``--cache``, which are made where they are not there.
 
@@ -73,6 +74,7 @@ def load_batches(
         model: a folder, whose tokenizer is used, a published name, or None.
         option: of the command line, by which messages name the text.
         seed: of the order of the sequences; None is the text's.
+        once: whether no sequence is read again: fewer steps, where the text ends before.
 
     Raises:
         ValueError: what cannot be read, no tokenizer, fewer tokens than one batch, or an id that
@@ -94,6 +96,8 @@ def load_batches(
             f"{batch * sequence}: give more text, or a smaller --batch or --sequence"
         )
     _check_range(tokens, by, vocabulary, model)
+    if once:
+        steps = min(steps, len(tokens) // sequence // batch)
     batches = Batches(tokens, steps, batch, sequence, packed, seed)
     if not batches.counts_any:
         raise ValueError(
