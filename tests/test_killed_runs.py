@@ -172,7 +172,9 @@ def test_last_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(tmp_path.iterdir()) == [file]
 
 
-@pytest.mark.parametrize("signal_name", ["SIGSTOP", "SIGTERM"])
+@pytest.mark.parametrize(
+    "signal_name", [pytest.param("SIGSTOP", marks=pytest.mark.slow), "SIGTERM"]
+)
 def test_stopped(signal_name: str, tmp_path: Path) -> None:
     """A rank that stands still ends all others in the timeout; SIGTERM of torchrun ends all."""
     output, checkpoints = tmp_path / "output", tmp_path / "checkpoints"

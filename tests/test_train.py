@@ -203,7 +203,8 @@ def unanswered(folder: Path) -> Path:
     return folder / "chat.jsonl"
 
 
-@pytest.mark.parametrize("option", [pytest.param("--text", marks=pytest.mark.slow), "--eval-text"])
+@pytest.mark.slow
+@pytest.mark.parametrize("option", ["--text", "--eval-text"])
 def test_text_in_which_no_token_counts(option: str, tmp_path: Path) -> None:
     """Conversations that nobody answers are no text to train on, nor to score."""
     write_tokenizer(tmp_path / "tokenizer", chat=CHAT)
@@ -496,7 +497,9 @@ def test_the_loss_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert all(float(tick).is_integer() for tick in axes.get_xticks())
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_signal_ends_a_run_in_order(number: signal.Signals, tmp_path: Path) -> None:
     """The picture, run.json, a last checkpoint, and the command that goes on, as a last line."""
     np.save(tmp_path / "ids.npy", np.arange(4096) % 300)
