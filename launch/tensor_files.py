@@ -8,7 +8,7 @@ for torch's own tools, and never read. The tensors themselves torch reads by
 
 import json
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,9 @@ class CheckedWriter(FileSystemWriter):
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Write where everything lies; one rank calls it."""
         super().finish(metadata, results)
-        text = json.dumps(_as_json(metadata))
+        # torch 2.11 notes the places in a copy of the metadata.
+        places = {one.index: one.storage_data for of_rank in results for one in of_rank}
+        text = json.dumps(_as_json(metadata, places))
         self.sums[_TORCHS_OWN] = checksum(self._folder / _TORCHS_OWN)
         self.sums[TENSORS] = write_synced(self._folder / TENSORS, text)
 
@@ -103,14 +105,14 @@ class CheckedReader(FileSystemReader):
         return self._metadata
 
 
-def _as_json(metadata: Metadata) -> dict[str, Any]:
+def _as_json(metadata: Metadata, places: Mapping[MetadataIndex, Any]) -> dict[str, Any]:
     """Return {name: {dtype, size, parts}}, a part being [offsets, sizes, file, byte, bytes]."""
     tensors = {}
     for name, tensor in metadata.state_dict_metadata.items():
         assert isinstance(tensor, TensorStorageMetadata)  # nothing else is saved
         parts = []
         for chunk in tensor.chunks:
-            place = metadata.storage_data[MetadataIndex(name, chunk.offsets)]
+            place = places[MetadataIndex(name, chunk.offsets)]
             where = [place.relative_path, place.offset, place.length]
             parts.append([list(chunk.offsets), list(chunk.sizes), *where])
         dtype = str(tensor.properties.dtype).removeprefix("torch.")
