@@ -451,9 +451,8 @@ class _GradientTiles:
         """
         if self._scratch is None or classifier_grad is None:
             return False
-        if self._upstream.classifier_grad.add_to is None and (
-            classifier_grad.dtype == self._scratch.dtype
-        ):
+        fresh = self._upstream.classifier_grad.add_to is None
+        if fresh and classifier_grad.dtype == self._scratch.dtype:
             self._lender = classifier_grad
         return self._lender is not None
 

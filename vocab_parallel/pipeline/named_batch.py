@@ -1,10 +1,11 @@
 """A pipeline loss whose microbatches hold several tensors, by name."""
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vocab_parallel.agreement import RankSummary, agree
 from vocab_parallel.pipeline.scheduled_loss import ScheduledLoss
@@ -18,15 +19,7 @@ class NamedBatchLoss(ScheduledLoss):
     positions of the sequences, by which each microbatch finds its own.
     """
 
-    def __init__(
-        self,
-        output_weight: nn.Module | Tensor,
-        output_bias: Tensor | None,
-        vocab_parallel_options: Any,
-        options: dict[str, Any],
-    ) -> None:
-        super().__init__(output_weight, output_bias, vocab_parallel_options, options)
-        self._batch: dict[str, Tensor] = {}
+    _batch: Mapping[str, Tensor] = MappingProxyType({})
 
     def load(self, targets: Tensor, **extras: Tensor) -> Tensor:
         """Keep the batch of the next steps, and return the ``target`` to give to them.

@@ -331,7 +331,8 @@ def problem_of_microbatches(
         if every is None and not needed:
             continue
         got = [type(one).__name__ for one in every] if isinstance(every, list) else type(every)
-        if not isinstance(got, list) or len(every) != count or not _all(every, kind):
+        right = isinstance(got, list) and len(every) == count
+        if not right or not all(isinstance(one, kind) for one in every):
             return ValueError(
                 f"every rank needs {name} as a list of {count} {kind.__name__}s, one for each "
                 f"microbatch of its column, got {got}"
@@ -348,10 +349,6 @@ def problem_of_microbatches(
         if len(kinds) > 1:
             return ValueError(f"the {name} must have one shape, dtype and device, got {kinds}")
     return None
-
-
-def _all(values: list[Any], kind: type) -> bool:
-    return all(isinstance(one, kind) for one in values)
 
 
 def _problem_of_step(
