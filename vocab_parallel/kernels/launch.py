@@ -1,9 +1,9 @@
-"""Kernels that are started without looking at what their arguments are worth.
+"""Kernels that are started without triton's look at their arguments.
 
-Through triton a launch asks of every argument whether it is 1, a multiple of 16 or aligned, and
-finds the binary by the answers: tens of microseconds for thirty arguments. A kernel declared here
-has one binary for each device and set of constants, dtypes and widths of integers. The first launch
-goes through triton; later ones find the binary by these, and start it.
+Through triton a launch asks of every argument what a binary could be made of it, finds the binary
+by the answers, and asks for device, stream and hooks: tens of microseconds where the host is what a
+short microbatch waits for. A kernel declared here is first started through triton, and then, for
+the same constants, dtypes and widths of integers, by what came of that.
 """
 
 import inspect
@@ -14,21 +14,33 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
 
 _WIDE = 2**31  # from here on a number has 8 bytes
+_LINE = 16  # bytes or numbers that a load of full width begins at a multiple of
 # Names of constants with their values, of a kernel's own and of the compiler's options; hashable.
 Constants = tuple[tuple[str, Any], ...]
 
 
 class Kernel:
-    """A kernel whose values come first and whose constants last."""
+    """A kernel whose values come first and whose constants last.
 
-    def __init__(self, function: Callable[..., None]) -> None:
+    Args:
+        function: in triton's language.
+        aligned: whether its binaries are made for what lies at multiples of 16, addresses and
+            numbers, which kernels want that load matrices without TMA.
+        never: names of numbers that no binary is made for in any case.
+    """
+
+    def __init__(
+        self, function: Callable[..., None], *, aligned: bool = False, never: tuple[str, ...] = ()
+    ) -> None:
         parameters = inspect.signature(function).parameters.values()
         values = [each.name for each in parameters if each.annotation is not tl.constexpr]
         names = [each.name for each in parameters]
         assert names[: len(values)] == values, "constants come last"
-        self._jitted = triton.jit(function, do_not_specialize=values)
+        self._aligned = aligned
+        self._jitted = triton.jit(function, do_not_specialize=never if aligned else values)
         self._constants = names[len(values) :]
         self._started: dict[Any, Any] = {}
 
@@ -43,18 +55,46 @@ class Kernel:
             values: all that are no constants, in order.
             constants: all others, and options of the compiler.
         """
-        key = (constants, like.device, *_kinds(values))
+        device = like.get_device()
+        if 0 <= device != torch._C._cuda_getDevice():
+            with torch.cuda.device(device):
+                return self.start(like, grid, values, constants)
+        # Written out, since a call of a function for each value takes as long as the launch.
+        kinds = [
+            value.dtype
+            if type(value) is Tensor
+            else -_WIDE <= value < _WIDE
+            if type(value) is int
+            else _kind(value)
+            for value in values
+        ]
+        if self._aligned:
+            kinds += [
+                value.data_ptr() % _LINE
+                if isinstance(value, Tensor)
+                else -(value == 1) or value % _LINE
+                if type(value) is int
+                else 0
+                for value in values
+            ]
+        key = (constants, device, *kinds)
         known = self._started.get(key)
-        with torch.cuda.device_of(like):
-            if known is None:
-                by_name = dict(constants)
-                compiled = self._jitted[grid](*values, **by_name)
-                if compiled is not None:  # the interpreter compiles nothing
-                    own = [by_name[name] for name in self._constants]
-                    self._started[key] = compiled, own
-            else:
-                compiled, own = known
-                compiled[grid + (1,) * (3 - len(grid))](*values, *own)
+        if known is None:
+            by_name = dict(constants)
+            compiled = self._jitted[grid](*values, **by_name)
+            if compiled is not None:  # the interpreter compiles nothing
+                self._started[key] = compiled, [by_name[name] for name in self._constants]
+            return None
+        compiled, own = known
+        sizes = grid + (1,) * (3 - len(grid))
+        hook = knobs.runtime.launch_enter_hook
+        if getattr(hook, "calls", hook):  # a profiler's
+            compiled[sizes](*values, *own)
+            return None
+        stream, function = torch._C._cuda_getCurrentRawStream(device), compiled.function
+        metadata = compiled.packed_metadata
+        compiled.run(*sizes, stream, function, metadata, None, None, None, *values, *own)
+        return None
 
 
 def kernel(function: Callable[..., None]) -> Kernel:
@@ -62,17 +102,14 @@ def kernel(function: Callable[..., None]) -> Kernel:
     return Kernel(function)
 
 
-def _kinds(values: tuple[Any, ...]) -> list[object]:
-    """Return what of the values a binary is made for."""
-    found: list[object] = []
-    for value in values:
-        kind = type(value)
-        if kind is int:
-            found.append(-_WIDE <= value < _WIDE)
-        else:
-            dtype = getattr(value, "dtype", None)
-            if dtype is None:  # a descriptor's is its tensor's; its block is the kernel's own
-                base = getattr(value, "base", None)
-                dtype = kind if base is None else base.dtype
-            found.append(dtype)
-    return found
+def aligned_kernel(*never: str) -> Callable[[Callable[..., None]], Kernel]:
+    """Declare a kernel that loads matrices without TMA; see `Kernel`."""
+    return lambda function: Kernel(function, aligned=True, never=never)
+
+
+def _kind(value: Any) -> object:
+    """Return what a binary is made for of a value that is neither a tensor nor an integer.
+
+    A descriptor's is its tensor's; its block is the kernel's own.
+    """
+    return getattr(getattr(value, "base", value), "dtype", type(value))

@@ -7,10 +7,10 @@ deterministic.
 """
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from vocab_parallel.kernels.launch import aligned_kernel
 from vocab_parallel.kernels.logit import (
     Transform,
     cdiv,
@@ -52,35 +52,37 @@ def logits_gradient(
     sums = None
     if sum_tokens:
         sums = torch.empty((groups, num_rows), dtype=torch.float32, device=logits.device)
-    with torch.cuda.device_of(logits):
-        _logits_gradient[(cdiv(num_rows, block) * groups,)](
-            logits,
-            logits.stride(0),
-            out,
-            out.stride(0),
-            bias,
-            targets,
-            statistics,
-            statistics.stride(0),
-            grads,
-            grads.stride(0),
-            sums,
-            num_tokens,
-            num_rows,
-            min(readable_width(logits), readable_width(out)),
-            row_start,
-            *logit_values(transform),
-            **logit_constants(bias is not None, parts_of(transform), names),
-            HAS_SUMS=sum_tokens,
-            STEPS=of_group // at_a_time,
-            TOKENS=at_a_time,
-            BLOCK=block,
-            num_warps=2,
-        )
+    values = (
+        logits,
+        logits.stride(0),
+        out,
+        out.stride(0),
+        bias,
+        targets,
+        statistics,
+        statistics.stride(0),
+        grads,
+        grads.stride(0),
+        sums,
+        num_tokens,
+        num_rows,
+        min(readable_width(logits), readable_width(out)),
+        row_start,
+        *logit_values(transform),
+    )
+    constants = (
+        *logit_constants(bias is not None, parts_of(transform), names).items(),
+        ("HAS_SUMS", sum_tokens),
+        ("STEPS", of_group // at_a_time),
+        ("TOKENS", at_a_time),
+        ("BLOCK", block),
+        ("num_warps", 2),
+    )
+    _logits_gradient.start(logits, (cdiv(num_rows, block) * groups,), values, constants)
     return None if sums is None else sums.sum(0)
 
 
-@triton.jit(do_not_specialize=["row_start"])  # one binary for all tiles
+@aligned_kernel("row_start")  # one binary for all tiles
 def _logits_gradient(  # type: ignore[no-untyped-def]
     logits,
     token_stride,

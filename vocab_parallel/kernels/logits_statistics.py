@@ -3,11 +3,11 @@
 Reads the tile once and writes k numbers a token: n r itemsize bytes, one exponential a logit.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from vocab_parallel.kernels.launch import aligned_kernel
 from vocab_parallel.kernels.logit import (
     Transform,
     logit_constants,
@@ -45,27 +45,29 @@ def logits_statistics(
     num_tokens, num_rows = logits.shape
     assert logits.stride(1) == 1
     assert statistics.stride(1) == 1
-    with torch.cuda.device_of(logits):
-        _logits_statistics[(num_tokens,)](
-            logits,
-            logits.stride(0),
-            bias,
-            targets,
-            statistics,
-            statistics.stride(0),
-            num_rows,
-            readable_width(logits),
-            row_start,
-            *logit_values(transform),
-            **logit_constants(bias is not None, parts_of(transform), names),
-            **other_place(names),
-            FIRST=first,
-            BLOCK=BLOCK,
-            num_warps=1,
-        )
+    values = (
+        logits,
+        logits.stride(0),
+        bias,
+        targets,
+        statistics,
+        statistics.stride(0),
+        num_rows,
+        readable_width(logits),
+        row_start,
+        *logit_values(transform),
+    )
+    constants = (
+        *logit_constants(bias is not None, parts_of(transform), names).items(),
+        *other_place(names).items(),
+        ("FIRST", first),
+        ("BLOCK", BLOCK),
+        ("num_warps", 1),
+    )
+    _logits_statistics.start(logits, (num_tokens,), values, constants)
 
 
-@triton.jit(do_not_specialize=["row_start"])  # one binary for all tiles
+@aligned_kernel("row_start")  # one binary for all tiles
 def _logits_statistics(  # type: ignore[no-untyped-def]
     logits,
     token_stride,

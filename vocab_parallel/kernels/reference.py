@@ -46,7 +46,7 @@ def token_reference(
         step,
         out,
         num_tokens,
-        len(sample),
+        sample.shape[0],
         *logit_values(transform),
     )
     constants = _constants(bias is not None, parts_of(transform), depth)

@@ -1,14 +1,14 @@
 """Each token's numbers times a number of the token."""
 
-import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from vocab_parallel.kernels.launch import Constants, aligned_kernel
 from vocab_parallel.kernels.logit import cdiv
 
 # What a program works on at a time: tokens by their numbers.
 _ROWS, _WIDTH = 4, 512
+_SIZES: Constants = (("ROWS", _ROWS), ("WIDTH", _WIDTH), ("num_warps", 4))
 
 
 def scale_tokens(
@@ -25,26 +25,16 @@ def scale_tokens(
     assert matrix.stride(1) == out.stride(1) == scale.stride(0) == 1
     num_tokens, width = matrix.shape
     targets, own = at_targets or (None, None)
-    with torch.cuda.device_of(matrix):
-        _scale_tokens[(cdiv(width, _WIDTH) * cdiv(num_tokens, _ROWS),)](
-            matrix,
-            matrix.stride(0),
-            scale,
-            targets,
-            own,
-            out,
-            out.stride(0),
-            num_tokens,
-            width,
-            HAS_TARGETS=at_targets is not None,
-            ROWS=_ROWS,
-            WIDTH=_WIDTH,
-            num_warps=4,
-        )
+    values = (
+        matrix, matrix.stride(0), scale, targets, own, out, out.stride(0), num_tokens, width,
+    )  # fmt: skip
+    constants = (("HAS_TARGETS", at_targets is not None), *_SIZES)
+    grid = (cdiv(width, _WIDTH) * cdiv(num_tokens, _ROWS),)
+    _scale_tokens.start(matrix, grid, values, constants)
     return out
 
 
-@triton.jit
+@aligned_kernel()
 def _scale_tokens(  # type: ignore[no-untyped-def]
     matrix, matrix_stride, scale, targets, own, out, out_stride, num_tokens, width,
     HAS_TARGETS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,

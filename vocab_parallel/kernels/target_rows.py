@@ -8,6 +8,7 @@ tokens of one target are shared by programs, no two write to the same place, and
 same each time. And each token gets its target's row.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vocab_parallel.kernels.launch import Constants, kernel
+from vocab_parallel.kernels.launch import Constants, aligned_kernel, kernel
 from vocab_parallel.kernels.logit import cdiv
 
 # Of a block of the order; of them a program loads so many at a time, and so many columns.
@@ -30,6 +31,7 @@ _OWN, _OTHERS = 16, 256
 _ORDERING: Constants = (("OWN", _OWN), ("OTHERS", _OTHERS), ("UNROLL", 4), ("num_warps", 4))
 # Of a program that gives tokens their rows.
 _ROWS, _COLUMNS = 4, 512
+_GIVING: Constants = (("ROWS", _ROWS), ("COLUMNS", _COLUMNS), ("num_warps", 4))
 
 
 class TargetOrder(NamedTuple):
@@ -41,7 +43,7 @@ class TargetOrder(NamedTuple):
 
 def order_by_target(targets: Tensor) -> TargetOrder:
     """Order tokens by their targets (n,) int32, without a wait for the device."""
-    num_tokens = len(targets)
+    num_tokens = targets.shape[0]
     if num_tokens > _MOST_COMPARED:
         return TargetOrder(*targets.sort(stable=True))
     order = TargetOrder(torch.empty_like(targets), torch.empty_like(targets))
@@ -90,42 +92,40 @@ def add_to_target_rows(
     blocks = cdiv(num_tokens, _BLOCK)
     # Of each block a piece that begins it, and one that ends it.
     pieces = values.new_empty((blocks, 2, width), dtype=torch.float32)
-    columns = min(_WIDTH, triton.next_power_of_2(width))
+    columns = _columns(width)
     joined = min(_JOINED, columns)
-    with torch.cuda.device_of(matrix):
-        _add_pieces[(num_tokens, cdiv(width, columns))](
-            matrix,
-            matrix.stride(0),
-            values,
-            values.stride(0),
-            weight,
-            order.targets,
-            order.tokens,
-            pieces,
-            num_tokens,
-            len(matrix),
-            width,
-            BLOCK=_BLOCK,
-            TOKENS=_TOKENS,
-            WIDTH=columns,
-            num_warps=max(1, min(columns // 256, 8)),
-        )
-        _join_pieces[(blocks, cdiv(width, joined))](
-            matrix,
-            matrix.stride(0),
-            order.targets,
-            pieces,
-            num_tokens,
-            len(matrix),
-            width,
-            BLOCK=_BLOCK,
-            PIECES=_PIECES,
-            WIDTH=joined,
-            num_warps=4,
-        )
+    to, sizes = (matrix, matrix.stride(0)), (num_tokens, matrix.shape[0], width)
+    _add_pieces.start(
+        matrix,
+        (num_tokens, cdiv(width, columns)),
+        (*to, values, values.stride(0), weight, *order, pieces, *sizes),
+        _adding(columns),
+    )
+    _join_pieces.start(
+        matrix,
+        (blocks, cdiv(width, joined)),
+        (*to, order.targets, pieces, *sizes),
+        _joining(joined),
+    )
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@functools.cache
+def _columns(width: int) -> int:
+    return min(_WIDTH, int(triton.next_power_of_2(width)))
+
+
+@functools.cache
+def _adding(columns: int) -> Constants:
+    warps = max(1, min(columns // 256, 8))
+    return (("BLOCK", _BLOCK), ("TOKENS", _TOKENS), ("WIDTH", columns), ("num_warps", warps))
+
+
+@functools.cache
+def _joining(columns: int) -> Constants:
+    return (("BLOCK", _BLOCK), ("PIECES", _PIECES), ("WIDTH", columns), ("num_warps", 4))
+
+
+@aligned_kernel("num_rows")
 def _add_pieces(  # type: ignore[no-untyped-def]
     matrix, matrix_stride, values, values_stride, weight, ordered, order, pieces,
     num_tokens, num_rows, width,
@@ -164,7 +164,7 @@ def _add_pieces(  # type: ignore[no-untyped-def]
             tl.store(pieces + piece.to(tl.int64) * width + columns, total, mask=inside)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@aligned_kernel("num_rows")
 def _join_pieces(  # type: ignore[no-untyped-def]
     matrix, matrix_stride, ordered, pieces, num_tokens, num_rows, width,
     BLOCK: tl.constexpr, PIECES: tl.constexpr, WIDTH: tl.constexpr,
@@ -207,27 +207,15 @@ def add_target_rows(
     assert sums.stride(1) == rows.stride(1) == out.stride(1) == 1
     assert scale.stride(0) == weight.stride(0) == 1
     num_tokens, width = sums.shape
-    with torch.cuda.device_of(sums):
-        _add_target_rows[(cdiv(width, _COLUMNS) * cdiv(num_tokens, _ROWS),)](
-            sums,
-            sums.stride(0),
-            scale,
-            rows,
-            rows.stride(0),
-            weight,
-            targets,
-            out,
-            out.stride(0),
-            num_tokens,
-            len(rows),
-            width,
-            ROWS=_ROWS,
-            COLUMNS=_COLUMNS,
-            num_warps=4,
-        )
+    values = (
+        sums, sums.stride(0), scale, rows, rows.stride(0), weight, targets, out, out.stride(0),
+        num_tokens, rows.shape[0], width,
+    )  # fmt: skip
+    grid = (cdiv(width, _COLUMNS) * cdiv(num_tokens, _ROWS),)
+    _add_target_rows.start(sums, grid, values, _GIVING)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@aligned_kernel("num_rows")
 def _add_target_rows(  # type: ignore[no-untyped-def]
     sums, sums_stride, scale, rows, rows_stride, weight, targets, out, out_stride,
     num_tokens, num_rows, width,
