@@ -19,6 +19,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,8 @@ class Arguments:
 
     shards: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
     """Vocab degrees."""
+    impls: tuple[str, ...] = ()
+    """Losses, by name; all that are ready here, and the eager one, by default."""
     out: Path = Path("runs/memory")
     """Folder for the numbers (JSON) and the plot (PNG)."""
 
@@ -56,7 +59,8 @@ def main() -> None:
         sys.exit("benchmarks.memory needs a CUDA device")
     # Two degrees at a time: what is measured is each process's own allocator, not time.
     with ThreadPoolExecutor(max_workers=2) as pool:
-        runs = tqdm(pool.map(run_ranks, arguments.shards), total=len(arguments.shards))
+        ranks = partial(run_ranks, impls=arguments.impls)
+        runs = tqdm(pool.map(ranks, arguments.shards), total=len(arguments.shards))
         found: Found = dict(zip(arguments.shards, runs, strict=True))
     name = torch.cuda.get_device_name()
     print_tables(found)
