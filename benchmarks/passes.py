@@ -121,15 +121,11 @@ def _passes(tokens: int, rows: int, device: torch.device) -> dict[str, Pass]:
 
 def _beside_the_products(tokens: int, hidden_size: int, device: torch.device) -> dict[str, Pass]:
     """Return what keeping exponentials takes besides products, with targets of three kinds."""
+    from vocab_parallel.kernels.join_blocks import join_blocks
     from vocab_parallel.kernels.kept_probabilities import rescale_kept
-    from vocab_parallel.kernels.put_statistics import join_blocks
     from vocab_parallel.kernels.reference import token_reference
     from vocab_parallel.kernels.scaling import scale_tokens
-    from vocab_parallel.kernels.target_rows import (
-        add_target_rows,
-        add_to_target_rows,
-        order_by_target,
-    )
+    from vocab_parallel.kernels.target_rows import add_to_target_rows, order_by_target
 
     operands = draw(tokens, hidden_size, ROWS, torch.bfloat16, device)
     e, c, uniform = operands.hidden.detach(), operands.rows.detach(), operands.targets.int()
@@ -154,7 +150,10 @@ def _beside_the_products(tokens: int, hidden_size: int, device: torch.device) ->
             statistics.nbytes + grads.nbytes + 5 * 4 * tokens,
         ),
         "s e": (lambda: scale_tokens(e, scale, out), 2 * size),
-        "dE": (lambda: add_target_rows(sums, scale, c, scale, uniform, out), 4 * size),
+        "dE": (
+            lambda: scale_tokens(sums, scale, out, targets=uniform, own=scale, rows=c),
+            4 * size,
+        ),
         "order of targets": (lambda: order_by_target(uniform), 12 * tokens),
     }
     for kind, case in {"uniform": operands, **other_targets(operands)}.items():

@@ -95,7 +95,7 @@ def contestants(
     names = ("lse", "target")
     statistics = torch.zeros(2, tokens, device=device)
     plain = (None, 1.0)  # no softcap, no temperature
-    product_statistics(e, c, None, targets, statistics, names, None, plain)
+    product_statistics(e, c, None, targets, None, statistics, names, None, plain)
     grads = torch.tensor([[1.0], [-1.0]], device=device).expand(2, tokens).contiguous()
     hidden_sum = torch.zeros(tokens, hidden, device=device)
     hidden_grad, rows_grad = torch.empty_like(e), torch.empty_like(few)
@@ -103,7 +103,7 @@ def contestants(
     def all_statistics(*, in_one: bool) -> object:
         out = torch.empty_like(statistics)
         if in_one:
-            product_statistics(e, c, None, targets, out, names, None, plain)
+            product_statistics(e, c, None, targets, None, out, names, None, plain)
         else:
             torch.mm(e, c.T, out=logits)
             logits_statistics(logits, None, targets, 0, out, names, plain, first=True)

@@ -11,7 +11,7 @@ from tests.oracle import oracle, relative_error
 from tests.ranks import run_ranks
 from vocab_parallel import linear_cross_entropy, plan_backward
 from vocab_parallel.backends import registry
-from vocab_parallel.backends.interface import Shard, Transform
+from vocab_parallel.backends.interface import ClassifierGrad, Shard, Transform, Upstream, Wanted
 from vocab_parallel.backends.torch import TorchBackend
 from vocab_parallel.layout import IGNORED, OUT_OF_RANGE, mark_labels
 from vocab_parallel.statistics import (
@@ -49,7 +49,7 @@ def statistics_of(backend: TorchBackend, shard: Shard, raw: torch.Tensor) -> tor
     for rows in spans(len(shard.classifier)):
         logits, tokens = raw.clone()[:, rows], slice(0, len(shard.hidden))
         block, first = backend.block(shard, rows), rows.start == 0
-        backend.add_statistics(found, logits, block, tokens, first=first, keep=False)
+        backend.add_statistics(found, logits, block, tokens, first=first)
     return found
 
 
@@ -64,10 +64,9 @@ def gradient_of(
     for rows in spans(len(shard.classifier)):
         # A kernel may touch what follows a tile in its row of the buffer.
         tile, tokens = raw.clone()[:, rows], slice(0, len(shard.hidden))
-        sums = backend.put_gradient(
-            tile, backend.block(shard, rows), tokens, statistics, grads,
-            logits=tile, sum_tokens=shard.bias is not None,
-        )  # fmt: skip
+        wanted = Wanted(True, True, shard.bias is not None)
+        upstream = Upstream(statistics, grads, wanted, ClassifierGrad(torch.float32))
+        sums = backend.put_gradient(tile, backend.block(shard, rows), tokens, upstream, tile)
         parts.append(tile)
         found += [] if sums is None else [sums]
     return [torch.cat(parts, 1), *found]

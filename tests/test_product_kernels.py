@@ -46,7 +46,7 @@ def use_interpreted() -> None:
 
 def check_product_kernels() -> None:
     """Every option, several tiles with ragged edges, a hidden size that no step divides."""
-    from vocab_parallel.kernels import product, put_statistics
+    from vocab_parallel.kernels import product
 
     product.num_programs = lambda device, num_tiles: min(num_tiles, 2)
     generator = torch.Generator().manual_seed(0)
@@ -69,14 +69,13 @@ def check_product_kernels() -> None:
         tokens = slice(0, num_tokens)
         want = torch.empty(len(columns), num_tokens)
         whole = plain.block(shard, slice(0, num_rows))
-        plain.add_statistics(want, raw, whole, tokens, first=True, keep=True)
+        plain.add_statistics(want, raw.clone(), whole, tokens, first=True)
         found = torch.full_like(want, torch.nan)
         num_kept = min(num_rows, 256)
         kept = torch.zeros(num_tokens, 320, dtype=HALF)
         memory = 4 * 64 * len(columns)  # some tokens at a time
         # several launches, and groups of several widths
-        product._TILES_A_PROGRAM, product.SWIZZLE = 1 + turn % 2, 1 + turn % 3
-        put_statistics._constants.cache_clear()
+        product._TILES_A_PROGRAM, product._SWIZZLE = 1 + turn % 2, 1 + turn % 3
         ours.put_statistics(found, shard, None, kept[:, :num_kept], memory)
         finite = want.isfinite()
         assert torch.equal(finite, found.isfinite()), case
@@ -96,16 +95,14 @@ def check_product_kernels() -> None:
         grads = torch.randn(len(columns), num_tokens, generator=generator)
         cut = num_rows // 16 * 8  # a block of rows begins at 16 bytes
         for rows in (slice(0, cut), slice(cut, num_rows)) if cut else (slice(0, num_rows),):
-            tile, summed = raw.clone()[:, rows], bias is not None
+            tile, wanted = raw.clone()[:, rows], Wanted(True, True, bias is not None)
+            upstream = Upstream(want, grads, wanted, ClassifierGrad(HALF))
             out = torch.zeros(num_tokens, 320, dtype=HALF)
             own = out[:, : tile.shape[1]]
             sums, got = (
-                backend.put_gradient(
-                    to, backend.block(shard, rows), tokens, want, grads,
-                    logits=logits, sum_tokens=summed,
-                )
+                backend.put_gradient(to, backend.block(shard, rows), tokens, upstream, logits)
                 for backend, to, logits in ((plain, tile, tile), (ours, own, None))
-            )  # fmt: skip
+            )
             known = tile.isfinite()  # a target that is masked has no finite gradient
             assert relative_error(own[known], tile[known]) < 1e-3, case
             assert not out[:, tile.shape[1] :].any(), "others are not touched"
@@ -118,9 +115,9 @@ def check_product_kernels() -> None:
 def check_kept_probabilities() -> None:
     """Statistics and gradients of tokens near their reference, far from it, and of one alone."""
     from vocab_parallel.backends.hopper import rescaled
-    from vocab_parallel.kernels.product_probabilities import product_probabilities
+    from vocab_parallel.kernels.product_statistics import product_statistics
     from vocab_parallel.kernels.scaling import scale_tokens
-    from vocab_parallel.kernels.target_rows import add_target_rows, add_to_target_rows
+    from vocab_parallel.kernels.target_rows import add_to_target_rows
 
     generator = torch.Generator().manual_seed(1)
     ours, plain = interpreted()(), TorchBackend()
@@ -152,10 +149,10 @@ def check_kept_probabilities() -> None:
         raw = shard.hidden.float() @ shard.classifier.float().T
         want = torch.empty(len(columns), num_tokens)
         block = plain.block(shard, whole)
-        plain.add_statistics(want, raw, block, tokens, first=True, keep=True)
+        plain.add_statistics(want, raw.clone(), block, tokens, first=True)
         found = torch.full_like(want, torch.nan)
         kept = torch.full((num_tokens, 640), torch.nan)  # float32: the interpreter's bfloat16
-        product_probabilities(
+        product_statistics(
             shard.hidden, shard.classifier, shard.bias, shard.targets, reference, found,
             names_of(columns), kept[:, :num_rows], shard.transform,
         )  # fmt: skip
@@ -169,9 +166,10 @@ def check_kept_probabilities() -> None:
         grads = torch.randn(2, num_tokens, generator=generator)
         grads[0, ::5] = 0.0  # the target's logit alone receives something
         grads[:, 2::5] = 0.0  # nothing does
-        plain.put_gradient(raw, block, tokens, want, grads, logits=raw, sum_tokens=False)
+        upstream = Upstream(want, grads, Wanted(True, True, False), ClassifierGrad(HALF))
+        plain.put_gradient(raw, block, tokens, upstream, raw)
         known = raw.isfinite()
-        upstream = Upstream(found, grads, Wanted(True, True, False), ClassifierGrad(HALF))
+        upstream = upstream._replace(statistics=found)
         for _ in range(2):  # as each half of a split backward
             scale, own_entry = rescaled(kept[:, :num_rows], reference, shard, upstream)
         gradient = kept[:, :num_rows] * scale[:, None]
@@ -181,9 +179,9 @@ def check_kept_probabilities() -> None:
         add_to_target_rows(own, eye, own_entry, shard.targets)
         assert not (gradient.T * own)[known.T].any(), case
         whole_gradient = torch.empty_like(gradient)
-        add_target_rows(
-            kept[:, :num_rows], scale, torch.eye(num_rows), own_entry, shard.targets,
-            whole_gradient,
+        scale_tokens(
+            kept[:, :num_rows], scale, whole_gradient, targets=shard.targets, own=own_entry,
+            rows=torch.eye(num_rows),
         )  # fmt: skip
         gradient += own.T
         assert torch.equal(whole_gradient[known], gradient[known]), case
@@ -196,8 +194,8 @@ def check_kept_probabilities() -> None:
         scale_tokens(kept[:, :num_rows], scale, out)
         others = known & (kept[:, :num_rows] != 0.0)
         assert relative_error(out[others], raw[others]) < 1e-3
-        at_targets = (shard.targets, torch.arange(float(num_tokens)))
-        scale_tokens(kept[:, :num_rows], scale, out, at_targets)
+        entries = torch.arange(float(num_tokens))
+        scale_tokens(kept[:, :num_rows], scale, out, targets=shard.targets, own=entries)
         for token, target in enumerate(shard.targets.tolist()):
             if 0 <= target < num_rows:
                 assert out[token, target] == token

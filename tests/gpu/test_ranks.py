@@ -100,7 +100,7 @@ def check_errors(hidden: int, confident: bool) -> None:
     table = {"eager": eager}
     from vocab_parallel.backends import cce_kernels
 
-    fp32 = cce_kernels.features().fp32_accumulation
+    fp32 = cce_kernels.is_newer()
     for impl, state in available_impls().items():
         if state != "ready":
             continue

@@ -9,15 +9,17 @@ No token is skipped for being ignored, which would need the GPU's answer before 
 gradients are zero instead.
 """
 
+import functools
+import importlib.util
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vocab_parallel.backends import cce_kernels
-from vocab_parallel.backends.interface import Gradients, Shard, Upstream
+from vocab_parallel.backends.interface import Gradients, Shard, Upstream, Wanted
 from vocab_parallel.backends.reference import RecomputeOnly
 from vocab_parallel.backends.torch import owned_targets, well_scaled
 from vocab_parallel.plan import BackwardPlan
@@ -74,7 +76,7 @@ class CutCrossEntropyBackend(RecomputeOnly):
 
     def _why_not(self, shard: Shard, tokens: int) -> str | None:
         device_type, dtype = shard.hidden.device.type, shard.hidden.dtype
-        can = cce_kernels.features()
+        is_newer = cce_kernels.is_newer()
         newer = "install cut-cross-entropy 25.6 or later"
         interprets = cce_kernels.interprets()
         if device_type != "cuda" and not interprets:
@@ -86,13 +88,13 @@ class CutCrossEntropyBackend(RecomputeOnly):
             return f"multiplies operands of one dtype, got e in {dtype} and c in {other}: cast one"
         if dtype == torch.float64:
             return "works in float16, bfloat16 and float32, got float64: cast"
-        if dtype == torch.float32 and not can.fp32_accumulation:
+        if dtype == torch.float32 and not is_newer:
             return f"of the installed version needs float16 or bfloat16: {newer}"
-        if shard.bias is not None and not can.bias:
+        if shard.bias is not None and not is_newer:
             return f"of the installed version has no bias: {newer}"
         names = names_of(shard.columns)
         elements = max(tokens, shard.classifier.shape[0]) * shard.hidden.shape[1]
-        if elements >= 2**31 and not can.fp32_accumulation:
+        if elements >= 2**31 and not is_newer:
             return f"of the installed version counts elements in 32 bits: {newer}"
         for refused, what in (
             (shard.transform.temperature != 1.0, "temperature"),
@@ -125,51 +127,73 @@ class CutCrossEntropyBackend(RecomputeOnly):
         The kernel's gradient is nll_grad (p - [is target]) + lse_grad p, so that
         nll_grad = -d.target and lse_grad = d.lse + d.target.
         """
-        can = cce_kernels.features()
+        newer = cce_kernels.is_newer()
         statistics, mean_logits = upstream.statistics, upstream.kept
         grads, scale = well_scaled(upstream.grads, shard.hidden.dtype, peak=1.0)
         lse_grad, target_grad = grads[0], grads[1]
         separate = lse_grad + target_grad if shard.separate_lse_grad else None
-        # A sum over the group in float32 follows: let the kernel write float32.
-        fp32_hidden = can.fp32_accumulation and (
-            self.accum_e_fp32 or shard.sum_dtype == torch.float32
-        )
-        filter_eps = self._filter_eps(shard.hidden.dtype)
-        hidden = shard.hidden.contiguous()
         owned, rows = owned_targets(shard.targets, shard.classifier.shape[0])
-        request = cce_kernels.BackwardRequest(
-            hidden=hidden,
-            classifier=shard.classifier,
-            bias=shard.bias,
-            lse=statistics[0].contiguous(),
-            targets=torch.where(owned, rows, -1),
+        arguments = {
             # Without a gradient of lse of its own, the older kernel takes p's factor for both.
-            nll_grad=(-target_grad if can.lse_grad else lse_grad).contiguous(),
-            lse_grad=separate if can.lse_grad else None,
-            softcap=shard.transform.softcap,
-            filter_eps=filter_eps,
-            filter_hidden=self.filter_e_grad and filter_eps is not None,
-            filter_classifier=self.filter_c_grad and filter_eps is not None,
-            fp32_hidden=fp32_hidden,
-            fp32_classifier=can.fp32_accumulation and self.accum_c_fp32,
-            vocab_order=None if mean_logits is None else torch.argsort(mean_logits).to(torch.int32),
-            hidden_dtype=torch.float32 if fp32_hidden else shard.hidden.dtype,
-            wants=upstream.wanted,
-        )
-        found = Gradients(*cce_kernels.backward(request))
-        if separate is not None and not can.lse_grad:
-            _add_at_targets(found, shard, statistics[1], separate)
+            "do": (-target_grad if newer else lse_grad).contiguous(),
+            "e": shard.hidden.contiguous(),
+            "lse": statistics[0].contiguous(),
+            "valids": None,
+            "softcap": shard.transform.softcap,
+            "filter_eps": self._filter_eps(shard.hidden.dtype),
+            "targets": torch.where(owned, rows, -1),
+            "vocab_ordering": None
+            if mean_logits is None
+            else torch.argsort(mean_logits).to(torch.int32),
+        }
+        if newer:
+            found = self._newer_gradients(shard, upstream.wanted, arguments, separate)
+        else:
+            found = _older_gradients(shard, upstream.wanted, arguments)
+            if separate is not None:
+                _add_at_targets(found, shard, statistics[1], separate)
         if scale is not None:
             for gradient in found:
                 if gradient is not None:
                     gradient.mul_(scale)
         return found._replace(classifier=upstream.classifier_grad.placed(found.classifier))
 
+    def _newer_gradients(
+        self, shard: Shard, wanted: Wanted, arguments: dict[str, Any], lse_grad: Tensor | None
+    ) -> Gradients:
+        info = cce_kernels.attribute("utils", "TensorInfo")
+        # A sum over the group in float32 follows: let the kernel write float32.
+        fp32_hidden = self.accum_e_fp32 or shard.sum_dtype == torch.float32
+        hidden_dtype = torch.float32 if fp32_hidden else shard.hidden.dtype
+        filters, bias = self.filter_eps is not None, shard.bias
+        kernel = cce_kernels.attribute("cce_backward", "cce_backward_kernel")
+        found = kernel(
+            **arguments,
+            dlse=lse_grad,
+            e_info=info(hidden_dtype, wanted.hidden),
+            c=shard.classifier,
+            c_info=info(shard.classifier.dtype, wanted.classifier),
+            bias=bias,
+            bias_info=None if bias is None else info(bias.dtype, wanted.bias),
+            accum_e_fp32=fp32_hidden,
+            accum_c_fp32=self.accum_c_fp32,
+            filter_e_grad=self.filter_e_grad and filters,
+            filter_c_grad=self.filter_c_grad and filters,
+        )
+        return Gradients(*found)
+
     def _filter_eps(self, dtype: torch.dtype) -> float | None:
         if self.filter_eps == "auto":
             return torch.finfo(dtype).eps / 32
         assert not isinstance(self.filter_eps, str)
         return self.filter_eps
+
+
+def _older_gradients(shard: Shard, wanted: Wanted, arguments: dict[str, Any]) -> Gradients:
+    kernel = cce_kernels.attribute("cce_backward", "cce_backward_kernel")
+    classifier = shard.classifier.detach().requires_grad_(wanted.classifier)
+    hidden_grad, classifier_grad = kernel(c=classifier, **arguments)
+    return Gradients(hidden_grad if wanted.hidden else None, classifier_grad, None)
 
 
 def _add_at_targets(found: Gradients, shard: Shard, target: Tensor, factor: Tensor) -> None:
@@ -189,4 +213,16 @@ def _add_at_targets(found: Gradients, shard: Shard, target: Tensor, factor: Tens
 
 def preset(name: str) -> Mapping[str, Any] | None:
     """Return a preset's settings: our own, else as the installed version lists it, else None."""
-    return OWN_PRESETS.get(name) or cce_kernels.installed_presets().get(name)
+    return OWN_PRESETS.get(name) or installed_presets().get(name)
+
+
+@functools.cache
+def installed_presets() -> Mapping[str, Mapping[str, Any]]:
+    """Return the presets that the installed version lists, with their settings; {} if none."""
+    if importlib.util.find_spec("cut_cross_entropy.cce_utils") is None:
+        return {}
+    presets = cce_kernels.attribute("cce_utils", "CCEPresets")
+    default = {
+        each.name: each.default for each in fields(CutCrossEntropyBackend) if each.name != "name"
+    }
+    return {name: dict(presets.build_for_impl(name, default)) for name in sorted(presets.names)}

@@ -27,11 +27,10 @@ from vocab_parallel.backends.triton import TritonBackend
 from vocab_parallel.kernels.kept_probabilities import rescale_kept
 from vocab_parallel.kernels.product import TOKENS
 from vocab_parallel.kernels.product_gradient import product_gradient
-from vocab_parallel.kernels.product_probabilities import product_probabilities
 from vocab_parallel.kernels.product_statistics import bytes_a_token, product_statistics
 from vocab_parallel.kernels.reference import token_reference
 from vocab_parallel.kernels.scaling import scale_tokens
-from vocab_parallel.kernels.target_rows import add_target_rows, add_to_target_rows
+from vocab_parallel.kernels.target_rows import add_to_target_rows
 from vocab_parallel.plan import BackwardPlan, TileShape, blocks, budget_bytes, row_blocks
 from vocab_parallel.statistics import count_lines, names_of
 
@@ -40,12 +39,8 @@ from vocab_parallel.statistics import count_lines, names_of
 class HopperBackend(TritonBackend):
     """Logits are float32 where they are made, whatever ``logits_dtype`` is; what is kept is not."""
 
-    def copies(self, shard: Shard) -> bool:
-        """Nothing is: operands have one dtype, and gradients are written in it."""
-        return False
-
     def tile_dtype(self, shard: Shard) -> torch.dtype:
-        """Return the operands' dtype."""
+        """Return the operands' dtype: they have one, and nothing is copied to another."""
         return shard.product_dtype
 
     def statistics(self, shard: Shard, plan: BackwardPlan) -> tuple[Tensor, Kept | None]:
@@ -53,12 +48,11 @@ class HopperBackend(TritonBackend):
         num_tokens, num_kept = shard.hidden.shape[0], rows_to_keep(shard, plan)
         buffer = self.buffer(shard, TileShape(num_tokens, num_kept)) if num_kept else None
         found = shard.hidden.new_empty((count_lines(shard.columns), num_tokens), dtype=shard.dtype)
-        reference = self.reference(shard)
+        has_reference = buffer is None or self.keeps_exponentials(shard)
+        reference = self.reference(shard) if has_reference else None
         kept = None if buffer is None else buffer[:, :num_kept]
         self.put_statistics(found, shard, reference, kept, budget_bytes(self.memory_budget))
-        if buffer is None:
-            return found, None
-        return found, Kept(buffer, num_kept, reference if self.keeps_exponentials(shard) else None)
+        return found, None if buffer is None else Kept(buffer, num_kept, reference)
 
     def reference(self, shard: Shard) -> Tensor | None:
         """Return a number near each token's largest logits [N], or None where none is of use.
@@ -86,24 +80,21 @@ class HopperBackend(TritonBackend):
 
         Args:
             found: [k, N], written.
-            reference: [N], that of `reference`; with None, or for a dtype that does not keep
-                exponentials, what is kept are raw logits.
+            reference: [N], that of `reference`, for a dtype that keeps exponentials or where
+                nothing is kept; with None what is kept are raw logits.
             kept: [N, r]; what is kept of the first rows, written; or None.
             memory: bytes for what is held of tokens until their statistics are joined.
         """
         names = names_of(shard.columns)
         most = memory // bytes_a_token(shard.classifier.shape[0], names)
-        for tokens in _evenly(shard.hidden.shape[0], most, TOKENS):
+        for tokens in _evenly(shard.hidden.shape[0], most, TOKENS.value):
             operands = (
                 shard.hidden[tokens], shard.classifier, shard.bias, shard.targets[tokens],
             )  # fmt: skip
-            own = None if kept is None else kept[tokens]
-            if reference is not None and (kept is None or self.keeps_exponentials(shard)):
-                product_probabilities(
-                    *operands, reference[tokens], found[:, tokens], names, own, shard.transform
-                )
-            else:
-                product_statistics(*operands, found[:, tokens], names, own, shard.transform)
+            product_statistics(
+                *operands, None if reference is None else reference[tokens], found[:, tokens],
+                names, None if kept is None else kept[tokens], shard.transform,
+            )  # fmt: skip
 
     def gradients(self, shard: Shard, plan: BackwardPlan, upstream: Upstream) -> Gradients:
         """See `Backend.gradients`."""
@@ -125,7 +116,7 @@ class HopperBackend(TritonBackend):
         classifier_grad = allocate_classifier_grad(shard, upstream)
         if classifier_grad is not None:
             adds = upstream.classifier_grad.add_to is not None
-            scaled = scale_tokens(shard.hidden, scale, torch.empty_like(shard.hidden), None)
+            scaled = scale_tokens(shard.hidden, scale, torch.empty_like(shard.hidden))
             for rows in row_blocks(values.shape[1], values.shape[1], aligned=True):
                 put_product(classifier_grad[rows], values[:, rows].T, scaled, add=adds)
             add_to_target_rows(classifier_grad, shard.hidden, own, shard.targets)
@@ -143,32 +134,22 @@ class HopperBackend(TritonBackend):
         """
         scale, own = rescaled(values, reference, shard, upstream)
         sums = None
-        if upstream.wanted.bias and shard.bias is not None:
+        if upstream.wanted.bias:
             sums = _sums_over_tokens(values, scale, own, shard)
-        scale_tokens(values, scale, values, (shard.targets, own))
+        scale_tokens(values, scale, values, targets=shard.targets, own=own)
         return sums
 
     def put_gradient(
-        self,
-        out: Tensor,
-        block: Block,
-        tokens: slice,
-        statistics: Tensor,
-        grads: Tensor,
-        *,
-        logits: Tensor | None,
-        sum_tokens: bool,
+        self, out: Tensor, block: Block, tokens: slice, upstream: Upstream, logits: Tensor | None
     ) -> Tensor | None:
         """See `TorchBackend.put_gradient`."""
         if logits is not None:
-            return super().put_gradient(
-                out, block, tokens, statistics, grads, logits=logits, sum_tokens=sum_tokens
-            )
+            return super().put_gradient(out, block, tokens, upstream, logits)
         shard = block.shard
         return product_gradient(
             shard.hidden[tokens], block.classifier, block.bias, shard.targets[tokens],
-            block.rows.start, statistics[:, tokens], grads[:, tokens],
-            names_of(shard.grad_columns), out, shard.transform, sum_tokens=sum_tokens,
+            block.rows.start, upstream.statistics[:, tokens], upstream.grads[:, tokens],
+            names_of(shard.grad_columns), out, shard.transform, sum_tokens=upstream.wanted.bias,
         )  # fmt: skip
 
 
@@ -193,8 +174,7 @@ def _hidden_grad(values: Tensor, scale: Tensor, own: Tensor, shard: Shard) -> Te
     sums = found if found.dtype == shard.dtype else torch.empty_like(found, dtype=shard.dtype)
     for rows in row_blocks(values.shape[1], values.shape[1], aligned=True):
         put_product(sums, values[:, rows], shard.classifier[rows], add=rows.start > 0)
-    add_target_rows(sums, scale, shard.classifier, own, shard.targets, found)
-    return found
+    return scale_tokens(sums, scale, found, targets=shard.targets, own=own, rows=shard.classifier)
 
 
 def _sums_over_tokens(values: Tensor, scale: Tensor, own: Tensor, shard: Shard) -> Tensor:

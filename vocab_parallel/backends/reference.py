@@ -6,7 +6,7 @@ they check the formula which the other implementations use.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +17,6 @@ from vocab_parallel.backends.interface import Gradients, Shard, Upstream
 from vocab_parallel.backends.torch import owned_targets
 from vocab_parallel.plan import BackwardPlan, TileShape
 from vocab_parallel.statistics import lines_of, share_of
-
-Leaves = Sequence[Tensor | None]  # hidden states, classifier, bias
-StatisticsFunction = Callable[[Shard, Leaves], Tensor]
 
 
 class RecomputeOnly:
@@ -42,37 +39,34 @@ class ReferenceBackend(RecomputeOnly):
 
     def statistics(self, shard: Shard, plan: BackwardPlan) -> tuple[Tensor, None]:
         """See `Backend.statistics`."""
-        leaves = (shard.hidden, shard.classifier, shard.bias)
-        return self._statistics()(shard, leaves), None
+        return self._statistics(shard), None
 
     def gradients(self, shard: Shard, plan: BackwardPlan, upstream: Upstream) -> Gradients:
         """See `Backend.gradients`."""
-        leaves = [
-            None if tensor is None else self._leaf(tensor, shard).requires_grad_(want)
-            for tensor, want in zip(
-                (shard.hidden, shard.classifier, shard.bias), upstream.wanted, strict=True
-            )
-        ]
-        shard = shard._replace(columns=shard.grad_columns)
-        with torch.enable_grad():
-            local = self._statistics()(shard, leaves)
-        sought = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
+        tensors = {"hidden": shard.hidden, "classifier": shard.classifier, "bias": shard.bias}
+        leaves = {
+            name: self._leaf(tensor, shard).requires_grad_(getattr(upstream.wanted, name))
+            for name, tensor in tensors.items()
+            if tensor is not None
+        }
+        sought = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
         if not sought:
             return Gradients(None, None, None)
+        shard = Shard(**{**shard._asdict(), **leaves, "columns": shard.grad_columns})
+        with torch.enable_grad():
+            local = self._statistics(shard)
         pulled = _shard_gradients(shard, local.detach(), upstream.statistics, upstream.grads)
-        found = iter(torch.autograd.grad(local, sought, pulled))
-        hidden, classifier, bias = (
-            next(found) if leaf is not None and leaf.requires_grad else None for leaf in leaves
-        )
-        return Gradients(hidden, upstream.classifier_grad.placed(classifier), bias)
+        grads = torch.autograd.grad(local, tuple(sought.values()), pulled)
+        found = Gradients(None, None, None)._replace(**dict(zip(sought, grads, strict=True)))
+        return found._replace(classifier=upstream.classifier_grad.placed(found.classifier))
 
     def _leaf(self, tensor: Tensor, shard: Shard) -> Tensor:
         # In the wide dtype, so that the partial gradient of the hidden states is not rounded
         # before it is summed over the group.
         return tensor.detach().to(shard.dtype)
 
-    def _statistics(self) -> StatisticsFunction:
-        return _exact_statistics
+    def _statistics(self, shard: Shard) -> Tensor:
+        return _statistics_of(shard, shard.dtype)
 
 
 @dataclass(frozen=True)
@@ -97,37 +91,20 @@ class TorchCompileBackend(ReferenceBackend):
     def _leaf(self, tensor: Tensor, shard: Shard) -> Tensor:
         return tensor.detach()
 
-    def _statistics(self) -> StatisticsFunction:
-        return _compiled()
-
-
-def _exact_statistics(shard: Shard, leaves: Leaves) -> Tensor:
-    dtype = shard.dtype
-    widened = [None if leaf is None else leaf.to(dtype) for leaf in leaves]
-    return _statistics_of(_product(widened), widened[2], shard)
+    def _statistics(self, shard: Shard) -> Tensor:
+        return _compiled()(shard, shard.product_dtype)
 
 
 @functools.cache
-def _compiled() -> StatisticsFunction:
+def _compiled() -> Callable[[Shard, torch.dtype], Tensor]:
     # At its first use, since torch.compile loads its whole compiler.
-    return torch.compile(_native_statistics, dynamic=True)
+    return torch.compile(_statistics_of, dynamic=True)
 
 
-def _native_statistics(shard: Shard, leaves: Leaves) -> Tensor:
-    operands = [None if leaf is None else leaf.to(shard.product_dtype) for leaf in leaves[:2]]
-    logits = _product(operands).to(shard.dtype)
-    return _statistics_of(logits, leaves[2], shard)
-
-
-def _product(leaves: Leaves) -> Tensor:
-    hidden, classifier = leaves[:2]
-    assert hidden is not None
-    assert classifier is not None
-    return hidden @ classifier.T
-
-
-def _statistics_of(logits: Tensor, bias: Tensor | None, shard: Shard) -> Tensor:
-    cap, temperature = shard.transform
+def _statistics_of(shard: Shard, product_dtype: torch.dtype) -> Tensor:
+    (cap, temperature), bias = shard.transform, shard.bias
+    product = shard.hidden.to(product_dtype) @ shard.classifier.to(product_dtype).T
+    logits = product.to(shard.dtype)
     if bias is not None:
         logits = logits + bias.to(logits.dtype)
     if cap is not None:

@@ -143,23 +143,18 @@ def backend_class(name: str) -> Any:
 
 
 def _class_of(impl: str) -> Any:
-    if impl == "chunked":
-        return backend_class("torch")
-    return backend_class(impl if impl in _OWN else "cut_cross_entropy")
+    own = "torch" if impl == "chunked" else impl
+    return backend_class(own if impl in _OWN else "cut_cross_entropy")
 
 
 def _apple() -> Any:
     return load("vocab_parallel.backends.cut_cross_entropy")
 
 
-def _apple_kernels() -> Any:
-    return load("vocab_parallel.backends.cce_kernels")
-
-
 def _names() -> list[str]:
     kernels = {*_apple().OWN_PRESETS, *_apple().NEWER_PRESETS}
-    if _apple_kernels().why_unavailable() is None:
-        kernels |= _apple_kernels().installed_presets().keys()
+    if _apple().cce_kernels.why_unavailable() is None:
+        kernels |= _apple().installed_presets().keys()
     return [*_OWN, *sorted(kernels)]
 
 
@@ -168,14 +163,14 @@ def _why_unavailable(name: str) -> str | None:
         return _why_no_compiler()
     if name in _OWN:
         return None
-    reason: str | None = _apple_kernels().why_unavailable()
+    reason: str | None = _apple().cce_kernels.why_unavailable()
     if reason is not None:
         return reason
     settings = _apple().preset(name)
     needs_newer = settings is None or (
         name != "cce_exact"
         and bool(settings.get("accum_e_fp32"))
-        and not _apple_kernels().features().fp32_accumulation
+        and not _apple().cce_kernels.is_newer()
     )
     if needs_newer:
         return "the installed cut-cross-entropy is too old: it needs 25.6 or later"

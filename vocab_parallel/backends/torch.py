@@ -135,10 +135,10 @@ class TorchBackend:
             for tokens in blocks(num_tokens, tile.tokens):
                 logits = buffer[tokens, rows] if stays else corner(buffer, tokens, rows)
                 self.put_raw_logits(logits, block, tokens)
+                if stays and not self.kernels:  # which only read them
+                    logits = logits.clone()
                 first = rows is row_slices[0]
-                self.add_statistics(
-                    found[:, tokens], logits, block, tokens, first=first, keep=stays
-                )
+                self.add_statistics(found[:, tokens], logits, block, tokens, first=first)
         return found, Kept(buffer, num_kept, None) if num_kept else None
 
     def gradients(self, shard: Shard, plan: BackwardPlan, upstream: Upstream) -> Gradients:
@@ -216,25 +216,16 @@ class TorchBackend:
         return out
 
     def add_statistics(
-        self,
-        found: Tensor,
-        logits: Tensor,
-        block: Block,
-        tokens: slice,
-        *,
-        first: bool,
-        keep: bool,
+        self, found: Tensor, logits: Tensor, block: Block, tokens: slice, *, first: bool
     ) -> None:
         """Join the statistics of a tile with those of the tiles before it, if there are any.
 
         Args:
             found: [k, n] of these tokens, of the rows before this tile; updated.
-            logits: [n, r], raw.
+            logits: [n, r], raw; may be overwritten.
             first: whether nothing that ``found`` holds counts.
-            keep: whether the logits must stay as they are.
         """
-        logits = finish_logits_(logits.clone() if keep else logits, block)
-        own = self.tile_statistics(logits, block, tokens)
+        own = self.tile_statistics(finish_logits_(logits, block), block, tokens)
         columns = block.shard.columns
         found.copy_(own if first else join(torch.stack((found, own)), columns))
 
@@ -269,23 +260,14 @@ class TorchBackend:
         return torch.stack([made[name] for name in names])
 
     def put_gradient(
-        self,
-        out: Tensor,
-        block: Block,
-        tokens: slice,
-        statistics: Tensor,
-        grads: Tensor,
-        *,
-        logits: Tensor | None,
-        sum_tokens: bool,
+        self, out: Tensor, block: Block, tokens: slice, upstream: Upstream, logits: Tensor | None
     ) -> Tensor | None:
-        """Write the gradient of a tile of raw logits; return its sum over tokens [r] where asked.
+        """Write the gradient of a tile of raw logits; return its sum over tokens [r] for a bias.
 
         Args:
             out: [n, r], written; may be the logits.
-            statistics, grads: [k, N] of all tokens.
+            upstream: of all tokens.
             logits: [n, r], raw, that forward kept; None makes them again.
-            sum_tokens: whether the bias wants that sum.
         """
         if logits is None:
             logits = self.put_raw_logits(out, block, tokens)
@@ -294,12 +276,13 @@ class TorchBackend:
         finish_logits_(out, block)
         cap, temperature = block.shard.transform
         capped = None if cap is None else out * (temperature / cap)
-        self.put_logits_gradient(out, block, tokens, statistics[:, tokens], grads[:, tokens])
+        statistics, grads = upstream.statistics[:, tokens], upstream.grads[:, tokens]
+        self.put_logits_gradient(out, block, tokens, statistics, grads)
         if capped is not None:  # d tanh = 1 - tanh^2
             out.addcmul_(out, capped.square_(), value=-1.0)
         if temperature != 1.0:
             out.div_(temperature)
-        return out.sum(0) if sum_tokens else None
+        return out.sum(0) if upstream.wanted.bias else None
 
     def put_logits_gradient(
         self, logits: Tensor, block: Block, tokens: slice, statistics: Tensor, grads: Tensor
@@ -339,10 +322,6 @@ class TorchBackend:
         raise AssertionError(f"{type(self).__name__} keeps logits")
 
     # What plans ask.
-
-    def copies(self, shard: Shard) -> bool:
-        """Tell whether a tile's operands or its gradient are copied to another dtype."""
-        return shard.mixed or shard.logits_dtype != shard.product_dtype
 
     def tile_dtype(self, shard: Shard) -> torch.dtype:
         """Return the dtype of logits that are in memory, where kernels work."""
@@ -389,7 +368,9 @@ class TorchBackend:
     def _tile(self, shard: Shard, plan: BackwardPlan, keeps: bool) -> TileShape:
         """Return the tile of this rank's own work; kernels take kept logits whole if they can."""
         num_tokens, num_rows = shard.hidden.shape[0], shard.classifier.shape[0]
-        if keeps and self.kernels and not self.copies(shard):
+        # A tile whose operands or gradient are copied to another dtype is small.
+        copied = shard.mixed or self.tile_dtype(shard) != shard.product_dtype
+        if keeps and self.kernels and not copied:
             return TileShape(num_tokens, num_rows)
         return TileShape(min(plan.tile.tokens, num_tokens), min(plan.tile.rows, num_rows))
 
@@ -413,7 +394,7 @@ class _GradientTiles:
     ) -> None:
         kept: Kept | None = upstream.kept
         wanted = upstream.wanted
-        self._backend, self._upstream = backend, upstream
+        self._backend = backend
         self.num_kept = 0 if kept is None else kept.num_rows
         whole = self.num_kept == shard.classifier.shape[0]
         # A part of the logits saves one half of a split backward its product: the first to come.
@@ -431,10 +412,8 @@ class _GradientTiles:
             self._scratch = backend.buffer(shard, self.tile)
         elif not whole:
             self._scratch = self._kept
-        self._grads, self.scale = well_scaled(
-            upstream.grads, shard.product_dtype, peak=backend.peak
-        )
-        self._sums_tokens = wanted.bias and shard.bias is not None
+        grads, self.scale = well_scaled(upstream.grads, shard.product_dtype, peak=backend.peak)
+        self._upstream = upstream._replace(grads=grads)
         # Exponentials of some rows become gradients at once: all others are made as such.
         self._is_gradient = False
         self._kept_sums: Tensor | None = None  # [r], of tokens
@@ -477,10 +456,7 @@ class _GradientTiles:
                 return logits, None
             return logits, self._kept_sums[rows]
         out = logits if logits is not None and self._pops else self._room(tokens, rows)
-        sums = self._backend.put_gradient(
-            out, block, tokens, self._upstream.statistics, self._grads,
-            logits=logits, sum_tokens=self._sums_tokens,
-        )  # fmt: skip
+        sums = self._backend.put_gradient(out, block, tokens, self._upstream, logits)
         # The logits may be wider than the operands, as they are where no kernel works.
         return out.to(block.classifier.dtype), sums
 

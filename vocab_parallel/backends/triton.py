@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from vocab_parallel.backends.interface import Shard
+from vocab_parallel.backends.interface import Shard, Upstream
 from vocab_parallel.backends.torch import Block, TorchBackend
 from vocab_parallel.kernels.logits_gradient import logits_gradient
 from vocab_parallel.kernels.logits_statistics import logits_statistics
@@ -30,14 +30,7 @@ class TritonBackend(TorchBackend):
         )
 
     def add_statistics(
-        self,
-        found: Tensor,
-        logits: Tensor,
-        block: Block,
-        tokens: slice,
-        *,
-        first: bool,
-        keep: bool,
+        self, found: Tensor, logits: Tensor, block: Block, tokens: slice, *, first: bool
     ) -> None:
         """See `TorchBackend.add_statistics`."""
         shard = block.shard
@@ -47,22 +40,14 @@ class TritonBackend(TorchBackend):
         )  # fmt: skip
 
     def put_gradient(
-        self,
-        out: Tensor,
-        block: Block,
-        tokens: slice,
-        statistics: Tensor,
-        grads: Tensor,
-        *,
-        logits: Tensor | None,
-        sum_tokens: bool,
+        self, out: Tensor, block: Block, tokens: slice, upstream: Upstream, logits: Tensor | None
     ) -> Tensor | None:
         """See `TorchBackend.put_gradient`."""
         if logits is None:
             logits = self.put_raw_logits(out, block, tokens)
         shard = block.shard
         return logits_gradient(
-            logits, block.bias, shard.targets[tokens], block.rows.start, statistics[:, tokens],
-            grads[:, tokens], names_of(shard.grad_columns), out, shard.transform,
-            sum_tokens=sum_tokens,
+            logits, block.bias, shard.targets[tokens], block.rows.start,
+            upstream.statistics[:, tokens], upstream.grads[:, tokens],
+            names_of(shard.grad_columns), out, shard.transform, sum_tokens=upstream.wanted.bias,
         )  # fmt: skip

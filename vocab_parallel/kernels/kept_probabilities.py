@@ -15,8 +15,6 @@ with lse for a reference. Nobody knows of them but the device: a program that fi
 its work with a few numbers of each token.
 """
 
-import functools
-
 import triton.language as tl
 from torch import Tensor
 
@@ -26,19 +24,18 @@ from vocab_parallel.kernels.logit import (
     cdiv,
     expm1,
     load_reference,
-    logit_constants,
+    load_target,
     logit_values,
-    parts_of,
     to_logit_and_slope,
 )
 from vocab_parallel.kernels.product import describe
 
-_TOKENS, _ROWS, _DEPTH = 128, 64, 64
+_TOKENS, _ROWS, _DEPTH = tl.constexpr(128), tl.constexpr(64), tl.constexpr(64)
 # Programs that share a block of tokens, should its rows have to be done anew.
-_SHARES = 8
+_SHARES = tl.constexpr(8)
 # How far a token's lse may lie from its reference: exp of it, and of it over a gradient of 1e-12,
 # are floats.
-_FARTHEST = 60.0
+_FARTHEST = tl.constexpr(60.0)
 
 
 def rescale_kept(
@@ -57,9 +54,9 @@ def rescale_kept(
     assert kept.stride(1) == statistics.stride(1) == grads.stride(1) == 1
     scale, own = statistics.new_empty((2, num_tokens)).unbind()
     values = (
-        describe(hidden, _TOKENS, _DEPTH),
-        describe(classifier, _ROWS, _DEPTH),
-        describe(kept, _TOKENS, _ROWS),
+        describe(hidden, _TOKENS.value, _DEPTH.value),
+        describe(classifier, _ROWS.value, _DEPTH.value),
+        describe(kept, _TOKENS.value, _ROWS.value),
         kept,
         kept.stride(0),
         bias,
@@ -75,24 +72,10 @@ def rescale_kept(
         num_rows,
         *logit_values(transform),
     )
-    grid = (cdiv(num_tokens, _TOKENS), _SHARES)
-    constants = _constants(bias is not None, parts_of(transform), depth)
+    grid = (cdiv(num_tokens, _TOKENS.value), _SHARES.value)
+    constants: Constants = (("DEPTHS", cdiv(depth, _DEPTH.value)), ("num_warps", 4))
     _rescale.start(hidden, grid, values, constants)
     return scale, own
-
-
-@functools.cache
-def _constants(has_bias: bool, parts: tuple[bool, bool], depth: int) -> Constants:
-    return (
-        *logit_constants(has_bias, parts, ("lse", "target")).items(),
-        ("FARTHEST", _FARTHEST),
-        ("DEPTHS", cdiv(depth, _DEPTH)),
-        ("SHARES", _SHARES),
-        ("TOKENS", _TOKENS),
-        ("ROWS", _ROWS),
-        ("DEPTH", _DEPTH),
-        ("num_warps", 4),
-    )
 
 
 @kernel
@@ -115,23 +98,13 @@ def _rescale(  # type: ignore[no-untyped-def]
     num_rows,
     softcap,
     temperature,
-    HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_TEMPERATURE: tl.constexpr,
-    SUM: tl.constexpr,
-    MEAN: tl.constexpr,
-    FARTHEST: tl.constexpr,
     DEPTHS: tl.constexpr,
-    SHARES: tl.constexpr,
-    TOKENS: tl.constexpr,
-    ROWS: tl.constexpr,
-    DEPTH: tl.constexpr,
 ):
-    token = tl.program_id(0) * TOKENS
+    token = tl.program_id(0) * _TOKENS
     share = tl.program_id(1)
-    tokens = token + tl.arange(0, TOKENS)
+    tokens = token + tl.arange(0, _TOKENS)
     here = tokens < num_tokens
-    target = tl.load(targets + tokens, mask=here, other=-1).to(tl.int32)
+    target = load_target(targets, tokens, num_tokens)
     lse = tl.load(statistics + tokens, mask=here, other=0.0)
     at_target = tl.load(statistics + statistics_stride + tokens, mask=here, other=0.0)
     lse_grad = tl.load(grads + tokens, mask=here, other=0.0)
@@ -139,16 +112,18 @@ def _rescale(  # type: ignore[no-untyped-def]
     shift = load_reference(reference, tokens, num_tokens)
 
     own = lse_grad * expm1(at_target - lse) + (lse_grad + target_grad)
-    if HAS_SOFTCAP:  # d tanh = 1 - tanh^2
-        tanh = at_target * temperature / softcap
+    if softcap is not None:  # d tanh = 1 - tanh^2
+        tanh = at_target / softcap
+        if temperature is not None:
+            tanh = at_target * temperature / softcap
         own *= 1.0 - tanh * tanh
-    far = here & (tl.abs(lse - shift) > FARTHEST)
+    far = here & (tl.abs(lse - shift) > _FARTHEST)
     shift = tl.where(far, lse, shift)
     # Ignored tokens, whose statistics may be anything, receive nothing.
     scale = tl.where(lse_grad == 0.0, 0.0, lse_grad * tl.exp(shift - lse))
     if share == 0:
         slope = 1.0
-        if HAS_TEMPERATURE:
+        if temperature is not None:
             slope = 1.0 / temperature
         tl.store(scales + tokens, scale * slope, mask=here)
         tl.store(owns + tokens, own * slope, mask=here)
@@ -156,17 +131,15 @@ def _rescale(  # type: ignore[no-untyped-def]
         at = kept_numbers + tokens.to(tl.int64) * kept_stride + target
         tl.store(at, 0.0, mask=owned)
     if tl.max(far.to(tl.int32)) > 0:
-        for row in range(share * ROWS, num_rows, SHARES * ROWS):
-            z = tl.zeros((TOKENS, ROWS), dtype=tl.float32)
+        for row in range(share * _ROWS, num_rows, _SHARES * _ROWS):
+            z = tl.zeros((_TOKENS, _ROWS), dtype=tl.float32)
             for step in range(DEPTHS):
-                e = hidden.load([token, step * DEPTH])
-                z = tl.dot(e, classifier.load([row, step * DEPTH]).T, z)
-            columns = row + tl.arange(0, ROWS)
-            if HAS_BIAS:
+                e = hidden.load([token, step * _DEPTH])
+                z = tl.dot(e, classifier.load([row, step * _DEPTH]).T, z)
+            columns = row + tl.arange(0, _ROWS)
+            if bias is not None:
                 z += tl.load(bias + columns, mask=columns < num_rows, other=0.0).to(tl.float32)
-            z, slope = to_logit_and_slope(z, softcap, 1.0, HAS_SOFTCAP, False)
-            if HAS_TEMPERATURE:
-                z = z / temperature
+            z, slope = to_logit_and_slope(z, softcap, temperature)
             anew = tl.exp(z - shift[:, None]) * slope
             anew = tl.where(columns[None, :] == target[:, None], 0.0, anew)
             kept.store([token, row], anew.to(kept.dtype))

@@ -7,10 +7,10 @@ from torch import Tensor
 from vocab_parallel.kernels.launch import Constants, kernel
 from vocab_parallel.kernels.logit import cdiv
 
-_LABELS = 1024  # that a program marks
-_MARKING: Constants = (("BLOCK", _LABELS), ("num_warps", 4))
-# One program that goes through all labels.
-_COUNTING: Constants = (("BLOCK", 2048), ("num_warps", 8))
+_MARKED = tl.constexpr(1024)  # labels, by a program
+_COUNTED = tl.constexpr(2048)  # at a time, by one program that goes through all labels
+_MARKING: Constants = (("num_warps", 4),)
+_COUNTING: Constants = (("num_warps", 8),)
 
 
 def mark_and_shift(
@@ -36,16 +36,15 @@ def mark_and_shift(
         ignored,
         out_of_range,
     )
-    _mark_and_shift.start(labels, (cdiv(labels.numel(), _LABELS),), values, _MARKING)
+    _mark_and_shift.start(labels, (cdiv(labels.numel(), _MARKED.value),), values, _MARKING)
     return out
 
 
 @kernel
 def _mark_and_shift(  # type: ignore[no-untyped-def]
-    labels, out, size, length, shift, ignore_index, vocab_size, ignored, out_of_range,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    labels, out, size, length, shift, ignore_index, vocab_size, ignored, out_of_range
+):
+    index = tl.program_id(0).to(tl.int64) * _MARKED + tl.arange(0, _MARKED)
     inside = index < size
     has_label = index % length + shift < length
     label = tl.load(labels + index + shift, mask=inside & has_label, other=0).to(tl.int64)
@@ -63,10 +62,10 @@ def count_tokens(labels: Tensor, ignored: int) -> Tensor:  # (n,) -> () int32
 
 
 @kernel
-def _count_tokens(labels, out, size, ignored, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    found = tl.zeros((BLOCK,), tl.int32)
-    for start in range(0, size, BLOCK):
-        index = start + tl.arange(0, BLOCK)
+def _count_tokens(labels, out, size, ignored):  # type: ignore[no-untyped-def]
+    found = tl.zeros((_COUNTED,), tl.int32)
+    for start in range(0, size, _COUNTED):
+        index = start + tl.arange(0, _COUNTED)
         label = tl.load(labels + index, mask=index < size, other=ignored)
         found += (label != ignored).to(tl.int32)
     tl.store(out, tl.sum(found, 0))

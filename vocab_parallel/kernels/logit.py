@@ -7,7 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vocab_parallel.kernels.launch import Constants
+
 Transform = tuple[float | None, float]  # softcap or None, temperature
+LOG2E = tl.constexpr(1.4426950408889634)
 
 
 def cdiv(length: int, size: int) -> int:
@@ -32,62 +35,51 @@ def readable_width(tile: Tensor) -> int:
     return rounded if begins_row and rounded <= tile.stride(0) else tile.shape[1]
 
 
-def statistic_places(names: tuple[str, ...]) -> dict[str, int]:
-    """Return where the statistics lie that not every loss reads, 0 where they are not wanted."""
+# Where the statistics lie that not every loss reads, as kernels call it.
+_PLACES = (("SUM", "sum"), ("MEAN", "mean_log_prob"), ("OTHER", "largest_other"))
+
+
+@functools.cache
+def statistic_places(names: tuple[str, ...]) -> Constants:
+    """Return where those lie that not every loss reads, 0 where they are not wanted."""
     assert names[:2] == ("lse", "target")
-    return {
-        "SUM": names.index("sum") if "sum" in names else 0,
-        "MEAN": names.index("mean_log_prob") if "mean_log_prob" in names else 0,
-    }
+    return tuple((place, names.index(name) if name in names else 0) for place, name in _PLACES)
 
 
-def other_place(names: tuple[str, ...]) -> dict[str, int]:
-    """Return where the largest other logit lies, which forward alone makes; 0 if not wanted."""
-    return {"OTHER": names.index("largest_other") if "largest_other" in names else 0}
+def gradient_places(names: tuple[str, ...]) -> Constants:
+    """Return the same of those that may receive a gradient."""
+    return statistic_places(names)[:2]
 
 
-def logit_values(transform: Transform) -> tuple[float, float]:
-    """Return the values that every kernel takes that makes logits of raw entries."""
+def logit_values(transform: Transform) -> tuple[float | None, float | None]:
+    """Return softcap and temperature as kernels take them: None is compiled away."""
     softcap, temperature = transform
-    return 0.0 if softcap is None else float(softcap), float(temperature)
+    return (
+        None if softcap is None else float(softcap),
+        None if temperature == 1.0 else float(temperature),
+    )
 
 
-def parts_of(transform: Transform) -> tuple[bool, bool]:
-    """Tell whether it has a softcap, and whether a temperature: what binaries are made for."""
-    softcap, temperature = transform
-    return softcap is not None, temperature != 1.0
+@triton.jit
+def to_logit_and_slope(x, softcap, temperature):  # type: ignore[no-untyped-def]
+    """softcap tanh(x / softcap) / temperature, for x in float32 with the bias added.
 
-
-def logit_constants(
-    has_bias: bool, parts: tuple[bool, bool], names: tuple[str, ...]
-) -> dict[str, bool | int]:
-    """Return its constants.
-
-    Args:
-        parts: those of the transform.
+    And the derivative by x of what the temperature divides.
     """
-    has_softcap, has_temperature = parts
-    return {
-        "HAS_BIAS": has_bias,
-        "HAS_SOFTCAP": has_softcap,
-        "HAS_TEMPERATURE": has_temperature,
-        **statistic_places(names),
-    }
-
-
-@triton.jit
-def capped_tanh(x, softcap):  # type: ignore[no-untyped-def]
-    """tanh(x / softcap), without a library that the interpreter lacks."""
-    return 2.0 * tl.sigmoid(2.0 * x / softcap) - 1.0
-
-
-@triton.jit
-def to_logit(x, softcap, temperature, HAS_SOFTCAP: tl.constexpr, HAS_TEMPERATURE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """softcap tanh(x / softcap) / temperature, for x in float32 with the bias added."""
-    if HAS_SOFTCAP:
-        x = softcap * capped_tanh(x, softcap)
-    if HAS_TEMPERATURE:
+    slope = 1.0
+    if softcap is not None:  # d tanh = 1 - tanh^2; the interpreter has no library's tanh
+        tanh = 2.0 * tl.sigmoid(2.0 * x / softcap) - 1.0
+        x = softcap * tanh
+        slope = 1.0 - tanh * tanh
+    if temperature is not None:
         x = x / temperature
+    return x, slope
+
+
+@triton.jit
+def to_logit(x, softcap, temperature):  # type: ignore[no-untyped-def]
+    """The logit alone."""
+    x, _ = to_logit_and_slope(x, softcap, temperature)
     return x
 
 
@@ -98,22 +90,6 @@ def expm1(x):  # type: ignore[no-untyped-def]
         1.0 + x * (0.5 + x * (1.0 / 6 + x * (1.0 / 24 + x * (1.0 / 120 + x * (1.0 / 720)))))
     )
     return tl.where(tl.abs(x) < 0.25, series, tl.exp(x) - 1.0)
-
-
-@triton.jit
-def to_logit_and_slope(  # type: ignore[no-untyped-def]
-    x, softcap, temperature, HAS_SOFTCAP: tl.constexpr, HAS_TEMPERATURE: tl.constexpr
-):
-    """A logit and its derivative by the raw entry."""
-    slope = 1.0
-    if HAS_SOFTCAP:  # d tanh = 1 - tanh^2
-        tanh = capped_tanh(x, softcap)
-        x = softcap * tanh
-        slope = 1.0 - tanh * tanh
-    if HAS_TEMPERATURE:
-        x = x / temperature
-        slope = slope / temperature
-    return x, slope
 
 
 @triton.jit
@@ -142,14 +118,16 @@ def load_tokens(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def gradient_of(  # type: ignore[no-untyped-def]
-    z, slope, is_target, lse, at_target, lse_grad, target_grad, sum_grad, expected, expected_grad,
-    SUM: tl.constexpr, MEAN: tl.constexpr, HAS_SLOPE: tl.constexpr,
-):  # fmt: skip
+    z, slope, temperature, columns, of_tokens, SUM: tl.constexpr, MEAN: tl.constexpr
+):
     """The gradient of raw entries from their logits z; `backends/interface.py` has the formula.
 
-    The statistics and what they receive are those of the logits' tokens, and broadcast with z.
+    Their slopes are those of `to_logit_and_slope`; what is known of their tokens is what
+    `load_tokens` found.
     """
-    LOG2E: tl.constexpr = 1.4426950408889634
+    target, lse, at_target, lse_grad, target_grad, sum_grad, expected, expected_grad = of_tokens
+    # Here: where it is used, the compiler would make it for all entries beforehand, as bits.
+    is_target = columns[None, :] == target
     p = tl.exp2(z * LOG2E - lse * LOG2E)
     gradient = p * lse_grad
     own = lse_grad * expm1(at_target - lse) + (lse_grad + target_grad)
@@ -163,9 +141,9 @@ def gradient_of(  # type: ignore[no-untyped-def]
     gradient = tl.where(is_target, own, gradient)
     if SUM > 0:
         gradient += sum_grad
-    if HAS_SLOPE:
-        gradient *= slope
-    return gradient
+    if temperature is not None:
+        slope = slope / temperature
+    return gradient * slope
 
 
 @triton.jit

@@ -15,10 +15,9 @@ from vocab_parallel.kernels.logit import (
     Transform,
     cdiv,
     gradient_of,
+    gradient_places,
     load_tokens,
-    logit_constants,
     logit_values,
-    parts_of,
     readable_width,
     to_logit_and_slope,
 )
@@ -53,26 +52,12 @@ def logits_gradient(
     if sum_tokens:
         sums = torch.empty((groups, num_rows), dtype=torch.float32, device=logits.device)
     values = (
-        logits,
-        logits.stride(0),
-        out,
-        out.stride(0),
-        bias,
-        targets,
-        statistics,
-        statistics.stride(0),
-        grads,
-        grads.stride(0),
-        sums,
-        num_tokens,
-        num_rows,
-        min(readable_width(logits), readable_width(out)),
-        row_start,
-        *logit_values(transform),
-    )
+        logits, logits.stride(0), out, out.stride(0), bias, targets, statistics,
+        statistics.stride(0), grads, grads.stride(0), sums, num_tokens, num_rows,
+        min(readable_width(logits), readable_width(out)), row_start, *logit_values(transform),
+    )  # fmt: skip
     constants = (
-        *logit_constants(bias is not None, parts_of(transform), names).items(),
-        ("HAS_SUMS", sum_tokens),
+        *gradient_places(names),
         ("STEPS", of_group // at_a_time),
         ("TOKENS", at_a_time),
         ("BLOCK", block),
@@ -101,12 +86,8 @@ def _logits_gradient(  # type: ignore[no-untyped-def]
     row_start,
     softcap,
     temperature,
-    HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_TEMPERATURE: tl.constexpr,
     SUM: tl.constexpr,  # its place in the statistics, 0 where there is none
     MEAN: tl.constexpr,
-    HAS_SUMS: tl.constexpr,
     STEPS: tl.constexpr,  # of a program, each of some tokens
     TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -118,11 +99,11 @@ def _logits_gradient(  # type: ignore[no-untyped-def]
     inside = columns < num_rows
     touched = columns < width
     summed = tl.zeros((BLOCK,), tl.float32)
-    if HAS_BIAS:
+    if bias is not None:
         added = tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
     for step in range(STEPS):
         tokens = (group * STEPS + step) * TOKENS + tl.arange(0, TOKENS)
-        target, lse, at, lse_grad, target_grad, sum_grad, expected, expected_grad = load_tokens(
+        of_tokens = load_tokens(
             tokens, num_tokens, targets, row_start, statistics, statistics_stride, grads,
             grads_stride, SUM, MEAN,
         )  # fmt: skip
@@ -131,20 +112,16 @@ def _logits_gradient(  # type: ignore[no-untyped-def]
         at_token = tokens.to(tl.int64)[:, None]
         z = tl.load(logits + at_token * token_stride + columns[None, :], mask=mask, other=0.0)
         z = z.to(tl.float32)
-        if HAS_BIAS:
+        if bias is not None:
             z += added
-        z, slope = to_logit_and_slope(z, softcap, temperature, HAS_SOFTCAP, HAS_TEMPERATURE)
-        gradient = gradient_of(
-            z, slope, columns[None, :] == target, lse, at, lse_grad, target_grad,
-            sum_grad, expected, expected_grad,
-            SUM, MEAN, HAS_SOFTCAP or HAS_TEMPERATURE,
-        )  # fmt: skip
-        if HAS_SUMS:
+        z, slope = to_logit_and_slope(z, softcap, temperature)
+        gradient = gradient_of(z, slope, temperature, columns, of_tokens, SUM, MEAN)
+        if sums is not None:
             summed += tl.sum(gradient, 0)
         tl.store(
             out + at_token * out_stride + columns[None, :],
             gradient.to(out.dtype.element_ty),
             mask=mask,
         )
-    if HAS_SUMS:
+    if sums is not None:
         tl.store(sums + group.to(tl.int64) * num_rows + columns, summed, mask=inside)

@@ -9,17 +9,16 @@ from torch import Tensor
 
 from vocab_parallel.kernels.launch import aligned_kernel
 from vocab_parallel.kernels.logit import (
+    LOG2E,
     Transform,
-    logit_constants,
     logit_values,
-    other_place,
-    parts_of,
     readable_width,
+    statistic_places,
     to_logit,
 )
 
 # Logits that a program works on at a time: one warp, so that no reduction waits for another.
-BLOCK = 512
+_BLOCK = tl.constexpr(512)
 
 
 def logits_statistics(
@@ -46,24 +45,10 @@ def logits_statistics(
     assert logits.stride(1) == 1
     assert statistics.stride(1) == 1
     values = (
-        logits,
-        logits.stride(0),
-        bias,
-        targets,
-        statistics,
-        statistics.stride(0),
-        num_rows,
-        readable_width(logits),
-        row_start,
-        *logit_values(transform),
-    )
-    constants = (
-        *logit_constants(bias is not None, parts_of(transform), names).items(),
-        *other_place(names).items(),
-        ("FIRST", first),
-        ("BLOCK", BLOCK),
-        ("num_warps", 1),
-    )
+        logits, logits.stride(0), bias, targets, statistics, statistics.stride(0), num_rows,
+        readable_width(logits), row_start, *logit_values(transform),
+    )  # fmt: skip
+    constants = (*statistic_places(names), ("FIRST", first), ("num_warps", 1))
     _logits_statistics.start(logits, (num_tokens,), values, constants)
 
 
@@ -80,52 +65,60 @@ def _logits_statistics(  # type: ignore[no-untyped-def]
     row_start,
     softcap,
     temperature,
-    HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_TEMPERATURE: tl.constexpr,
     SUM: tl.constexpr,  # its place in the statistics, 0 where it is not wanted
     MEAN: tl.constexpr,
     OTHER: tl.constexpr,
     FIRST: tl.constexpr,
-    BLOCK: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     own = logits + token * token_stride
     target = tl.load(targets + token).to(tl.int64) - row_start
     owned = (target >= 0) & (target < num_rows)
     at_target = tl.load(own + target, mask=owned, other=0.0).to(tl.float32)
-    if HAS_BIAS:
+    if bias is not None:
         at_target += tl.load(bias + target, mask=owned, other=0.0).to(tl.float32)
-    at_target = to_logit(at_target, softcap, temperature, HAS_SOFTCAP, HAS_TEMPERATURE)
+    at_target = to_logit(at_target, softcap, temperature)
     at_target = tl.where(owned, at_target, 0.0)
+    columns = tl.arange(0, _BLOCK)
     peak = -float("inf")
-    totals = tl.zeros((BLOCK,), tl.float32)
-    weighted = tl.zeros((BLOCK,), tl.float32)
-    plain = tl.zeros((BLOCK,), tl.float32)
-    others_peak = tl.full((BLOCK,), -float("inf"), tl.float32)
-    columns = tl.arange(0, BLOCK)
+    totals = tl.zeros((_BLOCK,), tl.float32)
+    weighted = tl.zeros((_BLOCK,), tl.float32)
+    plain = tl.zeros((_BLOCK,), tl.float32)
+    others_peak = tl.full((_BLOCK,), -float("inf"), tl.float32)
+    out = statistics + token
+    if not FIRST:
+        # The rows before count as one logit more, which is their lse.
+        peak = tl.load(out)
+        totals = tl.where(columns == 0, tl.where(peak == -float("inf"), 0.0, 1.0), 0.0)
+        at_target += tl.load(out + statistics_stride)
+        if SUM > 0:
+            plain = tl.where(columns == 0, tl.load(out + SUM * statistics_stride), 0.0)
+        if MEAN > 0:
+            weighted = totals * tl.load(out + MEAN * statistics_stride)
+        if OTHER > 0:
+            others_peak = tl.maximum(others_peak, tl.load(out + OTHER * statistics_stride))
     # The next block is on its way while one is worked on; the last, which alone is masked, follows.
     ahead = tl.load(own + columns, mask=columns < width, other=0.0)
-    for _ in range(0, num_rows // BLOCK):
+    for _ in range(0, num_rows // _BLOCK):
         z = ahead.to(tl.float32)
-        if HAS_BIAS:
+        if bias is not None:
             z += tl.load(bias + columns).to(tl.float32)
         if OTHER > 0:
             is_target = columns == target
-        columns += BLOCK
+        columns += _BLOCK
         ahead = tl.load(own + columns, mask=columns < width, other=0.0)
-        z = to_logit(z, softcap, temperature, HAS_SOFTCAP, HAS_TEMPERATURE)
+        z = to_logit(z, softcap, temperature)
         if OTHER > 0:
             others_peak = tl.maximum(others_peak, tl.where(is_target, -float("inf"), z))
         if SUM > 0:
             plain += z
         peak, totals, weighted = _join_block(z, peak, totals, weighted, MEAN > 0)
-    if num_rows % BLOCK != 0:
+    if num_rows % _BLOCK != 0:
         inside = columns < num_rows
         z = ahead.to(tl.float32)
-        if HAS_BIAS:
+        if bias is not None:
             z += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
-        z = to_logit(z, softcap, temperature, HAS_SOFTCAP, HAS_TEMPERATURE)
+        z = to_logit(z, softcap, temperature)
         if SUM > 0:
             plain += tl.where(inside, z, 0.0)
         z = tl.where(inside, z, -float("inf"))
@@ -138,45 +131,20 @@ def _logits_statistics(  # type: ignore[no-untyped-def]
     lse = tl.where(total == 0.0, -float("inf"), peak + tl.log(divisor))
     origin = tl.where(total == 0.0, 0.0, peak)
 
-    out = statistics + token
-    joined = lse
-    if not FIRST:
-        before = tl.load(out)
-        larger = tl.maximum(before, lse)
-        shift = tl.where(larger == -float("inf"), 0.0, larger)
-        both = tl.exp(before - shift) + tl.exp(lse - shift)
-        joined = tl.where(both == 0.0, larger, shift + tl.log(tl.where(both == 0.0, 1.0, both)))
-        at_target += tl.load(out + statistics_stride)
+    tl.store(out, lse)
     tl.store(out + statistics_stride, at_target)
     if SUM > 0:
-        summed = tl.sum(plain, 0)
-        if not FIRST:
-            summed += tl.load(out + SUM * statistics_stride)
-        tl.store(out + SUM * statistics_stride, summed)
+        tl.store(out + SUM * statistics_stride, tl.sum(plain, 0))
     if MEAN > 0:
         expected = tl.sum(weighted, 0) / divisor - tl.where(total == 0.0, 0.0, lse - origin)
-        if not FIRST:
-            # See `statistics.py`; a part whose lse is -inf has no share.
-            safe = tl.where(joined == -float("inf"), 0.0, joined)
-            earlier = tl.load(out + MEAN * statistics_stride)
-            share, share_before = tl.exp(lse - safe), tl.exp(before - safe)
-            own = share * (expected + tl.where(lse == -float("inf"), 0.0, lse - safe))
-            own += share_before * (earlier + tl.where(before == -float("inf"), 0.0, before - safe))
-            shares = share + share_before  # 1, but for the rounding of each lse
-            expected = own / tl.where(shares == 0.0, 1.0, shares)
         tl.store(out + MEAN * statistics_stride, expected)
     if OTHER > 0:
-        other = tl.max(others_peak, 0)
-        if not FIRST:
-            other = tl.maximum(other, tl.load(out + OTHER * statistics_stride))
-        tl.store(out + OTHER * statistics_stride, other)
-    tl.store(out, joined)
+        tl.store(out + OTHER * statistics_stride, tl.max(others_peak, 0))
 
 
 @triton.jit
 def _join_block(z, peak, totals, weighted, MEAN: tl.constexpr):  # type: ignore[no-untyped-def]
     """Add a block's exponentials to the sums, lane by lane, under the largest logit so far."""
-    LOG2E: tl.constexpr = 1.4426950408889634
     new_peak = tl.maximum(peak, tl.max(z, 0))
     # A row of -inf alone (a bias may mask rows so) must not give -inf - -inf.
     shift = tl.where(new_peak == -float("inf"), 0.0, new_peak)

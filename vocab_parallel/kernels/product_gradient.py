@@ -4,25 +4,21 @@ Reads hidden states and rows, writes the gradient once, one exponential a logit.
 a gradient, a program adds up the columns of its tile's 128 tokens, and another kernel those sums.
 """
 
-import functools
-
 import torch
 import triton.language as tl
 from torch import Tensor
 
 from vocab_parallel.kernels import product
-from vocab_parallel.kernels.launch import Constants, kernel
+from vocab_parallel.kernels.launch import kernel
 from vocab_parallel.kernels.logit import (
     Transform,
-    cdiv,
     gradient_of,
+    gradient_places,
     load_tokens,
-    logit_constants,
     logit_values,
-    parts_of,
     to_logit_and_slope,
 )
-from vocab_parallel.kernels.product import multiply, tile_origin
+from vocab_parallel.kernels.product import HALF, TOKENS, multiply, tile_origin
 
 
 def product_gradient(
@@ -47,16 +43,15 @@ def product_gradient(
     """
     (num_tokens, depth), num_rows = hidden.shape, classifier.shape[0]
     assert statistics.stride(1) == grads.stride(1) == 1
-    groups = cdiv(num_tokens, product.TOKENS)
-    tiles = groups * cdiv(num_rows, product.ROWS)
+    groups, row_blocks = product.count_blocks(num_tokens, num_rows)
+    tiles = groups * row_blocks
     programs = product.num_programs(hidden.device, tiles)
     sums = None
     if sum_tokens:
         sums = torch.empty((groups, num_rows), dtype=torch.float32, device=hidden.device)
     values = (
-        product.describe(hidden, product.TOKENS, product.DEPTH),
-        product.describe(classifier, product.ROWS, product.DEPTH),
-        product.describe(out, product.TOKENS, product.ROWS // 2),
+        *product.describe_operands(hidden, classifier),
+        product.describe_halves(out),
         bias,
         targets,
         statistics,
@@ -70,27 +65,9 @@ def product_gradient(
         row_start,
         *logit_values(transform),
     )
-    constants = _constants(
-        bias is not None, parts_of(transform), names, sum_tokens, depth, programs
-    )
+    constants = gradient_places(names) + product.tile_constants(depth, programs)
     _product_gradient.start(hidden, (programs,), values, constants)
     return None if sums is None else sums.sum(0)
-
-
-@functools.cache
-def _constants(
-    has_bias: bool,
-    parts: tuple[bool, bool],
-    names: tuple[str, ...],
-    sum_tokens: bool,
-    depth: int,
-    programs: int,
-) -> Constants:
-    return (
-        *logit_constants(has_bias, parts, names).items(),
-        ("HAS_SUMS", sum_tokens),
-        *product.tile_constants(depth, programs).items(),
-    )
 
 
 @kernel
@@ -111,42 +88,29 @@ def _product_gradient(  # type: ignore[no-untyped-def]
     row_start,
     softcap,
     temperature,
-    HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_TEMPERATURE: tl.constexpr,
     SUM: tl.constexpr,  # its place in the statistics, 0 where there is none
     MEAN: tl.constexpr,
-    HAS_SUMS: tl.constexpr,
     DEPTHS: tl.constexpr,
     PROGRAMS: tl.constexpr,
-    TOKENS: tl.constexpr,
-    ROWS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    SWIZZLE: tl.constexpr,
 ):
-    HALF: tl.constexpr = ROWS // 2
     for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=True):
-        token, row = tile_origin(tile, num_tokens, num_rows, TOKENS, ROWS, SWIZZLE)
+        token, row = tile_origin(tile, num_tokens, num_rows)
         tokens = token + tl.arange(0, TOKENS)
         # Before the product, which hides the wait for them.
-        target, lse, at, lse_grad, target_grad, sum_grad, expected, expected_grad = load_tokens(
+        of_tokens = load_tokens(
             tokens, num_tokens, targets, row_start, statistics, statistics_stride, grads,
             grads_stride, SUM, MEAN,
         )  # fmt: skip
-        first, second = multiply(hidden, classifier, token, row, DEPTHS, TOKENS, ROWS, DEPTH)
+        first, second = multiply(hidden, classifier, token, row, DEPTHS)
         for half in tl.static_range(2):
             z = first if half == 0 else second
             start = row + half * HALF
             columns = start + tl.arange(0, HALF)
-            if HAS_BIAS:
+            if bias is not None:
                 z += tl.load(bias + columns, mask=columns < num_rows, other=0.0).to(tl.float32)
-            z, slope = to_logit_and_slope(z, softcap, temperature, HAS_SOFTCAP, HAS_TEMPERATURE)
-            gradient = gradient_of(
-                z, slope, columns[None, :] == target, lse, at, lse_grad, target_grad,
-                sum_grad, expected, expected_grad,
-                SUM, MEAN, HAS_SOFTCAP or HAS_TEMPERATURE,
-            )  # fmt: skip
-            if HAS_SUMS:
+            z, slope = to_logit_and_slope(z, softcap, temperature)
+            gradient = gradient_of(z, slope, temperature, columns, of_tokens, SUM, MEAN)
+            if sums is not None:
                 tl.store(
                     sums + (token // TOKENS).to(tl.int64) * num_rows + columns,
                     tl.sum(gradient, 0),

@@ -3,25 +3,16 @@
 One pass over the hidden states: the sampled rows stay in the cache.
 """
 
-import functools
-
 import torch
 import triton.language as tl
 from torch import Tensor
 
 from vocab_parallel.kernels.launch import Constants, kernel
-from vocab_parallel.kernels.logit import (
-    Transform,
-    cdiv,
-    logit_constants,
-    logit_values,
-    parts_of,
-    to_logit,
-)
+from vocab_parallel.kernels.logit import Transform, cdiv, logit_values, to_logit
 from vocab_parallel.kernels.product import describe
 
 # Of a program: tokens, the rows that are sampled, and how much of the hidden size at a time.
-_TOKENS, _ROWS, _DEPTH = 64, 64, 64
+_TOKENS, _ROWS, _DEPTH = tl.constexpr(64), tl.constexpr(64), tl.constexpr(64)
 
 
 def token_reference(
@@ -36,12 +27,12 @@ def token_reference(
         hidden, classifier: float16 or bfloat16, as `product.operands_fit` wants them.
     """
     (num_tokens, depth), num_rows = hidden.shape, classifier.shape[0]
-    step = max(num_rows // _ROWS, 1)
-    sample = classifier[: _ROWS * step : step]
+    step = max(num_rows // _ROWS.value, 1)
+    sample = classifier[: _ROWS.value * step : step]
     out = torch.empty(num_tokens, dtype=torch.float32, device=hidden.device)
     values = (
-        describe(hidden, _TOKENS, _DEPTH),
-        describe(sample, _ROWS, _DEPTH),
+        describe(hidden, _TOKENS.value, _DEPTH.value),
+        describe(sample, _ROWS.value, _DEPTH.value),
         bias,
         step,
         out,
@@ -49,22 +40,10 @@ def token_reference(
         sample.shape[0],
         *logit_values(transform),
     )
-    constants = _constants(bias is not None, parts_of(transform), depth)
-    _token_reference.start(hidden, (cdiv(num_tokens, _TOKENS),), values, constants)
+    depths = cdiv(depth, _DEPTH.value)
+    constants: Constants = (("DEPTHS", depths), ("num_warps", 4), ("num_stages", 8))
+    _token_reference.start(hidden, (cdiv(num_tokens, _TOKENS.value),), values, constants)
     return out
-
-
-@functools.cache
-def _constants(has_bias: bool, parts: tuple[bool, bool], depth: int) -> Constants:
-    return (
-        *logit_constants(has_bias, parts, ("lse", "target")).items(),
-        ("DEPTHS", cdiv(depth, _DEPTH)),
-        ("TOKENS", _TOKENS),
-        ("ROWS", _ROWS),
-        ("DEPTH", _DEPTH),
-        ("num_warps", 4),
-        ("num_stages", 8),
-    )
 
 
 @kernel
@@ -78,26 +57,18 @@ def _token_reference(  # type: ignore[no-untyped-def]
     num_sampled,
     softcap,
     temperature,
-    HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_TEMPERATURE: tl.constexpr,
-    SUM: tl.constexpr,
-    MEAN: tl.constexpr,
     DEPTHS: tl.constexpr,
-    TOKENS: tl.constexpr,
-    ROWS: tl.constexpr,
-    DEPTH: tl.constexpr,
 ):
-    token = tl.program_id(0) * TOKENS
-    z = tl.zeros((TOKENS, ROWS), dtype=tl.float32)
+    token = tl.program_id(0) * _TOKENS
+    z = tl.zeros((_TOKENS, _ROWS), dtype=tl.float32)
     for step in range(DEPTHS):
-        e = hidden.load([token, step * DEPTH])
-        z = tl.dot(e, sample.load([0, step * DEPTH]).T, z)
-    columns = tl.arange(0, ROWS)
-    if HAS_BIAS:
+        e = hidden.load([token, step * _DEPTH])
+        z = tl.dot(e, sample.load([0, step * _DEPTH]).T, z)
+    columns = tl.arange(0, _ROWS)
+    if bias is not None:
         at = bias + columns * bias_step
         z += tl.load(at, mask=columns < num_sampled, other=0.0).to(tl.float32)
-    z = to_logit(z, softcap, temperature, HAS_SOFTCAP, HAS_TEMPERATURE)
+    z = to_logit(z, softcap, temperature)
     z = tl.where(columns[None, :] < num_sampled, z, -float("inf"))
-    tokens = token + tl.arange(0, TOKENS)
+    tokens = token + tl.arange(0, _TOKENS)
     tl.store(out + tokens, tl.max(z, 1), mask=tokens < num_tokens)

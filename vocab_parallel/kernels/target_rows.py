@@ -5,7 +5,7 @@ target, and cut into pieces: a piece has one target and lies in one block of the
 adds up a piece in float32. It adds the sum to the row where that piece is all of the row's tokens;
 else it writes the sum apart, and a second kernel adds up the pieces' sums in their order. So many
 tokens of one target are shared by programs, no two write to the same place, and the result is the
-same each time. And each token gets its target's row.
+same each time.
 """
 
 import functools
@@ -20,18 +20,16 @@ from vocab_parallel.kernels.launch import Constants, aligned_kernel, kernel
 from vocab_parallel.kernels.logit import cdiv
 
 # Of a block of the order; of them a program loads so many at a time, and so many columns.
-_BLOCK, _TOKENS, _WIDTH = 32, 2, 1024
+_BLOCK, _TOKENS, _WIDTH = tl.constexpr(32), tl.constexpr(2), 1024
 # Sums of pieces that a program joins at a time, and columns.
-_PIECES, _JOINED = 16, 128
+_PIECES, _JOINED = tl.constexpr(16), 128
 # More tokens than this are sorted by torch: to compare each with each costs 8 us for 8192 of them,
 # but grows with the square.
 _MOST_COMPARED = 16_384
 # Tokens that a program finds the places of, and others it compares them with at a time.
-_OWN, _OTHERS = 16, 256
-_ORDERING: Constants = (("OWN", _OWN), ("OTHERS", _OTHERS), ("UNROLL", 4), ("num_warps", 4))
-# Of a program that gives tokens their rows.
-_ROWS, _COLUMNS = 4, 512
-_GIVING: Constants = (("ROWS", _ROWS), ("COLUMNS", _COLUMNS), ("num_warps", 4))
+_OWN, _OTHERS = tl.constexpr(16), tl.constexpr(256)
+_UNROLL = tl.constexpr(4)
+_ORDERING: Constants = (("num_warps", 4),)
 
 
 class TargetOrder(NamedTuple):
@@ -43,34 +41,30 @@ class TargetOrder(NamedTuple):
 
 def order_by_target(targets: Tensor) -> TargetOrder:
     """Order tokens by their targets (n,) int32, without a wait for the device."""
-    num_tokens = targets.shape[0]
+    num_tokens = len(targets)
     if num_tokens > _MOST_COMPARED:
         return TargetOrder(*targets.sort(stable=True))
     order = TargetOrder(torch.empty_like(targets), torch.empty_like(targets))
-    _order_by_target.start(
-        targets, (cdiv(num_tokens, _OWN),), (targets, *order, num_tokens), _ORDERING
-    )
+    grid = (cdiv(num_tokens, _OWN.value),)
+    _order_by_target.start(targets, grid, (targets, *order, num_tokens), _ORDERING)
     return order
 
 
 @kernel
-def _order_by_target(  # type: ignore[no-untyped-def]
-    targets, ordered, order, num_tokens,
-    OWN: tl.constexpr, OTHERS: tl.constexpr, UNROLL: tl.constexpr,
-):  # fmt: skip
+def _order_by_target(targets, ordered, order, num_tokens):  # type: ignore[no-untyped-def]
     """A token's place is the number of those before it: each is compared with each."""
-    first = tl.program_id(0) * OWN
-    token = (first + tl.arange(0, OWN))[:, None]
+    first = tl.program_id(0) * _OWN
+    token = (first + tl.arange(0, _OWN))[:, None]
     own = tl.load(targets + token, mask=token < num_tokens, other=0)
-    lane = tl.arange(0, OTHERS)[None, :]
-    before = tl.zeros((OWN, OTHERS), tl.int32)
-    among = first // OTHERS * OTHERS  # the others of this block are before some and behind some
-    for start in tl.range(0, among, OTHERS, loop_unroll_factor=UNROLL):
+    lane = tl.arange(0, _OTHERS)[None, :]
+    before = tl.zeros((_OWN, _OTHERS), tl.int32)
+    among = first // _OTHERS * _OTHERS  # the others of this block are before some and behind some
+    for start in tl.range(0, among, _OTHERS, loop_unroll_factor=_UNROLL):
         before += (tl.load(targets + start + lane) <= own).to(tl.int32)
     other = among + lane
     target = tl.load(targets + other, mask=other < num_tokens, other=2**31 - 1)
     before += ((target < own) | ((target == own) & (other < token))).to(tl.int32)
-    for start in tl.range(among + OTHERS, num_tokens, OTHERS, loop_unroll_factor=UNROLL):
+    for start in tl.range(among + _OTHERS, num_tokens, _OTHERS, loop_unroll_factor=_UNROLL):
         other = start + lane
         target = tl.load(targets + other, mask=other < num_tokens, other=2**31 - 1)
         before += (target < own).to(tl.int32)
@@ -89,60 +83,43 @@ def add_to_target_rows(
     assert matrix.stride(1) == values.stride(1) == weight.stride(0) == 1
     num_tokens, width = values.shape
     order = order_by_target(targets)
-    blocks = cdiv(num_tokens, _BLOCK)
+    blocks = cdiv(num_tokens, _BLOCK.value)
     # Of each block a piece that begins it, and one that ends it.
     pieces = values.new_empty((blocks, 2, width), dtype=torch.float32)
-    columns = _columns(width)
-    joined = min(_JOINED, columns)
+    columns, adding, joining = _constants(width)
     to, sizes = (matrix, matrix.stride(0)), (num_tokens, matrix.shape[0], width)
-    _add_pieces.start(
-        matrix,
-        (num_tokens, cdiv(width, columns)),
-        (*to, values, values.stride(0), weight, *order, pieces, *sizes),
-        _adding(columns),
-    )
-    _join_pieces.start(
-        matrix,
-        (blocks, cdiv(width, joined)),
-        (*to, order.targets, pieces, *sizes),
-        _joining(joined),
-    )
+    of_values = values, values.stride(0), weight, *order
+    grid = (num_tokens, cdiv(width, columns))
+    _add_pieces.start(matrix, grid, (*to, *of_values, pieces, *sizes), adding)
+    grid = (blocks, cdiv(width, min(_JOINED, columns)))
+    _join_pieces.start(matrix, grid, (*to, order.targets, pieces, *sizes), joining)
 
 
 @functools.cache
-def _columns(width: int) -> int:
-    return min(_WIDTH, int(triton.next_power_of_2(width)))
-
-
-@functools.cache
-def _adding(columns: int) -> Constants:
-    warps = max(1, min(columns // 256, 8))
-    return (("BLOCK", _BLOCK), ("TOKENS", _TOKENS), ("WIDTH", columns), ("num_warps", warps))
-
-
-@functools.cache
-def _joining(columns: int) -> Constants:
-    return (("BLOCK", _BLOCK), ("PIECES", _PIECES), ("WIDTH", columns), ("num_warps", 4))
+def _constants(width: int) -> tuple[int, Constants, Constants]:
+    """Return how many columns a program adds up, and what the two kernels are made with."""
+    columns = min(_WIDTH, int(triton.next_power_of_2(width)))
+    adding = (("WIDTH", columns), ("num_warps", max(1, min(columns // 256, 8))))
+    return columns, adding, (("WIDTH", min(_JOINED, columns)), ("num_warps", 4))
 
 
 @aligned_kernel("num_rows")
 def _add_pieces(  # type: ignore[no-untyped-def]
     matrix, matrix_stride, values, values_stride, weight, ordered, order, pieces,
-    num_tokens, num_rows, width,
-    BLOCK: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr,
+    num_tokens, num_rows, width, WIDTH: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0)
     row = tl.load(ordered + first)
     begins = tl.load(ordered + first - 1, mask=first > 0, other=-1) != row
-    if (row >= 0) & (row < num_rows) & (begins | (first % BLOCK == 0)):
-        stop = tl.minimum(first // BLOCK * BLOCK + BLOCK, num_tokens)
+    if (row >= 0) & (row < num_rows) & (begins | (first % _BLOCK == 0)):
+        stop = tl.minimum(first // _BLOCK * _BLOCK + _BLOCK, num_tokens)
         ends = tl.load(ordered + stop, mask=stop < num_tokens, other=-1) != row
         columns = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
         inside = columns < width
         total = tl.zeros((WIDTH,), tl.float32)
         start = first
         while start < stop:
-            place = start + tl.arange(0, TOKENS)
+            place = start + tl.arange(0, _TOKENS)
             here = place < stop
             here = here & (tl.load(ordered + place, mask=here, other=-1) == row)
             token = tl.load(order + place, mask=here, other=0).to(tl.int64)
@@ -154,24 +131,23 @@ def _add_pieces(  # type: ignore[no-untyped-def]
             )
             total += tl.sum(value.to(tl.float32) * by[:, None], 0)
             # All of them were this row's: more may be.
-            start = tl.where(tl.min(here.to(tl.int32)) > 0, start + TOKENS, stop)
+            start = tl.where(tl.min(here.to(tl.int32)) > 0, start + _TOKENS, stop)
         if begins & ends:
             at = matrix + row.to(tl.int64) * matrix_stride + columns
             total += tl.load(at, mask=inside, other=0.0).to(tl.float32)
             tl.store(at, total.to(matrix.dtype.element_ty), mask=inside)
         else:
-            piece = first // BLOCK * 2 + (first % BLOCK != 0).to(tl.int32)
+            piece = first // _BLOCK * 2 + (first % _BLOCK != 0).to(tl.int32)
             tl.store(pieces + piece.to(tl.int64) * width + columns, total, mask=inside)
 
 
 @aligned_kernel("num_rows")
 def _join_pieces(  # type: ignore[no-untyped-def]
-    matrix, matrix_stride, ordered, pieces, num_tokens, num_rows, width,
-    BLOCK: tl.constexpr, PIECES: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
+    matrix, matrix_stride, ordered, pieces, num_tokens, num_rows, width, WIDTH: tl.constexpr
+):
     """Add up the pieces of a row that begins in this block and goes on in the next one."""
     block = tl.program_id(0)
-    first, stop = block * BLOCK, block * BLOCK + BLOCK
+    first, stop = block * _BLOCK, block * _BLOCK + _BLOCK
     row = tl.load(ordered + stop, mask=stop < num_tokens, other=-1)
     at_first = tl.load(ordered + first) == row
     before = tl.load(ordered + first - 1, mask=first > 0, other=-1) == row
@@ -184,56 +160,12 @@ def _join_pieces(  # type: ignore[no-untyped-def]
         total = tl.load(pieces + begun.to(tl.int64) * width + columns, mask=inside, other=0.0)
         start = stop
         while start < num_tokens:
-            place = start + tl.arange(0, PIECES) * BLOCK
+            place = start + tl.arange(0, _PIECES) * _BLOCK
             here = place < num_tokens
             here = here & (tl.load(ordered + place, mask=here, other=-1) == row)
-            piece = pieces + (place // BLOCK * 2).to(tl.int64)[:, None] * width
+            piece = pieces + (place // _BLOCK * 2).to(tl.int64)[:, None] * width
             mask = here[:, None] & inside[None, :]
             total += tl.sum(tl.load(piece + columns[None, :], mask=mask, other=0.0), 0)
-            start = tl.where(tl.min(here.to(tl.int32)) > 0, start + PIECES * BLOCK, num_tokens)
+            start = tl.where(tl.min(here.to(tl.int32)) > 0, start + _PIECES * _BLOCK, num_tokens)
         total += tl.load(at, mask=inside, other=0.0).to(tl.float32)
         tl.store(at, total.to(matrix.dtype.element_ty), mask=inside)
-
-
-def add_target_rows(
-    sums: Tensor,  # (n, m) float32
-    scale: Tensor,  # (n,) float32
-    rows: Tensor,  # (R, m)
-    weight: Tensor,  # (n,) float32
-    targets: Tensor,  # (n,) int32; no row where it is outside of [0, R)
-    out: Tensor,  # (n, m) any floating dtype; may be the sums
-) -> None:
-    """Write each token's sums times its scale, and its target's row times its weight, added up."""
-    assert sums.stride(1) == rows.stride(1) == out.stride(1) == 1
-    assert scale.stride(0) == weight.stride(0) == 1
-    num_tokens, width = sums.shape
-    values = (
-        sums, sums.stride(0), scale, rows, rows.stride(0), weight, targets, out, out.stride(0),
-        num_tokens, rows.shape[0], width,
-    )  # fmt: skip
-    grid = (cdiv(width, _COLUMNS) * cdiv(num_tokens, _ROWS),)
-    _add_target_rows.start(sums, grid, values, _GIVING)
-
-
-@aligned_kernel("num_rows")
-def _add_target_rows(  # type: ignore[no-untyped-def]
-    sums, sums_stride, scale, rows, rows_stride, weight, targets, out, out_stride,
-    num_tokens, num_rows, width,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    program, across = tl.program_id(0), tl.cdiv(width, COLUMNS)
-    tokens = program // across * ROWS + tl.arange(0, ROWS)
-    columns = (program % across * COLUMNS + tl.arange(0, COLUMNS))[None, :]
-    here = tokens < num_tokens
-    inside = here[:, None] & (columns < width)
-    target = tl.load(targets + tokens, mask=here, other=-1).to(tl.int32)
-    owned = here & (target >= 0) & (target < num_rows)
-    by = tl.load(scale + tokens, mask=here, other=0.0)[:, None]
-    # The weight of a token without a row here may be anything.
-    own = tl.load(weight + tokens, mask=owned, other=0.0)[:, None]
-    token = tokens.to(tl.int64)[:, None]
-    value = tl.load(sums + token * sums_stride + columns, mask=inside, other=0.0).to(tl.float32)
-    row = target.to(tl.int64)[:, None] * rows_stride + columns
-    at_target = tl.load(rows + row, mask=inside & owned[:, None], other=0.0).to(tl.float32)
-    value = value * by + at_target * own
-    tl.store(out + token * out_stride + columns, value.to(out.dtype.element_ty), mask=inside)

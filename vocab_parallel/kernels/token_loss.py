@@ -13,10 +13,8 @@ from torch import Tensor
 from vocab_parallel.kernels.launch import Constants, kernel
 from vocab_parallel.kernels.logit import cdiv
 
-_TOKENS = 512  # that a program works on
-_TOKENS_EACH: Constants = (("BLOCK", _TOKENS), ("num_warps", 4))
-# One program that goes through all tokens.
-_AT_ONCE: Constants = (("BLOCK", 2048), ("num_warps", 8))
+_TOKENS = tl.constexpr(512)  # of a program
+_AT_ONCE = tl.constexpr(2048)  # of one program that goes through all tokens
 
 
 class LossNumbers(NamedTuple):
@@ -28,6 +26,10 @@ class LossNumbers(NamedTuple):
     ignored: int
     out_of_range: int
 
+    def constants(self, warps: int) -> Constants:
+        """Return those of each of the kernels."""
+        return ("HAS_SUM", self.smoothing != 0.0), ("num_warps", warps)
+
 
 def token_loss(
     statistics: Tensor,  # (k, n) float32: lse, target, and sum where there is label smoothing
@@ -38,9 +40,7 @@ def token_loss(
     """Return each token's loss."""
     out = torch.empty_like(statistics[0])
     values = (statistics, statistics.stride(0), labels, weight, out, out.numel(), *numbers)
-    grid = (cdiv(out.numel(), _TOKENS),)
-    constants = (*_loss_constants(weight is not None, numbers.smoothing), *_TOKENS_EACH)
-    _token_loss.start(out, grid, values, constants)
+    _token_loss.start(out, (cdiv(out.numel(), _TOKENS.value),), values, numbers.constants(4))
     return out
 
 
@@ -57,8 +57,7 @@ def total_loss(
         statistics, statistics.stride(0), labels, weight, *_divisor_values(divisor), out,
         labels.numel(), *numbers,
     )  # fmt: skip
-    constants = (*_loss_constants(weight is not None, numbers.smoothing), *_divides(divisor))
-    _total_loss.start(out, (1,), values, (*constants, *_AT_ONCE))
+    _total_loss.start(out, (1,), values, numbers.constants(8))
     return out
 
 
@@ -78,15 +77,9 @@ def token_loss_grad(
         statistics, labels, weight, upstream, upstream.stride(0) if upstream.dim() else 0,
         *_divisor_values(divisor), out, out.shape[1], *numbers,
     )  # fmt: skip
-    constants = (
-        *_loss_constants(weight is not None, numbers.smoothing), *_divides(divisor), *_TOKENS_EACH,
-    )  # fmt: skip
-    _token_loss_grad.start(out, (cdiv(out.shape[1], _TOKENS),), values, constants)
+    grid = (cdiv(out.shape[1], _TOKENS.value),)
+    _token_loss_grad.start(out, grid, values, numbers.constants(4))
     return out
-
-
-def _loss_constants(has_weight: bool, smoothing: float) -> Constants:
-    return (("HAS_WEIGHT", has_weight), ("HAS_SUM", smoothing != 0.0))
 
 
 def _divisor_values(divisor: Tensor | int | None) -> tuple[Tensor | None, float]:
@@ -95,14 +88,10 @@ def _divisor_values(divisor: Tensor | int | None) -> tuple[Tensor | None, float]
     return None, 1.0 if divisor is None else float(divisor)
 
 
-def _divides(divisor: Tensor | int | None) -> Constants:
-    return (("HAS_DIVISOR", isinstance(divisor, Tensor)),)
-
-
 @triton.jit
 def _loss_of(  # type: ignore[no-untyped-def]
     index, inside, statistics, stride, labels, weight, smoothing, smoothing_share, z_loss, ignored,
-    out_of_range, HAS_WEIGHT: tl.constexpr, HAS_SUM: tl.constexpr,
+    out_of_range, HAS_SUM: tl.constexpr,
 ):  # fmt: skip
     """The losses of some tokens, 0 outside."""
     label = tl.load(labels + index, mask=inside, other=ignored)
@@ -112,16 +101,16 @@ def _loss_of(  # type: ignore[no-untyped-def]
     loss = lse - (1.0 - smoothing) * target + z_loss * lse * lse
     if HAS_SUM:
         loss -= smoothing_share * tl.load(statistics + 2 * stride + index, mask=inside, other=0.0)
-    if HAS_WEIGHT:
+    if weight is not None:
         loss *= tl.load(weight + index, mask=inside, other=0.0)
     loss = tl.where(label == ignored, 0.0, loss)
     return tl.where(label == out_of_range, float("nan"), loss)
 
 
 @triton.jit
-def _at_least_one(divisor, by, HAS_DIVISOR: tl.constexpr):  # type: ignore[no-untyped-def]
+def _at_least_one(divisor, by):  # type: ignore[no-untyped-def]
     """The divisor: no tokens at all have the mean 0, fewer are nobody's."""
-    if HAS_DIVISOR:
+    if divisor is not None:
         by = tl.load(divisor).to(tl.float32)
     return tl.where(by < 0.0, float("nan"), tl.where(by < 1.0, 1.0, by))
 
@@ -129,14 +118,13 @@ def _at_least_one(divisor, by, HAS_DIVISOR: tl.constexpr):  # type: ignore[no-un
 @kernel
 def _token_loss(  # type: ignore[no-untyped-def]
     statistics, stride, labels, weight, out, size, smoothing, smoothing_share, z_loss,
-    ignored, out_of_range,
-    HAS_WEIGHT: tl.constexpr, HAS_SUM: tl.constexpr, BLOCK: tl.constexpr,
+    ignored, out_of_range, HAS_SUM: tl.constexpr,
 ):  # fmt: skip
-    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    index = tl.program_id(0) * _TOKENS + tl.arange(0, _TOKENS)
     inside = index < size
     loss = _loss_of(
         index, inside, statistics, stride, labels, weight, smoothing, smoothing_share, z_loss,
-        ignored, out_of_range, HAS_WEIGHT, HAS_SUM,
+        ignored, out_of_range, HAS_SUM,
     )  # fmt: skip
     tl.store(out + index, loss, mask=inside)
 
@@ -144,33 +132,29 @@ def _token_loss(  # type: ignore[no-untyped-def]
 @kernel
 def _total_loss(  # type: ignore[no-untyped-def]
     statistics, stride, labels, weight, divisor, by, out, size, smoothing, smoothing_share, z_loss,
-    ignored, out_of_range,
-    HAS_WEIGHT: tl.constexpr, HAS_SUM: tl.constexpr, HAS_DIVISOR: tl.constexpr,
-    BLOCK: tl.constexpr,
+    ignored, out_of_range, HAS_SUM: tl.constexpr,
 ):  # fmt: skip
-    total = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, size, BLOCK):
-        index = start + tl.arange(0, BLOCK)
+    total = tl.zeros((_AT_ONCE,), tl.float32)
+    for start in range(0, size, _AT_ONCE):
+        index = start + tl.arange(0, _AT_ONCE)
         total += _loss_of(
             index, index < size, statistics, stride, labels, weight, smoothing, smoothing_share,
-            z_loss, ignored, out_of_range, HAS_WEIGHT, HAS_SUM,
+            z_loss, ignored, out_of_range, HAS_SUM,
         )  # fmt: skip
-    tl.store(out, tl.sum(total, 0) / _at_least_one(divisor, by, HAS_DIVISOR))
+    tl.store(out, tl.sum(total, 0) / _at_least_one(divisor, by))
 
 
 @kernel
 def _token_loss_grad(  # type: ignore[no-untyped-def]
     statistics, labels, weight, upstream, upstream_stride, divisor, by, out, size, smoothing,
-    smoothing_share, z_loss, ignored, out_of_range,
-    HAS_WEIGHT: tl.constexpr, HAS_SUM: tl.constexpr, HAS_DIVISOR: tl.constexpr,
-    BLOCK: tl.constexpr,
+    smoothing_share, z_loss, ignored, out_of_range, HAS_SUM: tl.constexpr,
 ):  # fmt: skip
-    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    index = tl.program_id(0) * _TOKENS + tl.arange(0, _TOKENS)
     inside = index < size
     label = tl.load(labels + index, mask=inside, other=0)
     unit = tl.load(upstream + index * upstream_stride, mask=inside, other=0.0)
-    unit = unit / _at_least_one(divisor, by, HAS_DIVISOR)
-    if HAS_WEIGHT:
+    unit = unit / _at_least_one(divisor, by)
+    if weight is not None:
         unit *= tl.load(weight + index, mask=inside, other=0.0)
     unit = tl.where((label == ignored) | (label == out_of_range), 0.0, unit)
     lse = tl.load(statistics + index, mask=inside, other=0.0)
