@@ -124,24 +124,17 @@ def joined_statistics(call: Call, inputs: Inputs, needs_grad: bool) -> tuple[Ten
     The second of the pair is what T is given back. Communicates [k, N] float32 of each rank, once;
     where some statistics need others of the whole vocabulary, those apart.
     """
-    values, kept = _exchanged(call, inputs, needs_grad)
-    bound = call.bound
-    if bound.later_columns:
-        later = bound.shard._replace(columns=bound.later_columns)
-        again = call._replace(bound=bound._replace(shard=later))
-        inputs = inputs._replace(others=(*inputs.others, values.T))
-        values = torch.cat((values, _exchanged(again, inputs, False)[0]))
-    return values, kept
-
-
-def _exchanged(call: Call, inputs: Inputs, needs_grad: bool) -> tuple[Tensor, Sequence[Any]]:
+    bound, group = call.bound, call.rows.group
     spans = _spans(call, inputs)
     found = [own_statistics(call, inputs.of(tokens), needs_grad) for tokens in spans]
     own = found[0][0] if len(found) == 1 else torch.cat([values for values, _ in found], 1)
-    kept = [each for _, each in found]
-    if call.rows.group.degree == 1:
-        return own, kept
-    return join(call.rows.group.gather_shards(own), call.bound.shard.columns), kept
+    values = own if group.degree == 1 else join(group.gather_shards(own), bound.shard.columns)
+    if bound.later_columns:
+        later = bound.shard._replace(columns=bound.later_columns)
+        again = call._replace(bound=bound._replace(shard=later, later_columns=()))
+        inputs = inputs._replace(others=(*inputs.others, values.T))
+        values = torch.cat((values, joined_statistics(again, inputs, False)[0]))
+    return values, [kept for _, kept in found]
 
 
 def _spans(call: Call, inputs: Inputs) -> Sequence[slice]:

@@ -118,10 +118,9 @@ def _in_graph(name: str, given: dict[str, Any]) -> Any:
     else:
         divisor = None
     counted = isinstance(divisor, Tensor)
-    text = _said({"function": name, **given})
     if options is not None:
         group = None if options.group is None else options.group.group_name
-        text += "," + _said({"group": group, **_rows(options)})
+        given.update(_rows(options), group=group)
     found = torch.ops.vocab_parallel.loss.default(
         e,
         c,
@@ -130,7 +129,7 @@ def _in_graph(name: str, given: dict[str, Any]) -> Any:
         [tensors.token_weight, tensors.document_ids, divisor if counted else None],
         None if counted else divisor,
         [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (e, c, bias)],
-        text,
+        _said({"function": name, **given}),
     )
     results = list(found[:-1])
     if given.get("return_metrics"):
@@ -188,12 +187,13 @@ def _loss(
             "the loss within a compiled graph cannot be captured into a CUDA graph: compile it "
             'without mode="reduce-overhead", or capture the loss outside of what is compiled'
         )
-    given, rows = _understood(text)
-    given = dict(given)
+    given = dict(_understood(text))
     function = _FUNCTIONS[given.pop("function")]
-    if rows is not None:
-        group = None if rows["group"] is None else _resolve_process_group(rows["group"])
-        given["vocab_parallel_options"] = VocabParallelOptions(**{**rows, "group": group})
+    if "group" in given:
+        rows = {name: given.pop(name) for name in ("group", *_ROWS)}
+        if rows["group"] is not None:
+            rows["group"] = _resolve_process_group(rows["group"])
+        given["vocab_parallel_options"] = VocabParallelOptions(**rows)
     names = (*_TENSORS[4:], "num_valid_tokens", "num_valid_tokens")
     beside = zip(names, (*others, divisor), strict=True)
     given |= {name: value for name, value in beside if value is not None}
@@ -245,11 +245,8 @@ def _loss_backward(ticket: Any, grads: Any, leaves: Any, wanted: Any) -> list[Te
     return [grad.contiguous() for grad in found]
 
 
-@lru_cache(maxsize=256)
-def _understood(text: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Return what a call was given beside tensors, and its rows, of what `_said` wrote."""
-    found = ast.literal_eval(text)
-    return (found, None) if isinstance(found, dict) else found
+# What a call was given beside tensors, of what `_said` wrote.
+_understood = lru_cache(maxsize=256)(ast.literal_eval)
 
 
 @contextmanager
@@ -291,7 +288,7 @@ def _lending(ticket: _Ticket) -> saved_tensors_hooks:
 @_loss.register_fake
 def _(e: Tensor, c: Tensor, *rest: Any) -> list[Tensor]:
     """Return tensors like the results; what is wrong with a call is said where it runs."""
-    given, _ = _understood(rest[-1])
+    given = _understood(rest[-1])
     dtype = accumulation_dtype(torch.promote_types(e.dtype, c.dtype))
     each = list(e.shape[:-1])
     shift = given.get("shift", 0)

@@ -4,10 +4,11 @@ A scale that is missed gives a loss that looks right and is not: what is not kno
 Nothing of transformers is imported; its configurations are objects with attributes.
 """
 
-import math
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, Literal, TypedDict
+
+from vocab_parallel.settings import is_positive
 
 Kind = Literal["softcap", "multiplier", "divisor"]
 
@@ -129,10 +130,11 @@ def applied_settings(config: Any) -> dict[str, tuple[Kind, float]]:
                     f"{name}={value!r} of {_family(part)} within {_family(config)}: known are "
                     f"those of the text_config of {sorted(APPLY_TEXT_CONFIG)}; {_REMEDY}"
                 )
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise ValueError(_not_positive(name, value))
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(_not_positive(name, value))
+            if not is_positive(value):
+                raise ValueError(
+                    f"{name} must be a positive number, got {value!r}: a model with such logits "
+                    f"does not train"
+                )
             found[name] = kind, float(value)
     return found
 
@@ -148,29 +150,33 @@ def refuse_other_losses(config: Any) -> None:
     """
     for part in _parts(config):
         family = _family(part)
-        if _read(part, "is_encoder_decoder"):
-            raise ValueError(
-                f"expected a model of a decoder alone, got {family}, whose labels are not its "
-                f"inputs: {_OWN_LOSS}"
-            )
-        if family in OTHER_LOSSES:
-            raise ValueError(
-                f"expected a loss over labels that are shifted by one, got that of {family}, which "
-                f"{OTHER_LOSSES[family]}: {_OWN_LOSS}"
-            )
-        if _read(part, "output_router_logits"):
-            raise ValueError(
-                f"expected a loss without auxiliary terms, got output_router_logits=True in the "
-                f"configuration of {family}, which adds the router's: set it to False, or add "
-                f"that term yourself"
-            )
         z_loss = _read(part, "z_loss_coefficient")
-        if z_loss:
-            raise ValueError(
-                f"expected a loss without auxiliary terms, got z_loss_coefficient={z_loss!r} in "
-                f"the configuration of {family}, which averages over ignored labels too: set it "
-                f"to 0, and pass z_loss for one over the labels that count"
-            )
+        for is_so, expected in (
+            (
+                _read(part, "is_encoder_decoder"),
+                f"a model of a decoder alone, got {family}, whose labels are not its inputs: "
+                f"{_OWN_LOSS}",
+            ),
+            (
+                family in OTHER_LOSSES,
+                f"a loss over labels that are shifted by one, got that of {family}, which "
+                f"{OTHER_LOSSES.get(family)}: {_OWN_LOSS}",
+            ),
+            (
+                _read(part, "output_router_logits"),
+                f"a loss without auxiliary terms, got output_router_logits=True in the "
+                f"configuration of {family}, which adds the router's: set it to False, or add "
+                f"that term yourself",
+            ),
+            (
+                z_loss,
+                f"a loss without auxiliary terms, got z_loss_coefficient={z_loss!r} in the "
+                f"configuration of {family}, which averages over ignored labels too: set it to 0, "
+                f"and pass z_loss for one over the labels that count",
+            ),
+        ):
+            if is_so:
+                raise ValueError(f"expected {expected}")
 
 
 _OWN_LOSS = "give its hidden states and labels to linear_cross_entropy as its loss wants them"
@@ -178,12 +184,6 @@ _REMEDY = (
     "if the model ignores it, set it to None; if not, give its hidden states to "
     "linear_cross_entropy with the softcap and the temperature that it applies"
 )
-
-
-def _not_positive(name: str, value: object) -> str:
-    return (
-        f"{name} must be a positive number, got {value!r}: a model with such logits does not train"
-    )
 
 
 def _refuse_unused_rows(config: Any) -> None:

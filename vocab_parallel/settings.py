@@ -69,7 +69,8 @@ def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_positive(value: Any) -> bool:
+def is_positive(value: Any) -> bool:
+    """Tell whether a value is a finite number above 0."""
     return is_number(value) and value > 0
 
 
@@ -90,8 +91,8 @@ class Rule(NamedTuple):
 _RULES = (
     Rule("ignore_index", _is_integer, "be an integer"),
     Rule("ignore_index", lambda label: -(2**63) <= label < 2**63, "fit int64"),
-    Rule("softcap", lambda cap: cap is None or _is_positive(cap), "be a positive number or None"),
-    Rule("temperature", _is_positive, "be a positive number"),
+    Rule("softcap", lambda cap: cap is None or is_positive(cap), "be a positive number or None"),
+    Rule("temperature", is_positive, "be a positive number"),
     Rule("label_smoothing", lambda share: is_number(share) and 0 <= share <= 1, "lie in [0, 1]"),
     Rule("z_loss", lambda weight: is_number(weight) and weight >= 0, "be a number of at least 0"),
     Rule("hidden_grad_scale", is_number, "be a finite number"),
@@ -111,8 +112,15 @@ _RULES = (
 )
 
 
-def check_values(settings: Any, rules: Sequence[Rule]) -> None:
-    """Raise ValueError for the first attribute of the settings that breaks a rule."""
+def check_values(
+    settings: Any, choices: Mapping[str, tuple[Any, ...]], rules: Sequence[Rule]
+) -> None:
+    """Raise ValueError for the first attribute that is none of its choices, or breaks a rule."""
+    for name, known in choices.items():
+        value = getattr(settings, name)
+        if value not in known:
+            gone = f"; {REMOVED[value]}" if str(value) in REMOVED else ""
+            raise ValueError(f"unknown {name} {value!r}: known are {list(known)}{gone}")
     for rule in rules:
         value = getattr(settings, rule.name)
         if not rule.holds(value):
@@ -196,22 +204,23 @@ class LossSettings:
 
     def check(self) -> None:
         """Raise ValueError for a value that cannot be."""
-        for name, known in _CHOICES.items():
-            value = getattr(self, name)
-            if value not in known:
-                gone = f"; {REMOVED[value]}" if str(value) in REMOVED else ""
-                raise ValueError(f"unknown {name} {value!r}: known are {list(known)}{gone}")
-        check_values(self, _RULES)
+        check_values(self, _CHOICES, _RULES)
         self._check_heads()
 
     def _check_heads(self) -> None:
         weights = self.head_weights
         if self.num_heads == 0:
             raise ValueError("shift must name at least one prediction, such as (1, 2), got ()")
-        if self.num_heads is not None and self.return_metrics:
+        for name in ("return_lse", "return_entropy", "return_metrics"):
+            if self.num_heads is not None and getattr(self, name):
+                raise ValueError(
+                    f"a loss with shift={self.shift!r} has no {name}, which is of one prediction "
+                    f"of each position: leave it out, or call linear_cross_entropy or "
+                    f"token_logprobs for that head"
+                )
+        if self.return_heads and self.reduction == "none":
             raise ValueError(
-                f"return_metrics are of one prediction of each position, got shift {self.shift!r}: "
-                f"leave it out, or call linear_cross_entropy for that head"
+                'reduction="none" returns the losses of each head by itself: leave out return_heads'
             )
         if weights is None:
             return
@@ -275,7 +284,7 @@ def check_tensors(operands: "Operands", settings: LossSettings, degree: int) -> 
     given = dict(zip(NAMES, operands.__dict__.values(), strict=True))
     for name, tensor in given.items():
         if tensor is not None or name in ("e", "c"):
-            _check_plain_tensor(name, tensor, e)
+            check_plain_tensor(name, tensor, e)
     several = settings.num_heads is not None
     if e.dim() < 2 + several or c.dim() != 2:
         axes = "H, ..., T, D" if several else "..., T, D"
@@ -402,7 +411,8 @@ def check_token_divisor(
         )
 
 
-def _check_plain_tensor(name: str, tensor: Tensor | None, e: Tensor) -> None:
+def check_plain_tensor(name: str, tensor: Tensor | None, e: Tensor) -> None:
+    """Raise ValueError for what is no tensor, or one that the loss cannot read beside e."""
     if not isinstance(tensor, Tensor):
         several = name == "e" and isinstance(tensor, list | tuple)
         way_out = ": of several predictions give shift one number each, such as (1, 2)"

@@ -13,19 +13,22 @@ from torch import Tensor
 
 from vocab_parallel.backends.interface import Shard
 from vocab_parallel.backends.torch import Block, TorchBackend
+from vocab_parallel.distillation.divergences import Divergence
 from vocab_parallel.distillation.labels import LABEL_COLUMNS, label_gradient, label_statistics
 from vocab_parallel.plan import TileShape, padded
-from vocab_parallel.statistics import Columns
+from vocab_parallel.statistics import Columns, Statistics
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Comparison(TorchBackend, ABC):
     """Compares the student's logits with a teacher.
 
     Attributes:
+        divergence: which, and its beta.
         with_labels: whether the labels' cross-entropy counts too.
     """
 
+    divergence: Divergence
     with_labels: bool = False
 
     peak: ClassVar[float] = 2.0**6  # log-ratios of a thousand fit above it
@@ -67,6 +70,15 @@ class Comparison(TorchBackend, ABC):
 
         Args:
             statistics, grads: [k, n], of both passes.
+        """
+
+    @abstractmethod
+    def divergences(self, statistics: Statistics, others: tuple[Tensor, ...]) -> Tensor:
+        """Return the divergence of each token [N], differentiable in the statistics.
+
+        Args:
+            statistics: of the whole vocabulary, of both passes.
+            others: `Shard.others`, of all tokens.
         """
 
     def temporaries(self, shard: Shard) -> int:

@@ -25,7 +25,7 @@ from torch import Tensor
 from vocab_parallel.backends.interface import Shard
 from vocab_parallel.backends.torch import Block, TorchBackend, finish_logits_
 from vocab_parallel.distillation.comparison import Comparison
-from vocab_parallel.distillation.divergences import Divergence, log_mixture_
+from vocab_parallel.distillation.divergences import log_mixture_
 from vocab_parallel.distillation.labels import softmax_parts_
 from vocab_parallel.plan import padded
 from vocab_parallel.statistics import Column, Columns, Statistics
@@ -43,11 +43,9 @@ class HiddenTeacher(Comparison):
     its rows [R, D'] and their bias.
 
     Attributes:
-        divergence: which, and its beta.
         teacher: its shard, without tokens and rows.
     """
 
-    divergence: Divergence
     teacher: Shard
 
     _TILES: ClassVar[dict[str, int]] = {"forward_kl": 4, "reverse_kl": 4, "js": 6}
@@ -123,8 +121,8 @@ class HiddenTeacher(Comparison):
         p = logits.sub_(lse).exp_()
         p.mul_(factor.masked_fill_(p == 0.0, 0.0))
 
-    def divergences(self, statistics: Statistics) -> Tensor:
-        """Return the divergence of each token [N], differentiable in the statistics."""
+    def divergences(self, statistics: Statistics, others: tuple[Tensor, ...]) -> Tensor:
+        """See `Comparison.divergences`."""
         if self.divergence.name == "js":
             return statistics["js"]
         apart = statistics["lse"] - statistics["teacher_lse"]
