@@ -294,8 +294,8 @@ def check_tensors(operands: "Operands", settings: LossSettings, degree: int) -> 
         )
     if e.shape[-1] != c.shape[1]:
         raise ValueError(
-            f"the hidden size of e is {e.shape[-1]} but that of c is {c.shape[1]}: e "
-            f"{list(e.shape)}, c {list(c.shape)}; they must come from one model"
+            f"the hidden size of e is {e.shape[-1]} but that of c is {c.shape[1]}: they must come "
+            f"from one model"
         )
     if not {e.dtype, c.dtype} <= set(MIXABLE) and not e.dtype == c.dtype == torch.float64:
         raise ValueError(
@@ -325,20 +325,19 @@ def check_rows(c: Tensor, rows: RankRows, settings: LossSettings) -> None:
         raise ValueError(f"expected 0 <= start <= stop, got start={start}, stop={stop}")
     if c.shape[0] != stop - start:
         raise ValueError(
-            f"c has {c.shape[0]} rows but the options say [{start}, {stop}), which are "
-            f"{stop - start}: pass this rank's rows and their own range"
+            f"c has {c.shape[0]} rows but the options say [{start}, {stop}): pass this rank's "
+            f"rows and their own range"
         )
     largest = rows.largest_shard
     if largest is not None and not (isinstance(largest, int) and largest >= stop - start):
         raise ValueError(
-            f"largest_shard must be the rows of the rank that has the most, or None, got "
-            f"{largest!r} where this rank has {stop - start}: pass the same on all ranks"
+            f"largest_shard must be the rows of the rank that has the most, got {largest!r} where "
+            f"this rank has {stop - start}: pass the same on all ranks"
         )
     if not rows.reduce_e_grad and settings.hidden_layout != "replicated":
         raise ValueError(
-            f"reduce_e_grad=False leaves each rank the partial gradient of the tokens it was "
-            f'given, but hidden_layout="{settings.hidden_layout}" gathers those of all ranks: '
-            f'leave it True, or use "replicated"'
+            f'reduce_e_grad=False must go with hidden_layout="replicated", got '
+            f"{settings.hidden_layout!r}, which gathers the tokens of all ranks: leave it True"
         )
     if settings.label_smoothing and rows.vocab_size is None:
         raise ValueError(
