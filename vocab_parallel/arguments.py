@@ -225,10 +225,10 @@ def prepare(
             call, more = also(call, reads_values)
     except ValueError as error:
         problem = error
-    if validate or group.degree == 1 or (validate is None and not on_gpu):
+    if reads_values and (validate is not False or group.degree == 1):
         claim, equal, digest = RankSummary(rows.start, rows.stop), more, 0
         if call is not None and problem is None:
-            claim = _claim(call, reads_values)
+            claim = _claim(operands, settings, rows, reads_values=True)
             if group.degree > 1:
                 equal, digest = _equal(call, more)
         agree(problem, claim, equal, group, digest=digest)
@@ -318,6 +318,9 @@ def _bind(operands: Operands, settings: LossSettings, rows: RankRows) -> Bound:
     degree, layout = rows.group.degree, settings.hidden_layout
     check_tensors(operands, settings, degree)
     check_rows(operands.classifier, rows, settings)
+    if degree == 1:
+        # That its rows are the vocabulary: a call on a GPU does not ask again.
+        agree(None, _claim(operands, settings, rows, reads_values=False), {}, rows.group)
     backend = registry.create_backend(
         settings.impl, settings.memory_budget, settings.impl_options, both
     )
@@ -372,14 +375,15 @@ def _of_shape(parameter: Tensor, num_rows: int) -> Tensor:
     return parameter.detach().new_empty(()).expand(num_rows, *parameter.shape[1:])
 
 
-def _claim(call: Call, reads_values: bool) -> RankSummary:
+def _claim(
+    operands: Operands, settings: LossSettings, rows: RankRows, *, reads_values: bool
+) -> RankSummary:
     """Return what this rank says of the vocabulary; reading targets waits for a GPU."""
-    rows, settings, targets = call.rows, call.settings, call.operands.targets
     lowest, highest, checksum = 0, -1, 0
-    if targets is not None and reads_values:
-        lowest, highest = target_range(targets, settings.ignore_index)
+    if operands.targets is not None and reads_values:
+        lowest, highest = target_range(operands.targets, settings.ignore_index)
         if settings.hidden_layout != "sharded" and rows.group.degree > 1:
-            checksum = target_digest(targets)
+            checksum = target_digest(operands.targets)
     vocab_size = -1 if rows.vocab_size is None else rows.vocab_size
     return RankSummary(rows.start, rows.stop, vocab_size, lowest, highest, checksum)
 

@@ -36,6 +36,7 @@ from vocab_parallel.arguments import Operands
 from vocab_parallel.functional import linear_cross_entropy, token_logprobs
 from vocab_parallel.metrics import LossMetrics
 from vocab_parallel.options import VocabParallelOptions
+from vocab_parallel.settings import NAMES
 from vocab_parallel.statistics import accumulation_dtype
 
 P = ParamSpec("P")
@@ -48,7 +49,6 @@ _POSITIONAL = {
     name: [one.name for one in signature(each).parameters.values() if one.kind < one.KEYWORD_ONLY]
     for name, each in _FUNCTIONS.items()
 }
-_TENSORS = ("e", "c", "targets", "bias", "token_weight", "document_ids")
 _ROWS = ("start", "stop", "reduce_e_grad", "vocab_size", "largest_shard")
 
 
@@ -84,7 +84,7 @@ outside = torch.compiler.disable(_outside)
 
 def _can_be_said(given: Mapping[str, Any]) -> bool:
     """Tell whether tensors and values are plain; ``accumulate_into`` writes to the parameter."""
-    rest = {name: value for name, value in given.items() if name not in _TENSORS}
+    rest = {name: value for name, value in given.items() if name not in NAMES}
     options = rest.pop("vocab_parallel_options", None)
     if options is not None:
         if not all(hasattr(options, name) for name in ("group", *_ROWS[:3])):
@@ -94,7 +94,7 @@ def _can_be_said(given: Mapping[str, Any]) -> bool:
         rest.update(_rows(options))
     if type(rest.get("num_valid_tokens")) is Tensor:
         del rest["num_valid_tokens"]
-    tensors = [given.get(name) for name in _TENSORS]
+    tensors = [given.get(name) for name in NAMES]
     return (
         rest.get("accumulate_into") is None
         and all(tensor is not None for tensor in tensors[:3])
@@ -110,7 +110,7 @@ def _rows(options: Any) -> dict[str, Any]:
 
 def _in_graph(name: str, given: dict[str, Any]) -> Any:
     """Call the operator, and return what the function of that name does."""
-    tensors = Operands.of(*[given.pop(each, None) for each in _TENSORS])
+    tensors = Operands.of(*[given.pop(each, None) for each in NAMES])
     e, c, bias = tensors.hidden, tensors.classifier, tensors.bias
     options, divisor = given.pop("vocab_parallel_options", None), given.get("num_valid_tokens")
     if type(divisor) in (int, Tensor):  # another number at each step is no other graph
@@ -194,7 +194,7 @@ def _loss(
         if rows["group"] is not None:
             rows["group"] = _resolve_process_group(rows["group"])
         given["vocab_parallel_options"] = VocabParallelOptions(**rows)
-    names = (*_TENSORS[4:], "num_valid_tokens", "num_valid_tokens")
+    names = (*NAMES[4:], "num_valid_tokens", "num_valid_tokens")
     beside = zip(names, (*others, divisor), strict=True)
     given |= {name: value for name, value in beside if value is not None}
     ticket = _Ticket("q", [next(_numbers)])

@@ -86,33 +86,10 @@ def logit_settings(config: Any) -> LogitSettings:
             that is not a positive number; several settings, whose order is not known; or rows
             of the classifier that the model cuts off.
     """
-    _refuse_unused_rows(config)
-    found = applied_settings(config)
-    if len(found) > 1:
-        raise ValueError(
-            f"expected one setting of the logits at most, got {sorted(found)} in the configuration "
-            f"of {_family(config)}: in which order they apply is not known, so give "
-            f"linear_cross_entropy a softcap and a temperature yourself"
-        )
-    settings = LogitSettings(softcap=None, temperature=1.0)
-    for kind, value in found.values():
-        if kind == "softcap":
-            settings["softcap"] = value
-        else:
-            settings["temperature"] = value if kind == "divisor" else 1.0 / value
-    return settings
-
-
-def applied_settings(config: Any) -> dict[str, tuple[Kind, float]]:
-    """Return (kind, value) by name of each setting of the logits that is not neutral.
-
-    Raises:
-        ValueError: a setting that is not known, that the model may not apply, or that is not a
-            positive number.
-    """
     found: dict[str, tuple[Kind, float]] = {}
     parts = list(_parts(config))
     for part in parts:
+        _refuse_unused_rows(part)
         applies = part is parts[-1] and (part is config or _family(config) in APPLY_TEXT_CONFIG)
         for name in _names(part):
             key, value = (_family(part), name), _read(part, name)
@@ -136,7 +113,19 @@ def applied_settings(config: Any) -> dict[str, tuple[Kind, float]]:
                     f"does not train"
                 )
             found[name] = kind, float(value)
-    return found
+    if len(found) > 1:
+        raise ValueError(
+            f"expected one setting of the logits at most, got {sorted(found)} in the configuration "
+            f"of {_family(config)}: in which order they apply is not known, so give "
+            f"linear_cross_entropy a softcap and a temperature yourself"
+        )
+    settings = LogitSettings(softcap=None, temperature=1.0)
+    for kind, value in found.values():
+        if kind == "softcap":
+            settings["softcap"] = value
+        else:
+            settings["temperature"] = value if kind == "divisor" else 1.0 / value
+    return settings
 
 
 def refuse_other_losses(config: Any) -> None:
@@ -186,16 +175,15 @@ _REMEDY = (
 )
 
 
-def _refuse_unused_rows(config: Any) -> None:
-    for part in _parts(config):
-        used, rows = _read(part, "unpadded_vocab_size"), _read(part, "vocab_size")
-        if isinstance(used, int) and isinstance(rows, int) and used < rows:
-            raise ValueError(
-                f"expected a model that uses every row of its classifier, got unpadded_vocab_size="
-                f"{used} with vocab_size={rows} in the configuration of {_family(part)}: give its "
-                f"hidden states to linear_cross_entropy with vocab_parallel_options="
-                f"VocabParallelOptions(0, {rows}, None, vocab_size={used})"
-            )
+def _refuse_unused_rows(part: Any) -> None:
+    used, rows = _read(part, "unpadded_vocab_size"), _read(part, "vocab_size")
+    if isinstance(used, int) and isinstance(rows, int) and used < rows:
+        raise ValueError(
+            f"expected a model that uses every row of its classifier, got unpadded_vocab_size="
+            f"{used} with vocab_size={rows} in the configuration of {_family(part)}: give its "
+            f"hidden states to linear_cross_entropy with vocab_parallel_options="
+            f"VocabParallelOptions(0, {rows}, None, vocab_size={used})"
+        )
 
 
 def _parts(config: Any) -> Iterator[Any]:

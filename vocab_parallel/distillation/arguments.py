@@ -1,7 +1,6 @@
 """A distillation's arguments, beside those of the loss: checked, and agreed on in its exchange."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,73 +8,12 @@ from torch import Tensor
 
 from vocab_parallel.arguments import Call, Operands, checked, prepare
 from vocab_parallel.distillation.comparison import Comparison
-from vocab_parallel.distillation.divergences import DIVERGENCES, Divergence
+from vocab_parallel.distillation.divergences import DistillationSettings
 from vocab_parallel.distillation.hidden_teacher import HiddenTeacher
 from vocab_parallel.distillation.top_k_teacher import ABSENT, TopKTeacher
 from vocab_parallel.layout import target_digest
-from vocab_parallel.settings import LossSettings, Rule, check_plain_tensor, check_values, is_number
+from vocab_parallel.settings import LossSettings, check_plain_tensor
 from vocab_parallel.statistics import accumulation_dtype
-
-_RULES = (
-    Rule(
-        "beta",
-        lambda beta: beta is None or (is_number(beta) and 0.0 < beta < 1.0),
-        "lie between 0 and 1",
-        ': at the ends take "forward_kl" or "reverse_kl"',
-    ),
-    Rule(
-        "cross_entropy_weight",
-        lambda weight: is_number(weight) and 0.0 <= weight < 1.0,
-        "lie in [0, 1)",
-        ": for the cross-entropy alone call linear_cross_entropy",
-    ),
-    Rule("other", lambda other: isinstance(other, bool), "be True or False"),
-)
-
-
-@dataclass(frozen=True)
-class DistillationSettings:
-    """What a distillation takes beside the settings of the loss; equal on every rank.
-
-    Attributes:
-        divergence: its name.
-        beta: of "js".
-        cross_entropy_weight: of the labels' cross-entropy.
-        other: whether what a teacher's top-k leaves counts as one more token.
-    """
-
-    divergence: str
-    beta: float | None = None
-    cross_entropy_weight: float = 0.0
-    other: bool = True
-
-    def check(self, has_targets: bool) -> None:
-        """Raise ValueError for a value that cannot be, or a weight of labels that are not there."""
-        check_values(self, {"divergence": DIVERGENCES}, _RULES)
-        if self.beta is not None and self.divergence != "js":
-            raise ValueError(
-                f'beta is of divergence="js", got {self.beta!r} with {self.divergence!r}: leave it '
-                f"out"
-            )
-        if self.cross_entropy_weight and not has_targets:
-            raise ValueError(
-                f"cross_entropy_weight={self.cross_entropy_weight} mixes in the cross-entropy of "
-                f"labels, but targets is None: pass them"
-            )
-        if not self.other and self.divergence == "reverse_kl":
-            raise ValueError(
-                'divergence="reverse_kl" is infinite where the teacher has no probability, which '
-                'other=False says of all tokens but its k: use other=True, "forward_kl" or "js"'
-            )
-
-    def of_loss(self, settings: LossSettings) -> dict[str, Any]:
-        """Return what every `Comparison` is made of."""
-        return {
-            "memory_budget": settings.memory_budget,
-            "with_labels": bool(self.cross_entropy_weight),
-            "divergence": Divergence(self.divergence, 0.5 if self.beta is None else self.beta),
-        }
-
 
 # Of the student's call, and whether values may be read: the comparison with the teacher, whose
 # arguments it checks, and what must be equal on all ranks.
@@ -134,7 +72,8 @@ def compare_hidden(teacher: Operands, softcap: float | None, own: DistillationSe
         # The teacher gets no gradient: what it requires need not be equal.
         compared = ("softcap", "tokens of e", "hidden size", "dtype of e", "bias given")
         equal = {f"teacher's {name}": bound.equal[name] for name in compared}
-        return HiddenTeacher(**own.of_loss(call.settings), teacher=bound.shard), equal
+        budget = call.settings.memory_budget
+        return HiddenTeacher(memory_budget=budget, settings=own, teacher=bound.shard), equal
 
     return compare
 
@@ -145,10 +84,10 @@ def compare_top_k(ids: Tensor, logprobs: Tensor, own: DistillationSettings) -> C
     def compare(call: Call, reads_values: bool) -> tuple[Comparison, Mapping[str, Any]]:
         _check_top_k(ids, logprobs, call)
         comparison = TopKTeacher(
-            **own.of_loss(call.settings),
+            memory_budget=call.settings.memory_budget,
+            settings=own,
             k=ids.shape[-1],
             start=call.rows.start,
-            other=own.other,
             vocab_size=call.rows.vocab_size,
             given_dtype=logprobs.dtype,
         )

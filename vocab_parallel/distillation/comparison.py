@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vocab_parallel.backends.interface import Shard
 from vocab_parallel.backends.torch import Block, TorchBackend
-from vocab_parallel.distillation.divergences import Divergence
+from vocab_parallel.distillation.divergences import DistillationSettings
 from vocab_parallel.distillation.labels import LABEL_COLUMNS, label_gradient, label_statistics
 from vocab_parallel.plan import TileShape, padded
 from vocab_parallel.statistics import Columns, Statistics
@@ -24,15 +24,18 @@ class Comparison(TorchBackend, ABC):
     """Compares the student's logits with a teacher.
 
     Attributes:
-        divergence: which, and its beta.
-        with_labels: whether the labels' cross-entropy counts too.
+        settings: which divergence, and whether the labels' cross-entropy counts too.
     """
 
-    divergence: Divergence
-    with_labels: bool = False
+    settings: DistillationSettings
 
     peak: ClassVar[float] = 2.0**6  # log-ratios of a thousand fit above it
     spare: ClassVar[int] = 0  # columns beside a tile's logits
+
+    @property
+    def with_labels(self) -> bool:
+        """Whether the labels' cross-entropy counts."""
+        return self.settings.cross_entropy_weight > 0
 
     @property
     def columns(self) -> Columns:

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from vocab_parallel.arguments import Call, Operands
 from vocab_parallel.distillation.arguments import (
-    DistillationSettings,
     compare_hidden,
     compare_top_k,
     marked_ids,
     prepare_student,
 )
 from vocab_parallel.distillation.comparison import Comparison
+from vocab_parallel.distillation.divergences import DistillationSettings
 from vocab_parallel.engine import gathered_hidden, vocab_statistics
 from vocab_parallel.entry import entry
 from vocab_parallel.functional import token_losses
@@ -132,7 +132,7 @@ def linear_distillation(
     hidden = gathered_hidden(call, teacher.flat_hidden.detach())
     row_bias = None if teacher.bias is None else call.rows.tokens_alone(teacher.bias.detach())
     beside = call.rows.tokens_alone(teacher.classifier.detach()), row_bias
-    return _distilled(call, own, (hidden,), beside)
+    return _distilled(call, (hidden,), beside)
 
 
 @entry
@@ -215,21 +215,19 @@ def linear_distillation_from_top_k(
     )
     ids, log_q = marked_ids(teacher_ids, teacher_logprobs, call.rows.vocab_size)
     log_q = gathered_hidden(call, log_q.to(call.bound.shard.dtype))
-    return _distilled(call, own, (gathered_hidden(call, ids), log_q))
+    return _distilled(call, (gathered_hidden(call, ids), log_q))
 
 
 def _distilled(
-    call: Call,
-    own: DistillationSettings,
-    others: tuple[Tensor, ...],
-    beside: tuple[Tensor | None, ...] = (),
+    call: Call, others: tuple[Tensor, ...], beside: tuple[Tensor | None, ...] = ()
 ) -> Tensor:
     """Return the loss of a student's call; ``others`` and ``beside`` are what `Inputs` has."""
     labels = call.labels()
     values = vocab_statistics(call, labels, others, beside)
     statistics = Statistics(values, call.bound.shard.grad_columns)
-    losses = cast(Comparison, call.bound.backend).divergences(statistics, others)
-    weight = own.cross_entropy_weight
+    comparison = cast(Comparison, call.bound.backend)
+    losses = comparison.divergences(statistics, others)
+    weight = comparison.settings.cross_entropy_weight
     if weight:
         nll = statistics["label_lse"] - statistics["label_target"]
         losses = (1.0 - weight) * losses + weight * nll

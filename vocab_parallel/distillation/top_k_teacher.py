@@ -30,15 +30,12 @@ class TopKTeacher(Comparison):
     Attributes:
         k: how many.
         start: the first row of this rank.
-        other: whether the teacher's remainder counts as one more token. Otherwise its k are scaled
-            up to a probability of 1.
         vocab_size: of the whole vocabulary, None where it is not known.
         given_dtype: that the teacher's log-probabilities were given in.
     """
 
     k: int
     start: int
-    other: bool
     vocab_size: int | None
     given_dtype: torch.dtype
 
@@ -80,7 +77,7 @@ class TopKTeacher(Comparison):
         chosen = torch.atleast_2d(statistics["chosen"]).masked_fill(absent, -torch.inf)
         # One log_softmax of all outcomes: the k alone may all be masked, and have no gradient then.
         log_p = torch.log_softmax(torch.cat([chosen, rest.unsqueeze(0)]), 0)
-        if self.other:
+        if self.settings.other:
             rest_q = log_remainder(log_q)
             nothing = rest_q.exp() <= rounding_of(log_q, self.given_dtype)
             if self.vocab_size is not None:  # the k are the vocabulary
@@ -91,7 +88,7 @@ class TopKTeacher(Comparison):
             sums = torch.logsumexp(log_q, 0)
             log_q = log_q - sums.masked_fill(sums == -torch.inf, 0.0)
             rest_q = torch.full_like(rest, -torch.inf)
-        return self.divergence.of_outcomes(torch.cat([log_q, rest_q.detach().unsqueeze(0)]), log_p)
+        return self.settings.of_outcomes(torch.cat([log_q, rest_q.detach().unsqueeze(0)]), log_p)
 
     def _columns_of(self, block: Block, tokens: slice) -> Tensor:
         """Return the ids' columns [n, k] in a tile, the spare one for those that it has not."""
