@@ -8,7 +8,7 @@ ranks would differ in what they wait for.
 """
 
 from collections.abc import Callable, Collection, Hashable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -410,14 +410,11 @@ def _equal_of_shape(
     That is everything but what is known to be a rank's own, so that nothing is forgotten: its
     rows, and of its tensors the values.
     """
-    hidden = operands.hidden
-    tensors = [(each.name, getattr(operands, each.name)) for each in fields(operands)]
-    records = torch.is_grad_enabled()
-    own = {each.name: getattr(settings, each.name) for each in fields(settings)}
+    hidden, given, records = operands.hidden, operands.__dict__, torch.is_grad_enabled()
+    own = {**settings.__dict__, "impl_options": sorted(settings.impl_options.items())}
     del own["num_valid_tokens"]
     return {
         **own,
-        "impl_options": sorted(settings.impl_options.items()),
         "reduce_e_grad": rows.reduce_e_grad,
         "largest_shard": rows.largest_shard,
         "tokens of e": hidden.shape[:-1].numel(),
@@ -427,6 +424,6 @@ def _equal_of_shape(
         "e requires grad": hidden.requires_grad and records,
         # Per-token gradients are gathered in backward, where there is one.
         "a gradient is required": records
-        and any(tensor is not None and tensor.requires_grad for _, tensor in tensors),
-        **{f"{name} given": tensor is not None for name, tensor in tensors},
+        and any(tensor is not None and tensor.requires_grad for tensor in given.values()),
+        **{f"{name} given": tensor is not None for name, tensor in given.items()},
     }

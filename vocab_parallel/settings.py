@@ -205,9 +205,6 @@ class LossSettings:
     def check(self) -> None:
         """Raise ValueError for a value that cannot be."""
         check_values(self, _CHOICES, _RULES)
-        self._check_heads()
-
-    def _check_heads(self) -> None:
         weights = self.head_weights
         if self.num_heads == 0:
             raise ValueError("shift must name at least one prediction, such as (1, 2), got ()")

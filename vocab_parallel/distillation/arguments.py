@@ -1,6 +1,7 @@
 """A distillation's arguments, beside those of the loss: checked, and agreed on in its exchange."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -120,14 +121,7 @@ def marked_ids(
 
 def _checked_teacher(call: Call, teacher: Operands, softcap: float | None) -> Call:
     """Check what the teacher's own arguments are, and that they fit the student's."""
-    settings = LossSettings(
-        softcap=softcap,
-        temperature=call.settings.temperature,
-        hidden_layout=call.settings.hidden_layout,
-        memory_budget=call.settings.memory_budget,
-        backward="recompute",
-        impl="chunked",
-    )
+    settings = replace(call.settings, softcap=softcap, shift=0, num_valid_tokens=None)
     try:
         found = checked(teacher, settings, call.rows, reads_values=False)
     except ValueError as error:
