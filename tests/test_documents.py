@@ -179,7 +179,7 @@ def check_mistakes() -> None:
     other = right.clone()
     other[0, 3:] = 1
     for wrong, words in (
-        (right[:, :5], "document_ids must have the shape of targets"),
+        (right[:, :5], r"document_ids must be \[2, 6\]"),
         (right.double(), "document_ids must be int32 or int64"),
         ([0, 1], "document_ids must be a tensor, got list"),
         (other, "must agree.*document_ids"),

@@ -137,7 +137,7 @@ MISTAKES: list[tuple[Change, str]] = [
     (setting(num_valid_tokens=3, reduction="sum"), 'num_valid_tokens divides reduction="mean"'),
     (setting(e_grad_reduce_dtype=torch.float16), "e_grad_reduce_dtype is no longer an option"),
     (setting(bias=torch.zeros(3)), "bias must be"),
-    (setting(token_weight=torch.zeros(3)), "token_weight must have the shape of targets"),
+    (setting(token_weight=torch.zeros(3)), r"token_weight must be \[6\]"),
     (rows((0, 6), (5, 11)), r"overlap at row 5: \[0, 6\), \[5, 11\)"),
     (rows((0, 6), (7, 11)), "leave a gap at row 6"),
     (rows((0, 6), (6, 11), vocab_size=14), "end at 11, before the vocabulary of 14"),

@@ -14,6 +14,7 @@ from typing import Any
 from vocab_parallel.collectives import VocabGroup
 
 _BY_START = attrgetter("start", "stop")
+_SIZE, _TARGETS = attrgetter("vocab_size"), attrgetter("targets")
 
 
 @dataclass(frozen=True)
@@ -111,44 +112,40 @@ def _check_claims(claims: list[RankSummary]) -> None:
                     f"rank {rank} of the vocab group: they are ids of the whole vocabulary, not "
                     f"of one rank's rows"
                 )
-    for claim in claims:
-        if claim.targets != claims[0].targets:
-            raise ValueError(
-                f"the ranks of the vocab group have different targets (their checksums are "
-                f'{[each.targets for each in claims]}), which only hidden_layout="sharded" has: '
-                f"give every rank the same targets"
-            )
+    checksums = list(map(_TARGETS, claims))
+    if min(checksums) != max(checksums):
+        raise ValueError(
+            f"the ranks of the vocab group have different targets (their checksums are "
+            f'{checksums}), which only hidden_layout="sharded" has: give every rank the same'
+        )
 
 
 def _check_partition(claims: list[RankSummary]) -> int:
     """Check that the ranges partition one vocabulary; return the number of rows."""
-    vocab_size, covered = claims[0].vocab_size, 0
+    sizes, covered = list(map(_SIZE, claims)), 0
+    if min(sizes) != max(sizes):
+        raise ValueError(
+            f"the ranks of the vocab group have different vocabularies: vocab_size is {sizes} "
+            f"(-1: every row); give every rank the same"
+        )
+    fault = ""
     for claim in sorted(claims, key=_BY_START):
-        if claim.vocab_size != vocab_size:
-            raise ValueError(
-                f"the ranks of the vocab group have different vocabularies: vocab_size is "
-                f"{[each.vocab_size for each in claims]} (-1: every row); give every rank the same"
-            )
         if claim.start == claim.stop:
             continue
         if claim.start != covered:
-            fault = "leave a gap" if claim.start > covered else "overlap"
-            raise ValueError(
-                f"the rows of the vocab group {fault} at row {min(claim.start, covered)}: "
-                f"{_listed(claims)}; VocabParallelOptions.from_vocab gives a partition"
-            )
+            kind = "leave a gap" if claim.start > covered else "overlap"
+            fault = f"{kind} at row {min(claim.start, covered)}"
+            break
         covered = claim.stop
-    if covered < max(vocab_size, 1):
+    if not fault and covered < max(sizes[0], 1):
+        fault = f"end at {covered}, before the vocabulary of {max(sizes[0], 1)}"
+    if fault:
+        ranges = ", ".join(f"[{claim.start}, {claim.stop})" for claim in claims)
         raise ValueError(
-            f"the rows of the vocab group end at {covered}, before the vocabulary of "
-            f"{max(vocab_size, 1)}: {_listed(claims)}; VocabParallelOptions.from_vocab gives a "
-            f"partition"
+            f"the rows of the vocab group {fault}: {ranges}; VocabParallelOptions.from_vocab gives "
+            f"a partition"
         )
     return covered
-
-
-def _listed(claims: list[RankSummary]) -> str:
-    return ", ".join(f"[{claim.start}, {claim.stop})" for claim in claims)
 
 
 def digest_of(settings: Mapping[str, Any]) -> int:

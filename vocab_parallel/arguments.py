@@ -7,8 +7,8 @@ no process group. What ranks tell one another (`agreement.py`) is told at every 
 ranks would differ in what they wait for.
 """
 
-from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Collection, Hashable, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +36,7 @@ from vocab_parallel.settings import (
     check_rows,
     check_tensors,
     check_token_divisor,
+    unknown_option,
 )
 from vocab_parallel.statistics import Columns, accumulation_dtype
 
@@ -65,21 +66,13 @@ class Operands:
     document_ids: Tensor | None = None
 
     @classmethod
-    def of(
-        cls,
-        e: Tensor,
-        c: Tensor,
-        targets: Tensor | None,
-        bias: Tensor | None = None,
-        token_weight: Tensor | None = None,
-        document_ids: Tensor | None = None,
-    ) -> "Operands":
+    def of(cls, e: Tensor, c: Tensor, *rest: Tensor | None, **named: Tensor | None) -> "Operands":
         """Cast hidden states and classifier as autocast casts the operands of a linear layer."""
         tensors = isinstance(e, Tensor) and isinstance(c, Tensor)
         if tensors and not e.is_meta and torch.is_autocast_enabled(e.device.type):
             dtype = torch.get_autocast_dtype(e.device.type)
             e, c = (t if t.dtype == torch.float64 else t.to(dtype) for t in (e, c))
-        return cls(e, c, targets, bias, token_weight, document_ids)
+        return cls(e, c, *rest, **named)
 
     @property
     def flat_hidden(self) -> Tensor:
@@ -138,16 +131,16 @@ class Call(NamedTuple):
 
     def labels(self) -> Tensor:
         """Return the labels [N] in the loss's order; gathers those of a "sharded" layout."""
-        shift, group = self.settings.shift, self.rows.group
-        if isinstance(shift, int):
-            marked = self._marked(shift)
-        else:
-            marked = torch.stack([self._marked(each) for each in shift])
-        return arrange(marked, self.settings.hidden_layout, group)
+        return self._in_order(self._marked)
 
     def _marked(self, shift: int) -> Tensor:
         targets, documents = self.operands.targets, self.operands.document_ids
-        assert targets is not None
+        if targets is None:  # no position is ignored that the shift leaves a label
+            shape = list(self.operands.hidden.shape[:-1])
+            if self.settings.hidden_layout == "sequence":
+                shape[-1] *= self.rows.group.degree
+            zeros = self.operands.hidden.new_zeros(shape, dtype=torch.int32)
+            return shifted(zeros, shift, IGNORED)
         found = mark_labels(
             targets, self.settings.ignore_index, self.rows.vocab_size, shift,
             kernels=self.bound.kernels,
@@ -159,17 +152,22 @@ class Call(NamedTuple):
 
     def token_weight(self) -> Tensor | None:
         """Return the tokens' weights [N] in that order; gathers those of a "sharded" layout."""
-        weight, shift = self.operands.token_weight, self.settings.shift
+        weight = self.operands.token_weight
         if weight is None:
             return None
         # A copy, since backward reads it too: its owner may write to it before.
         wide = weight.detach().to(self.bound.shard.dtype, copy=True)
-        if isinstance(shift, int):
-            moved = shifted(wide, shift, 0.0)
-        else:
-            moved = torch.stack([shifted(wide, each, 0.0) for each in shift])
         # Kernels read it without a stride.
-        return arrange(moved, self.settings.hidden_layout, self.rows.group).contiguous()
+        return self._in_order(lambda shift: shifted(wide, shift, 0.0)).contiguous()
+
+    def _in_order(self, shifted_by: Callable[[int], Tensor]) -> Tensor:
+        """Bring what each token has, [..., T] for each prediction, to the loss's order [N]."""
+        shift = self.settings.shift
+        if isinstance(shift, int):
+            found = shifted_by(shift)
+        else:
+            found = torch.stack([shifted_by(each) for each in shift])
+        return arrange(found, self.settings.hidden_layout, self.rows.group)
 
     def own(self, per_token: Tensor) -> Tensor:
         """Return this rank's part of a result [N]; see `layout.own`.
@@ -188,8 +186,9 @@ def prepare(
     *,
     validate: bool | None,
     needs_targets: bool = True,
+    known: Collection[str] = (),
     problem: ValueError | None = None,
-    also: Callable[[Call, bool], Mapping[str, Any]] | None = None,
+    also: Callable[[Call, bool], tuple[Call, Mapping[str, Any]]] | None = None,
 ) -> Call:
     """Check the arguments, agree on them over the group where asked, and return the call.
 
@@ -198,33 +197,38 @@ def prepare(
         options: which rows these are.
         validate: see `linear_cross_entropy`.
         needs_targets: whether it cannot be without.
+        known: names of what the caller could have given, for who misspelt an option.
         problem: what the caller has found wrong already.
         also: checks what a relative of the loss takes beside these. It gets the call, and whether
-            values may be read, which waits for a GPU; it returns what must be equal on all ranks.
+            values may be read, which waits for a GPU; it returns the relative's call, and what
+            must be equal on all ranks.
 
     Raises:
         ValueError: bad input; on every rank of the group where ``validate`` holds, or where it is
             None and the tensors are on the CPU.
     """
     rows = rows_of(operands.classifier, options)
+    group = rows.group
     on_gpu = isinstance(operands.hidden, Tensor) and operands.hidden.is_cuda
     reads_values = bool(validate or not on_gpu)
     call: Call | None = None
     more: Mapping[str, Any] = {}
     try:
+        if problem is None and settings.impl_options:
+            problem = unknown_option(settings, known)
         if problem is not None:
             raise problem
         if needs_targets and operands.targets is None:
             raise ValueError("targets must be a tensor of class ids, got None")
         call = checked(operands, settings, rows, reads_values=reads_values)
-        more = {} if also is None else also(call, reads_values)
+        if also is not None:
+            call, more = also(call, reads_values)
     except ValueError as error:
         problem = error
-    group = rows.group
-    if validate or group.degree == 1 or (validate is None and not on_gpu):
+    if reads_values and (validate is not False or group.degree == 1):
         claim, equal, digest = RankSummary(rows.start, rows.stop), more, 0
         if call is not None and problem is None:
-            claim = _claim(call, reads_values)
+            claim = _claim(operands, settings, rows, reads_values=True)
             if group.degree > 1:
                 equal, digest = _equal(call, more)
         agree(problem, claim, equal, group, digest=digest)
@@ -311,10 +315,12 @@ def _bind(operands: Operands, settings: LossSettings, rows: RankRows) -> Bound:
     """Check what one rank alone can check, and choose who does the work."""
     settings.check()
     both = operands.hidden, operands.classifier
-    registry.create_backend(settings.impl, settings.memory_budget, settings.impl_options)
     degree, layout = rows.group.degree, settings.hidden_layout
     check_tensors(operands, settings, degree)
     check_rows(operands.classifier, rows, settings)
+    if degree == 1:
+        # That its rows are the vocabulary: a call on a GPU does not ask again.
+        agree(None, _claim(operands, settings, rows, reads_values=False), {}, rows.group)
     backend = registry.create_backend(
         settings.impl, settings.memory_budget, settings.impl_options, both
     )
@@ -369,14 +375,15 @@ def _of_shape(parameter: Tensor, num_rows: int) -> Tensor:
     return parameter.detach().new_empty(()).expand(num_rows, *parameter.shape[1:])
 
 
-def _claim(call: Call, reads_values: bool) -> RankSummary:
+def _claim(
+    operands: Operands, settings: LossSettings, rows: RankRows, *, reads_values: bool
+) -> RankSummary:
     """Return what this rank says of the vocabulary; reading targets waits for a GPU."""
-    rows, settings, targets = call.rows, call.settings, call.operands.targets
     lowest, highest, checksum = 0, -1, 0
-    if targets is not None and reads_values:
-        lowest, highest = target_range(targets, settings.ignore_index)
+    if operands.targets is not None and reads_values:
+        lowest, highest = target_range(operands.targets, settings.ignore_index)
         if settings.hidden_layout != "sharded" and rows.group.degree > 1:
-            checksum = target_digest(targets)
+            checksum = target_digest(operands.targets)
     vocab_size = -1 if rows.vocab_size is None else rows.vocab_size
     return RankSummary(rows.start, rows.stop, vocab_size, lowest, highest, checksum)
 
@@ -403,14 +410,11 @@ def _equal_of_shape(
     That is everything but what is known to be a rank's own, so that nothing is forgotten: its
     rows, and of its tensors the values.
     """
-    hidden = operands.hidden
-    tensors = [(each.name, getattr(operands, each.name)) for each in fields(operands)]
-    records = torch.is_grad_enabled()
-    own = {each.name: getattr(settings, each.name) for each in fields(settings)}
+    hidden, given, records = operands.hidden, operands.__dict__, torch.is_grad_enabled()
+    own = {**settings.__dict__, "impl_options": sorted(settings.impl_options.items())}
     del own["num_valid_tokens"]
     return {
         **own,
-        "impl_options": sorted(settings.impl_options.items()),
         "reduce_e_grad": rows.reduce_e_grad,
         "largest_shard": rows.largest_shard,
         "tokens of e": hidden.shape[:-1].numel(),
@@ -420,6 +424,6 @@ def _equal_of_shape(
         "e requires grad": hidden.requires_grad and records,
         # Per-token gradients are gathered in backward, where there is one.
         "a gradient is required": records
-        and any(tensor is not None and tensor.requires_grad for _, tensor in tensors),
-        **{f"{name} given": tensor is not None for name, tensor in tensors},
+        and any(tensor is not None and tensor.requires_grad for tensor in given.values()),
+        **{f"{name} given": tensor is not None for name, tensor in given.items()},
     }

@@ -63,21 +63,18 @@ class Pending:
     tensors until then, so that none is freed or written while it runs.
     """
 
-    def __init__(self, result: Tensor, work: Any, what: str, group: ProcessGroup | None) -> None:
+    def __init__(
+        self, result: Tensor, work: Any, what: str, group: ProcessGroup | None, held: Any = None
+    ) -> None:
         self._result, self._work, self._what, self._group = result, work, what, group
-        self._held: tuple[Tensor, ...] = ()
-
-    def hold(self, *tensors: Tensor) -> "Pending":
-        """Keep what the collective reads, until it is waited for."""
-        self._held = tensors
-        return self
+        self._held = held  # what the collective reads
 
     def wait(self) -> Tensor:
         """Return the result, for work that is queued from now on."""
         if self._work is not None:
             with _named(self._what, self._group):
                 self._work.wait()
-        self._held = ()
+        self._held = None
         return self._result
 
 
@@ -122,6 +119,14 @@ class VocabGroup:
         """
         return cls(group, *group_rank_and_size(group))
 
+    def _start(
+        self, what: str, collective: Any, result: Tensor, *given: Any, held: Any = None
+    ) -> Pending:
+        """Start a collective of the given arguments, and return what waits for its result."""
+        with _named(what, self.group):
+            work = collective(*given, group=self.group, async_op=True)
+        return Pending(result, work, what, self.group, held)
+
     def gather_tokens(self, tokens: Tensor) -> Tensor:  # (T, ...) -> (V T, ...), rank-major
         """Gather equally many tokens from every rank."""
         if self.degree == 1:
@@ -141,9 +146,8 @@ class VocabGroup:
             return Pending(local.unsqueeze(0), None, what, self.group)
         local = local.contiguous()
         gathered = local.new_empty((self.degree * local.shape[0], *local.shape[1:]))
-        with _named(what, self.group):
-            work = _all_gather(gathered, local, group=self.group, async_op=True)
-        return Pending(gathered.view(self.degree, *local.shape), work, what, self.group).hold(local)
+        whole = gathered.view(self.degree, *local.shape)
+        return self._start(what, _all_gather, whole, gathered, local, held=local)
 
     def gather_shards(self, local: Tensor) -> Tensor:
         """`start_gather_shards`, waited for."""
@@ -175,9 +179,7 @@ class VocabGroup:
         if self.degree == 1:
             return Pending(partial, None, what, self.group)
         partial = partial.contiguous()
-        with _named(what, self.group):
-            work = dist.all_reduce(partial, group=self.group, async_op=True)
-        return Pending(partial, work, what, self.group)
+        return self._start(what, dist.all_reduce, partial, partial)
 
     def sum(self, partial: Tensor) -> Tensor:
         """`start_sum`, waited for."""
@@ -190,9 +192,7 @@ class VocabGroup:
             return Pending(partial, None, what, self.group)
         partial = partial.contiguous()
         own = partial.new_empty((partial.shape[0] // self.degree, *partial.shape[1:]))
-        with _named(what, self.group):
-            work = _reduce_scatter(own, partial, group=self.group, async_op=True)
-        return Pending(own, work, what, self.group).hold(partial)
+        return self._start(what, _reduce_scatter, own, own, partial, held=partial)
 
     def scatter_sum(self, partial: Tensor) -> Tensor:
         """`start_scatter_sum`, waited for."""
@@ -208,9 +208,7 @@ class VocabGroup:
             return Pending(partial, None, what, self.group)
         partial = partial.contiguous()
         where = dist.get_process_group_ranks(self.group)[owner]
-        with _named(what, self.group):
-            work = dist.reduce(partial, where, group=self.group, async_op=True)
-        return Pending(partial, work, what, self.group)
+        return self._start(what, dist.reduce, partial, partial, where)
 
     def start_broadcast(self, tensor: Tensor, owner: int) -> Pending:
         """Give every rank the owner's tensor, in place."""
@@ -218,9 +216,7 @@ class VocabGroup:
         if self.degree == 1:
             return Pending(tensor, None, what, self.group)
         where = dist.get_process_group_ranks(self.group)[owner]
-        with _named(what, self.group):
-            work = dist.broadcast(tensor, where, group=self.group, async_op=True)
-        return Pending(tensor, work, what, self.group)
+        return self._start(what, dist.broadcast, tensor, tensor, where)
 
     def exchange_integers(self, values: list[int]) -> Tensor:
         """Gather a few integers of every rank, as int64 [V, n] on the CPU.

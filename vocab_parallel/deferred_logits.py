@@ -146,10 +146,6 @@ def _with_real_logits(func: Any, args: Any, kwargs: Any) -> Any:
 # Each returns the recipe of a step, or NotImplemented where it is another than it seems.
 
 
-def _contiguous(logits: DeferredLogits) -> Recipe:
-    return logits.recipe
-
-
 def _float(logits: DeferredLogits) -> Recipe:
     return replace(logits.recipe, dtype=torch.float32)  # nothing is rounded to it
 
@@ -237,7 +233,7 @@ _METADATA = frozenset(
 )
 _NOTED: Mapping[Any, Callable[..., Any]] = MappingProxyType(
     {
-        Tensor.contiguous: _contiguous,
+        Tensor.contiguous: lambda logits: logits.recipe,
         Tensor.float: _float,
         Tensor.to: _to,
         Tensor.view: _view,

@@ -4,15 +4,18 @@
     T   from the joined statistics and what they receive: dE, partial or summed, and dC
 
 The names are those of arXiv 2411.05288. Who holds a microbatch between S and T holds its `Inputs`,
-the joined statistics, and what S kept. Two thin autograd.Functions call S in forward and T in
-backward: one returns the statistics, the other the loss that is made of them.
+the joined statistics, and what S kept. One thin autograd.Function calls S in forward and T in
+backward; it returns the statistics, or the loss that is made of them.
 
-A long call (`plan.py`) does the local work of both a span of its tokens at a time. The statistics
-are exchanged at once, and dE is reduced span by span.
+One call each way is all that the loss communicates: the statistics are gathered once, and the sum
+of dE is started as soon as it is complete, beside the classifier's product. A long call (`plan.py`)
+does the local work of both a span of its tokens at a time: the statistics are exchanged at once,
+and dE is summed span by span, beside the next span's products.
 """
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -20,7 +23,7 @@ from torch import Tensor
 
 from vocab_parallel.arguments import Call
 from vocab_parallel.backends.interface import ClassifierGrad, Gradients, Shard, Upstream, Wanted
-from vocab_parallel.hidden_gradient import HiddenGradSum
+from vocab_parallel.collectives import Pending
 from vocab_parallel.plan import blocks
 from vocab_parallel.split_backward import first_derivative_only, wanted_inputs
 from vocab_parallel.statistics import count_lines, join, of_no_rows
@@ -68,9 +71,7 @@ def vocab_statistics(
         labels: [N], as `Call.labels` returns them.
         others, beside: see `Inputs`; they get no gradient.
     """
-    tensors = _tensors(call, labels)
-    found = _VocabStatistics.apply(*tensors, call, len(others), *others, *beside)
-    return cast(Tensor, found)
+    return _apply(call, labels, None, [], others, beside)
 
 
 def scalar_loss(call: Call, labels: Tensor, loss: TokenLoss) -> tuple[Tensor, Tensor]:
@@ -80,14 +81,23 @@ def scalar_loss(call: Call, labels: Tensor, loss: TokenLoss) -> tuple[Tensor, Te
     output of the Function, which has one alone.
     """
     made: list[Tensor] = []
-    value = _VocabLoss.apply(*_tensors(call, labels), call, loss, made)
-    return cast(Tensor, value), made[0]
+    return _apply(call, labels, loss, made), made[0]
 
 
-def _tensors(call: Call, labels: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+def _apply(
+    call: Call,
+    labels: Tensor,
+    loss: TokenLoss | None,
+    made: list[Tensor],
+    others: tuple[Tensor, ...] = (),
+    beside: tuple[Tensor | None, ...] = (),
+) -> Tensor:
     operands, start = call.operands, call.rows.start
     hidden = operands.hidden.reshape(-1, operands.hidden.shape[-1])
-    return hidden, operands.classifier, operands.bias, labels - start if start else labels
+    targets = labels - start if start else labels
+    tensors = hidden, operands.classifier, operands.bias, targets
+    found = _VocabLoss.apply(*tensors, call, loss, made, len(others), *others, *beside)
+    return cast(Tensor, found)
 
 
 # --- S ---
@@ -114,24 +124,17 @@ def joined_statistics(call: Call, inputs: Inputs, needs_grad: bool) -> tuple[Ten
     The second of the pair is what T is given back. Communicates [k, N] float32 of each rank, once;
     where some statistics need others of the whole vocabulary, those apart.
     """
-    values, kept = _exchanged(call, inputs, needs_grad)
-    bound = call.bound
-    if bound.later_columns:
-        later = bound.shard._replace(columns=bound.later_columns)
-        again = call._replace(bound=bound._replace(shard=later))
-        inputs = inputs._replace(others=(*inputs.others, values.T))
-        values = torch.cat((values, _exchanged(again, inputs, False)[0]))
-    return values, kept
-
-
-def _exchanged(call: Call, inputs: Inputs, needs_grad: bool) -> tuple[Tensor, Sequence[Any]]:
+    bound, group = call.bound, call.rows.group
     spans = _spans(call, inputs)
     found = [own_statistics(call, inputs.of(tokens), needs_grad) for tokens in spans]
     own = found[0][0] if len(found) == 1 else torch.cat([values for values, _ in found], 1)
-    kept = [each for _, each in found]
-    if call.rows.group.degree == 1:
-        return own, kept
-    return join(call.rows.group.gather_shards(own), call.bound.shard.columns), kept
+    values = own if group.degree == 1 else join(group.gather_shards(own), bound.shard.columns)
+    if bound.later_columns:
+        later = bound.shard._replace(columns=bound.later_columns)
+        again = call._replace(bound=bound._replace(shard=later, later_columns=()))
+        inputs = inputs._replace(others=(*inputs.others, values.T))
+        values = torch.cat((values, joined_statistics(again, inputs, False)[0]))
+    return values, [kept for _, kept in found]
 
 
 def _spans(call: Call, inputs: Inputs) -> Sequence[slice]:
@@ -180,19 +183,17 @@ def summed_gradients(
     statistics, grads = statistics[:num_lines], grads[:num_lines]
     target = into = classifier_grad(call, inputs.classifier)
     # Over spans what is narrower would be rounded with each of them.
-    if len(spans) > 1 and (target.add_to is None or target.dtype != shard.dtype):
+    spanned = len(spans) > 1 and (target.add_to is None or target.dtype != shard.dtype)
+    if spanned:
         into = ClassifierGrad(shard.dtype)
-    adds_there = into is target
-    total: _HiddenGrad | None = None
-    if wanted.hidden:
-        total = hidden_grad_sum(call, inputs.hidden)
+    total = _HiddenGradSum(call, inputs.hidden) if wanted.hidden else None
     classifier = bias = None
     for tokens, kept_of_span in zip(spans, kept, strict=True):
         part, when_hidden = inputs.of(tokens), None
         own = statistics, grads
         if part is not inputs:
             own = statistics[:, tokens].contiguous(), grads[:, tokens].contiguous()
-        if isinstance(total, HiddenGradSum):  # else it is only rounded, once all is done
+        if total is not None and call.bound.sums_hidden_grad:  # else it is only rounded
             when_hidden = partial(total.add, tokens=tokens)
         found = own_gradients(call, part, Upstream(*own, wanted, into, kept_of_span, when_hidden))
         if total is not None:
@@ -203,7 +204,7 @@ def summed_gradients(
             into = ClassifierGrad(classifier.dtype, classifier)
         if found.bias is not None:
             bias = found.bias if bias is None else bias + found.bias
-    if not adds_there:
+    if spanned:
         classifier = target.placed(classifier)
     hidden = None
     if total is not None:
@@ -217,38 +218,87 @@ def summed_gradients(
     )
 
 
-class _OwnHiddenGrad:
-    """Puts together the gradient [N, D] of the hidden states where nobody else adds to it."""
+class _HiddenGradSum:
+    """Sums the shards' partial gradients of the hidden states over the group, where it is summed.
 
-    def __init__(self, hidden: Tensor) -> None:
-        self._hidden = hidden
+    Every rank adds the same tokens in the same order, all at once or a span at a time. Where every
+    rank wants all tokens, each sums its share of them, and the sums are gathered in the dtype that
+    is wanted: as an all-reduce does it, with fewer bytes. What is not rounded after its sum, or
+    does not divide, is all-reduced. Where each wants its own tokens, all are reduce-scattered; a
+    span is summed at the ranks that have its tokens.
+
+    Args:
+        call: of the loss.
+        hidden: [N, D], of all tokens; the result has its dtype.
+    """
+
+    def __init__(self, call: Call, hidden: Tensor) -> None:
+        self._hidden, self._group = hidden, call.rows.group
+        self._sums, self._scatters = call.bound.sums_hidden_grad, call.bound.gathers
+        self._dtype = call.bound.shard.sum_dtype
+        self._length = hidden.shape[0] // (self._group.degree if self._scatters else 1)
+        self._first = self._group.rank * self._length if self._scatters else 0
         self._total: Tensor | None = None
+        # Where a part begins, its sum, and whether that is this rank's share of it.
+        self._under_way: list[tuple[int, Pending, bool]] = []
+        self._added = -1  # where the tokens end that were added
 
     def add(self, partial: Tensor | None, tokens: slice) -> None:
-        """Take some tokens' gradients [n, D]; None where this rank has no rows."""
-        if self._total is None and tokens.stop == self._hidden.shape[0] and partial is not None:
-            self._total = partial.to(self._hidden.dtype)
+        """Start the sum of some tokens' partial gradients, unless they were added already.
+
+        Args:
+            partial: [n, D], which may be overwritten; None where this rank has none.
+            tokens: which they are.
+        """
+        if tokens.stop <= self._added:
             return
-        if self._total is None:
-            self._total = torch.zeros_like(self._hidden, memory_format=torch.contiguous_format)
-        if partial is not None:
-            self._total[tokens] = partial
+        self._added = tokens.stop
+        count, degree = tokens.stop - tokens.start, self._group.degree
+        if partial is None:
+            partial = self._hidden.new_zeros((count, self._hidden.shape[1]), dtype=self._dtype)
+        partial = partial.to(self._dtype)
+        if not self._sums:
+            self._put(partial, tokens.start)
+            return
+        self._finish()  # so that one part is under way at a time
+        if not self._scatters:
+            rounds = self._hidden.element_size() < self._dtype.itemsize
+            shares = rounds and count > 0 and count % degree == 0
+            start = self._group.start_scatter_sum if shares else self._group.start_sum
+            self._under_way.append((tokens.start, start(partial), shares))
+        elif count == self._hidden.shape[0]:
+            self._under_way.append((self._first, self._group.start_scatter_sum(partial), False))
+        else:
+            owners = range(tokens.start // self._length, -(-tokens.stop // self._length))
+            edges = [tokens.start, *(rank * self._length for rank in owners[1:]), tokens.stop]
+            for owner, (start_at, stop) in zip(owners, pairwise(edges), strict=True):
+                part = partial[start_at - tokens.start : stop - tokens.start]
+                self._under_way.append((start_at, self._group.start_sum_at(part, owner), False))
 
     def total(self) -> Tensor:
-        """Return the gradient [N, D] in hidden's dtype."""
-        assert self._total is not None
+        """Return the summed gradient [N, D], or of this rank's own tokens, in hidden's dtype."""
+        if self._under_way:
+            self._finish()
+        assert self._total is not None, "every token is added before the total is asked for"
         return self._total
 
+    def _finish(self) -> None:
+        """Wait for what is under way, and put what is wanted of it in its place."""
+        for start, pending, shared in self._under_way:
+            found = pending.wait().to(self._hidden.dtype)
+            self._put(self._group.gather_tokens(found) if shared else found, start)
+        self._under_way.clear()
 
-_HiddenGrad = HiddenGradSum | _OwnHiddenGrad
-
-
-def hidden_grad_sum(call: Call, hidden: Tensor) -> _HiddenGrad:
-    """Return what sums the gradient of the hidden states [N, D] over the group, where it is."""
-    if not call.bound.sums_hidden_grad:
-        return _OwnHiddenGrad(hidden)
-    group, dtype = call.rows.group, call.bound.shard.sum_dtype
-    return HiddenGradSum(hidden, group, scatters=call.bound.gathers, dtype=dtype)
+    def _put(self, found: Tensor, start: int) -> None:
+        """Put the sum [n, D] of tokens in its place, unless they are another rank's."""
+        start -= self._first
+        if start == 0 and found.shape[0] == self._length:
+            self._total = found
+            return
+        if self._total is None:
+            self._total = self._hidden.new_empty((self._length, self._hidden.shape[1]))
+        if 0 <= start < self._length:
+            self._total[start : start + found.shape[0]] = found
 
 
 def classifier_grad(call: Call, classifier: Tensor) -> ClassifierGrad:
@@ -298,8 +348,8 @@ def shard_of(call: Call, inputs: Inputs, needs_grad: bool) -> Shard | None:
 # --- autograd ---
 
 
-class _VocabStatistics(torch.autograd.Function):
-    """S in forward, T in backward.
+class _VocabLoss(torch.autograd.Function):
+    """S, and the loss where there is one, in forward; T in backward.
 
     It has one output on purpose: a zero-bubble schedule of torch 2.11 and older adds up the
     gradients of a Function's outputs before it asks for the weights' half.
@@ -313,58 +363,30 @@ class _VocabStatistics(torch.autograd.Function):
         bias: Tensor | None,  # (rows,)
         targets: Tensor,  # (N,), rows of this shard, or outside of them
         call: Call,
+        loss: TokenLoss | None,  # None: the statistics (k, N) are the output
+        made: list[Tensor],  # the statistics are added to it where they are not
         count: int,  # of the first of the rest, which are of tokens
         *rest: Any,
-    ) -> Tensor:  # (k, N)
+    ) -> Tensor:
         hidden = gathered_hidden(call, hidden)
         inputs = Inputs(hidden, classifier, bias, targets, rest[:count], rest[count:])
         needs_grad = call.bound.records and any(ctx.needs_input_grad[:3])
         statistics, ctx.kept = joined_statistics(call, inputs, needs_grad)
         ctx.save_for_backward(statistics, *inputs[:4], *rest)
-        ctx.call, ctx.count = call.without_tokens(), count
-        return statistics
-
-    @staticmethod
-    @first_derivative_only
-    def backward(ctx: Any, grads: Tensor) -> tuple[Tensor | None, ...]:
-        statistics, *tensors = ctx.saved_tensors
-        hidden, classifier, bias, targets, *more = tensors
-        rest, count = tuple(more), ctx.count
-        inputs = Inputs(hidden, classifier, bias, targets, rest[:count], rest[count:])
-        wanted = Wanted(*wanted_inputs(ctx, (True, True, inputs.bias is not None)))
-        found = summed_gradients(ctx.call, inputs, statistics, grads.contiguous(), wanted, ctx.kept)
-        return (*found, None, None, None, *(None for _ in rest))
-
-
-class _VocabLoss(torch.autograd.Function):
-    """S and the loss in forward, T in backward."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,  # (T, D), this rank's
-        classifier: Tensor,  # (rows, D)
-        bias: Tensor | None,  # (rows,)
-        targets: Tensor,  # (N,), rows of this shard, or outside of them
-        call: Call,
-        loss: TokenLoss,
-        made: list[Tensor],  # what it is made of is added to it
-    ) -> Tensor:
-        inputs = Inputs(gathered_hidden(call, hidden), classifier, bias, targets)
-        needs_grad = call.bound.records and any(ctx.needs_input_grad[:3])
-        statistics, ctx.kept = joined_statistics(call, inputs, needs_grad)
+        ctx.call, ctx.loss, ctx.count = call.without_tokens(), loss, count
+        if loss is None:
+            return statistics
         made.append(statistics)
-        ctx.save_for_backward(statistics, *inputs[:4])
-        ctx.call, ctx.loss = call.without_tokens(), loss
         return loss.total_value(statistics)
 
     @staticmethod
     @first_derivative_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        statistics, *tensors = ctx.saved_tensors
-        hidden, classifier, bias, targets = tensors
-        inputs = Inputs(hidden, classifier, bias, targets)
-        grads = ctx.loss.total_gradient(statistics, grad)
-        wanted = Wanted(*wanted_inputs(ctx, (True, True, inputs.bias is not None)))
+        statistics, hidden, classifier, bias, targets, *rest = ctx.saved_tensors
+        others, beside = tuple(rest[: ctx.count]), tuple(rest[ctx.count :])
+        inputs = Inputs(hidden, classifier, bias, targets, others, beside)
+        loss = ctx.loss
+        grads = grad.contiguous() if loss is None else loss.total_gradient(statistics, grad)
+        wanted = Wanted(*wanted_inputs(ctx, (True, True, bias is not None)))
         found = summed_gradients(ctx.call, inputs, statistics, grads, wanted, ctx.kept)
-        return (*found, None, None, None, None)
+        return (*found, *[None] * (5 + len(rest)))

@@ -27,11 +27,11 @@ def entry(function: Callable[P, R]) -> Callable[P, R]:
         try:
             return function(*args, **kwargs)
         except TypeError as error:
-            from vocab_parallel.settings import names_translated
+            from vocab_parallel.settings import others_names
 
-            translated = names_translated(function, error, args, kwargs)
-            if translated is error:
+            ours = others_names(kwargs)
+            if not ours:
                 raise
-            raise translated from None
+            raise ValueError(f"{error}; {ours}") from error
 
     return call

@@ -13,15 +13,14 @@ arXiv 1909.08053, section 3.
 
 from typing import Any, Literal, overload
 
-import torch
 from torch import Tensor
 
 from vocab_parallel.arguments import Call, Operands, prepare
 from vocab_parallel.engine import scalar_loss, vocab_statistics
 from vocab_parallel.entry import entry
-from vocab_parallel.layout import IGNORED, OUT_OF_RANGE, HiddenLayout, count_valid
+from vocab_parallel.layout import IGNORED, HiddenLayout, count_valid
 from vocab_parallel.metrics import LossMetrics, loss_metrics
-from vocab_parallel.settings import LossSettings, parameters_of, unknown_option
+from vocab_parallel.settings import LossSettings, parameters_of
 from vocab_parallel.statistics import Statistics
 from vocab_parallel.token_loss import TokenLoss
 
@@ -201,11 +200,9 @@ def linear_cross_entropy(
         impl=impl,
         impl_options=impl_options,
     )
-    problem = None
-    if impl_options:
-        problem = unknown_option(settings, parameters_of(linear_cross_entropy))
     operands = Operands.of(e, c, targets, bias, token_weight, document_ids)
-    call = prepare(operands, settings, vocab_parallel_options, validate=validate, problem=problem)
+    known = parameters_of(linear_cross_entropy)
+    call = prepare(operands, settings, vocab_parallel_options, validate=validate, known=known)
     labels = call.labels()
     losses = token_losses(call, labels)
     loss, values = reduced_loss(call, labels, losses)
@@ -294,20 +291,15 @@ def token_logprobs(
         impl=impl,
         impl_options=impl_options,
     )
-    problem = None
-    if impl_options:
-        problem = unknown_option(settings, parameters_of(token_logprobs))
     operands = Operands.of(e, c, targets, bias, document_ids=document_ids)
-    call = prepare(operands, settings, vocab_parallel_options, validate=validate, problem=problem)
+    known = parameters_of(token_logprobs)
+    call = prepare(operands, settings, vocab_parallel_options, validate=validate, known=known)
     labels = call.labels()
-    values = vocab_statistics(call, labels)
-    ignored = labels == IGNORED
-    logprobs = (values[1] - values[0]).masked_fill(ignored, 0.0)
-    logprobs = call.own(logprobs.masked_fill(labels == OUT_OF_RANGE, torch.nan))
+    losses, values = reduced_loss(call, labels, token_losses(call, labels))
     if not return_entropy:
-        return logprobs
+        return 0.0 - losses  # no -0.0
     expected = Statistics(values, call.bound.shard.columns)["mean_log_prob"]
-    return logprobs, call.own((-expected).masked_fill(ignored, 0.0))
+    return 0.0 - losses, call.own((-expected).masked_fill(labels == IGNORED, 0.0))
 
 
 def reduced_loss(call: Call, labels: Tensor, losses: TokenLoss) -> tuple[Tensor, Tensor]:
@@ -323,20 +315,21 @@ def reduced_loss(call: Call, labels: Tensor, losses: TokenLoss) -> tuple[Tensor,
     return losses.total(values), values
 
 
-def token_losses(call: Call, labels: Tensor) -> TokenLoss:
+def token_losses(call: Call, labels: Tensor, weight: Tensor | None = None) -> TokenLoss:
     """Return what makes the loss of each of the call's tokens of its statistics.
 
     Args:
         call: of `linear_cross_entropy`.
         labels: [N], as `Call.labels` returns them.
+        weight: [N], by which the divisor has been applied; None: the call's own, and its divisor.
     """
     return TokenLoss(
         labels,
-        call.token_weight(),
+        call.token_weight() if weight is None else weight,
         call.settings.label_smoothing,
         call.rows.vocab_size or 0,
         call.settings.z_loss,
-        _divisor(call, labels),
+        _divisor(call, labels) if weight is None else None,
         call.bound.kernels,
     )
 

@@ -36,6 +36,7 @@ from vocab_parallel.arguments import Operands
 from vocab_parallel.functional import linear_cross_entropy, token_logprobs
 from vocab_parallel.metrics import LossMetrics
 from vocab_parallel.options import VocabParallelOptions
+from vocab_parallel.settings import NAMES
 from vocab_parallel.statistics import accumulation_dtype
 
 P = ParamSpec("P")
@@ -48,7 +49,6 @@ _POSITIONAL = {
     name: [one.name for one in signature(each).parameters.values() if one.kind < one.KEYWORD_ONLY]
     for name, each in _FUNCTIONS.items()
 }
-_TENSORS = ("e", "c", "targets", "bias", "token_weight", "document_ids")
 _ROWS = ("start", "stop", "reduce_e_grad", "vocab_size", "largest_shard")
 
 
@@ -84,7 +84,7 @@ outside = torch.compiler.disable(_outside)
 
 def _can_be_said(given: Mapping[str, Any]) -> bool:
     """Tell whether tensors and values are plain; ``accumulate_into`` writes to the parameter."""
-    rest = {name: value for name, value in given.items() if name not in _TENSORS}
+    rest = {name: value for name, value in given.items() if name not in NAMES}
     options = rest.pop("vocab_parallel_options", None)
     if options is not None:
         if not all(hasattr(options, name) for name in ("group", *_ROWS[:3])):
@@ -94,7 +94,7 @@ def _can_be_said(given: Mapping[str, Any]) -> bool:
         rest.update(_rows(options))
     if type(rest.get("num_valid_tokens")) is Tensor:
         del rest["num_valid_tokens"]
-    tensors = [given.get(name) for name in _TENSORS]
+    tensors = [given.get(name) for name in NAMES]
     return (
         rest.get("accumulate_into") is None
         and all(tensor is not None for tensor in tensors[:3])
@@ -110,7 +110,7 @@ def _rows(options: Any) -> dict[str, Any]:
 
 def _in_graph(name: str, given: dict[str, Any]) -> Any:
     """Call the operator, and return what the function of that name does."""
-    tensors = Operands.of(*[given.pop(each, None) for each in _TENSORS])
+    tensors = Operands.of(*[given.pop(each, None) for each in NAMES])
     e, c, bias = tensors.hidden, tensors.classifier, tensors.bias
     options, divisor = given.pop("vocab_parallel_options", None), given.get("num_valid_tokens")
     if type(divisor) in (int, Tensor):  # another number at each step is no other graph
@@ -118,10 +118,9 @@ def _in_graph(name: str, given: dict[str, Any]) -> Any:
     else:
         divisor = None
     counted = isinstance(divisor, Tensor)
-    text = _said({"function": name, **given})
     if options is not None:
         group = None if options.group is None else options.group.group_name
-        text += "," + _said({"group": group, **_rows(options)})
+        given.update(_rows(options), group=group)
     found = torch.ops.vocab_parallel.loss.default(
         e,
         c,
@@ -130,7 +129,7 @@ def _in_graph(name: str, given: dict[str, Any]) -> Any:
         [tensors.token_weight, tensors.document_ids, divisor if counted else None],
         None if counted else divisor,
         [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (e, c, bias)],
-        text,
+        _said({"function": name, **given}),
     )
     results = list(found[:-1])
     if given.get("return_metrics"):
@@ -188,13 +187,14 @@ def _loss(
             "the loss within a compiled graph cannot be captured into a CUDA graph: compile it "
             'without mode="reduce-overhead", or capture the loss outside of what is compiled'
         )
-    given, rows = _understood(text)
-    given = dict(given)
+    given = dict(_understood(text))
     function = _FUNCTIONS[given.pop("function")]
-    if rows is not None:
-        group = None if rows["group"] is None else _resolve_process_group(rows["group"])
-        given["vocab_parallel_options"] = VocabParallelOptions(**{**rows, "group": group})
-    names = (*_TENSORS[4:], "num_valid_tokens", "num_valid_tokens")
+    if "group" in given:
+        rows = {name: given.pop(name) for name in ("group", *_ROWS)}
+        if rows["group"] is not None:
+            rows["group"] = _resolve_process_group(rows["group"])
+        given["vocab_parallel_options"] = VocabParallelOptions(**rows)
+    names = (*NAMES[4:], "num_valid_tokens", "num_valid_tokens")
     beside = zip(names, (*others, divisor), strict=True)
     given |= {name: value for name, value in beside if value is not None}
     ticket = _Ticket("q", [next(_numbers)])
@@ -245,11 +245,8 @@ def _loss_backward(ticket: Any, grads: Any, leaves: Any, wanted: Any) -> list[Te
     return [grad.contiguous() for grad in found]
 
 
-@lru_cache(maxsize=256)
-def _understood(text: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Return what a call was given beside tensors, and its rows, of what `_said` wrote."""
-    found = ast.literal_eval(text)
-    return (found, None) if isinstance(found, dict) else found
+# What a call was given beside tensors, of what `_said` wrote.
+_understood = lru_cache(maxsize=256)(ast.literal_eval)
 
 
 @contextmanager
@@ -291,7 +288,7 @@ def _lending(ticket: _Ticket) -> saved_tensors_hooks:
 @_loss.register_fake
 def _(e: Tensor, c: Tensor, *rest: Any) -> list[Tensor]:
     """Return tensors like the results; what is wrong with a call is said where it runs."""
-    given, _ = _understood(rest[-1])
+    given = _understood(rest[-1])
     dtype = accumulation_dtype(torch.promote_types(e.dtype, c.dtype))
     each = list(e.shape[:-1])
     shift = given.get("shift", 0)

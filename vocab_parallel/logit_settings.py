@@ -4,10 +4,11 @@ A scale that is missed gives a loss that looks right and is not: what is not kno
 Nothing of transformers is imported; its configurations are objects with attributes.
 """
 
-import math
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, Literal, TypedDict
+
+from vocab_parallel.settings import is_positive
 
 Kind = Literal["softcap", "multiplier", "divisor"]
 
@@ -85,33 +86,10 @@ def logit_settings(config: Any) -> LogitSettings:
             that is not a positive number; several settings, whose order is not known; or rows
             of the classifier that the model cuts off.
     """
-    _refuse_unused_rows(config)
-    found = applied_settings(config)
-    if len(found) > 1:
-        raise ValueError(
-            f"expected one setting of the logits at most, got {sorted(found)} in the configuration "
-            f"of {_family(config)}: in which order they apply is not known, so give "
-            f"linear_cross_entropy a softcap and a temperature yourself"
-        )
-    settings = LogitSettings(softcap=None, temperature=1.0)
-    for kind, value in found.values():
-        if kind == "softcap":
-            settings["softcap"] = value
-        else:
-            settings["temperature"] = value if kind == "divisor" else 1.0 / value
-    return settings
-
-
-def applied_settings(config: Any) -> dict[str, tuple[Kind, float]]:
-    """Return (kind, value) by name of each setting of the logits that is not neutral.
-
-    Raises:
-        ValueError: a setting that is not known, that the model may not apply, or that is not a
-            positive number.
-    """
     found: dict[str, tuple[Kind, float]] = {}
     parts = list(_parts(config))
     for part in parts:
+        _refuse_unused_rows(part)
         applies = part is parts[-1] and (part is config or _family(config) in APPLY_TEXT_CONFIG)
         for name in _names(part):
             key, value = (_family(part), name), _read(part, name)
@@ -129,12 +107,25 @@ def applied_settings(config: Any) -> dict[str, tuple[Kind, float]]:
                     f"{name}={value!r} of {_family(part)} within {_family(config)}: known are "
                     f"those of the text_config of {sorted(APPLY_TEXT_CONFIG)}; {_REMEDY}"
                 )
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise ValueError(_not_positive(name, value))
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(_not_positive(name, value))
+            if not is_positive(value):
+                raise ValueError(
+                    f"{name} must be a positive number, got {value!r}: a model with such logits "
+                    f"does not train"
+                )
             found[name] = kind, float(value)
-    return found
+    if len(found) > 1:
+        raise ValueError(
+            f"expected one setting of the logits at most, got {sorted(found)} in the configuration "
+            f"of {_family(config)}: in which order they apply is not known, so give "
+            f"linear_cross_entropy a softcap and a temperature yourself"
+        )
+    settings = LogitSettings(softcap=None, temperature=1.0)
+    for kind, value in found.values():
+        if kind == "softcap":
+            settings["softcap"] = value
+        else:
+            settings["temperature"] = value if kind == "divisor" else 1.0 / value
+    return settings
 
 
 def refuse_other_losses(config: Any) -> None:
@@ -148,29 +139,33 @@ def refuse_other_losses(config: Any) -> None:
     """
     for part in _parts(config):
         family = _family(part)
-        if _read(part, "is_encoder_decoder"):
-            raise ValueError(
-                f"expected a model of a decoder alone, got {family}, whose labels are not its "
-                f"inputs: {_OWN_LOSS}"
-            )
-        if family in OTHER_LOSSES:
-            raise ValueError(
-                f"expected a loss over labels that are shifted by one, got that of {family}, which "
-                f"{OTHER_LOSSES[family]}: {_OWN_LOSS}"
-            )
-        if _read(part, "output_router_logits"):
-            raise ValueError(
-                f"expected a loss without auxiliary terms, got output_router_logits=True in the "
-                f"configuration of {family}, which adds the router's: set it to False, or add "
-                f"that term yourself"
-            )
         z_loss = _read(part, "z_loss_coefficient")
-        if z_loss:
-            raise ValueError(
-                f"expected a loss without auxiliary terms, got z_loss_coefficient={z_loss!r} in "
-                f"the configuration of {family}, which averages over ignored labels too: set it "
-                f"to 0, and pass z_loss for one over the labels that count"
-            )
+        for is_so, expected in (
+            (
+                _read(part, "is_encoder_decoder"),
+                f"a model of a decoder alone, got {family}, whose labels are not its inputs: "
+                f"{_OWN_LOSS}",
+            ),
+            (
+                family in OTHER_LOSSES,
+                f"a loss over labels that are shifted by one, got that of {family}, which "
+                f"{OTHER_LOSSES.get(family)}: {_OWN_LOSS}",
+            ),
+            (
+                _read(part, "output_router_logits"),
+                f"a loss without auxiliary terms, got output_router_logits=True in the "
+                f"configuration of {family}, which adds the router's: set it to False, or add "
+                f"that term yourself",
+            ),
+            (
+                z_loss,
+                f"a loss without auxiliary terms, got z_loss_coefficient={z_loss!r} in the "
+                f"configuration of {family}, which averages over ignored labels too: set it to 0, "
+                f"and pass z_loss for one over the labels that count",
+            ),
+        ):
+            if is_so:
+                raise ValueError(f"expected {expected}")
 
 
 _OWN_LOSS = "give its hidden states and labels to linear_cross_entropy as its loss wants them"
@@ -180,22 +175,15 @@ _REMEDY = (
 )
 
 
-def _not_positive(name: str, value: object) -> str:
-    return (
-        f"{name} must be a positive number, got {value!r}: a model with such logits does not train"
-    )
-
-
-def _refuse_unused_rows(config: Any) -> None:
-    for part in _parts(config):
-        used, rows = _read(part, "unpadded_vocab_size"), _read(part, "vocab_size")
-        if isinstance(used, int) and isinstance(rows, int) and used < rows:
-            raise ValueError(
-                f"expected a model that uses every row of its classifier, got unpadded_vocab_size="
-                f"{used} with vocab_size={rows} in the configuration of {_family(part)}: give its "
-                f"hidden states to linear_cross_entropy with vocab_parallel_options="
-                f"VocabParallelOptions(0, {rows}, None, vocab_size={used})"
-            )
+def _refuse_unused_rows(part: Any) -> None:
+    used, rows = _read(part, "unpadded_vocab_size"), _read(part, "vocab_size")
+    if isinstance(used, int) and isinstance(rows, int) and used < rows:
+        raise ValueError(
+            f"expected a model that uses every row of its classifier, got unpadded_vocab_size="
+            f"{used} with vocab_size={rows} in the configuration of {_family(part)}: give its "
+            f"hidden states to linear_cross_entropy with vocab_parallel_options="
+            f"VocabParallelOptions(0, {rows}, None, vocab_size={used})"
+        )
 
 
 def _parts(config: Any) -> Iterator[Any]:

@@ -20,12 +20,10 @@ from torch import Tensor
 
 from vocab_parallel.arguments import Call, Operands, prepare
 from vocab_parallel.entry import entry
-from vocab_parallel.functional import linear_cross_entropy, reduced_loss
+from vocab_parallel.functional import linear_cross_entropy, reduced_loss, token_losses
 from vocab_parallel.layout import IGNORED
-from vocab_parallel.settings import LossSettings, parameters_of, unknown_option
+from vocab_parallel.settings import LossSettings, parameters_of
 from vocab_parallel.token_loss import TokenLoss, at_least_one
-
-_OTHER_RESULTS = ("return_lse", "return_entropy", "return_metrics")
 
 
 # For type checkers: the return type depends on one flag. The rest is below.
@@ -115,21 +113,11 @@ def multi_token_cross_entropy(
         ValueError: as `linear_cross_entropy`; hidden states that are unlike, or not one for each
             of ``shift``.
     """
-    problem: ValueError | None = None
+    hidden, problem = c, None
     try:
         hidden = stacked(e)
     except ValueError as error:
-        hidden, problem = c, error
-    others = [name for name in _OTHER_RESULTS if options.pop(name, False)]
-    if others:
-        problem = ValueError(
-            f"multi_token_cross_entropy has no {others[0]}: leave it out, or call "
-            f"linear_cross_entropy or token_logprobs for that head"
-        )
-    if return_heads and reduction == "none":
-        problem = ValueError(
-            'reduction="none" returns the losses of each head by itself: leave out return_heads'
-        )
+        problem = error
     settings = LossSettings.of(
         {
             **options,
@@ -140,71 +128,50 @@ def multi_token_cross_entropy(
             "num_valid_tokens": num_valid_tokens,
         }
     )
-    known = parameters_of(linear_cross_entropy) | parameters_of(multi_token_cross_entropy)
-    problem = problem or unknown_option(settings, known - set(_OTHER_RESULTS))
-    operands = Operands.of(hidden, c, targets, bias, token_weight, document_ids)
-    call = prepare(operands, settings, vocab_parallel_options, validate=validate, problem=problem)
-    labels = call.labels()
-    heads = _Heads(call, labels)
-    loss, values = reduced_loss(call, labels, heads.losses(weighted=True))
-    return (loss, heads.own_losses(values)) if return_heads else loss
+    call = prepare(
+        Operands.of(hidden, c, targets, bias, token_weight, document_ids),
+        settings,
+        vocab_parallel_options,
+        validate=validate,
+        known=parameters_of(linear_cross_entropy) | parameters_of(multi_token_cross_entropy),
+        problem=problem,
+    )
+    labels, weight = call.labels(), call.token_weight()
+    factors = weighted = _factors(call, labels)
+    if settings.head_weights is not None:
+        # Numbers of Python's, one by one: a tensor of them would wait for the GPU.
+        pairs = zip(factors.unbind(), settings.head_weights, strict=True)
+        weighted = torch.stack([factor * number for factor, number in pairs])
+    loss, values = reduced_loss(call, labels, _losses(call, labels, weight, weighted))
+    if not return_heads:
+        return loss
+    per_token = _losses(call, labels, weight, factors).values(values.detach())
+    return loss, _by_head(call, per_token).sum((0, 2))
 
 
-class _Heads:
-    """The H predictions among the tokens [N] of a call, which are [parts, H, n].
+def _by_head(call: Call, per_token: Tensor) -> Tensor:  # (N,) -> (parts, H, n)
+    """Part the tokens of a call; parts are the ranks whose tokens are gathered, or one."""
+    parts, heads = call.rows.group.degree if call.bound.gathers else 1, call.settings.num_heads or 1
+    return per_token.view(parts, heads, per_token.shape[0] // (parts * heads))
 
-    Parts are the ranks whose tokens are gathered, one after the other, or one part.
-    """
 
-    def __init__(self, call: Call, labels: Tensor) -> None:
-        self._call, self._labels, self._token_weight = call, labels, call.token_weight()
-        self._count = call.settings.num_heads or 1
-        self._parts = call.rows.group.degree if call.bound.gathers else 1
+def _losses(call: Call, labels: Tensor, weight: Tensor | None, factors: Tensor) -> TokenLoss:
+    """Return what makes each token's loss, times its weight [N] and its head's factor [H]."""
+    spread = factors.view(1, -1, 1).expand_as(_by_head(call, labels)).reshape(-1).contiguous()
+    return token_losses(call, labels, spread if weight is None else spread * weight)
 
-    def losses(self, *, weighted: bool) -> TokenLoss:
-        """Return what makes each token's part of the loss, or of its head's own loss."""
-        call, settings = self._call, self._call.settings
-        weight = self._spread(self._factors(weighted))
-        if self._token_weight is not None:
-            weight = weight * self._token_weight
-        return TokenLoss(
-            self._labels,
-            weight,
-            settings.label_smoothing,
-            call.rows.vocab_size or 0,
-            settings.z_loss,
-            None,
-            call.bound.kernels,
-        )
 
-    def own_losses(self, values: Tensor) -> Tensor:
-        """Return each head's own loss [H], without a gradient."""
-        per_token = self.losses(weighted=False).values(values.detach())
-        return self._by_head(per_token).sum((0, 2))
-
-    def _by_head(self, per_token: Tensor) -> Tensor:  # (N,) -> (parts, H, n)
-        length = per_token.shape[0] // (self._parts * self._count)
-        return per_token.view(self._parts, self._count, length)
-
-    def _spread(self, per_head: Tensor) -> Tensor:  # (H,) -> (N,)
-        length = self._labels.shape[0] // (self._parts * self._count)
-        return per_head.view(1, -1, 1).expand(self._parts, -1, length).reshape(-1).contiguous()
-
-    def _factors(self, weighted: bool) -> Tensor:
-        """Return what each head's tokens are multiplied by, [H]."""
-        settings, dtype = self._call.settings, self._call.bound.shard.dtype
-        factors = torch.ones(self._count, dtype=dtype, device=self._labels.device)
-        if settings.reduction == "mean":
-            given = settings.num_valid_tokens
-            if given is None:
-                given = (self._by_head(self._labels) != IGNORED).sum((0, 2))
-            given = given.reshape(-1) if isinstance(given, Tensor) else given
-            factors = factors / at_least_one(given, dtype)
-        if weighted and settings.head_weights is not None:
-            # Numbers of Python's, one by one: a tensor of them would wait for the GPU.
-            for head, weight in enumerate(settings.head_weights):
-                factors[head] *= weight
+def _factors(call: Call, labels: Tensor) -> Tensor:
+    """Return what makes means of the heads' sums, [H]."""
+    settings, dtype = call.settings, call.bound.shard.dtype
+    factors = torch.ones(settings.num_heads or 1, dtype=dtype, device=labels.device)
+    if settings.reduction != "mean":
         return factors
+    given = settings.num_valid_tokens
+    if given is None:
+        given = (_by_head(call, labels) != IGNORED).sum((0, 2))
+    given = given.reshape(-1) if isinstance(given, Tensor) else given
+    return factors / at_least_one(given, dtype)
 
 
 def stacked(e: Any) -> Tensor:

@@ -3,9 +3,9 @@
 import functools
 import inspect
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Self, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, get_args
 
 import torch
 from torch import Tensor
@@ -28,10 +28,9 @@ from vocab_parallel.statistics import (
 if TYPE_CHECKING:
     from vocab_parallel.arguments import Operands
 
-REDUCTIONS = ("mean", "sum", "none")
-LAYOUTS = get_args(HiddenLayout)
-BACKWARDS = ("auto", "recompute", "probs")
-ACCUMULATORS = ("grad", "main_grad")
+# The operands' own names, and which of them have a value for each token.
+NAMES = ("e", "c", "targets", "bias", "token_weight", "document_ids")
+OF_TOKENS = ("targets", "token_weight", "document_ids")
 MIXABLE = (torch.float16, torch.bfloat16, torch.float32)
 # What other libraries call arguments of the loss.
 OTHER_NAMES = {
@@ -45,13 +44,87 @@ OTHER_NAMES = {
     "lse_square_scale": "z_loss here",
     "filter_eps": 'an option of impl="cce" and its presets: no other drops a gradient',
 }
-# Options of earlier versions, and what to do without them.
+# Options and values of earlier versions, and what to do without them.
 REMOVED = {
     "overlap": "there is one collective each way, the gradient's beside the classifier's product; "
     "leave it out",
     "e_grad_reduce_dtype": "the hidden states' gradient is summed in float32 (float64 for "
     "float64), since a sum in bfloat16 has up to twice eager's error; leave it out",
+    "gradients": 'use "probs", which is as fast, or "auto" with a memory_budget',
 }
+_CHOICES: Mapping[str, tuple[Any, ...]] = {
+    "reduction": ("mean", "sum", "none"),
+    "hidden_layout": get_args(HiddenLayout),
+    "backward": ("auto", "recompute", "probs"),
+    "accumulate_into": (None, "grad", "main_grad"),
+}
+
+
+def is_number(value: Any) -> bool:
+    """Tell whether a value is a finite number, and no bool."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_positive(value: Any) -> bool:
+    """Tell whether a value is a finite number above 0."""
+    return is_number(value) and value > 0
+
+
+def is_bool(value: Any) -> bool:
+    """Tell whether a value is True or False, and nothing like them."""
+    return isinstance(value, bool)
+
+
+class Rule(NamedTuple):
+    """What holds of a setting, how an error says that it must, and what to do."""
+
+    name: str
+    holds: Callable[[Any], bool]
+    must: str
+    hint: str = ""
+
+
+_RULES = (
+    Rule("ignore_index", _is_integer, "be an integer"),
+    Rule("ignore_index", lambda label: -(2**63) <= label < 2**63, "fit int64"),
+    Rule("softcap", lambda cap: cap is None or is_positive(cap), "be a positive number or None"),
+    Rule("temperature", is_positive, "be a positive number"),
+    Rule("label_smoothing", lambda share: is_number(share) and 0 <= share <= 1, "lie in [0, 1]"),
+    Rule("z_loss", lambda weight: is_number(weight) and weight >= 0, "be a number of at least 0"),
+    Rule("hidden_grad_scale", is_number, "be a finite number"),
+    Rule(
+        "return_lse",
+        is_bool,
+        "be True or False",
+        ": where the ninth argument was cut-cross-entropy's filter_eps, pass it by name",
+    ),
+    Rule("return_metrics", is_bool, "be True or False"),
+    Rule(
+        "logits_dtype",
+        lambda dtype: dtype in (None, "float32"),
+        'be None or "float32"',
+        ": logits of float64 operands are float64 anyway",
+    ),
+)
+
+
+def check_values(
+    settings: Any, choices: Mapping[str, tuple[Any, ...]], rules: Sequence[Rule]
+) -> None:
+    """Raise ValueError for the first attribute that is none of its choices, or breaks a rule."""
+    for name, known in choices.items():
+        value = getattr(settings, name)
+        if value not in known:
+            gone = f"; {REMOVED[value]}" if str(value) in REMOVED else ""
+            raise ValueError(f"unknown {name} {value!r}: known are {list(known)}{gone}")
+    for rule in rules:
+        value = getattr(settings, rule.name)
+        if not rule.holds(value):
+            raise ValueError(f"{rule.name} must {rule.must}, got {value!r}{rule.hint}")
 
 
 @dataclass(frozen=True)
@@ -116,14 +189,8 @@ class LossSettings:
     @property
     def columns(self) -> Columns:
         """Those, and after them what is only reported."""
-        columns = self.grad_columns
-        if not self.return_metrics:
-            return columns
-        return (
-            (*columns, LARGEST_OTHER)
-            if self.return_entropy
-            else (*columns, MEAN_LOG_PROB, LARGEST_OTHER)
-        )
+        reported = (MEAN_LOG_PROB, LARGEST_OTHER) if self.return_metrics else ()
+        return (*self.grad_columns, *(each for each in reported if each not in self.grad_columns))
 
     @property
     def scalar_loss(self) -> bool:
@@ -137,54 +204,20 @@ class LossSettings:
 
     def check(self) -> None:
         """Raise ValueError for a value that cannot be."""
-        _one_of("reduction", self.reduction, REDUCTIONS)
-        _one_of("hidden_layout", self.hidden_layout, LAYOUTS)
-        if self.backward == "gradients":
-            raise ValueError(
-                'backward="gradients" is no longer there: use "probs", which is as fast, or "auto" '
-                "with a memory_budget"
-            )
-        _one_of("backward", self.backward, BACKWARDS)
-        if isinstance(self.ignore_index, bool) or not isinstance(self.ignore_index, int):
-            raise ValueError(f"ignore_index must be an integer, got {self.ignore_index!r}")
-        if not -(2**63) <= self.ignore_index < 2**63:
-            raise ValueError(f"ignore_index must fit int64, got {self.ignore_index}")
-        if self.softcap is not None and not _positive(self.softcap):
-            raise ValueError(
-                f"softcap must be a positive number or None for no cap, got {self.softcap!r}"
-            )
-        if not _positive(self.temperature):
-            raise ValueError(f"temperature must be a positive number, got {self.temperature!r}")
-        if not (_number(self.label_smoothing) and 0.0 <= self.label_smoothing <= 1.0):
-            raise ValueError(f"label_smoothing must lie in [0, 1], got {self.label_smoothing!r}")
-        if not (_number(self.z_loss) and self.z_loss >= 0.0):
-            raise ValueError(f"z_loss must be a number of at least 0, got {self.z_loss!r}")
-        if not _number(self.hidden_grad_scale):
-            raise ValueError(
-                f"hidden_grad_scale must be a finite number, got {self.hidden_grad_scale!r}"
-            )
-        if not isinstance(self.return_lse, bool):
-            raise ValueError(
-                f"return_lse must be True or False, got {self.return_lse!r}: where the ninth "
-                f"argument was cut-cross-entropy's filter_eps, pass it by name, with an impl of its"
-            )
-        if not isinstance(self.return_metrics, bool):
-            raise ValueError(f"return_metrics must be True or False, got {self.return_metrics!r}")
-        self._check_heads()
-        if self.logits_dtype not in (None, "float32"):
-            raise ValueError(
-                f'logits_dtype must be None or "float32", got {self.logits_dtype!r}: logits of '
-                f"float64 operands are float64 anyway"
-            )
-
-    def _check_heads(self) -> None:
+        check_values(self, _CHOICES, _RULES)
         weights = self.head_weights
         if self.num_heads == 0:
             raise ValueError("shift must name at least one prediction, such as (1, 2), got ()")
-        if self.num_heads is not None and self.return_metrics:
+        for name in ("return_lse", "return_entropy", "return_metrics"):
+            if self.num_heads is not None and getattr(self, name):
+                raise ValueError(
+                    f"a loss with shift={self.shift!r} has no {name}, which is of one prediction "
+                    f"of each position: leave it out, or call linear_cross_entropy or "
+                    f"token_logprobs for that head"
+                )
+        if self.return_heads and self.reduction == "none":
             raise ValueError(
-                f"return_metrics are of one prediction of each position, got shift {self.shift!r}: "
-                f"leave it out, or call linear_cross_entropy for that head"
+                'reduction="none" returns the losses of each head by itself: leave out return_heads'
             )
         if weights is None:
             return
@@ -193,7 +226,7 @@ class LossSettings:
                 f"head_weights {weights!r} are of several predictions: give shift one number for "
                 f"each, such as (1, 2), got {self.shift!r}"
             )
-        if len(weights) != self.num_heads or not all(map(_number, weights)):
+        if len(weights) != self.num_heads or not all(map(is_number, weights)):
             raise ValueError(
                 f"head_weights must be {self.num_heads} finite numbers, one for each of shift "
                 f"{self.shift}, got {weights!r}"
@@ -233,26 +266,9 @@ def unknown_option(settings: LossSettings, known: Collection[str]) -> ValueError
     )
 
 
-def names_translated(
-    function: Callable[..., Any], error: TypeError, args: Any, kwargs: Mapping[str, Any]
-) -> Exception:
-    """Return what to raise where ``function`` was called by other libraries' names.
-
-    Args:
-        error: of the call; it is returned where it says something else.
-    """
-    others = [f"{name} is {OTHER_NAMES[name]}" for name in kwargs if name in OTHER_NAMES]
-    if not others or _binds(function, args, kwargs):
-        return error
-    return ValueError(f"{error}; {', '.join(others)}")
-
-
-def _binds(function: Callable[..., Any], args: Any, kwargs: Any) -> bool:
-    try:
-        inspect.signature(function).bind(*args, **kwargs)
-    except TypeError:
-        return False
-    return True
+def others_names(given: Iterable[str]) -> str:
+    """Return what some arguments are called here, of those that have another library's name."""
+    return ", ".join(f"{name} is {OTHER_NAMES[name]}" for name in given if name in OTHER_NAMES)
 
 
 def check_tensors(operands: "Operands", settings: LossSettings, degree: int) -> None:
@@ -261,12 +277,11 @@ def check_tensors(operands: "Operands", settings: LossSettings, degree: int) -> 
     Raises:
         ValueError: says what was expected, what came and what to do.
     """
-    e, c, targets, bias = operands.hidden, operands.classifier, operands.targets, operands.bias
-    token_weight, document_ids = operands.token_weight, operands.document_ids
-    names = ("e", "c", "targets", "bias", "token_weight", "document_ids")
-    for name, tensor in zip(names, operands.__dict__.values(), strict=True):
+    e, c, bias = operands.hidden, operands.classifier, operands.bias
+    given = dict(zip(NAMES, operands.__dict__.values(), strict=True))
+    for name, tensor in given.items():
         if tensor is not None or name in ("e", "c"):
-            _check_plain_tensor(name, tensor, e)
+            check_plain_tensor(name, tensor, e)
     several = settings.num_heads is not None
     if e.dim() < 2 + several or c.dim() != 2:
         axes = "H, ..., T, D" if several else "..., T, D"
@@ -276,33 +291,24 @@ def check_tensors(operands: "Operands", settings: LossSettings, degree: int) -> 
         )
     if e.shape[-1] != c.shape[1]:
         raise ValueError(
-            f"the hidden size of e is {e.shape[-1]} but that of c is {c.shape[1]}: e "
-            f"{list(e.shape)}, c {list(c.shape)}; they must come from one model"
+            f"the hidden size of e is {e.shape[-1]} but that of c is {c.shape[1]}: they must come "
+            f"from one model"
         )
-    if e.dtype not in (*MIXABLE, torch.float64) or not (e.dtype == c.dtype or mixes(e, c)):
+    if not {e.dtype, c.dtype} <= set(MIXABLE) and not e.dtype == c.dtype == torch.float64:
         raise ValueError(
             f"e and c must be float16, bfloat16 or float32, each as it is, or both float64, got "
             f"{e.dtype} and {c.dtype}: cast one, or call under torch.autocast"
         )
-    if targets is not None and targets.dtype not in (torch.int32, torch.int64):
-        raise ValueError(
-            f"targets must hold class ids as int32 or int64, got {targets.dtype}; class "
-            f"probabilities are not supported"
-        )
-    if document_ids is not None and document_ids.dtype not in (torch.int32, torch.int64):
-        raise ValueError(
-            f"document_ids must be int32 or int64, one number a document, got {document_ids.dtype}"
-        )
+    for name in ("targets", "document_ids"):
+        ids = given[name]
+        if ids is not None and ids.dtype not in (torch.int32, torch.int64):
+            raise ValueError(
+                f"{name} must be int32 or int64, got {ids.dtype}: they are ids, one a token, and "
+                f"class probabilities are not supported"
+            )
     if bias is not None and bias.shape != c.shape[:1]:
         raise ValueError(f"bias must be [{c.shape[0]}], a value a row of c, got {list(bias.shape)}")
-    if targets is not None:
-        aligned = {"token_weight": token_weight, "document_ids": document_ids}
-        _check_token_shapes(e, targets, aligned, settings, degree)
-
-
-def mixes(e: Tensor, c: Tensor) -> bool:
-    """Tell whether hidden states and rows may have the dtypes that they have, two or one."""
-    return e.dtype in MIXABLE and c.dtype in MIXABLE
+    _check_token_shapes(e, {name: given[name] for name in OF_TOKENS}, settings, degree)
 
 
 def check_rows(c: Tensor, rows: RankRows, settings: LossSettings) -> None:
@@ -316,20 +322,19 @@ def check_rows(c: Tensor, rows: RankRows, settings: LossSettings) -> None:
         raise ValueError(f"expected 0 <= start <= stop, got start={start}, stop={stop}")
     if c.shape[0] != stop - start:
         raise ValueError(
-            f"c has {c.shape[0]} rows but the options say [{start}, {stop}), which are "
-            f"{stop - start}: pass this rank's rows and their own range"
+            f"c has {c.shape[0]} rows but the options say [{start}, {stop}): pass this rank's "
+            f"rows and their own range"
         )
     largest = rows.largest_shard
     if largest is not None and not (isinstance(largest, int) and largest >= stop - start):
         raise ValueError(
-            f"largest_shard must be the rows of the rank that has the most, or None, got "
-            f"{largest!r} where this rank has {stop - start}: pass the same on all ranks"
+            f"largest_shard must be the rows of the rank that has the most, got {largest!r} where "
+            f"this rank has {stop - start}: pass the same on all ranks"
         )
     if not rows.reduce_e_grad and settings.hidden_layout != "replicated":
         raise ValueError(
-            f"reduce_e_grad=False leaves each rank the partial gradient of the tokens it was "
-            f'given, but hidden_layout="{settings.hidden_layout}" gathers those of all ranks: '
-            f'leave it True, or use "replicated"'
+            f'reduce_e_grad=False must go with hidden_layout="replicated", got '
+            f"{settings.hidden_layout!r}, which gathers the tokens of all ranks: leave it True"
         )
     if settings.label_smoothing and rows.vocab_size is None:
         raise ValueError(
@@ -342,15 +347,11 @@ def check_accumulation(classifier: Tensor, accumulate_into: str | None) -> None:
     """Check that the classifier's gradient can be accumulated as asked.
 
     Raises:
-        ValueError: an unknown name, a classifier that is no plain leaf, or one without a
-            ``main_grad`` in float32 of its shape.
+        ValueError: a classifier that is no plain leaf, or one without a ``main_grad`` in float32
+            of its shape.
     """
     if accumulate_into is None:
         return
-    if accumulate_into not in ACCUMULATORS:
-        raise ValueError(
-            f"unknown accumulate_into {accumulate_into!r}: known are {[None, *ACCUMULATORS]}"
-        )
     if isinstance(classifier, DTensor) or not (classifier.is_leaf and classifier.requires_grad):
         raise ValueError(
             "accumulate_into adds to an attribute of the parameter itself, but c is not a plain "
@@ -400,13 +401,14 @@ def check_token_divisor(
             raise ValueError(
                 f"num_valid_tokens must count tokens, at least 0, got {num_valid_tokens.tolist()!r}"
             )
-    elif not _count(num_valid_tokens):
+    elif not _is_integer(num_valid_tokens) or num_valid_tokens < 0:
         raise ValueError(
             f"num_valid_tokens must be an int of at least 0 or a tensor, got {num_valid_tokens!r}"
         )
 
 
-def _check_plain_tensor(name: str, tensor: Tensor | None, e: Tensor) -> None:
+def check_plain_tensor(name: str, tensor: Tensor | None, e: Tensor) -> None:
+    """Raise ValueError for what is no tensor, or one that the loss cannot read beside e."""
     if not isinstance(tensor, Tensor):
         several = name == "e" and isinstance(tensor, list | tuple)
         way_out = ": of several predictions give shift one number each, such as (1, 2)"
@@ -433,11 +435,7 @@ def _check_plain_tensor(name: str, tensor: Tensor | None, e: Tensor) -> None:
 
 
 def _check_token_shapes(
-    e: Tensor,
-    targets: Tensor,
-    aligned: Mapping[str, Tensor | None],  # with targets
-    settings: LossSettings,
-    degree: int,
+    e: Tensor, of_tokens: Mapping[str, Tensor | None], settings: LossSettings, degree: int
 ) -> None:
     expected = list(e.shape[:-1])
     if settings.num_heads is not None and expected.pop(0) != settings.num_heads:
@@ -447,15 +445,11 @@ def _check_token_shapes(
         )
     if settings.hidden_layout == "sequence":
         expected[-1] *= degree
-    if list(targets.shape) != expected:
-        raise ValueError(
-            f"targets must be {expected} for e {list(e.shape)} with hidden_layout="
-            f'"{settings.hidden_layout}" on {degree} ranks, got {list(targets.shape)}'
-        )
-    for name, tensor in aligned.items():
-        if tensor is not None and tensor.shape != targets.shape:
+    for name, tensor in of_tokens.items():
+        if tensor is not None and list(tensor.shape) != expected:
             raise ValueError(
-                f"{name} must have the shape of targets {expected}, got {list(tensor.shape)}"
+                f"{name} must be {expected} for e {list(e.shape)} with hidden_layout="
+                f'"{settings.hidden_layout}" on {degree} ranks, got {list(tensor.shape)}'
             )
     length = expected[-1]
     for shift in settings.shift if isinstance(settings.shift, tuple) else (settings.shift,):
@@ -464,20 +458,3 @@ def _check_token_shapes(
                 f"shift must be an integer in [0, {max(length, 1)}) for sequences of {length} "
                 f"tokens, got {settings.shift!r}"
             )
-
-
-def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(f"unknown {name} {value!r}: known are {list(known)}")
-
-
-def _count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _positive(value: Any) -> bool:
-    return _number(value) and value > 0

@@ -1,93 +1,50 @@
 """A distillation's arguments, beside those of the loss: checked, and agreed on in its exchange."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from vocab_parallel.arguments import Call, Operands, checked, prepare, rows_of
+from vocab_parallel.arguments import Call, Operands, checked, prepare
 from vocab_parallel.distillation.comparison import Comparison
-from vocab_parallel.distillation.divergences import Divergence
+from vocab_parallel.distillation.divergences import DistillationSettings
 from vocab_parallel.distillation.hidden_teacher import HiddenTeacher
 from vocab_parallel.distillation.top_k_teacher import ABSENT, TopKTeacher
 from vocab_parallel.layout import target_digest
-from vocab_parallel.settings import LossSettings
+from vocab_parallel.settings import LossSettings, check_plain_tensor
 from vocab_parallel.statistics import accumulation_dtype
 
+# Of the student's call, and whether values may be read: the comparison with the teacher, whose
+# arguments it checks, and what must be equal on all ranks.
+Compare = Callable[[Call, bool], tuple[Comparison, Mapping[str, Any]]]
 
-@dataclass(frozen=True)
-class DistillationSettings:
-    """What a distillation takes beside the settings of the loss; equal on every rank.
 
-    Attributes:
-        divergence: its name.
-        beta: of "js".
-        cross_entropy_weight: of the labels' cross-entropy.
-        other: whether what a teacher's top-k leaves counts as one more token.
+def prepare_student(
+    operands: Operands,
+    settings: LossSettings,
+    own: DistillationSettings,
+    options: Any,
+    *,
+    validate: bool | None,
+    compare: Compare,
+) -> Call:
+    """Check and agree on a call whose backend compares the student's logits with the teacher's.
+
+    Raises:
+        ValueError: as `prepare`, or bad input of the teacher's.
     """
 
-    divergence: str
-    beta: float | None = None
-    cross_entropy_weight: float = 0.0
-    other: bool = True
+    def also(call: Call, reads_values: bool) -> tuple[Call, Mapping[str, Any]]:
+        own.check(operands.targets is not None)
+        comparison, equal = compare(call, reads_values)
+        return _compares(call, comparison), {**vars(own), **equal}
 
-    def checked(self, has_targets: bool) -> Divergence:
-        """Return the divergence.
-
-        Raises:
-            ValueError: a value that cannot be, or a weight of labels that are not there.
-        """
-        divergence = Divergence.of(self.divergence, self.beta)
-        weight = self.cross_entropy_weight
-        number = isinstance(weight, int | float) and not isinstance(weight, bool)
-        if not (number and 0.0 <= weight < 1.0):
-            raise ValueError(
-                f"cross_entropy_weight must lie in [0, 1), got {weight!r}; for the cross-entropy "
-                f"alone call linear_cross_entropy"
-            )
-        if weight and not has_targets:
-            raise ValueError(
-                f"cross_entropy_weight={weight} mixes in the cross-entropy of labels, but targets "
-                f"is None: pass them"
-            )
-        if not isinstance(self.other, bool):
-            raise ValueError(f"other must be True or False, got {self.other!r}")
-        if not self.other and divergence.name == "reverse_kl":
-            raise ValueError(
-                'divergence="reverse_kl" is infinite where the teacher has no probability, which '
-                'other=False says of all tokens but its k: use other=True, "forward_kl" or "js"'
-            )
-        return divergence
+    return prepare(operands, settings, options, validate=validate, needs_targets=False, also=also)
 
 
-class Student(NamedTuple):
-    """The student's side of a call, whose arguments are known to be right.
-
-    Attributes:
-        call: of the loss, whose backend compares.
-        comparison: that backend.
-        has_targets: whether the caller gave labels.
-        divergence: to be computed.
-    """
-
-    call: Call
-    comparison: Any
-    has_targets: bool
-    divergence: Divergence
-
-    def labels(self) -> Tensor:
-        """Return the labels [N] in the loss's order; gathers those of a "sharded" layout."""
-        call = self.call
-        if self.has_targets or call.settings.hidden_layout != "sharded":
-            return call.labels()
-        # Without labels every rank marks the same positions.
-        alone = call._replace(settings=replace(call.settings, hidden_layout="replicated"))
-        return alone.labels().repeat(call.rows.group.degree)
-
-
-def _compares(call: Call, comparison: Comparison, equal_rows: int | None) -> Call:
+def _compares(call: Call, comparison: Comparison) -> Call:
     """Return the call with its backend, plan and columns.
 
     Raises:
@@ -99,112 +56,50 @@ def _compares(call: Call, comparison: Comparison, equal_rows: int | None) -> Cal
     plan = comparison.plan(
         shard,
         tokens=(degree if call.bound.gathers else 1) * hidden.shape[:-1].numel(),
-        most_rows=equal_rows,
+        most_rows=call.rows.most_rows,
         degree=degree,
         backward="recompute",
     )
-    return call._replace(
-        bound=call.bound._replace(
-            shard=shard,
-            backend=comparison,
-            plan=plan,
-            later_columns=comparison.later_columns,
-        )
-    )
+    later = comparison.later_columns
+    bound = call.bound._replace(shard=shard, backend=comparison, plan=plan, later_columns=later)
+    return call._replace(bound=bound)
 
 
-def targets_or_zeros(e: Any, c: Any, targets: Tensor | None, layout: str, options: Any) -> Any:
-    """Return the targets, or such as ignore no position."""
-    if targets is not None or not isinstance(e, Tensor) or e.dim() < 2:
-        return targets
-    shape = list(e.shape[:-1])
-    if layout == "sequence":
-        shape[-1] *= rows_of(c, options).group.degree
-    return torch.zeros(shape, dtype=torch.int32, device=e.device)
+def compare_hidden(teacher: Operands, softcap: float | None, own: DistillationSettings) -> Compare:
+    """Compare with a teacher that has hidden states and rows."""
 
-
-def ignored_label(targets: Tensor | None, ignore_index: Any) -> Any:
-    """Return which label is ignored: without targets none of the zeros that stand for them."""
-    no_label = LossSettings.ignore_index
-    return no_label if targets is None and ignore_index == 0 else ignore_index
-
-
-def prepare_hidden(
-    operands: Operands,
-    teacher: Operands,
-    settings: LossSettings,
-    own: DistillationSettings,
-    teacher_softcap: float | None,
-    options: Any,
-    *,
-    has_targets: bool,
-    validate: bool | None,
-) -> tuple[Student, Call]:
-    """Check and agree on a call whose teacher has hidden states; return both sides.
-
-    Raises:
-        ValueError: as `prepare`, or bad input of the teacher's.
-    """
-    found: list[tuple[Student, Call]] = []
-
-    def also(call: Call, reads_values: bool) -> Mapping[str, Any]:
-        divergence = own.checked(has_targets)
-        teacher_call = _checked_teacher(call, teacher, teacher_softcap)
-        comparison = HiddenTeacher(
-            memory_budget=settings.memory_budget,
-            with_labels=bool(own.cross_entropy_weight),
-            divergence=divergence,
-            teacher=teacher_call.bound.shard,
-        )
-        call = _compares(call, comparison, call.rows.most_rows)
-        found.append((Student(call, comparison, has_targets, divergence), teacher_call))
-        given = teacher_call.bound.equal
+    def compare(call: Call, reads_values: bool) -> tuple[Comparison, Mapping[str, Any]]:
+        bound = _checked_teacher(call, teacher, softcap).bound
         # The teacher gets no gradient: what it requires need not be equal.
         compared = ("softcap", "tokens of e", "hidden size", "dtype of e", "bias given")
-        return {**vars(own), **{f"teacher's {name}": given[name] for name in compared}}
+        equal = {f"teacher's {name}": bound.equal[name] for name in compared}
+        budget = call.settings.memory_budget
+        return HiddenTeacher(memory_budget=budget, settings=own, teacher=bound.shard), equal
 
-    prepare(operands, settings, options, validate=validate, needs_targets=False, also=also)
-    return found[0]
+    return compare
 
 
-def prepare_top_k(
-    operands: Operands,
-    ids: Tensor,
-    logprobs: Tensor,
-    settings: LossSettings,
-    own: DistillationSettings,
-    options: Any,
-    *,
-    has_targets: bool,
-    validate: bool | None,
-) -> Student:
-    """Check and agree on a call whose teacher is its top-k.
+def compare_top_k(ids: Tensor, logprobs: Tensor, own: DistillationSettings) -> Compare:
+    """Compare with a teacher of whom the k likeliest tokens are known."""
 
-    Raises:
-        ValueError: as `prepare`, or bad input of the teacher's.
-    """
-    found: list[Student] = []
-
-    def also(call: Call, reads_values: bool) -> Mapping[str, Any]:
-        divergence = own.checked(has_targets)
+    def compare(call: Call, reads_values: bool) -> tuple[Comparison, Mapping[str, Any]]:
         _check_top_k(ids, logprobs, call)
         comparison = TopKTeacher(
-            memory_budget=settings.memory_budget,
-            with_labels=bool(own.cross_entropy_weight),
+            memory_budget=call.settings.memory_budget,
+            settings=own,
             k=ids.shape[-1],
             start=call.rows.start,
+            vocab_size=call.rows.vocab_size,
+            given_dtype=logprobs.dtype,
         )
-        student = _compares(call, comparison, call.rows.most_rows)
-        equal = {**vars(own), "k of the teacher": ids.shape[-1]}
+        equal: dict[str, Any] = {"k of the teacher": ids.shape[-1]}
         if reads_values:
             _check_top_k_values(ids, logprobs, call)
-            if settings.hidden_layout == "replicated":
+            if call.settings.hidden_layout == "replicated":
                 equal["teacher_ids (a checksum)"] = target_digest(ids)
-        found.append(Student(student, comparison, has_targets, divergence))
-        return equal
+        return comparison, equal
 
-    prepare(operands, settings, options, validate=validate, needs_targets=False, also=also)
-    return found[0]
+    return compare
 
 
 def marked_ids(
@@ -226,14 +121,7 @@ def marked_ids(
 
 def _checked_teacher(call: Call, teacher: Operands, softcap: float | None) -> Call:
     """Check what the teacher's own arguments are, and that they fit the student's."""
-    settings = LossSettings(
-        softcap=softcap,
-        temperature=call.settings.temperature,
-        hidden_layout=call.settings.hidden_layout,
-        memory_budget=call.settings.memory_budget,
-        backward="recompute",
-        impl="chunked",
-    )
+    settings = replace(call.settings, softcap=softcap, shift=0, num_valid_tokens=None)
     try:
         found = checked(teacher, settings, call.rows, reads_values=False)
     except ValueError as error:
@@ -255,19 +143,14 @@ def _checked_teacher(call: Call, teacher: Operands, softcap: float | None) -> Ca
 def _check_top_k(ids: Any, logprobs: Any, call: Call) -> None:
     """Check what can be told of a teacher's top-k without its values."""
     hidden = call.operands.hidden
-    for name, tensor in (("teacher_ids", ids), ("teacher_logprobs", logprobs)):
-        if not isinstance(tensor, Tensor):
-            raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if tensor.device != hidden.device:
-            raise ValueError(f"{name} is on {tensor.device} but e is on {hidden.device}: move one")
+    check_plain_tensor("teacher_ids", ids, hidden)
+    check_plain_tensor("teacher_logprobs", logprobs, hidden)
     shape = list(hidden.shape[:-1])
-    if ids.dim() < 1 or ids.shape != logprobs.shape or list(ids.shape[:-1]) != shape:
+    if ids.shape != logprobs.shape or list(ids.shape[:-1]) != shape or ids.shape[-1] < 1:
         raise ValueError(
             f"teacher_ids and teacher_logprobs must be {[*shape, 'k']} for e "
-            f"{list(hidden.shape)}, got {list(ids.shape)} and {list(logprobs.shape)}"
+            f"{list(hidden.shape)}, k at least 1, got {list(ids.shape)} and {list(logprobs.shape)}"
         )
-    if ids.shape[-1] < 1:
-        raise ValueError("teacher_ids must have at least one token a position, got k = 0")
     if ids.dtype not in (torch.int32, torch.int64) or not logprobs.is_floating_point():
         raise ValueError(
             f"teacher_ids must be int32 or int64 and teacher_logprobs floating, got {ids.dtype} "

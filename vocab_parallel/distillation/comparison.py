@@ -13,23 +13,29 @@ from torch import Tensor
 
 from vocab_parallel.backends.interface import Shard
 from vocab_parallel.backends.torch import Block, TorchBackend
+from vocab_parallel.distillation.divergences import DistillationSettings
 from vocab_parallel.distillation.labels import LABEL_COLUMNS, label_gradient, label_statistics
 from vocab_parallel.plan import TileShape, padded
-from vocab_parallel.statistics import Columns
+from vocab_parallel.statistics import Columns, Statistics
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Comparison(TorchBackend, ABC):
     """Compares the student's logits with a teacher.
 
     Attributes:
-        with_labels: whether the labels' cross-entropy counts too.
+        settings: which divergence, and whether the labels' cross-entropy counts too.
     """
 
-    with_labels: bool = False
+    settings: DistillationSettings
 
     peak: ClassVar[float] = 2.0**6  # log-ratios of a thousand fit above it
     spare: ClassVar[int] = 0  # columns beside a tile's logits
+
+    @property
+    def with_labels(self) -> bool:
+        """Whether the labels' cross-entropy counts."""
+        return self.settings.cross_entropy_weight > 0
 
     @property
     def columns(self) -> Columns:
@@ -67,6 +73,15 @@ class Comparison(TorchBackend, ABC):
 
         Args:
             statistics, grads: [k, n], of both passes.
+        """
+
+    @abstractmethod
+    def divergences(self, statistics: Statistics, others: tuple[Tensor, ...]) -> Tensor:
+        """Return the divergence of each token [N], differentiable in the statistics.
+
+        Args:
+            statistics: of the whole vocabulary, of both passes.
+            others: `Shard.others`, of all tokens.
         """
 
     def temporaries(self, shard: Shard) -> int:

@@ -11,53 +11,75 @@ D_JSD(beta)(teacher || student). Divided by beta it becomes the forward divergen
 
 import math
 from dataclasses import dataclass
-from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor
 
+from vocab_parallel.settings import Rule, check_values, is_number
 from vocab_parallel.statistics import accumulation_dtype
 
-DivergenceName = Literal["forward_kl", "reverse_kl", "js"]
-DIVERGENCES = get_args(DivergenceName)
+DIVERGENCES = ("forward_kl", "reverse_kl", "js")
 
 # Beyond exp(60) the smaller of the two terms of a mixture is lost in float64 too.
 _STEEP = 60.0
 
 
+_RULES = (
+    Rule(
+        "beta",
+        lambda beta: beta is None or (is_number(beta) and 0.0 < beta < 1.0),
+        "lie between 0 and 1",
+        ': at the ends take "forward_kl" or "reverse_kl"',
+    ),
+    Rule(
+        "cross_entropy_weight",
+        lambda weight: is_number(weight) and 0.0 <= weight < 1.0,
+        "lie in [0, 1)",
+        ": for the cross-entropy alone call linear_cross_entropy",
+    ),
+    Rule("other", lambda other: isinstance(other, bool), "be True or False"),
+)
+
+
 @dataclass(frozen=True)
-class Divergence:
-    """One of the three.
+class DistillationSettings:
+    """What a distillation takes beside the settings of the loss; equal on every rank.
 
     Attributes:
-        name: which.
-        beta: the teacher's share of the mixture, for "js" alone.
+        divergence: its name.
+        beta: of "js".
+        cross_entropy_weight: of the labels' cross-entropy.
+        other: whether what a teacher's top-k leaves counts as one more token.
     """
 
-    name: DivergenceName
-    beta: float = 0.5
+    divergence: str
+    beta: float | None = None
+    cross_entropy_weight: float = 0.0
+    other: bool = True
 
-    @classmethod
-    def of(cls, name: str, beta: float | None) -> "Divergence":
-        """Read a caller's choice.
+    def check(self, has_targets: bool) -> None:
+        """Raise ValueError for a value that cannot be, or a weight of labels that are not there."""
+        check_values(self, {"divergence": DIVERGENCES}, _RULES)
+        if self.beta is not None and self.divergence != "js":
+            raise ValueError(
+                f'beta is of divergence="js", got {self.beta!r} with {self.divergence!r}: leave it '
+                f"out"
+            )
+        if self.cross_entropy_weight and not has_targets:
+            raise ValueError(
+                f"cross_entropy_weight={self.cross_entropy_weight} mixes in the cross-entropy of "
+                f"labels, but targets is None: pass them"
+            )
+        if not self.other and self.divergence == "reverse_kl":
+            raise ValueError(
+                'divergence="reverse_kl" is infinite where the teacher has no probability, which '
+                'other=False says of all tokens but its k: use other=True, "forward_kl" or "js"'
+            )
 
-        Raises:
-            ValueError: no such divergence, or a beta that it does not have.
-        """
-        if name not in DIVERGENCES:
-            raise ValueError(f"unknown divergence {name!r}: known are {list(DIVERGENCES)}")
-        if beta is None:
-            return cls(cast(DivergenceName, name))
-        if name != "js":
-            raise ValueError(
-                f'beta is of divergence="js", got {beta!r} with {name!r}: leave it out'
-            )
-        if isinstance(beta, bool) or not (isinstance(beta, int | float) and 0.0 < beta < 1.0):
-            raise ValueError(
-                f'beta must lie between 0 and 1, got {beta!r}; at the ends take "forward_kl" or '
-                f'"reverse_kl"'
-            )
-        return cls("js", float(beta))
+    @property
+    def share(self) -> float:
+        """The teacher's share of the mixture of "js"."""
+        return 0.5 if self.beta is None else self.beta
 
     def of_outcomes(self, log_q: Tensor, log_p: Tensor) -> Tensor:  # (outcomes, N) twice -> (N,)
         """Return the divergence of distributions that are there as a whole, differentiable in p.
@@ -66,18 +88,18 @@ class Divergence:
         gradient.
         """
         in_q, in_p = log_q > -torch.inf, log_p > -torch.inf
-        if self.name == "forward_kl":
+        if self.divergence == "forward_kl":
             ratio = log_q.masked_fill(~in_q, 0.0) - log_p.masked_fill(~in_q, 0.0)
             return (log_q.exp() * ratio).sum(0)
-        if self.name == "reverse_kl":
+        if self.divergence == "reverse_kl":
             ratio = log_p.masked_fill(~in_p, 0.0) - log_q.masked_fill(~in_p, 0.0)
             return (log_p.exp() * ratio).sum(0)
         ratio = log_q - log_p
-        teacher = log_mixture_(-ratio.masked_fill(~in_q, 0.0), 1.0 - self.beta)
-        student = log_mixture_(+ratio.masked_fill(~in_p, 0.0), self.beta)
+        teacher = log_mixture_(-ratio.masked_fill(~in_q, 0.0), 1.0 - self.share)
+        student = log_mixture_(+ratio.masked_fill(~in_p, 0.0), self.share)
         return -(
-            self.beta * (log_q.exp() * teacher).sum(0)
-            + (1.0 - self.beta) * (log_p.exp() * student).sum(0)
+            self.share * (log_q.exp() * teacher).sum(0)
+            + (1.0 - self.share) * (log_p.exp() * student).sum(0)
         )
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from vocab_parallel.backends.interface import Shard
 from vocab_parallel.backends.torch import Block, TorchBackend, finish_logits_
 from vocab_parallel.distillation.comparison import Comparison
-from vocab_parallel.distillation.divergences import Divergence, log_mixture_
+from vocab_parallel.distillation.divergences import log_mixture_
 from vocab_parallel.distillation.labels import softmax_parts_
 from vocab_parallel.plan import padded
 from vocab_parallel.statistics import Column, Columns, Statistics
@@ -43,11 +43,9 @@ class HiddenTeacher(Comparison):
     its rows [R, D'] and their bias.
 
     Attributes:
-        divergence: which, and its beta.
         teacher: its shard, without tokens and rows.
     """
 
-    divergence: Divergence
     teacher: Shard
 
     _TILES: ClassVar[dict[str, int]] = {"forward_kl": 4, "reverse_kl": 4, "js": 6}
@@ -56,24 +54,24 @@ class HiddenTeacher(Comparison):
     def own_columns(self) -> Columns:
         """See `Comparison.own_columns`."""
         lse = (Column("lse", "logsumexp"), Column("teacher_lse", "logsumexp"))
-        if self.divergence.name == "js":
+        if self.settings.divergence == "js":
             return lse
-        under = "teacher_lse" if self.divergence.name == "forward_kl" else "lse"
+        under = "teacher_lse" if self.settings.divergence == "forward_kl" else "lse"
         return (*lse, Column("mean", "mean", under))
 
     @property
     def later_columns(self) -> Columns:
         """See `Comparison.later_columns`."""
-        return _TO_MIXTURE if self.divergence.name == "js" else ()
+        return _TO_MIXTURE if self.settings.divergence == "js" else ()
 
     @property
     def tiles(self) -> int:
         """The logits of both, their difference, a mixture, and a comparison with 0."""
-        return self._TILES[self.divergence.name]
+        return self._TILES[self.settings.divergence]
 
     def own_statistics(self, logits: Tensor, block: Block, tokens: slice) -> list[Tensor]:
         """See `Comparison.own_statistics`."""
-        teacher, name = self._logits(block, tokens), self.divergence.name
+        teacher, name = self._logits(block, tokens), self.settings.divergence
         difference: Tensor | None = None
         if name != "js":
             difference = teacher - logits if name == "forward_kl" else logits - teacher
@@ -91,7 +89,7 @@ class HiddenTeacher(Comparison):
 
     def later_statistics(self, logits: Tensor, block: Block, tokens: slice) -> list[Tensor]:
         """See `Comparison.later_statistics`."""
-        beta, teacher = self.divergence.beta, self._logits(block, tokens)
+        beta, teacher = self.settings.share, self._logits(block, tokens)
         first = Statistics(block.shard.others[-1][tokens].T, self.columns)
         lse, teacher_lse = first["lse"], first["teacher_lse"]
         ratio = _log_ratio(teacher, logits, lse, teacher_lse)
@@ -105,7 +103,7 @@ class HiddenTeacher(Comparison):
         self, logits: Tensor, block: Block, tokens: slice, statistics: Tensor, grads: Tensor
     ) -> None:
         """See `Comparison.put_own_gradient`."""
-        teacher, name = self._logits(block, tokens), self.divergence.name
+        teacher, name = self._logits(block, tokens), self.settings.divergence
         lse, teacher_lse = (each.unsqueeze(1) for each in statistics[:2])
         if name == "forward_kl":
             q = teacher.sub_(teacher_lse).exp_().mul_(grads[2].unsqueeze(1))
@@ -117,18 +115,18 @@ class HiddenTeacher(Comparison):
             factor.add_(grad + grads[0].unsqueeze(1))
         else:
             ratio = _log_ratio(teacher, logits, statistics[0], statistics[1])
-            factor = log_mixture_(ratio, self.divergence.beta).neg_()
+            factor = log_mixture_(ratio, self.settings.share).neg_()
             factor.sub_(statistics[3].unsqueeze(1))
-            factor.mul_((grads[2] * (1.0 - self.divergence.beta)).unsqueeze(1))
+            factor.mul_((grads[2] * (1.0 - self.settings.share)).unsqueeze(1))
         p = logits.sub_(lse).exp_()
         p.mul_(factor.masked_fill_(p == 0.0, 0.0))
 
-    def divergences(self, statistics: Statistics) -> Tensor:
-        """Return the divergence of each token [N], differentiable in the statistics."""
-        if self.divergence.name == "js":
+    def divergences(self, statistics: Statistics, others: tuple[Tensor, ...]) -> Tensor:
+        """See `Comparison.divergences`."""
+        if self.settings.divergence == "js":
             return statistics["js"]
         apart = statistics["lse"] - statistics["teacher_lse"]
-        return statistics["mean"] + (apart if self.divergence.name == "forward_kl" else -apart)
+        return statistics["mean"] + (apart if self.settings.divergence == "forward_kl" else -apart)
 
     def _logits(self, block: Block, tokens: slice) -> Tensor:
         """Make the teacher's logits [n, r] of a tile, in the accumulation dtype."""

@@ -8,21 +8,20 @@ Sources: arXiv 1503.02531, section 2, for the mixture; arXiv 2306.13649, section
 divergences; the sharding is that of `vocab_parallel.functional`.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from vocab_parallel.arguments import Operands
+from vocab_parallel.arguments import Call, Operands
 from vocab_parallel.distillation.arguments import (
-    DistillationSettings,
-    Student,
-    ignored_label,
+    compare_hidden,
+    compare_top_k,
     marked_ids,
-    prepare_hidden,
-    prepare_top_k,
-    targets_or_zeros,
+    prepare_student,
 )
+from vocab_parallel.distillation.comparison import Comparison
+from vocab_parallel.distillation.divergences import DistillationSettings
 from vocab_parallel.engine import gathered_hidden, vocab_statistics
 from vocab_parallel.entry import entry
 from vocab_parallel.functional import token_losses
@@ -109,7 +108,7 @@ def linear_distillation(
     """
     own = DistillationSettings(divergence, beta, cross_entropy_weight)
     settings = LossSettings(
-        ignore_index=ignored_label(targets, ignore_index),
+        ignore_index=ignore_index,
         softcap=softcap,
         reduction=reduction,
         shift=shift,
@@ -121,25 +120,19 @@ def linear_distillation(
         num_valid_tokens=num_valid_tokens,
         impl="chunked",
     )
-    labels = targets_or_zeros(e, c, targets, hidden_layout, vocab_parallel_options)
-    student, teacher = prepare_hidden(
-        Operands.of(e, c, labels, bias, token_weight),
-        Operands.of(teacher_e, teacher_c, None, teacher_bias),
+    teacher = Operands.of(teacher_e, teacher_c, None, teacher_bias)
+    call = prepare_student(
+        Operands.of(e, c, targets, bias, token_weight),
         settings,
         own,
-        teacher_softcap,
         vocab_parallel_options,
-        has_targets=targets is not None,
         validate=validate,
+        compare=compare_hidden(teacher, teacher_softcap, own),
     )
-    marked, num_rows = student.labels(), student.call.rows.num_token_rows
-    hidden = gathered_hidden(teacher, teacher.operands.flat_hidden.detach())
-    rows, row_bias = teacher.operands.classifier.detach()[:num_rows], teacher.operands.bias
-    beside = rows, None if row_bias is None else row_bias.detach()[:num_rows]
-    values = vocab_statistics(student.call, marked, (hidden,), beside)
-    statistics = Statistics(values, student.call.bound.shard.grad_columns)
-    divergences = student.comparison.divergences(statistics)
-    return _reduced(student, marked, divergences, statistics, cross_entropy_weight)
+    hidden = gathered_hidden(call, teacher.flat_hidden.detach())
+    row_bias = None if teacher.bias is None else call.rows.tokens_alone(teacher.bias.detach())
+    beside = call.rows.tokens_alone(teacher.classifier.detach()), row_bias
+    return _distilled(call, (hidden,), beside)
 
 
 @entry
@@ -200,7 +193,7 @@ def linear_distillation_from_top_k(
     """
     own = DistillationSettings(divergence, beta, cross_entropy_weight, other)
     settings = LossSettings(
-        ignore_index=ignored_label(targets, ignore_index),
+        ignore_index=ignore_index,
         softcap=softcap,
         reduction=reduction,
         shift=shift,
@@ -212,43 +205,32 @@ def linear_distillation_from_top_k(
         num_valid_tokens=num_valid_tokens,
         impl="chunked",
     )
-    labels = targets_or_zeros(e, c, targets, hidden_layout, vocab_parallel_options)
-    student = prepare_top_k(
-        Operands.of(e, c, labels, bias, token_weight),
-        teacher_ids,
-        teacher_logprobs,
+    call = prepare_student(
+        Operands.of(e, c, targets, bias, token_weight),
         settings,
         own,
         vocab_parallel_options,
-        has_targets=targets is not None,
         validate=validate,
+        compare=compare_top_k(teacher_ids, teacher_logprobs, own),
     )
-    call, marked = student.call, student.labels()
     ids, log_q = marked_ids(teacher_ids, teacher_logprobs, call.rows.vocab_size)
-    ids = gathered_hidden(call, ids)
-    log_q = gathered_hidden(call, log_q.to(call.bound.shard.dtype)).T
-    values = vocab_statistics(call, marked, (ids,))
-    statistics = Statistics(values, call.bound.shard.grad_columns)
-    divergences = student.comparison.divergences(
-        statistics,
-        ids,
-        log_q,
-        student.divergence,
-        other=other,
-        vocab_size=call.rows.vocab_size,
-        given_dtype=teacher_logprobs.dtype,
-    )
-    return _reduced(student, marked, divergences, statistics, cross_entropy_weight)
+    log_q = gathered_hidden(call, log_q.to(call.bound.shard.dtype))
+    return _distilled(call, (gathered_hidden(call, ids), log_q))
 
 
-def _reduced(
-    student: Student, labels: Tensor, divergences: Tensor, statistics: Statistics, weight: float
+def _distilled(
+    call: Call, others: tuple[Tensor, ...], beside: tuple[Tensor | None, ...] = ()
 ) -> Tensor:
-    """Return the loss of the tokens' divergences [N], mixed with their labels' by a weight."""
-    call, losses = student.call, divergences
+    """Return the loss of a student's call; ``others`` and ``beside`` are what `Inputs` has."""
+    labels = call.labels()
+    values = vocab_statistics(call, labels, others, beside)
+    statistics = Statistics(values, call.bound.shard.grad_columns)
+    comparison = cast(Comparison, call.bound.backend)
+    losses = comparison.divergences(statistics, others)
+    weight = comparison.settings.cross_entropy_weight
     if weight:
         nll = statistics["label_lse"] - statistics["label_target"]
-        losses = (1.0 - weight) * divergences + weight * nll
+        losses = (1.0 - weight) * losses + weight * nll
     tokens = token_losses(call, labels)  # for the weight and the divisor that it has
     if tokens.weight is not None:
         losses = losses * tokens.weight

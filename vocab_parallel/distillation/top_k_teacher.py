@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vocab_parallel.backends.torch import Block
 from vocab_parallel.distillation.comparison import Comparison
-from vocab_parallel.distillation.divergences import Divergence, log_remainder, rounding_of
+from vocab_parallel.distillation.divergences import log_remainder, rounding_of
 from vocab_parallel.distillation.labels import logsumexp_
 from vocab_parallel.statistics import Column, Columns, Statistics
 
@@ -25,15 +25,19 @@ class TopKTeacher(Comparison):
     """Picks the student's logits at a teacher's tokens.
 
     Of the shard's ``others`` the first are the teacher's ids [N, k] int32 of the whole vocabulary,
-    `ABSENT` where there is none.
+    `ABSENT` where there is none, and the second its log-probabilities [N, k].
 
     Attributes:
         k: how many.
         start: the first row of this rank.
+        vocab_size: of the whole vocabulary, None where it is not known.
+        given_dtype: that the teacher's log-probabilities were given in.
     """
 
     k: int
     start: int
+    vocab_size: int | None
+    given_dtype: torch.dtype
 
     spare: ClassVar[int] = 1  # a column that takes what belongs to other tiles
 
@@ -65,46 +69,26 @@ class TopKTeacher(Comparison):
         logits.sub_(lse.unsqueeze(1)).exp_().mul_(grads[0].unsqueeze(1))
         _with_spare(logits).scatter_(1, self._columns_of(block, tokens), grads[1:].T)
 
-    def divergences(
-        self,
-        statistics: Statistics,
-        ids: Tensor,
-        log_q: Tensor,
-        divergence: Divergence,
-        *,
-        other: bool,
-        vocab_size: int | None,
-        given_dtype: torch.dtype,
-    ) -> Tensor:
-        """Return the divergence of each token [N], differentiable in the statistics.
-
-        Args:
-            statistics: of the whole vocabulary.
-            ids: [N, k], the teacher's.
-            log_q: [k, N], the teacher's, -inf for an entry that is none.
-            divergence: which.
-            other: whether the teacher's remainder counts as one more token. Otherwise its k are
-                scaled up to a probability of 1.
-            vocab_size: of the whole vocabulary, None where it is not known.
-            given_dtype: that the teacher's log-probabilities were given in.
-        """
+    def divergences(self, statistics: Statistics, others: tuple[Tensor, ...]) -> Tensor:
+        """See `Comparison.divergences`."""
+        ids, log_q = others[0], others[1].T
         absent = ids.T == ABSENT
         rest = statistics["rest_lse"]
         chosen = torch.atleast_2d(statistics["chosen"]).masked_fill(absent, -torch.inf)
         # One log_softmax of all outcomes: the k alone may all be masked, and have no gradient then.
         log_p = torch.log_softmax(torch.cat([chosen, rest.unsqueeze(0)]), 0)
-        if other:
+        if self.settings.other:
             rest_q = log_remainder(log_q)
-            nothing = rest_q.exp() <= rounding_of(log_q, given_dtype)
-            if vocab_size is not None:  # the k are the vocabulary
-                nothing |= (~absent).sum(0) == vocab_size
+            nothing = rest_q.exp() <= rounding_of(log_q, self.given_dtype)
+            if self.vocab_size is not None:  # the k are the vocabulary
+                nothing |= (~absent).sum(0) == self.vocab_size
             # A student without a rest may have a teacher with one: that divergence is infinite.
             rest_q = rest_q.masked_fill(nothing & (rest == -torch.inf), -torch.inf)
         else:
             sums = torch.logsumexp(log_q, 0)
             log_q = log_q - sums.masked_fill(sums == -torch.inf, 0.0)
             rest_q = torch.full_like(rest, -torch.inf)
-        return divergence.of_outcomes(torch.cat([log_q, rest_q.detach().unsqueeze(0)]), log_p)
+        return self.settings.of_outcomes(torch.cat([log_q, rest_q.detach().unsqueeze(0)]), log_p)
 
     def _columns_of(self, block: Block, tokens: slice) -> Tensor:
         """Return the ids' columns [n, k] in a tile, the spare one for those that it has not."""

@@ -11,7 +11,6 @@ from vocab_parallel.collectives import VocabGroup
 from vocab_parallel.functional import token_logprobs
 from vocab_parallel.layout import HiddenLayout
 from vocab_parallel.pipeline.named_batch import NamedBatchLoss
-from vocab_parallel.rank_rows import RankRows
 from vocab_parallel.settings import LossSettings, parameters_of, unknown_option
 
 # Of log-probabilities, entropies or None, and the microbatch by name.
@@ -120,9 +119,9 @@ class LogprobsPipelineLoss(NamedBatchLoss):
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             kind = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(f"function must return a scalar tensor, got {kind}: reduce it")
-        group = RankRows.whole(0).group
+        group = VocabGroup()
         if rows.options is not None and self._options["hidden_layout"] != "replicated":
-            group = RankRows.from_options(rows.options).group
+            group = VocabGroup.of(rows.options.group)
         return self.finished(_SumOfRanks.apply(loss.reshape(()), group))
 
 
@@ -142,15 +141,8 @@ def _check_options(options: Mapping[str, Any]) -> None:
     """Raise ValueError for an option that `token_logprobs` does not know."""
     known = parameters_of(token_logprobs) - set(_NOT_OPTIONS)
     settings = LossSettings.of(options)
-    unknown = [
-        name
-        for name in options
-        if name not in known and (name in _NOT_OPTIONS or name not in settings.impl_options)
-    ]
-    if unknown:
-        raise ValueError(
-            f"{unknown[0]} is not an option of token_logprobs: known are {sorted(known)}"
-        )
+    for name in options.keys() & ({*_NOT_OPTIONS, *vars(settings)} - known):
+        raise ValueError(f"{name} is not an option of token_logprobs: known are {sorted(known)}")
     settings.check()
     problem = unknown_option(settings, known)
     if problem is not None:
