@@ -501,8 +501,8 @@ def check_refusals() -> None:
         ({"target": labels[:, :3]}, "the last stage must return hidden states"),
         ({"target": labels, "target_mbs": [labels]}, "was given both: leave one out"),
         ({"target_mbs": [labels] if mine else [*labels.chunk(2)]}, r"needs target_mbs as a list "),
-        ({"target_mbs": [labels[:1], labels[:2]]}, "the labels .* must have one shape"),
-        ({"target_mbs": [*labels[0, :2]] if mine else [*labels.chunk(2)]}, "each, got numbers"),
+        ({"target_mbs": [labels[:1], labels[:2]]}, r"the labels .* of one shape, dtype and device, got \{"),
+        ({"target_mbs": [*labels[0, :2]] if mine else [*labels.chunk(2)]}, r"be \[b, T\] each, of one shape, .* got \{\(\(\), "),
         ({"kwarg_mbs": [{}, {}]}, r"needs target_mbs as a list of 2 Tensors, .* got .*NoneType"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -18,7 +18,6 @@ from torch.distributed.pipelining.schedules import (
     _ComputationType,
     _PipelineScheduleRuntime,
 )
-from torch.utils._pytree import tree_leaves
 
 from stage_groups import StageGroups
 from vocab_parallel.modules.embedding import VocabParallelEmbedding
@@ -37,11 +36,10 @@ from vocab_parallel.pipeline.spanning.owners import Owners, VocabMessages
 from vocab_parallel.pipeline.spanning.passes import LossPasses, barriers_of
 from vocab_parallel.pipeline.spanning.validation import (
     ScheduleArguments,
+    Split,
     StepInputs,
     agree_on_schedule,
     agree_on_shapes,
-    differs_somewhere,
-    problem_of_microbatches,
     step_inputs,
 )
 from vocab_parallel.split_backward import keep_graph, loses_nodes
@@ -147,26 +145,26 @@ class SpanningSchedule(_PipelineScheduleRuntime):
                 f"this one is built: use torch 2.11 to 2.14, or give the vocabulary to the last "
                 f"stage alone"
             )
-        self._given, self._trains = given, True
+        self._given = given
         barriers = barriers_of(loss_fn.settings) if barriers is None else barriers
         messages = VocabMessages.of(groups)
         shared = loss_fn.settings.hidden_layout == "replicated"
         last_rank = 0 if schedule in _V_SHAPED else groups.pipeline_degree - 1
-        self._first, self._last = (Owners(messages, rank, shared) for rank in (0, last_rank))
+        first, self._last = (Owners(messages, rank, shared) for rank in (0, last_rank))
         self._loss = LossPasses(loss_fn, self._last, barriers)
-        self._embedding = None if embedding is None else EmbeddingPasses(embedding, self._first)
+        self._embedding = None if embedding is None else EmbeddingPasses(embedding, first)
         self._inputs: StepInputs | None = None
         self._split: tuple[list[Any], list[Any]] | None = None  # of a step that was given both
-        self._hidden: Tensor | None = None  # of the shape of the last stage's hidden states
-        self._shapes_of: bool | None = None  # whether they are those of training
-        self._shapes: list[torch.Size] | None = None  # of the last step's labels and inputs
+        # Of the shape of the last stage's hidden states, where there is a backward and where not.
+        self._hidden: dict[bool, Tensor] = {}
+        self._shapes: list[Any] | None = None  # of the last step's labels and inputs
 
         listed = tasks_of(own, schedule, n_microbatches)
         costs = costs or _even(len(listed))
         spans = embedding is not None
         self.order = best_order(listed, costs, barriers=barriers, embedding=spans)
         alone = order_of(forwards_alone(listed), costs, embedding=spans)
-        stages_of = [sorted({task.stage for task in listed[rank]}) for rank in range(len(listed))]
+        stages_of = [sorted({task.stage for task in tasks}) for tasks in listed]
         self._lists = {
             True: _lowered(self.order, stages_of, reduces=True),
             False: _lowered(alone, stages_of, reduces=False),
@@ -174,12 +172,15 @@ class SpanningSchedule(_PipelineScheduleRuntime):
         self._prepare_schedule_with_comms(self._lists[True], format="compute_comms")
         made: dict[int, Any] = dict(self.pipeline_order_with_comms)
         self.pipeline_order = made
-        for kind, act in self._acts().items():
-            self._comp_type_to_function_map[kind] = act  # type: ignore[index]
+        acts = self._acts()
+
+        def act(action: Any, _: Any) -> None:
+            acts[action.computation_type](action.microbatch_index)
+
+        self._comp_type_to_function_map.update(dict.fromkeys(acts, act))
         self._keeps_graph = loses_nodes()
-        last = next((stage for stage in own if stage.is_last), None)
         loss_fn.bind(
-            last,
+            next((stage for stage in own if stage.is_last), None),
             scale_grads=scale_grads,
             num_microbatches=n_microbatches,
             microbatches_in_flight=self.order.hidden_held,
@@ -216,57 +217,48 @@ class SpanningSchedule(_PipelineScheduleRuntime):
         Raises:
             ValueError: on every rank, labels, ids or lengths that cannot be right on some.
         """
-        self._trains = self._has_backward
-        self._split = problem = None
-        if any(each is not None for each in (arg_mbs, kwarg_mbs, target_mbs)):
-            whole = bool(args or kwargs) or target is not None
-            problem = problem_of_microbatches(self._given, whole, arg_mbs, kwarg_mbs, target_mbs)
-            if problem is None:
-                assert target_mbs is not None
-                number = len(target_mbs)
-                self._split = arg_mbs or [()] * number, kwarg_mbs or [{}] * number
-                target = torch.cat(target_mbs)
-                if self._embedding is not None:
-                    args = (torch.cat([ids for (ids,) in self._split[0]]),)
-        on_cpu = self._given.loss.output_weight.tensors[0].is_cpu
-        shapes, known = _shapes_of((target, self._split or (args, kwargs))), self._shapes
-        # The labels' shapes change on all ranks; where there are no labels, others do not agree.
-        changed = problem is None and shapes[:1] != (known or [])[:1]
-        validate = on_cpu or known is None or changed
+        split = Split(arg_mbs, kwarg_mbs, target_mbs)
+        given_split = any(each is not None for each in split)
         self._inputs = inputs = step_inputs(
             self._given,
             self._last,
             args,
+            kwargs,
             target,
             loss_kwargs,
-            problem,
-            trains=self._trains,
-            validate=validate,
+            split if given_split else None,
+            trains=self._has_backward,
+            known=self._shapes,
         )
-        if self._trains and inputs.num_valid_tokens is None:
+        if self._has_backward and inputs.num_valid_tokens is None:
             self.loss_fn.warn_of_missing_divisor()
-        if validate and differs_somewhere(shapes != known, self._given):
+        if inputs.changed:
             self._forget_shapes()
-        self.pipeline_order_with_comms = self._lists[self._trains]  # type: ignore[assignment]
+        if given_split:
+            number = self._n_microbatches
+            self._split = arg_mbs or [()] * number, kwarg_mbs or [{}] * number
+            target = torch.cat(target_mbs or [])
+        self.pipeline_order_with_comms = self._lists[self._has_backward]  # type: ignore[assignment]
         if inputs.ids is not None and self._embedding is not None:
-            self._embedding.begin(inputs.ids, trains=self._trains)
-        before = self.loss_fn.num_valid_tokens
-        self.loss_fn.num_valid_tokens = inputs.num_valid_tokens
-        try:
-            result = super().step(
-                *args, target=target, losses=losses, return_outputs=return_outputs, **kwargs
-            )
-        finally:
-            self.loss_fn.num_valid_tokens, self._split = before, None
-        self._shapes = shapes
+            self._embedding.begin(inputs.ids, trains=self._has_backward)
+        result = super().step(
+            *args, target=target, losses=losses, return_outputs=return_outputs, **kwargs
+        )
+        self._shapes, self._split = inputs.shapes, None
         return result
 
     def _forget_shapes(self) -> None:
         """Have torch infer the stages' shapes in this step; all ranks call."""
+        stage: Any
         for stage in self._stages:
-            _forget_shapes_of(stage)
+            given = getattr(stage, "_user_meta", None)  # since torch 2.13
+            if given is not None:
+                stage._user_meta = type(given)()
+            else:
+                stage.inputs_meta = stage._outputs_meta = None
         self._stages_forward_initialized = self._stages_backward_initialized = False
-        self._shapes = self._shapes_of = None
+        self._shapes = None
+        self._hidden.clear()
 
     def _split_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
         split, kwargs_split = self._split or super()._split_inputs(args, kwargs)
@@ -276,19 +268,11 @@ class SpanningSchedule(_PipelineScheduleRuntime):
 
     def _initialize_stages(self, *args: Any, **kwargs: Any) -> Any:
         result = super()._initialize_stages(*args, **kwargs)
-        if self._shapes_of == self._trains:
-            return result
-        stage: Any
-        own = None
-        for stage in self._stages:
-            if stage.is_last:
-                own = _hidden_of(stage)
-        assert self._inputs is not None
-        labels = self._inputs.labels[0]
-        shape, dtype = agree_on_shapes(own, labels, self._given, self._last)
-        device = self._stages[0].device
-        self._hidden = torch.empty(0, dtype=dtype, device=device).new_empty(shape)
-        self._shapes_of = self._trains
+        if self._has_backward not in self._hidden:
+            assert self._inputs is not None
+            self._hidden[self._has_backward] = agree_on_shapes(
+                self._stages, self._inputs.labels[0], self._given, self._last
+            )
         return result
 
     def _maybe_compute_loss(
@@ -302,40 +286,37 @@ class SpanningSchedule(_PipelineScheduleRuntime):
                 keep_graph(loss)
             self._internal_losses.append(loss)
 
-    def _acts(self) -> dict[VocabAction, Callable[[Any, Any], None]]:
-        """Return what each of our actions does."""
+    def _acts(self) -> dict[Any, Callable[[int], None]]:
+        """Return what each of our actions does, of a microbatch."""
         loss, embedding = self._loss, self._embedding
 
-        def broadcast(action: Any, _: Any) -> None:
-            assert self._hidden is not None
-            loss.broadcast(action.microbatch_index, self._hidden, trains=self._trains)
+        def broadcast(microbatch: int) -> None:
+            trains = self._has_backward
+            loss.broadcast(microbatch, self._hidden[trains], trains=trains)
 
-        def end(*_: Any) -> None:
+        def statistics(microbatch: int) -> None:
+            own = self._inputs
+            assert own is not None
+            labels = own.labels[microbatch]
+            loss.statistics(microbatch, labels, own.token_weight, own.num_valid_tokens)
+
+        def end(_: int) -> None:
             loss.finish()
             if embedding is not None:
                 embedding.finish()
 
-        def statistics(action: Any, _: Any) -> None:
-            assert self._inputs is not None
-            labels = self._inputs.labels[action.microbatch_index]
-            loss.statistics(action.microbatch_index, labels, self._inputs.token_weight)
-
-        acts: dict[VocabAction, Callable[[Any, Any], None]] = {
+        acts: dict[Any, Callable[[int], None]] = {
             VocabAction.END: end,
             VocabAction.BROADCAST: broadcast,
             VocabAction.STATISTICS: statistics,
-            VocabAction.EXCHANGE: lambda action, _: loss.exchange(action.microbatch_index),
-            VocabAction.GRADIENTS: lambda action, _: loss.gradients(action.microbatch_index),
-            VocabAction.REDUCTION: lambda action, _: loss.reduction(action.microbatch_index),
+            VocabAction.EXCHANGE: loss.exchange,
+            VocabAction.GRADIENTS: loss.gradients,
+            VocabAction.REDUCTION: loss.reduction,
         }
         if embedding is not None:
-            acts |= {
-                VocabAction.LOOKUP: lambda action, _: embedding.lookup(action.microbatch_index),
-                VocabAction.ARRIVAL: lambda action, _: embedding.arrival(action.microbatch_index),
-                VocabAction.EMBEDDING_GRAD: lambda action, _: embedding.gradient(
-                    action.microbatch_index
-                ),
-            }
+            acts[VocabAction.LOOKUP] = embedding.lookup
+            acts[VocabAction.ARRIVAL] = embedding.arrival
+            acts[VocabAction.EMBEDDING_GRAD] = embedding.gradient
         return acts
 
 
@@ -365,27 +346,6 @@ def tasks_of(stages: list[Any], schedule: str, num_microbatches: int) -> list[li
             ]
         )
     return listed
-
-
-def _hidden_of(stage: Any) -> tuple[torch.Size, torch.dtype]:
-    """Return what a stage knows of its first output's shape and dtype."""
-    known = getattr(stage, "_stage_meta", None)  # since torch 2.13
-    outputs = stage.get_outputs_meta() if known is None else known.outputs
-    return torch.Size(outputs[0].shape), outputs[0].dtype
-
-
-def _forget_shapes_of(stage: Any) -> None:
-    """Make a stage infer its shapes, also where it was given some when it was made."""
-    given = getattr(stage, "_user_meta", None)  # since torch 2.13
-    if given is not None:
-        stage._user_meta = type(given)()
-    else:
-        stage.inputs_meta = stage._outputs_meta = None
-
-
-def _shapes_of(inputs: Any) -> list[torch.Size]:
-    """Return the shapes of all tensors in a step's inputs."""
-    return [leaf.shape for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
 
 
 def _no_loss_yet(hidden: Any, labels: Any) -> Tensor:
