@@ -47,18 +47,12 @@ def check_loss(loss: Any, scale_grads: bool, splits: bool) -> None:
             "a compiled loss fails under a schedule that splits the backward, and hides what the "
             "schedule asks of a loss: pass the CCEPipelineLoss itself"
         )
-    accumulates = getattr(loss, "accumulate_into", None) is not None
-    if accumulates and splits:
+    if getattr(loss, "accumulate_into", None) is not None and (splits or scale_grads):
         raise ValueError(
-            "accumulate_into gives autograd no gradient of the classifier, which a schedule that "
-            "splits the backward asks for by name: leave it out, or use 1F1B, Interleaved1F1B, "
-            "GPipe or LoopedBFS"
-        )
-    if accumulates and scale_grads:
-        raise ValueError(
-            "accumulate_into adds each microbatch's gradient to what is there, and scale_grads="
-            "True divides only .grad, or that of earlier steps again: build the schedule with "
-            "scale_grads=False and set the loss's num_valid_tokens"
+            "accumulate_into adds to the classifier's gradient by itself, which a schedule that "
+            "splits the backward would miss and scale_grads=True would divide wrongly: leave it "
+            "out, or use 1F1B, Interleaved1F1B, GPipe or LoopedBFS with scale_grads=False and the "
+            "loss's num_valid_tokens"
         )
     if getattr(loss, "reduction", None) == "sum" and scale_grads:
         raise ValueError(

@@ -40,9 +40,8 @@ class ScheduledLoss:
         self.output_weight = OutputWeight(output_weight, output_bias, vocab_parallel_options)
         self.scaled_by_schedule = False
         self._options = options
-        self._last_stage: Any = None
         self._stage: Any = None
-        self._validated = False
+        self._validated = self._knows_of_outputs = False
         self._warns_of_validation = True
         self._nothing_divides = False
         self._keeps_graph = loses_nodes()
@@ -71,8 +70,8 @@ class ScheduledLoss:
             microbatches_in_flight: how many wait between forward and backward on the last stage,
                 which ``backward="auto"`` counts on.
         """
-        self._last_stage = self._stage = last_stage
-        self._warns_of_validation = False
+        self._stage = last_stage
+        self._warns_of_validation = self._knows_of_outputs = False
         divided = scale_grads or self.scaled_outside or self.reduction != "mean"
         self._nothing_divides = num_microbatches > 1 and not divided
         self._was_sharded = self._was_sharded or self._is_sharded()
@@ -141,12 +140,10 @@ class ScheduledLoss:
 
     def warn_of_kept_outputs(self) -> None:
         """Warn once where the schedule keeps the last stage's outputs; see `bind`."""
-        stage, self._last_stage = self._last_stage, None
-        if stage is None:
+        if self._stage is None or self._knows_of_outputs or self.infers_shapes():
             return
-        if not getattr(stage, "fwd_cache", True):  # shapes are being inferred: ask again
-            self._last_stage = stage
-        elif getattr(stage, "output_chunks", None):
+        self._knows_of_outputs = True
+        if getattr(self._stage, "output_chunks", None):
             warnings.warn(
                 "the schedule keeps the last stage's hidden states of every microbatch alive: "
                 "call its step with return_outputs=False",

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from vocab_parallel.collectives import VocabGroup
 from vocab_parallel.pipeline.problems import DIVIDED_TWICE, check_loss, check_stages
 from vocab_parallel.pipeline.scheduled_loss import ScheduledLoss
+from vocab_parallel.pipeline.spanning.order import in_flight, tasks_listed
 from vocab_parallel.rank_rows import RankRows
 
 _UNWRAPPED = (
@@ -106,15 +107,15 @@ def validate_pipeline_loss(
         loss.output_weight.warn_of_padding(last.submod)
         if single:
             fills = isinstance(schedule, schedules.ScheduleGPipe)
-            in_flight = schedule._n_microbatches if fills else 1
+            waiting = schedule._n_microbatches if fills else 1
         else:
-            actions = schedule.pipeline_order[schedule.rank]
-            in_flight = _microbatches_in_flight(actions, last.stage_index)
+            listed = tasks_listed(schedule.pipeline_order[schedule.rank])
+            waiting = max(in_flight(listed)[last.stage_index], 1)
         loss.bind(
             last,
             scale_grads=schedule.scale_grads,
             num_microbatches=schedule._n_microbatches,
-            microbatches_in_flight=in_flight,
+            microbatches_in_flight=waiting,
         )
 
 
@@ -133,8 +134,8 @@ def _checked_members(schedule: Any, stages: Sequence[Any], last: Any, loss: Any)
 
     if schedule._loss_fn is None:
         raise ValueError(
-            "the schedule has loss_fn=None, and whichever rank has none waits for a step that the "
-            "others never end: give it no_loss on the ranks without the last stage"
+            "the schedule has loss_fn=None, which hangs its steps: where the last stage is not, "
+            "give it no_loss"
         )
     splits = isinstance(
         schedule,
@@ -156,10 +157,9 @@ def _checked_members(schedule: Any, stages: Sequence[Any], last: Any, loss: Any)
         if id(tensor) not in owned:
             raise ValueError(
                 f"the classifier's tensor {list(tensor.shape)} that the loss reads is not a "
-                f"parameter of the last stage's module: the schedule would not scale its "
-                f"gradient (M times too large with scale_grads=True) and zero-bubble schedules "
-                f"would not compute it; register the classifier in the last stage's module, e.g. "
-                f"as a VocabParallelClassifier, and give the loss that module"
+                f"parameter of the last stage's module, whose gradients alone a schedule scales "
+                f"and splits: register the classifier there, e.g. as a VocabParallelClassifier, "
+                f"and give the loss that module"
             )
     loss.output_weight.check_vocab_size(last.submod)
     options = loss.output_weight.read().options
@@ -254,20 +254,3 @@ def _agree_over_world(problem: str | None, has_last_stage: bool, members: list[i
             found.setdefault(text, rank)
     if found:
         raise ValueError("; ".join(f"on rank {rank}: {text}" for text, rank in found.items()))
-
-
-def _microbatches_in_flight(actions: Iterable[Any], last_stage: int) -> int:
-    """Count how many forwards of the last stage wait for the end of their backward, at most.
-
-    Args:
-        actions: of this rank, in order, as a schedule lists them; None where it waits.
-        last_stage: the index of the last stage.
-    """
-    waiting = most = 0
-    for action in filter(None, actions):
-        for one in getattr(action, "sub_actions", None) or (action,):  # some pair F with B
-            if one.stage_index == last_stage:
-                kind = one.computation_type.name
-                waiting += (kind == "FORWARD") - (kind in ("FULL_BACKWARD", "BACKWARD_WEIGHT"))
-                most = max(most, waiting)
-    return max(most, 1)

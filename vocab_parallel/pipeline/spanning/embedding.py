@@ -87,16 +87,10 @@ class EmbeddingPasses:
         """Send the first stage's gradient to every rank, to add it later; all ranks call."""
         if not self._trains:
             return
-        ids, weight = self._ids[microbatch], self._embedding.weight
-        if self._first.here and self._first.parts == 1:
-            of_all = self._own_gradient(microbatch)
-        else:
-            of_all = weight.new_empty((*ids.shape, weight.shape[1]))
-            if self._first.here:
-                self._first.of_column(of_all).copy_(self._own_gradient(microbatch))
+        own = self._own_gradient(microbatch) if self._first.here else None
+        self._leaving[microbatch] = self._first.start_to_all(own, self._inputs[microbatch])
         if self._first.here:
             self._forget(microbatch)
-        self._leaving[microbatch] = self._first.start_to_all(of_all)
         for earlier in [number for number in self._leaving if number != microbatch]:
             self._add(earlier)
 
@@ -115,7 +109,7 @@ class EmbeddingPasses:
         if found is None:  # the first stage does not use its input
             found = torch.zeros_like(self._inputs[microbatch])
         scale = self._embedding.scale
-        return (found if scale == 1.0 else found * scale).contiguous()
+        return found if scale == 1.0 else found * scale
 
     def _add(self, microbatch: int) -> None:
         grad = self._leaving.pop(microbatch).wait()

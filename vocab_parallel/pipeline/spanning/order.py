@@ -24,10 +24,10 @@ have done what stands before it, nobody is missing.
 
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 # F forward; B backward, whole; I and W its halves, inputs' and weights'; S and T of the loss.
 Pass = Literal["F", "B", "I", "W", "S", "T"]
@@ -37,6 +37,8 @@ Pass = Literal["F", "B", "I", "W", "S", "T"]
 Message = Literal[
     "activations", "gradients", "broadcast", "exchange", "reduction", "lookup", "embedding_grad"
 ]
+# How many forwards more are tried.
+_MORE_FORWARDS = 3
 # How many T may wait on a rank before they come first: each keeps its hidden states.
 _WAITING = 2
 # How many microbatches an embedding is looked up ahead, so that the first stage does not wait.
@@ -124,9 +126,14 @@ class Order(NamedTuple):
         """What is computed, without the messages."""
         return [event for event in self.events if len(event.ranks) == 1]
 
-    def of_rank(self, rank: int) -> list[Event]:
-        """Return what one rank does."""
-        return [event for event in self.events if rank in event.ranks]
+
+def tasks_listed(actions: Iterable[Any]) -> list[Task]:
+    """Return what a schedule of torch's lists for a rank, where None waits; some pair F with B."""
+    return [
+        Task(one.computation_type.value, one.stage_index, one.microbatch_index)
+        for action in filter(None, actions)
+        for one in action.sub_actions or (action,)
+    ]
 
 
 def one_forward_one_backward(ranks: int, microbatches: int) -> list[list[Task]]:
@@ -158,22 +165,20 @@ def best_order(
     *,
     barriers: int = 1,
     embedding: bool = False,
-    most: int = 3,
 ) -> Order:
     """Return the order that ends first, with the fewest forwards more, at least one.
 
     Args:
         orders, costs, barriers, embedding: as `order_of` has them.
-        most: how many forwards more are tried.
 
     Raises:
-        ValueError: the schedule cannot span: with no number of forwards up to ``most`` does every
-            rank come to the end of its list.
+        ValueError: the schedule cannot span: with up to three forwards more no rank comes to the
+            end of its list.
     """
     found: Order | None = None
-    for count in range(1, most + 1):
+    for count in range(1, _MORE_FORWARDS + 1):
+        moved = [more_forwards(own, count) for own in orders]
         try:
-            moved = [more_forwards(own, count) for own in orders]
             order = order_of(moved, costs, barriers=barriers, embedding=embedding)
         except ValueError:
             continue
@@ -182,8 +187,9 @@ def best_order(
         found = order
     if found is None:
         raise ValueError(
-            f"the schedule cannot carry the vocabulary on all stages: with up to {most} forwards "
-            f"more a rank still waits for itself; use 1F1B, Interleaved1F1B or ZBVZeroBubble"
+            f"the schedule cannot carry the vocabulary on all stages: with up to "
+            f"{_MORE_FORWARDS} forwards more a rank still waits for itself; use 1F1B, "
+            f"Interleaved1F1B or ZBVZeroBubble"
         )
     return found
 
@@ -262,11 +268,11 @@ class _Step:
             raise ValueError(f"the ranks wait for one another at {stuck}: give a forward more")
         # A pass that begins when a message ends was begun after it was sent: the sort is stable.
         events = sorted(self._events, key=lambda event: event.start)
-        held = _most_held(events, ["broadcast"], ["T"], lambda event: event.ranks)
+        held = _most_held(events, ("broadcast",), ("T",), lambda event: event.ranks)
         return Order(
             tuple(events),
             max(self._free),
-            _most_held(events, ["F"], ["B", "W"], lambda event: (event.stage,)),
+            in_flight(events),
             max(held.values()),
             tuple(self._busy),
         )
@@ -372,18 +378,23 @@ class _Step:
             self._events.append(Event(kind, sender, microbatch, pair, start, end))
 
 
+def in_flight(passes: Iterable[Event | Task]) -> dict[int, int]:
+    """Count for each stage the most microbatches between F and the end of their backward."""
+    return _most_held(passes, ("F",), ("B", "W"), lambda done: (done.stage,))
+
+
 def _most_held(
-    events: Sequence[Event],
-    begins: Collection[str],
-    ends: Collection[str],
-    who: Callable[[Event], tuple[int, ...]],
+    done: Iterable[Event | Task],
+    begins: tuple[str, ...],
+    ends: tuple[str, ...],
+    who: Callable[[Any], tuple[int, ...]],
 ) -> dict[int, int]:
-    """Count for each of ``who`` the most microbatches that are between two kinds of events."""
+    """Count for each of ``who`` the most microbatches that are between two kinds of passes."""
     now: Counter[int] = Counter()
     most: Counter[int] = Counter()
-    for event in events:
-        step = (event.kind in begins) - (event.kind in ends)
-        for one in who(event):
+    for each in done:
+        step = (each.kind in begins) - (each.kind in ends)
+        for one in who(each):
             now[one] += step
             most[one] = max(most[one], now[one])
     return dict(sorted(most.items()))

@@ -26,10 +26,10 @@ until every rank's T.
 Source: arXiv 2411.05288, Algorithms 1 and 2, with cut cross-entropy in place of their softmax.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -61,13 +61,26 @@ from vocab_parallel.statistics import (
 )
 
 
+class LossInputs(NamedTuple):
+    """What the loss of a step needs beside hidden states.
+
+    Attributes:
+        labels: [n b, T] of all columns, of each microbatch.
+        token_weight: [n b, T] of every microbatch, or None.
+        num_valid_tokens: divides the mean.
+    """
+
+    labels: Sequence[Tensor]
+    token_weight: Tensor | None = None
+    num_valid_tokens: int | Tensor | None = None
+
+
 @dataclass
 class _Microbatch:
     """What a rank holds of a microbatch between its passes; N are all columns' tokens.
 
     Attributes:
         arrives: the hidden states [n b, T, D], under way.
-        trains: whether a backward follows.
         call, labels, inputs: of S, the labels [N] marked.
         own: statistics [k, N] of this rank's rows.
         kept: what S kept for T.
@@ -77,7 +90,6 @@ class _Microbatch:
     """
 
     arrives: Pending
-    trains: bool
     call: Call = field(init=False)
     labels: Tensor = field(init=False)
     inputs: Inputs = field(init=False)
@@ -98,13 +110,16 @@ class LossPasses:
     """The loss over rows that the ranks of all stages hold; each rank makes one, all alike.
 
     Args:
-        loss: of the schedule; its ``output_weight`` is this rank's rows.
+        loss: of the schedule, bound to it; its ``output_weight`` is this rank's rows.
         last: the ranks that run the last stage.
         barriers: 1 or 2, see above; must be 2 where `barriers_of` says so.
     """
 
     def __init__(self, loss: CCEPipelineLoss, last: Owners, barriers: int) -> None:
         self._loss, self._last, self._barriers = loss, last, barriers
+        # The tokens are gathered already. Nothing is known of the loss's gradient in S: as where a
+        # result is returned beside it.
+        self._settings = replace(loss.settings, hidden_layout="replicated", return_lse=True)
         self._held: dict[int, _Microbatch] = {}
         self._hidden: dict[int, Tensor] = {}  # of the last stage, until they are sent
         self._losses: dict[int, Tensor] = {}
@@ -112,6 +127,17 @@ class LossPasses:
         self._shares: dict[int, Tensor] = {}
         self._sums: dict[int, Pending] = {}
         self._aside: torch.cuda.Stream | None = None
+
+    def begin(self, step: LossInputs, like: Tensor, *, trains: bool) -> None:
+        """Begin a step or an evaluation.
+
+        Args:
+            step: what it needs.
+            like: of the shape and the dtype of the last stage's hidden states of one column.
+            trains: whether a backward follows.
+        """
+        self._step, self._like, self._trains = step, like, trains
+        self._settings = replace(self._settings, num_valid_tokens=step.num_valid_tokens)
 
     def deferred(self, hidden: Tensor, microbatch: int) -> Tensor:
         """Return the last stage's loss of a microbatch, whose value comes with its exchange.
@@ -130,59 +156,28 @@ class LossPasses:
         return loss
 
     @torch.no_grad()
-    def broadcast(self, microbatch: int, like: Tensor, *, trains: bool) -> None:
-        """Send and receive a microbatch's hidden states; all ranks call.
-
-        Args:
-            microbatch: counted from 0.
-            like: of the shape and the dtype of the last stage's hidden states of one column.
-            trains: whether a backward follows.
-        """
-        parts = self._last.parts
-        if self._last.here and parts == 1:
-            of_all = self._hidden.pop(microbatch).contiguous()
-        else:
-            of_all = like.new_empty((parts * like.shape[0], *like.shape[1:]))
-            if self._last.here:
-                self._last.of_column(of_all).copy_(self._hidden.pop(microbatch))
-        self._held[microbatch] = _Microbatch(self._last.start_to_all(of_all), trains)
+    def broadcast(self, microbatch: int) -> None:
+        """Send and receive a microbatch's hidden states; all ranks call."""
+        own = self._hidden.pop(microbatch, None)
+        self._held[microbatch] = _Microbatch(self._last.start_to_all(own, self._like))
 
     @torch.no_grad()
-    def statistics(
-        self,
-        microbatch: int,
-        labels: Tensor,
-        token_weight: Tensor | None,
-        num_valid_tokens: int | Tensor | None = None,
-    ) -> None:
-        """S: this rank's statistics, and with one barrier its share of dE.
-
-        Args:
-            microbatch: counted from 0.
-            labels: [n b, T] of all columns.
-            token_weight: [n b, T], or None.
-            num_valid_tokens: divides the mean.
-        """
-        held = self._held[microbatch]
-        rows = self._loss.output_weight.read()
-        operands = Operands.of(held.arrives.wait(), rows.weight, labels, rows.bias, token_weight)
-        # The tokens are gathered already. Nothing is known of the loss's gradient: as where a
-        # result is returned beside it.
-        settings = replace(
-            self._loss.settings,
-            hidden_layout="replicated",
-            return_lse=True,
-            num_valid_tokens=num_valid_tokens,
+    def statistics(self, microbatch: int) -> None:
+        """S: this rank's statistics, and with one barrier its share of dE."""
+        held, rows = self._held[microbatch], self._loss.output_weight.read()
+        labels, token_weight, _ = self._step
+        operands = Operands.of(
+            held.arrives.wait(), rows.weight, labels[microbatch], rows.bias, token_weight
         )
-        held.call = call = prepare(operands, settings, rows.options, validate=False)
+        held.call = call = prepare(operands, self._settings, rows.options, validate=False)
         held.labels = call.labels()
         targets = call.rows.local_targets(held.labels)
         held.inputs = Inputs(
             operands.flat_hidden, operands.classifier.detach(), operands.bias, targets
         )
-        if not held.trains or self._barriers == 2:
-            held.own, held.kept = own_statistics(call, held.inputs, needs_grad=held.trains)
-        elif call.bound.plan.backward == "recompute" and settings.impl != "reference":
+        if not self._trains or self._barriers == 2:
+            held.own, held.kept = own_statistics(call, held.inputs, needs_grad=self._trains)
+        elif call.bound.plan.backward == "recompute" and call.settings.impl != "reference":
             held.own, held.share = _by_chunks(call, held.inputs)
         else:
             held.own, held.kept = own_statistics(call, held.inputs, needs_grad=True)
@@ -207,7 +202,7 @@ class LossPasses:
                 if self._aside is not None:  # where it is made anew there, it is freed early
                     share.record_stream(self._aside)
                 self._start_sum(microbatch, _summable(held, share))
-        if not held.trains:
+        if not self._trains:
             self._begin_gradients(microbatch)
 
     @torch.no_grad()
@@ -243,7 +238,7 @@ class LossPasses:
     def hidden_grad(self, microbatch: int) -> Tensor:
         """Return the summed dE of a microbatch's tokens of this column, once, on its last stage."""
         own = self._last.of_column(self._sums.pop(microbatch).wait())
-        scale = self._loss.settings.hidden_grad_scale
+        scale = self._settings.hidden_grad_scale
         return own if scale == 1.0 else own * scale
 
     def finish(self) -> None:
@@ -292,7 +287,7 @@ class LossPasses:
             layers.wait_event(held.exchanged)
             held.joined.record_stream(layers)
             held.grads.record_stream(layers)
-        if held.call.settings.return_metrics:  # of all columns' tokens
+        if self._settings.return_metrics:  # of all columns' tokens
             statistics = Statistics(held.joined, held.call.bound.shard.columns)
             self._loss.add_metrics(loss_metrics(statistics, held.labels))
         return held

@@ -31,18 +31,18 @@ from vocab_parallel.pipeline.spanning.order import (
     forwards_alone,
     one_forward_one_backward,
     order_of,
+    tasks_listed,
 )
 from vocab_parallel.pipeline.spanning.owners import Owners, VocabMessages
 from vocab_parallel.pipeline.spanning.passes import LossPasses, barriers_of
 from vocab_parallel.pipeline.spanning.validation import (
     ScheduleArguments,
-    Split,
+    StepCall,
     StepInputs,
     agree_on_schedule,
     agree_on_shapes,
     step_inputs,
 )
-from vocab_parallel.split_backward import keep_graph, loses_nodes
 
 _V_SHAPED = ("ZBVZeroBubble",)
 # What this schedule overrides, calls or writes of torch's own: true of 2.11 to 2.14.
@@ -53,6 +53,11 @@ _OF_TORCH = (
     "_prepare_schedule_with_comms",
     "_split_inputs",
 )
+
+_TO_NEIGHBOURS: dict[str, tuple[_ComputationType, _ComputationType, int]] = {
+    "activations": (_ComputationType.SEND_F, _ComputationType.RECV_F, 1),
+    "gradients": (_ComputationType.SEND_B, _ComputationType.RECV_B, -1),
+}
 
 
 class VocabAction(StrEnum):
@@ -151,7 +156,6 @@ class SpanningSchedule(_PipelineScheduleRuntime):
         shared = loss_fn.settings.hidden_layout == "replicated"
         last_rank = 0 if schedule in _V_SHAPED else groups.pipeline_degree - 1
         first, self._last = (Owners(messages, rank, shared) for rank in (0, last_rank))
-        self._loss = LossPasses(loss_fn, self._last, barriers)
         self._embedding = None if embedding is None else EmbeddingPasses(embedding, first)
         self._inputs: StepInputs | None = None
         self._split: tuple[list[Any], list[Any]] | None = None  # of a step that was given both
@@ -170,21 +174,19 @@ class SpanningSchedule(_PipelineScheduleRuntime):
             False: _lowered(alone, stages_of, reduces=False),
         }
         self._prepare_schedule_with_comms(self._lists[True], format="compute_comms")
-        made: dict[int, Any] = dict(self.pipeline_order_with_comms)
-        self.pipeline_order = made
-        acts = self._acts()
-
-        def act(action: Any, _: Any) -> None:
-            acts[action.computation_type](action.microbatch_index)
-
-        self._comp_type_to_function_map.update(dict.fromkeys(acts, act))
-        self._keeps_graph = loses_nodes()
         loss_fn.bind(
             next((stage for stage in own if stage.is_last), None),
             scale_grads=scale_grads,
             num_microbatches=n_microbatches,
             microbatches_in_flight=self.order.hidden_held,
         )
+        self._loss = LossPasses(loss_fn, self._last, barriers)
+        acts = self._acts()
+
+        def act(action: Any, _: Any) -> None:
+            acts[action.computation_type](action.microbatch_index)
+
+        self._comp_type_to_function_map.update(dict.fromkeys(acts, act))
 
     def step(
         self,
@@ -217,32 +219,24 @@ class SpanningSchedule(_PipelineScheduleRuntime):
         Raises:
             ValueError: on every rank, labels, ids or lengths that cannot be right on some.
         """
-        split = Split(arg_mbs, kwarg_mbs, target_mbs)
-        given_split = any(each is not None for each in split)
+        call = StepCall(args, kwargs, target, loss_kwargs, arg_mbs, kwarg_mbs, target_mbs)
+        trains = self._has_backward
         self._inputs = inputs = step_inputs(
-            self._given,
-            self._last,
-            args,
-            kwargs,
-            target,
-            loss_kwargs,
-            split if given_split else None,
-            trains=self._has_backward,
-            known=self._shapes,
+            self._given, self._last, call, trains=trains, known=self._shapes
         )
-        if self._has_backward and inputs.num_valid_tokens is None:
+        if trains and inputs.loss.num_valid_tokens is None:
             self.loss_fn.warn_of_missing_divisor()
         if inputs.changed:
             self._forget_shapes()
-        if given_split:
+        self._split = None
+        if call.is_split:
             number = self._n_microbatches
             self._split = arg_mbs or [()] * number, kwarg_mbs or [{}] * number
-            target = torch.cat(target_mbs or [])
-        self.pipeline_order_with_comms = self._lists[self._has_backward]  # type: ignore[assignment]
+        self.pipeline_order_with_comms = self._lists[trains]  # type: ignore[assignment]
         if inputs.ids is not None and self._embedding is not None:
-            self._embedding.begin(inputs.ids, trains=self._has_backward)
+            self._embedding.begin(inputs.ids, trains=trains)
         result = super().step(
-            *args, target=target, losses=losses, return_outputs=return_outputs, **kwargs
+            *args, target=inputs.target, losses=losses, return_outputs=return_outputs, **kwargs
         )
         self._shapes, self._split = inputs.shapes, None
         return result
@@ -268,11 +262,12 @@ class SpanningSchedule(_PipelineScheduleRuntime):
 
     def _initialize_stages(self, *args: Any, **kwargs: Any) -> Any:
         result = super()._initialize_stages(*args, **kwargs)
-        if self._has_backward not in self._hidden:
-            assert self._inputs is not None
-            self._hidden[self._has_backward] = agree_on_shapes(
-                self._stages, self._inputs.labels[0], self._given, self._last
-            )
+        step, trains = self._inputs, self._has_backward
+        assert step is not None
+        if trains not in self._hidden:
+            labels = step.loss.labels[0]
+            self._hidden[trains] = agree_on_shapes(self._stages, labels, self._given, self._last)
+        self._loss.begin(step.loss, self._hidden[trains], trains=trains)
         return result
 
     def _maybe_compute_loss(
@@ -281,24 +276,12 @@ class SpanningSchedule(_PipelineScheduleRuntime):
         if stage.is_last:
             hidden = output[0] if isinstance(output, tuple) else output
             self.loss_fn.warn_of_kept_outputs()
-            loss = self._loss.deferred(hidden, mb_index)
-            if self._keeps_graph:
-                keep_graph(loss)
+            loss = self.loss_fn.finished(self._loss.deferred(hidden, mb_index))
             self._internal_losses.append(loss)
 
     def _acts(self) -> dict[Any, Callable[[int], None]]:
         """Return what each of our actions does, of a microbatch."""
         loss, embedding = self._loss, self._embedding
-
-        def broadcast(microbatch: int) -> None:
-            trains = self._has_backward
-            loss.broadcast(microbatch, self._hidden[trains], trains=trains)
-
-        def statistics(microbatch: int) -> None:
-            own = self._inputs
-            assert own is not None
-            labels = own.labels[microbatch]
-            loss.statistics(microbatch, labels, own.token_weight, own.num_valid_tokens)
 
         def end(_: int) -> None:
             loss.finish()
@@ -307,8 +290,8 @@ class SpanningSchedule(_PipelineScheduleRuntime):
 
         acts: dict[Any, Callable[[int], None]] = {
             VocabAction.END: end,
-            VocabAction.BROADCAST: broadcast,
-            VocabAction.STATISTICS: statistics,
+            VocabAction.BROADCAST: loss.broadcast,
+            VocabAction.STATISTICS: loss.statistics,
             VocabAction.EXCHANGE: loss.exchange,
             VocabAction.GRADIENTS: loss.gradients,
             VocabAction.REDUCTION: loss.reduction,
@@ -335,17 +318,7 @@ def tasks_of(stages: list[Any], schedule: str, num_microbatches: int) -> list[li
         return one_forward_one_backward(ranks, num_microbatches)
     cls = torch_schedules.get_schedule_class(schedule)
     made = cls(stages, n_microbatches=num_microbatches, loss_fn=_no_loss_yet)
-    listed = []
-    for rank in range(ranks):
-        actions = [action for action in made.pipeline_order[rank] if action is not None]
-        single = [one for action in actions for one in (action.sub_actions or (action,))]
-        listed.append(
-            [
-                Task(one.computation_type.value, one.stage_index, one.microbatch_index)
-                for one in single
-            ]
-        )
-    return listed
+    return [tasks_listed(made.pipeline_order[rank]) for rank in range(ranks)]
 
 
 def _no_loss_yet(hidden: Any, labels: Any) -> Tensor:
@@ -370,37 +343,29 @@ def _lowered(
 
     A body that FSDP2 shards over a data axis is whole from the first one to the last.
     """
-    computation = _ComputationType
-    lists: dict[int, list[_Action | None]] = {
-        rank: [_Action(stage, computation.UNSHARD, None) for stage in stages]
+    lists: dict[int, list[Any]] = {
+        rank: [_Action(stage, _ComputationType.UNSHARD, None) for stage in stages]
         for rank, stages in enumerate(stages_of)
     }
-    ours = set(VocabAction)
+
+    def add(rank: int, stage: int, kind: Any, microbatch: int = 0) -> None:
+        lists[rank].append(_Action(stage, kind, microbatch))
+
     embeds = any(event.kind == "lookup" for event in order.events)
-    for event in order.events:
-        number = event.microbatch
-        if event.kind in ("activations", "gradients"):
-            sender, receiver = event.ranks
-            forward = event.kind == "activations"
-            there = event.stage + 1 if forward else event.stage - 1
-            send = computation.SEND_F if forward else computation.SEND_B
-            receive = computation.RECV_F if forward else computation.RECV_B
-            lists[sender].append(_Action(event.stage, send, number))
-            lists[receiver].append(_Action(there, receive, number))
-            continue
-        for rank in event.ranks:
-            if event.kind in ours:
-                kind: Any = VocabAction(event.kind)
-                lists[rank].append(_Action(stages_of[rank][0], kind, number))
-                continue
-            if embeds and event.kind == "F" and event.stage == 0:
-                arrival: Any = VocabAction.ARRIVAL
-                lists[rank].append(_Action(0, arrival, number))
-            lists[rank].append(_Action(event.stage, computation(event.kind), number))
-    end: Any = VocabAction.END
+    for kind, stage, microbatch, ranks, *_ in order.events:
+        if kind in _TO_NEIGHBOURS:
+            send, receive, step = _TO_NEIGHBOURS[kind]
+            add(ranks[0], stage, send, microbatch)
+            add(ranks[1], stage + step, receive, microbatch)
+        elif kind in set(VocabAction):
+            for rank in ranks:
+                add(rank, stages_of[rank][0], VocabAction(kind), microbatch)
+        else:
+            if embeds and kind == "F" and stage == 0:
+                add(ranks[0], stage, VocabAction.ARRIVAL, microbatch)
+            add(ranks[0], stage, _ComputationType(kind), microbatch)
+    last = (_ComputationType.REDUCE_GRAD, _ComputationType.RESHARD)[0 if reduces else 1 :]
     for rank, stages in enumerate(stages_of):
-        lists[rank].append(_Action(stages[0], end, 0))
-        if reduces:
-            lists[rank] += [_Action(stage, computation.REDUCE_GRAD, None) for stage in stages]
-        lists[rank] += [_Action(stage, computation.RESHARD, None) for stage in stages]
+        add(rank, stages[0], VocabAction.END)
+        lists[rank] += [_Action(stage, kind, None) for kind in last for stage in stages]
     return lists

@@ -24,10 +24,11 @@ from vocab_parallel.modules.vocab_rows import VocabRows
 from vocab_parallel.pipeline.pipeline_loss import CCEPipelineLoss
 from vocab_parallel.pipeline.problems import DIVIDED_TWICE, check_loss, check_stages
 from vocab_parallel.pipeline.spanning.owners import Owners
-from vocab_parallel.pipeline.spanning.passes import barriers_of
+from vocab_parallel.pipeline.spanning.passes import LossInputs, barriers_of
 from vocab_parallel.settings import check_token_divisor
 
 SCHEDULES = ("1F1B", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble")
+_STAGES_OF_A_RANK = {"1F1B": 1, "ZBVZeroBubble": 2}  # of the others any number
 _IMPLS = ("auto", "chunked", "reference")
 _UNWRAPPED = (
     "does not see the gradients that the schedule itself adds to the rows: leave it out, and "
@@ -62,10 +63,7 @@ def agree_on_schedule(given: ScheduleArguments) -> None:
     """
     groups = given.groups
     if not isinstance(groups, StageGroups) or groups.message_groups is None:
-        raise ValueError(
-            "groups must be built with vocab_over='all_stages', so that the vocab group is that of "
-            "all stages: build_stage_groups(pipeline, vocab, vocab_over='all_stages')"
-        )
+        raise ValueError("groups must be built with vocab_over='all_stages' (build_stage_groups)")
     problem: ValueError | None = None
     claim, alike = RankSummary(), dict[str, Any]()
     try:
@@ -90,34 +88,28 @@ def _check_schedule(given: ScheduleArguments) -> None:
     """Check what is asked of the schedule, and of the loss."""
     stage, number = given.stages[0], len(given.stages)
     if given.schedule not in SCHEDULES:
+        raise ValueError(f"schedule must be one of {list(SCHEDULES)}, got {given.schedule!r}")
+    needed = _STAGES_OF_A_RANK.get(given.schedule, number)
+    if number != needed:
+        raise ValueError(f"a rank's stages must be {needed} under {given.schedule}, got {number}")
+    on_cpu = torch.device(stage.device).type == "cpu"
+    if given.schedule == "ZBVZeroBubble" and on_cpu and not hasattr(PipelineStage, "_is_same_rank"):
         raise ValueError(
-            f"unknown schedule {given.schedule!r}: those that can span are {list(SCHEDULES)}"
+            f"ZBVZeroBubble on a CPU needs torch 2.13 or newer, since gloo sends no message from a "
+            f"rank to itself, got {torch.__version__}"
         )
-    if given.schedule == "1F1B" and number != 1:
-        raise ValueError(f"1F1B has one stage a rank, got {number}: use Interleaved1F1B")
-    if given.schedule == "ZBVZeroBubble":
-        if number != 2:
-            raise ValueError(f"ZBVZeroBubble has two stages a rank, got {number}")
-        on_cpu = torch.device(stage.device).type == "cpu"
-        if on_cpu and not hasattr(PipelineStage, "_is_same_rank"):
-            raise ValueError(
-                f"torch {torch.__version__} sends a message between the two stages of one rank, "
-                f"which gloo cannot: ZBVZeroBubble on a CPU needs torch 2.13 or newer"
-            )
     if not isinstance(given.num_microbatches, int) or given.num_microbatches < 1:
         raise ValueError(
-            f"n_microbatches must be a positive integer, got {given.num_microbatches!r}"
+            f"n_microbatches must be an int of 1 or more, got {given.num_microbatches!r}"
         )
     if stage.group_size != given.groups.pipeline_degree:
         raise ValueError(
-            f"the stages' group has {stage.group_size} ranks, but the pipeline "
-            f"{given.groups.pipeline_degree}: build them with group=groups.pipeline_group"
+            f"the stages must be of group=groups.pipeline_group, {given.groups.pipeline_degree} "
+            f"ranks, got a group of {stage.group_size}"
         )
     if not isinstance(given.loss, CCEPipelineLoss):
-        raise ValueError(
-            f"every rank computes its share of the loss: loss_fn must be a CCEPipelineLoss of its "
-            f"rows, got {type(given.loss).__name__}"
-        )
+        kind = type(given.loss).__name__
+        raise ValueError(f"every rank's loss_fn must be a CCEPipelineLoss of its rows, got {kind}")
     settings = given.loss.settings
     for name, wrong in (
         ("shift", settings.num_heads is not None),
@@ -132,10 +124,7 @@ def _check_schedule(given: ScheduleArguments) -> None:
     if given.barriers not in (None, 1, 2):
         raise ValueError(f"barriers must be 1, 2 or None, got {given.barriers!r}")
     if given.barriers == 1 and barriers_of(settings) == 2:
-        raise ValueError(
-            "label_smoothing needs barriers=2: what it adds to a logit's gradient is not known "
-            "of a rank's own statistics alone"
-        )
+        raise ValueError("label_smoothing needs barriers=2, or None for what the loss needs, got 1")
 
 
 def _check_rows(name: str, module: Any, kind: type[VocabRows], given: ScheduleArguments) -> None:
@@ -147,14 +136,12 @@ def _check_rows(name: str, module: Any, kind: type[VocabRows], given: ScheduleAr
     group = VocabGroup.of(module.group)
     if group.degree != given.groups.vocab_degree or group.rank != given.groups.vocab_rank:
         raise ValueError(
-            f"the {name}'s rows are those of a group of {group.degree} ranks, but all stages' "
-            f"group has {given.groups.vocab_degree}: build it with group=groups.vocab_group"
+            f"the {name} must be built with group=groups.vocab_group, {given.groups.vocab_degree} "
+            f"ranks, but its rows are those of a group of {group.degree} ranks"
         )
     rows = list(module.row_parameters())
     if any(isinstance(each, DTensor) or not isinstance(each, nn.Parameter) for each in rows):
-        raise ValueError(
-            f"the {name}'s rows must be plain parameters, not DTensors or parametrized"
-        )
+        raise ValueError(f"the {name}'s rows must be plain parameters of it, and no DTensors")
     owners = [
         stage.stage_index
         for stage in given.stages
@@ -172,20 +159,18 @@ def _check_ends(given: ScheduleArguments) -> None:
     classifier, embedding = given.loss.output_weight.owner, given.embedding
     if classifier.low_rank is not None:
         raise ValueError(
-            "the classifier has an adapter, whose gradient would need the hidden states on every "
-            "rank: merge it, or give the vocabulary to the last stage alone"
+            "the classifier has an adapter: merge it, or give the last stage alone the vocabulary"
         )
     if embedding is None:
         return
     if embedding.hidden_size != classifier.hidden_size:
         raise ValueError(
-            f"the embedding's hidden size is {embedding.hidden_size}, the classifier's "
-            f"{classifier.hidden_size}: they must come from one model"
+            f"embedding and classifier must have one hidden size, that of one model, got "
+            f"{embedding.hidden_size} and {classifier.hidden_size}"
         )
     if embedding.weight is classifier.weight and given.loss.accumulate_into == "main_grad":
         raise ValueError(
-            'accumulate_into="main_grad" is of the classifier\'s gradient alone, and the tied '
-            "embedding's would lie in .grad: leave it out"
+            'accumulate_into="main_grad" leaves a tied embedding\'s gradient in .grad: leave it out'
         )
 
 
@@ -213,23 +198,34 @@ def _alike(given: ScheduleArguments) -> dict[str, Any]:
     }
 
 
-class Split(NamedTuple):
-    """A step's inputs that are split already, as torch's schedules take them since 2.14.
+class StepCall(NamedTuple):
+    """What ``step`` of a `SpanningSchedule` was given, which explains each."""
 
-    Attributes:
-        arg_mbs, kwarg_mbs, target_mbs: of each microbatch; or None.
-    """
-
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    target: Any
+    loss_kwargs: dict[str, Any] | None
     arg_mbs: Any
     kwarg_mbs: Any
     target_mbs: Any
 
-    def whole(self, given: ScheduleArguments) -> tuple[tuple[Tensor, ...], Tensor]:
-        """Return what all ranks need of the whole batch: (ids,) where they embed, and labels.
+    @property
+    def is_split(self) -> bool:
+        """Whether inputs or labels are those of each microbatch."""
+        return any(each is not None for each in (self.arg_mbs, self.kwarg_mbs, self.target_mbs))
+
+    def joined(self, given: ScheduleArguments) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Join what is split: return (ids,) where every rank embeds, and the labels, [B, T].
 
         Raises:
-            ValueError: no M tuples, dicts or tensors, or tensors that make no batch.
+            ValueError: inputs of the whole batch too; no M tuples, dicts or tensors; or tensors
+                that make no batch.
         """
+        if self.args or self.kwargs or self.target is not None:
+            raise ValueError(
+                "step takes a batch, or arg_mbs, kwarg_mbs and target_mbs of its microbatches, "
+                "and was given both: leave one out"
+            )
         count, spans = given.num_microbatches, given.embedding is not None
         for name, every, kind, needed in (
             ("arg_mbs", self.arg_mbs, tuple, spans),
@@ -242,8 +238,8 @@ class Split(NamedTuple):
             right = isinstance(got, list) and len(every) == count
             if not right or not all(isinstance(one, kind) for one in every):
                 raise ValueError(
-                    f"every rank needs {name} as a list of {count} {kind.__name__}s, one for each "
-                    f"microbatch of its column, got {got}"
+                    f"every rank needs {name} as a list of {count} {kind.__name__}s, one a "
+                    f"microbatch, got {got}"
                 )
         named = {"labels (target_mbs)": self.target_mbs}
         if spans:
@@ -265,19 +261,17 @@ class StepInputs:
     """What every rank needs of a step's inputs.
 
     Attributes:
-        labels: [n b, T] of all columns, of each microbatch.
-        ids: likewise, where the embedding spans too; else None.
-        token_weight: [n b, T] of every microbatch, or None.
-        num_valid_tokens: divides the mean.
-        shapes: of this rank's labels, and of all other tensors that the step was given.
+        target: [B, T], this column's labels.
+        loss: what the loss needs.
+        ids: [n b, T] of all columns, of each microbatch, where the embedding spans too; else None.
+        shapes: of this rank's labels, and of all else that the step was given.
         changed: whether they are others than those known, on any rank; known only where it was
             agreed on.
     """
 
-    labels: list[Tensor]
+    target: Tensor
+    loss: LossInputs
     ids: list[Tensor] | None
-    token_weight: Tensor | None
-    num_valid_tokens: int | Tensor | None
     shapes: list[Any]
     changed: bool
 
@@ -285,11 +279,7 @@ class StepInputs:
 def step_inputs(
     given: ScheduleArguments,
     last: Owners,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    target: Any,
-    loss_kwargs: dict[str, Any] | None,
-    split: Split | None,
+    call: StepCall,
     *,
     trains: bool,
     known: list[Any] | None,
@@ -302,8 +292,7 @@ def step_inputs(
     Args:
         given: of the schedule.
         last: the last stage's ranks.
-        args, kwargs, target, loss_kwargs: of ``step``.
-        split: the inputs that are split already, in place of args, kwargs and target.
+        call: what ``step`` was given.
         trains: whether a backward follows.
         known: the shapes of the step before, if there was one.
 
@@ -311,25 +300,18 @@ def step_inputs(
         ValueError: on every rank where it agrees.
     """
     loss, group = given.loss, VocabGroup.of(given.groups.vocab_group)
-    divisor = (loss_kwargs or {}).get("num_valid_tokens", loss.num_valid_tokens)
+    divisor = (call.loss_kwargs or {}).get("num_valid_tokens", loss.num_valid_tokens)
     validate = known is None or loss.output_weight.tensors[0].is_cpu
-    inputs: Any = split or (args, kwargs)
     problem: ValueError | None = None
     shapes, tensors = list[Any](), list[Tensor]()
     claim, alike = RankSummary(), dict[str, Any]()
     try:
-        if split is not None:
-            if args or kwargs or target is not None:
-                raise ValueError(
-                    "step takes inputs and labels of the whole batch, or arg_mbs, kwarg_mbs and "
-                    "target_mbs of each microbatch, and was given both: leave one out"
-                )
-            args, target = split.whole(given)
-        leaves = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
-        shapes = [getattr(target, "shape", None), *(leaf.shape for leaf in leaves)]
+        args, target = call.joined(given) if call.is_split else (call.args, call.target)
+        leaves = tree_leaves((call.args, call.kwargs, call.arg_mbs, call.kwarg_mbs))
+        shapes = [getattr(each, "shape", None) for each in (target, *leaves)]
         # The labels' shape changes on all ranks; where there are no labels, others do not agree.
         validate |= known is not None and shapes[0] not in (None, known[0])
-        tensors = _checked_tensors(given, args, target, loss_kwargs)
+        tensors = _checked_tensors(given, args, target, call.loss_kwargs)
         check_token_divisor(divisor, target, loss.settings.reduction, reads_values=validate)
         if divisor is not None and given.scale_grads:
             raise ValueError(DIVIDED_TWICE)
@@ -348,9 +330,8 @@ def step_inputs(
         changed = bool(told[:, 0].any())
         if (told[:, 1:] != told[0, 1:]).any():
             raise ValueError(
-                f"the ranks of a column must be given the same ids and labels, and with "
-                f'hidden_layout="replicated" those of all columns, but their checksums are '
-                f"{told[:, 1:].tolist()}"
+                f"the ranks of a column, and of all columns that are replicated, must be given the "
+                f"same ids and labels, but their checksums are {told[:, 1:].tolist()}"
             )
     # [n B, T] of all columns, in microbatches [n b, T]
     cut = [own.unflatten(0, (last.parts, given.num_microbatches, -1)) for own in of_all]
@@ -358,7 +339,8 @@ def step_inputs(
     weight = loss.token_weight
     if weight is not None:
         weight = last.gather_columns(weight)
-    return StepInputs(labels, ids[0] if ids else None, weight, divisor, shapes, changed)
+    of_loss = LossInputs(labels, weight, divisor)
+    return StepInputs(tensors[0], of_loss, ids[0] if ids else None, shapes, changed)
 
 
 def _checked_tensors(
@@ -376,29 +358,26 @@ def _checked_tensors(
                 f"column and nothing else by position, got {len(args)} arguments"
             )
         named["the ids"] = args[0]
-    device = given.loss.output_weight.tensors[0].device
+    device, count = given.loss.output_weight.tensors[0].device, given.num_microbatches
     for name, tensor in named.items():
-        if not isinstance(tensor, Tensor) or tensor.dtype not in (torch.int32, torch.int64):
-            kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise ValueError(
-                f"every rank needs {name} of its column, as an int32 or int64 tensor, got {kind}"
-            )
-        if tensor.dim() < 2 or tensor.shape[0] % given.num_microbatches or not tensor.numel():
-            raise ValueError(
-                f"{name} must be [b, T] with b a multiple of {given.num_microbatches} "
-                f"microbatches, got {list(tensor.shape)}"
-            )
-        if tensor.device != device:
-            raise ValueError(f"{name} must be on {device} as the rows are, got {tensor.device}")
+        got = type(tensor).__name__
+        if isinstance(tensor, Tensor):
+            got = f"{list(tensor.shape)} in {tensor.dtype} on {tensor.device}"
+            right = tensor.dtype in (torch.int32, torch.int64) and tensor.device == device
+            if right and tensor.dim() > 1 and tensor.numel() and not tensor.shape[0] % count:
+                continue
+        raise ValueError(
+            f"every rank needs {name} of its column, [b, T] of int32 or int64 on {device} with b a "
+            f"multiple of {count} microbatches, got {got}"
+        )
     shift = given.loss.settings.shift
     if not 0 <= shift < target.shape[-1]:
         raise ValueError(f"shift={shift} needs sequences that are longer, got {target.shape[-1]}")
     weight = given.loss.token_weight
-    wanted = [target.shape[0] // given.num_microbatches, *target.shape[1:]]
+    wanted = [target.shape[0] // count, *target.shape[1:]]
     if weight is not None and list(weight.shape) != wanted:
         raise ValueError(
-            f"token_weight must have the shape of a microbatch's labels {wanted}, got "
-            f"{list(weight.shape)}"
+            f"token_weight must be {wanted}, as a microbatch's labels, got {list(weight.shape)}"
         )
     return list(named.values())
 
@@ -445,8 +424,7 @@ def agree_on_shapes(
     casts = torch.is_autocast_enabled(rows.device.type)
     if len(known) > 1 or shape != wanted or (dtype != rows.dtype and not casts):
         raise ValueError(
-            f"the last stage must return hidden states {list(wanted)} in {rows.dtype} for a "
-            f"microbatch's labels and the classifier's rows, but returns "
+            f"the last stage must return hidden states {list(wanted)} in {rows.dtype}, but returns "
             f"{'; '.join(f'{list(one)} in {kind}' for one, kind in known)}: give step inputs and "
             f"labels of one length"
         )
