@@ -186,8 +186,7 @@ class CCEPipelineLoss(ScheduledLoss):
     @property
     def head_weights(self) -> tuple[float, ...] | None:
         """See above."""
-        weights: tuple[float, ...] | None = self._options.get("head_weights")
-        return weights
+        return self._options.get("head_weights")
 
     @head_weights.setter
     def head_weights(self, weights: Sequence[float]) -> None:
@@ -198,8 +197,7 @@ class CCEPipelineLoss(ScheduledLoss):
     @property
     def token_weight(self) -> Tensor | None:
         """The weights [..., T] of every microbatch's tokens."""
-        weight: Tensor | None = self._options.get("token_weight")
-        return weight
+        return self._options.get("token_weight")
 
 
 def no_loss(*_: Any, **__: Any) -> Tensor:

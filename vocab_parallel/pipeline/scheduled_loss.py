@@ -86,10 +86,9 @@ class ScheduledLoss:
         self._nothing_divides = False  # said once
         warnings.warn(
             "the schedule has scale_grads=False and the loss no num_valid_tokens, so that losses "
-            "and gradients are the sum of each microbatch's own mean, as many times too large as "
-            "there are microbatches: before each step set loss.num_valid_tokens = "
-            "count_valid_tokens(labels, groups, shift=...), or build the schedule with "
-            "scale_grads=True, or say scaled_outside=True where a trainer divides by itself",
+            "and gradients are as many times too large as there are microbatches: before each step "
+            "set loss.num_valid_tokens = count_valid_tokens(labels, groups, shift=...), or build "
+            "the schedule with scale_grads=True, or say scaled_outside=True if a trainer divides",
             stacklevel=3,
         )
 
@@ -109,8 +108,7 @@ class ScheduledLoss:
             raise ValueError(
                 f'hidden_layout="{layout}" says that the ranks share the rows of the classifier, '
                 f"but its DTensor weight is whole when the loss is called, as FSDP2 gathers it: "
-                f"each rank would return the loss of its own tokens alone. Leave hidden_layout "
-                f"out, or shard the rows by VocabParallelClassifier"
+                f"leave hidden_layout out, or shard the rows by VocabParallelClassifier"
             )
         return rows
 
@@ -125,9 +123,8 @@ class ScheduledLoss:
         self._warns_of_validation = False
         warnings.warn(
             f"a schedule runs the backward of a {type(self).__name__} that was never validated: "
-            f"call validate_pipeline_loss(schedule, loss) on every rank before the first step. It "
-            f"refuses what would train wrongly without a word, such as a classifier that the last "
-            f"stage does not own, or gradients that are divided twice",
+            f"call validate_pipeline_loss(schedule, loss) on every rank before the first step, "
+            f"which refuses what would train wrongly without a word",
             stacklevel=3,
         )
 

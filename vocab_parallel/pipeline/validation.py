@@ -80,15 +80,12 @@ def validate_pipeline_loss(
 
     problem: str | None = None
     last, members = None, []
-    spans, single = (
-        isinstance(schedule, kind) for kind in (SpanningSchedule, schedules.PipelineScheduleSingle)
-    )
+    spans = isinstance(schedule, SpanningSchedule)
+    single = isinstance(schedule, schedules.PipelineScheduleSingle)
     try:
         if not isinstance(schedule, schedules.PipelineScheduleMulti) and not single:
             kind = type(schedule).__name__
-            raise ValueError(
-                f"schedule must be a schedule of torch.distributed.pipelining, got {kind}"
-            )
+            raise ValueError(f"schedule must be a schedule of torch's pipelining, got {kind}")
         stages = [schedule._stage] if single else list(schedule._stages)
         last = next((stage for stage in stages if stage.is_last), None)
         _check_optimizer(optimizer, stages)
@@ -148,10 +145,8 @@ def _checked_members(schedule: Any, stages: Sequence[Any], last: Any, loss: Any)
         return []
     check_loss(loss, schedule.scale_grads, splits)
     if not isinstance(loss, ScheduledLoss):
-        raise ValueError(
-            f"loss must be a CCEPipelineLoss, or another of the pipeline losses, got "
-            f"{type(loss).__name__}"
-        )
+        kind = type(loss).__name__
+        raise ValueError(f"loss must be a CCEPipelineLoss or another pipeline loss, got {kind}")
     owned = {id(parameter) for parameter in last.submod.parameters()}
     for tensor in loss.output_weight.tensors:
         if id(tensor) not in owned:
@@ -212,9 +207,7 @@ def _check_optimizer(optimizer: Any, stages: Sequence[Any]) -> None:
     for key, count in held.items():
         if count > 1:
             name, _ = own.get(key, ("a foreign parameter", True))
-            raise ValueError(
-                f"the optimizer has {name} twice, and would step it twice: name each once"
-            )
+            raise ValueError(f"the optimizer has {name} twice: name each parameter once")
     for key, (name, trains) in own.items():
         if trains and key not in held:
             raise ValueError(
@@ -224,9 +217,8 @@ def _check_optimizer(optimizer: Any, stages: Sequence[Any]) -> None:
     foreign = held.keys() - own.keys()
     if foreign:
         raise ValueError(
-            f"the optimizer has {len(foreign)} parameters of none of this rank's stages, such as "
-            f"the classifier before its rows were sharded: build it after that, of the stages' "
-            f"parameters alone"
+            f"the optimizer has {len(foreign)} parameters of none of this rank's stages: build it "
+            f"of theirs alone, after the rows are sharded"
         )
 
 

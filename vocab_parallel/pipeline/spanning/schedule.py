@@ -44,7 +44,6 @@ from vocab_parallel.pipeline.spanning.validation import (
     step_inputs,
 )
 
-_V_SHAPED = ("ZBVZeroBubble",)
 # What this schedule overrides, calls or writes of torch's own: true of 2.11 to 2.14.
 _OF_TORCH = (
     "_comp_type_to_function_map",
@@ -154,7 +153,7 @@ class SpanningSchedule(_PipelineScheduleRuntime):
         barriers = barriers_of(loss_fn.settings) if barriers is None else barriers
         messages = VocabMessages.of(groups)
         shared = loss_fn.settings.hidden_layout == "replicated"
-        last_rank = 0 if schedule in _V_SHAPED else groups.pipeline_degree - 1
+        last_rank = 0 if schedule == "ZBVZeroBubble" else groups.pipeline_degree - 1
         first, self._last = (Owners(messages, rank, shared) for rank in (0, last_rank))
         self._embedding = None if embedding is None else EmbeddingPasses(embedding, first)
         self._inputs: StepInputs | None = None
@@ -228,10 +227,9 @@ class SpanningSchedule(_PipelineScheduleRuntime):
             self.loss_fn.warn_of_missing_divisor()
         if inputs.changed:
             self._forget_shapes()
-        self._split = None
-        if call.is_split:
-            number = self._n_microbatches
-            self._split = arg_mbs or [()] * number, kwarg_mbs or [{}] * number
+        number = self._n_microbatches
+        split = arg_mbs or [()] * number, kwarg_mbs or [{}] * number
+        self._split = split if call.is_split else None
         self.pipeline_order_with_comms = self._lists[trains]  # type: ignore[assignment]
         if inputs.ids is not None and self._embedding is not None:
             self._embedding.begin(inputs.ids, trains=trains)
@@ -327,13 +325,10 @@ def _no_loss_yet(hidden: Any, labels: Any) -> Tensor:
 
 
 def _even(ranks: int) -> Costs:
-    return Costs(
-        forward=lambda stage: 1.0,
-        backward_input=lambda stage: 1.0,
-        backward_weight=lambda stage: 1.0,
-        statistics=[1.0 / ranks] * ranks,
-        gradients=[0.5 / ranks] * ranks,
-    )
+    def layers(stage: int) -> float:
+        return 1.0
+
+    return Costs(layers, layers, layers, [1.0 / ranks] * ranks, [0.5 / ranks] * ranks)
 
 
 def _lowered(

@@ -30,6 +30,7 @@ from vocab_parallel.settings import check_token_divisor
 SCHEDULES = ("1F1B", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble")
 _STAGES_OF_A_RANK = {"1F1B": 1, "ZBVZeroBubble": 2}  # of the others any number
 _IMPLS = ("auto", "chunked", "reference")
+_ALIKE = ("schedule", "n_microbatches", "barriers", "scale_grads")
 _UNWRAPPED = (
     "does not see the gradients that the schedule itself adds to the rows: leave it out, and "
     "reduce the gradients over the data group after the step"
@@ -41,7 +42,7 @@ class ScheduleArguments:
     """What a rank gives a `SpanningSchedule`; its constructor explains each."""
 
     stages: list[Any]
-    num_microbatches: int
+    n_microbatches: int
     loss: Any
     groups: Any
     schedule: str
@@ -98,9 +99,9 @@ def _check_schedule(given: ScheduleArguments) -> None:
             f"ZBVZeroBubble on a CPU needs torch 2.13 or newer, since gloo sends no message from a "
             f"rank to itself, got {torch.__version__}"
         )
-    if not isinstance(given.num_microbatches, int) or given.num_microbatches < 1:
+    if not isinstance(given.n_microbatches, int) or given.n_microbatches < 1:
         raise ValueError(
-            f"n_microbatches must be an int of 1 or more, got {given.num_microbatches!r}"
+            f"n_microbatches must be an int of 1 or more, got {given.n_microbatches!r}"
         )
     if stage.group_size != given.groups.pipeline_degree:
         raise ValueError(
@@ -187,10 +188,7 @@ def _alike(given: ScheduleArguments) -> dict[str, Any]:
         if module is not None
     }
     return {
-        "schedule": given.schedule,
-        "n_microbatches": given.num_microbatches,
-        "barriers": given.barriers,
-        "scale_grads": given.scale_grads,
+        **{name: getattr(given, name) for name in _ALIKE},
         "stages a rank": len(given.stages),
         "tied": embedding is not None and embedding.weight is classifier.weight,
         **rows,
@@ -226,7 +224,7 @@ class StepCall(NamedTuple):
                 "step takes a batch, or arg_mbs, kwarg_mbs and target_mbs of its microbatches, "
                 "and was given both: leave one out"
             )
-        count, spans = given.num_microbatches, given.embedding is not None
+        count, spans = given.n_microbatches, given.embedding is not None
         for name, every, kind, needed in (
             ("arg_mbs", self.arg_mbs, tuple, spans),
             ("kwarg_mbs", self.kwarg_mbs, dict, False),
@@ -334,7 +332,7 @@ def step_inputs(
                 f"same ids and labels, but their checksums are {told[:, 1:].tolist()}"
             )
     # [n B, T] of all columns, in microbatches [n b, T]
-    cut = [own.unflatten(0, (last.parts, given.num_microbatches, -1)) for own in of_all]
+    cut = [own.unflatten(0, (last.parts, given.n_microbatches, -1)) for own in of_all]
     labels, *ids = ([each.flatten(0, 1) for each in own.unbind(1)] for own in cut)
     weight = loss.token_weight
     if weight is not None:
@@ -358,7 +356,7 @@ def _checked_tensors(
                 f"column and nothing else by position, got {len(args)} arguments"
             )
         named["the ids"] = args[0]
-    device, count = given.loss.output_weight.tensors[0].device, given.num_microbatches
+    device, count = given.loss.output_weight.tensors[0].device, given.n_microbatches
     for name, tensor in named.items():
         got = type(tensor).__name__
         if isinstance(tensor, Tensor):
