@@ -100,9 +100,7 @@ def _check_schedule(given: ScheduleArguments) -> None:
             f"rank to itself, got {torch.__version__}"
         )
     if not isinstance(given.n_microbatches, int) or given.n_microbatches < 1:
-        raise ValueError(
-            f"n_microbatches must be an int of 1 or more, got {given.n_microbatches!r}"
-        )
+        raise ValueError(f"n_microbatches must be an int of at least 1, got {given.n_microbatches}")
     if stage.group_size != given.groups.pipeline_degree:
         raise ValueError(
             f"the stages must be of group=groups.pipeline_group, {given.groups.pipeline_degree} "
