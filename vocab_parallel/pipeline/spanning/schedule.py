@@ -157,7 +157,7 @@ class SpanningSchedule(_PipelineScheduleRuntime):
         first, self._last = (Owners(messages, rank, shared) for rank in (0, last_rank))
         self._embedding = None if embedding is None else EmbeddingPasses(embedding, first)
         self._inputs: StepInputs | None = None
-        self._split: tuple[list[Any], list[Any]] | None = None  # of a step that was given both
+        self._split: tuple[list[Any], list[Any]] | None = None  # a step's inputs that came split
         # Of the shape of the last stage's hidden states, where there is a backward and where not.
         self._hidden: dict[bool, Tensor] = {}
         self._shapes: list[Any] | None = None  # of the last step's labels and inputs
