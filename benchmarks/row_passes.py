@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vocab_parallel import CCEPipelineLoss, VocabParallelClassifier
 from vocab_parallel.pipeline.spanning.owners import Owners, VocabMessages
-from vocab_parallel.pipeline.spanning.passes import LossPasses
+from vocab_parallel.pipeline.spanning.passes import LossInputs, LossPasses
 
 
 class RowPasses:
@@ -55,9 +55,11 @@ class RowPasses:
 
     def statistics(self, microbatch: int, hidden: Tensor) -> Tensor:
         """Do S of hidden states [1, N, D], and what follows when all ranks have; returns dE."""
+        labels = [self._labels] * (microbatch + 1)
+        self._loss.begin(LossInputs(labels), hidden, trains=True)
         self._loss.deferred(hidden, microbatch)
-        self._loss.broadcast(microbatch, hidden, trains=True)
-        self._loss.statistics(microbatch, self._labels, None)
+        self._loss.broadcast(microbatch)
+        self._loss.statistics(microbatch)
         self._loss.exchange(microbatch)
         return self._loss.hidden_grad(microbatch).view(hidden.shape)
 

@@ -334,9 +334,12 @@ def check_mistakes() -> None:
     loss = LogprobsPipelineLoss(head, policy_loss)
     labels = torch.zeros(BATCH, LENGTH, dtype=torch.int64)
     extras: list[tuple[dict[str, Any], str]] = [
-        ({"old": torch.zeros(BATCH - 1)}, r"old must have the 8 sequences.*got \[7\]"),
+        ({"old": torch.zeros(BATCH - 1)}, r"old must be a tensor \[8, \.\.\.\].*got \[7\]"),
         ({"old": 1.0}, "old must be a tensor.*got float"),
-        ({"old": torch.zeros(BATCH, requires_grad=True)}, "require no gradient"),
+        (
+            {"old": torch.zeros(BATCH, requires_grad=True)},
+            r"without a gradient .*, got .* with requires_grad=True",
+        ),
         ({"new": torch.zeros(BATCH)}, "must agree.*new"),
     ]
     for given, words in extras:

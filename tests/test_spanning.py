@@ -27,7 +27,7 @@ from vocab_parallel import (
     validate_pipeline_loss,
 )
 from vocab_parallel.pipeline.spanning.owners import Owners, VocabMessages
-from vocab_parallel.pipeline.spanning.passes import LossPasses, barriers_of
+from vocab_parallel.pipeline.spanning.passes import LossInputs, LossPasses, barriers_of
 
 HIDDEN, LENGTH, RANKS = 6, 5, 4
 V_SHAPED = ("ZBVZeroBubble",)
@@ -465,16 +465,16 @@ def check_refusals() -> None:
     last_stage = build_stage_groups(2, 1, device_type="cpu")
     for options, message in (
         ({"groups": last_stage}, "must be built with vocab_over='all_stages'"),
-        ({"schedule": "GPipe" if mine else "1F1B"}, "rank 1 .*unknown schedule 'GPipe'"),
+        ({"schedule": "GPipe" if mine else "1F1B"}, "rank 1 .*must be one of .* got 'GPipe'"),
         ({"schedule": "Interleaved1F1B" if mine else "1F1B"}, "rank by rank they have schedule"),
-        ({"schedule": "ZBVZeroBubble"}, "has two stages a rank, got 1"),
+        ({"schedule": "ZBVZeroBubble"}, "stages must be 2 under ZBVZeroBubble, got 1"),
         ({"loss_fn": F.cross_entropy}, "must be a CCEPipelineLoss of its rows, got function"),
         ({"loss_fn": loss(rows, hidden_layout="sequence")}, "does not take hidden_layout"),
         ({"loss_fn": loss(rows, label_smoothing=0.1), "barriers": 1}, "needs barriers=2"),
         ({"loss_fn": loss(rows, reduction="sum")}, "is not a mean over microbatches"),
         ({"loss_fn": loss(rows, z_loss=float(rank))}, "z_loss of the loss: "),
         ({"module": body} if mine else {}, "of exactly one stage's module .* stages \\[\\]"),
-        ({"loss_fn": loss(lone), "module": lone}, "are those of a group of 1 ranks"),
+        ({"loss_fn": loss(lone), "module": lone}, "its rows are those of a group of 1 ranks"),
         ({"loss_fn": loss(adapted), "module": adapted}, "has an adapter"),
         ({"loss_fn": loss(nn.Linear(HIDDEN, 9))}, "must be a VocabParallelClassifier, got Linear"),
         ({"embedding": embedding}, "embedding's rows must be parameters of exactly one stage"),
@@ -496,13 +496,16 @@ def check_refusals() -> None:
         ({"target": labels[:2] if mine else labels}, "shape of the labels: "),
         ({"target": labels, "loss_kwargs": {"num_valid_tokens": 3}}, "scale_grads=False"),
         ({"target": labels, "loss_kwargs": {"weight": 3}}, r"known is \['num_valid_tokens'\]"),
-        ({"target": labels.float()}, "as an int32 or int64 tensor, got torch.float32"),
+        ({"target": labels.float()}, "of int32 or int64 on cpu .* in torch.float32"),
         ({"target": labels[:, :1]}, "shift=1 needs sequences that are longer, got 1"),
         ({"target": labels[:, :3]}, "the last stage must return hidden states"),
         ({"target": labels, "target_mbs": [labels]}, "was given both: leave one out"),
         ({"target_mbs": [labels] if mine else [*labels.chunk(2)]}, r"needs target_mbs as a list "),
-        ({"target_mbs": [labels[:1], labels[:2]]}, "the labels .* must have one shape"),
-        ({"target_mbs": [*labels[0, :2]] if mine else [*labels.chunk(2)]}, "each, got numbers"),
+        ({"target_mbs": [labels[:1], labels[:2]]}, r"the labels .* of one shape, .* got \{"),
+        (
+            {"target_mbs": [*labels[0, :2]] if mine else [*labels.chunk(2)]},
+            r"\[b, T\] each, of one",
+        ),
         ({"kwarg_mbs": [{}, {}]}, r"needs target_mbs as a list of 2 Tensors, .* got .*NoneType"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -566,8 +569,9 @@ def test_a_loss_that_is_scaled_is_refused() -> None:
     leaf = torch.randn(1, 9, 16, requires_grad=True)
     value = passes.deferred(leaf, 0)
     assert bool(value.isnan())  # nobody knows it yet
-    passes.broadcast(0, leaf, trains=True)
-    passes.statistics(0, torch.randint(50, (1, 9)), None)
+    passes.begin(LossInputs([torch.randint(50, (1, 9))]), leaf, trains=True)
+    passes.broadcast(0)
+    passes.statistics(0)
     passes.exchange(0)
     assert bool(value.isfinite())
     with pytest.raises(ValueError, match=r"received 2\.0"):
@@ -586,8 +590,9 @@ def test_share_of_a_confident_token() -> None:
     passes = alone(CCEPipelineLoss(rows, shift=0))
     leaf = e.clone().requires_grad_()
     value = passes.deferred(leaf, 0)
-    passes.broadcast(0, leaf, trains=True)
-    passes.statistics(0, targets, None)
+    passes.begin(LossInputs([targets]), leaf, trains=True)
+    passes.broadcast(0)
+    passes.statistics(0)
     passes.exchange(0)
     value.backward()
     passes.gradients(0)

@@ -48,9 +48,13 @@ def order_of_torch(name: str, ranks: int, microbatches: int) -> list[list[Task]]
     return tasks_of(stages, name, microbatches)
 
 
+def of_rank(order: Order, rank: int) -> list[Event]:
+    return [event for event in order.events if rank in event.ranks]
+
+
 def comes_to_an_end(order: Order, ranks: int) -> bool:
     """Run each rank's list with every message blocking until all who take part have come."""
-    left = [list(reversed(order.of_rank(rank))) for rank in range(ranks)]
+    left = [list(reversed(of_rank(order, rank))) for rank in range(ranks)]
     while any(left):
         moved = False
         waiting: dict[Event, int] = Counter()
@@ -84,7 +88,7 @@ def check_whole(
     trains = any(task.kind != "F" for own in orders for task in own)
     ranks = len(orders)
     for rank, own in enumerate(orders):
-        events = [event for event in order.of_rank(rank) if len(event.ranks) == 1]
+        events = [event for event in of_rank(order, rank) if len(event.ranks) == 1]
         listed = [Task(*event[:3]) for event in events if event.kind not in ("S", "T")]  # type: ignore[arg-type]
         assert listed == list(own)
         for kind in ("S", "T") if trains else ("S",):

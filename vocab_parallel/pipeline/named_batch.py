@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from vocab_parallel.agreement import RankSummary, agree
+from vocab_parallel.arguments import rows_of
 from vocab_parallel.pipeline.scheduled_loss import ScheduledLoss
-from vocab_parallel.rank_rows import RankRows
 
 
 class NamedBatchLoss(ScheduledLoss):
@@ -40,7 +40,20 @@ class NamedBatchLoss(ScheduledLoss):
             ValueError: no tensor, or not B sequences of each; on every rank of the group.
         """
         batch = {"targets": targets, **extras}
-        self._agree_on_batch(batch)
+        shapes: dict[str, Any] = {}
+        problem: ValueError | None = None
+        try:
+            shapes = _checked_shapes(batch)
+        except ValueError as error:
+            problem = error
+        read = self.output_weight.read()
+        if not (self._validated and read.weight.is_cuda):
+            rows = rows_of(read.weight, read.options)
+            vocab_size = -1 if rows.vocab_size is None else rows.vocab_size
+            claim = RankSummary(rows.start, rows.stop, vocab_size)
+            agree(problem, claim, {"batch": shapes}, rows.group)
+        elif problem is not None:
+            raise problem
         self._batch = batch
         return torch.arange(targets.shape[0], device=targets.device)
 
@@ -60,47 +73,23 @@ class NamedBatchLoss(ScheduledLoss):
             )
         return {name: tensor.index_select(0, target) for name, tensor in self._batch.items()}
 
-    def _agree_on_batch(self, batch: Mapping[str, Any]) -> None:
-        """Refuse on every rank of the group what cannot be a batch."""
-        rows = RankRows.whole(0)
-        options = self.output_weight.read().options
-        if options is not None:
-            rows = RankRows.from_options(options)
-        problem = _problem_of_batch(batch)
-        on_gpu = self.output_weight.tensors[0].is_cuda
-        if rows.group.degree == 1 or (self._validated and on_gpu):
-            if problem is not None:
-                raise problem
-            return
-        vocab_size = -1 if rows.vocab_size is None else rows.vocab_size
-        shapes = {
-            name: (list(tensor.shape), tensor.dtype) if isinstance(tensor, Tensor) else None
-            for name, tensor in batch.items()
-        }
-        agree(
-            problem, RankSummary(rows.start, rows.stop, vocab_size), {"batch": shapes}, rows.group
-        )
 
-
-def _problem_of_batch(batch: Mapping[str, Any]) -> ValueError | None:
+def _checked_shapes(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the shapes and dtypes of a batch, or raise ValueError for what cannot be one."""
     targets = batch["targets"]
     if not isinstance(targets, Tensor) or targets.dim() < 2:
         kind = list(targets.shape) if isinstance(targets, Tensor) else type(targets).__name__
-        return ValueError(f"targets must be a tensor [B, T] of ids, got {kind}")
+        raise ValueError(f"targets must be a tensor [B, T] of ids, got {kind}")
+    count, device = targets.shape[0], targets.device
     for name, tensor in batch.items():
-        if not isinstance(tensor, Tensor):
-            return ValueError(
-                f"{name} must be a tensor [B, ...] of a value a sequence, got "
-                f"{type(tensor).__name__}: bind what is no tensor to the function"
-            )
-        if tensor.dim() == 0 or tensor.shape[0] != targets.shape[0]:
-            return ValueError(
-                f"{name} must have the {targets.shape[0]} sequences of the targets on its first "
-                f"axis, got {list(tensor.shape)}"
-            )
-        if tensor.device != targets.device or tensor.requires_grad:
-            return ValueError(
-                f"{name} must be on {targets.device} as the targets are, and require no gradient, "
-                f"got one on {tensor.device} with requires_grad={tensor.requires_grad}"
-            )
-    return None
+        got = type(tensor).__name__
+        if isinstance(tensor, Tensor):
+            grad = tensor.requires_grad
+            if tensor.shape[:1] == (count,) and tensor.device == device and not grad:
+                continue
+            got = f"{list(tensor.shape)} on {tensor.device} with requires_grad={grad}"
+        raise ValueError(
+            f"{name} must be a tensor [{count}, ...], a value for each sequence of the targets, on "
+            f"{device} and without a gradient (bind what is no tensor to the function), got {got}"
+        )
+    return {name: (list(tensor.shape), tensor.dtype) for name, tensor in batch.items()}

@@ -82,10 +82,7 @@ class CCEPipelineLoss(ScheduledLoss):
         **loss_options: Any,
     ) -> None:
         if reduction not in ("mean", "sum"):
-            raise ValueError(
-                f'a schedule needs a scalar loss: reduction must be "mean" or "sum", got '
-                f"{reduction!r}"
-            )
+            raise ValueError(f'a schedule needs a scalar loss, "mean" or "sum", got {reduction!r}')
         self.reduction = reduction
         self.accumulate_into = loss_options.get("accumulate_into")
         self.num_valid_tokens: int | Tensor | None = None
@@ -106,7 +103,6 @@ class CCEPipelineLoss(ScheduledLoss):
             options["head_weights"] = as_tuple(weights)
         super().__init__(output_weight, output_bias, vocab_parallel_options, options)
         _check_options(options)
-        self.settings = _settings_of(options)
 
     def __call__(
         self,
@@ -135,7 +131,7 @@ class CCEPipelineLoss(ScheduledLoss):
             self.warn_of_missing_divisor()
         rows = self.read_rows()
         e, c = _operands(rows, hidden_states)
-        several = self.settings.num_heads is not None
+        several = isinstance(self._options["shift"], tuple)
         labels, document_ids = _labels_and_documents(labels, hidden_states, several)
         found: Any = (multi_token_cross_entropy if several else linear_cross_entropy)(
             e,
@@ -148,7 +144,7 @@ class CCEPipelineLoss(ScheduledLoss):
             validate=self.validates(),
             **self._options,
         )
-        if not self.settings.return_metrics:
+        if not self._options.get("return_metrics"):
             return self.finished(found)
         loss, metrics = found
         if not self.infers_shapes():
@@ -167,7 +163,7 @@ class CCEPipelineLoss(ScheduledLoss):
             ValueError: made without ``return_metrics=True``, or no microbatch since.
         """
         sums, self._metric_sums = self._metric_sums, None
-        if not self.settings.return_metrics:
+        if not self._options.get("return_metrics"):
             raise ValueError("make the CCEPipelineLoss with return_metrics=True for its metrics")
         if sums is None:
             raise ValueError(
@@ -182,40 +178,26 @@ class CCEPipelineLoss(ScheduledLoss):
         self._metric_sums = sums if before is None else before + sums
         self._metrics_dtype = found.accuracy.dtype
 
-    def bind(
-        self,
-        last_stage: Any,
-        *,
-        scale_grads: bool,
-        num_microbatches: int,
-        microbatches_in_flight: int,
-    ) -> None:
-        """See `ScheduledLoss.bind`."""
-        super().bind(
-            last_stage,
-            scale_grads=scale_grads,
-            num_microbatches=num_microbatches,
-            microbatches_in_flight=microbatches_in_flight,
-        )
-        self.settings = _settings_of(self._options)
+    @property
+    def settings(self) -> LossSettings:
+        """See above."""
+        return _settings_of(self._options)
 
     @property
     def head_weights(self) -> tuple[float, ...] | None:
         """See above."""
-        weights: tuple[float, ...] | None = self._options.get("head_weights")
-        return weights
+        return self._options.get("head_weights")
 
     @head_weights.setter
     def head_weights(self, weights: Sequence[float]) -> None:
         options = {**self._options, "head_weights": as_tuple(weights)}
         _check_options(options)
-        self._options, self.settings = options, _settings_of(options)
+        self._options = options
 
     @property
     def token_weight(self) -> Tensor | None:
         """The weights [..., T] of every microbatch's tokens."""
-        weight: Tensor | None = self._options.get("token_weight")
-        return weight
+        return self._options.get("token_weight")
 
 
 def no_loss(*_: Any, **__: Any) -> Tensor:
@@ -226,10 +208,7 @@ def no_loss(*_: Any, **__: Any) -> Tensor:
     Raises:
         ValueError: it was called.
     """
-    raise ValueError(
-        "only the last stage computes the loss: give the schedule of its ranks a CCEPipelineLoss "
-        "as loss_fn, and no_loss to the others"
-    )
+    raise ValueError("only the last stage computes the loss: give its ranks a CCEPipelineLoss")
 
 
 def _check_options(options: Mapping[str, Any]) -> None:

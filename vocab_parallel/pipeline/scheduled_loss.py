@@ -40,9 +40,8 @@ class ScheduledLoss:
         self.output_weight = OutputWeight(output_weight, output_bias, vocab_parallel_options)
         self.scaled_by_schedule = False
         self._options = options
-        self._last_stage: Any = None
         self._stage: Any = None
-        self._validated = False
+        self._validated = self._knows_of_outputs = False
         self._warns_of_validation = True
         self._nothing_divides = False
         self._keeps_graph = loses_nodes()
@@ -71,8 +70,8 @@ class ScheduledLoss:
             microbatches_in_flight: how many wait between forward and backward on the last stage,
                 which ``backward="auto"`` counts on.
         """
-        self._last_stage = self._stage = last_stage
-        self._warns_of_validation = False
+        self._stage = last_stage
+        self._warns_of_validation = self._knows_of_outputs = False
         divided = scale_grads or self.scaled_outside or self.reduction != "mean"
         self._nothing_divides = num_microbatches > 1 and not divided
         self._was_sharded = self._was_sharded or self._is_sharded()
@@ -87,10 +86,9 @@ class ScheduledLoss:
         self._nothing_divides = False  # said once
         warnings.warn(
             "the schedule has scale_grads=False and the loss no num_valid_tokens, so that losses "
-            "and gradients are the sum of each microbatch's own mean, as many times too large as "
-            "there are microbatches: before each step set loss.num_valid_tokens = "
-            "count_valid_tokens(labels, groups, shift=...), or build the schedule with "
-            "scale_grads=True, or say scaled_outside=True where a trainer divides by itself",
+            "and gradients are as many times too large as there are microbatches: before each step "
+            "set loss.num_valid_tokens = count_valid_tokens(labels, groups, shift=...), or build "
+            "the schedule with scale_grads=True, or say scaled_outside=True if a trainer divides",
             stacklevel=3,
         )
 
@@ -110,8 +108,7 @@ class ScheduledLoss:
             raise ValueError(
                 f'hidden_layout="{layout}" says that the ranks share the rows of the classifier, '
                 f"but its DTensor weight is whole when the loss is called, as FSDP2 gathers it: "
-                f"each rank would return the loss of its own tokens alone. Leave hidden_layout "
-                f"out, or shard the rows by VocabParallelClassifier"
+                f"leave hidden_layout out, or shard the rows by VocabParallelClassifier"
             )
         return rows
 
@@ -126,9 +123,8 @@ class ScheduledLoss:
         self._warns_of_validation = False
         warnings.warn(
             f"a schedule runs the backward of a {type(self).__name__} that was never validated: "
-            f"call validate_pipeline_loss(schedule, loss) on every rank before the first step. It "
-            f"refuses what would train wrongly without a word, such as a classifier that the last "
-            f"stage does not own, or gradients that are divided twice",
+            f"call validate_pipeline_loss(schedule, loss) on every rank before the first step, "
+            f"which refuses what would train wrongly without a word",
             stacklevel=3,
         )
 
@@ -141,12 +137,10 @@ class ScheduledLoss:
 
     def warn_of_kept_outputs(self) -> None:
         """Warn once where the schedule keeps the last stage's outputs; see `bind`."""
-        stage, self._last_stage = self._last_stage, None
-        if stage is None:
+        if self._stage is None or self._knows_of_outputs or self.infers_shapes():
             return
-        if not getattr(stage, "fwd_cache", True):  # shapes are being inferred: ask again
-            self._last_stage = stage
-        elif getattr(stage, "output_chunks", None):
+        self._knows_of_outputs = True
+        if getattr(self._stage, "output_chunks", None):
             warnings.warn(
                 "the schedule keeps the last stage's hidden states of every microbatch alive: "
                 "call its step with return_outputs=False",

@@ -2,18 +2,22 @@
 
 import functools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
 
 from vocab_parallel.collectives import VocabGroup
-from vocab_parallel.modules.heads import OutputWeight
-from vocab_parallel.pipeline.problems import DIVIDED_TWICE, problem_of_loss, problem_of_stages
+from vocab_parallel.pipeline.problems import DIVIDED_TWICE, check_loss, check_stages
 from vocab_parallel.pipeline.scheduled_loss import ScheduledLoss
+from vocab_parallel.pipeline.spanning.order import in_flight, tasks_listed
 from vocab_parallel.rank_rows import RankRows
+
+_UNWRAPPED = (
+    "does not work under a schedule that splits the backward: use 1F1B, Interleaved1F1B, GPipe or "
+    "LoopedBFS, or reduce the gradients over the data group after the step"
+)
 
 
 def validate_pipeline_loss(
@@ -74,62 +78,90 @@ def validate_pipeline_loss(
 
     from vocab_parallel.pipeline.spanning.schedule import SpanningSchedule
 
-    if isinstance(schedule, SpanningSchedule):  # it has agreed on all the rest when it was made
-        other = schedule.loss_fn is not loss
-        text = (
-            "give the CCEPipelineLoss that the schedule has, which is another one"
-            if other
-            else None
+    problem: str | None = None
+    last, members = None, []
+    spans = isinstance(schedule, SpanningSchedule)
+    single = isinstance(schedule, schedules.PipelineScheduleSingle)
+    try:
+        if not isinstance(schedule, schedules.PipelineScheduleMulti) and not single:
+            kind = type(schedule).__name__
+            raise ValueError(f"schedule must be a schedule of torch's pipelining, got {kind}")
+        stages = [schedule._stage] if single else list(schedule._stages)
+        last = next((stage for stage in stages if stage.is_last), None)
+        _check_optimizer(optimizer, stages)
+        if not spans:
+            members = _checked_members(schedule, stages, last, loss)
+        elif schedule.loss_fn is not loss:  # it has agreed on all the rest when it was made
+            raise ValueError("give the CCEPipelineLoss that the schedule has, which is another one")
+    except ValueError as error:
+        problem = str(error)
+    _agree_over_world(problem, last is not None, members)
+    if spans:
+        return
+    if schedule.scale_grads:
+        _refuse_divisor_at_first_step(schedule, loss if last is not None else None)
+    if last is not None:
+        loss.output_weight.warn_of_padding(last.submod)
+        if single:
+            fills = isinstance(schedule, schedules.ScheduleGPipe)
+            waiting = schedule._n_microbatches if fills else 1
+        else:
+            listed = tasks_listed(schedule.pipeline_order[schedule.rank])
+            waiting = max(in_flight(listed)[last.stage_index], 1)
+        loss.bind(
+            last,
+            scale_grads=schedule.scale_grads,
+            num_microbatches=schedule._n_microbatches,
+            microbatches_in_flight=waiting,
         )
-        text = text or _problem_of_optimizer(optimizer, schedule._stages)
-        _agree_over_world(text, True, [])
-        return
-    if isinstance(schedule, schedules.PipelineScheduleSingle):
-        stages = [schedule._stage]
-    elif isinstance(schedule, schedules.PipelineScheduleMulti):
-        stages = list(schedule._stages)
-    else:
-        kind = type(schedule).__name__
-        text = f"schedule must be a schedule of torch.distributed.pipelining, got {kind}"
-        _agree_over_world(text, False, [])
-        return
+
+
+def _checked_members(schedule: Any, stages: Sequence[Any], last: Any, loss: Any) -> list[int]:
+    """Check a schedule of torch's on this rank; return the ranks that its loss's options name.
+
+    Args:
+        schedule, loss: of `validate_pipeline_loss`.
+        stages: of this rank.
+        last: the last stage, where it is one of them.
+
+    Raises:
+        ValueError: see `validate_pipeline_loss`.
+    """
+    from torch.distributed.pipelining import schedules
+
+    if schedule._loss_fn is None:
+        raise ValueError(
+            "the schedule has loss_fn=None, which hangs its steps: where the last stage is not, "
+            "give it no_loss"
+        )
     splits = isinstance(
         schedule,
         schedules.ScheduleInterleavedZeroBubble
         | schedules.ScheduleZBVZeroBubble
         | schedules.ScheduleDualPipeV,
     )
-    last = next((stage for stage in stages if stage.is_last), None)
-    problem = _problem_of_loss_fn(schedule)
-    problem = problem or problem_of_stages(stages, schedule.scale_grads, splits)
-    problem = problem or _problem_of_optimizer(optimizer, stages)
-    members: list[int] = []
-    if problem is None and last is not None:
-        problem = problem_of_loss(loss, schedule.scale_grads, splits)
-        if problem is None and not isinstance(loss, ScheduledLoss):
-            kind = type(loss).__name__
-            problem = (
-                f"loss must be a CCEPipelineLoss, or another of the pipeline losses, got {kind}"
+    check_stages(stages, schedule.scale_grads, _UNWRAPPED if splits else None)
+    if last is None:
+        return []
+    check_loss(loss, schedule.scale_grads, splits)
+    if not isinstance(loss, ScheduledLoss):
+        kind = type(loss).__name__
+        raise ValueError(f"loss must be a CCEPipelineLoss or another pipeline loss, got {kind}")
+    owned = {id(parameter) for parameter in last.submod.parameters()}
+    for tensor in loss.output_weight.tensors:
+        if id(tensor) not in owned:
+            raise ValueError(
+                f"the classifier's tensor {list(tensor.shape)} that the loss reads is not a "
+                f"parameter of the last stage's module, whose gradients alone a schedule scales "
+                f"and splits: register the classifier there, e.g. as a VocabParallelClassifier, "
+                f"and give the loss that module"
             )
-        if problem is None:
-            problem, members = _problem_of_rows(loss.output_weight, last.submod)
-    _agree_over_world(problem, last is not None, members)
-    if schedule.scale_grads:
-        _refuse_divisor_at_first_step(schedule, loss if last is not None else None)
-    if last is not None:
-        loss.output_weight.warn_of_padding(last.submod)
-        if isinstance(schedule, schedules.PipelineScheduleMulti):
-            actions = schedule.pipeline_order[schedule.rank]
-            in_flight = _microbatches_in_flight(actions, last.stage_index)
-        else:
-            fills = isinstance(schedule, schedules.ScheduleGPipe)
-            in_flight = schedule._n_microbatches if fills else 1
-        loss.bind(
-            last,
-            scale_grads=schedule.scale_grads,
-            num_microbatches=schedule._n_microbatches,
-            microbatches_in_flight=in_flight,
-        )
+    loss.output_weight.check_vocab_size(last.submod)
+    options = loss.output_weight.read().options
+    if options is None:
+        return []
+    RankRows.from_options(options)  # raises for what is none, or of a group of other ranks
+    return dist.get_process_group_ranks(options.group or dist.group.WORLD)
 
 
 def _refuse_divisor_at_first_step(schedule: Any, loss: Any) -> None:
@@ -155,81 +187,39 @@ def _refuse_divisor_at_first_step(schedule: Any, loss: Any) -> None:
     schedule.step = first_step
 
 
-def _problem_of_loss_fn(schedule: Any) -> str | None:
-    if schedule._loss_fn is not None:
-        return None
-    return (
-        "the schedule has loss_fn=None, and whichever rank has none waits for a step that the "
-        "others never end: give it no_loss on the ranks without the last stage"
-    )
-
-
-def _problem_of_optimizer(optimizer: Any, stages: Sequence[Any]) -> str | None:
-    """Say which parameter the optimizers lack, have twice or should not have, or None."""
+def _check_optimizer(optimizer: Any, stages: Sequence[Any]) -> None:
+    """Raise ValueError for what the optimizers lack, have twice or should not have."""
     if optimizer is None:
-        return None
+        return
     optimizers = list(optimizer) if isinstance(optimizer, Iterable) else [optimizer]
     if not all(isinstance(getattr(each, "param_groups", None), list) for each in optimizers):
         kinds = [type(each).__name__ for each in optimizers]
-        return f"optimizer must be an optimizer of torch's, or several of them, got {kinds}"
+        raise ValueError(
+            f"optimizer must be an optimizer of torch's, or several of them, got {kinds}"
+        )
     groups = [group for each in optimizers for group in each.param_groups]
     held = Counter(id(each) for group in groups for each in group["params"])
     own = {
-        id(parameter): f"{name} of stage {stage.stage_index}"
+        id(parameter): (f"{name} of stage {stage.stage_index}", parameter.requires_grad)
         for stage in stages
         for name, parameter in stage.submod.named_parameters()
     }
-    trained = {
-        id(parameter)
-        for stage in stages
-        for parameter in stage.submod.parameters()
-        if parameter.requires_grad
-    }
-    twice = [own.get(key, "a foreign parameter") for key, count in held.items() if count > 1]
-    missing = [own[key] for key in own if key in trained and key not in held]
-    if twice:
-        return f"the optimizer has {twice[0]} twice, and would step it twice: name each once"
-    if missing:
-        return (
-            f"the optimizer lacks {missing[0]}, which would never change: build it after the rows "
-            f"are sharded, of all parameters of this rank's stages"
-        )
-    if len(held.keys() - own.keys()):
-        return (
-            f"the optimizer has {len(held.keys() - own.keys())} parameters of none of this rank's "
-            f"stages, such as the classifier before its rows were sharded: build it after that, "
-            f"of the stages' parameters alone"
-        )
-    return None
-
-
-def _problem_of_rows(weight: OutputWeight, module: nn.Module) -> tuple[str | None, list[int]]:
-    """Say what is wrong with the classifier, or None; and which ranks its options name."""
-    try:
-        problem = _problem_of_owner(weight.tensors, module)
-        weight.check_vocab_size(module)
-        options = weight.read().options
-        if options is None or problem is not None:
-            return problem, []
-        RankRows.from_options(options)  # raises for what is none, or of a group of other ranks
-    except ValueError as error:
-        return str(error), []
-    return None, dist.get_process_group_ranks(options.group or dist.group.WORLD)
-
-
-def _problem_of_owner(tensors: Sequence[Tensor], module: nn.Module) -> str | None:
-    """Say which of the classifier's tensors the last stage's module does not own, or None."""
-    owned = {id(parameter) for parameter in module.parameters()}
-    for tensor in tensors:
-        if id(tensor) not in owned:
-            return (
-                f"the classifier's tensor {list(tensor.shape)} that the loss reads is not a "
-                f"parameter of the last stage's module: the schedule would not scale its "
-                f"gradient (M times too large with scale_grads=True) and zero-bubble schedules "
-                f"would not compute it; register the classifier in the last stage's module, e.g. "
-                f"as a VocabParallelClassifier, and give the loss that module"
+    for key, count in held.items():
+        if count > 1:
+            name, _ = own.get(key, ("a foreign parameter", True))
+            raise ValueError(f"the optimizer has {name} twice: name each parameter once")
+    for key, (name, trains) in own.items():
+        if trains and key not in held:
+            raise ValueError(
+                f"the optimizer lacks {name}, which would never change: build it after the rows "
+                f"are sharded, of all parameters of this rank's stages"
             )
-    return None
+    foreign = held.keys() - own.keys()
+    if foreign:
+        raise ValueError(
+            f"the optimizer has {len(foreign)} parameters of none of this rank's stages: build it "
+            f"of theirs alone, after the rows are sharded"
+        )
 
 
 def _agree_over_world(problem: str | None, has_last_stage: bool, members: list[int]) -> None:
@@ -256,29 +246,3 @@ def _agree_over_world(problem: str | None, has_last_stage: bool, members: list[i
             found.setdefault(text, rank)
     if found:
         raise ValueError("; ".join(f"on rank {rank}: {text}" for text, rank in found.items()))
-
-
-def _microbatches_in_flight(actions: Iterable[Any], last_stage: int) -> int:
-    """Count how many forwards of the last stage wait for the end of their backward, at most.
-
-    Args:
-        actions: of this rank, in order, as a schedule lists them; None where it waits.
-        last_stage: the index of the last stage.
-    """
-    waiting = most = 0
-    for action in _flat(actions):
-        if action.stage_index != last_stage:
-            continue
-        if action.computation_type.name == "FORWARD":
-            waiting += 1
-            most = max(most, waiting)
-        elif action.computation_type.name in ("FULL_BACKWARD", "BACKWARD_WEIGHT"):
-            waiting -= 1
-    return max(most, 1)
-
-
-def _flat(actions: Iterable[Any]) -> Iterator[Any]:
-    """Yield single actions; some schedules pair a forward with a backward."""
-    for action in actions:
-        if action is not None:
-            yield from getattr(action, "sub_actions", None) or (action,)

@@ -27,37 +27,33 @@ class EmbeddingPasses:
     Args:
         embedding: this rank's rows.
         first: the ranks that run the first stage.
+
+    Attributes:
+        inputs: the first stage's inputs [b, T, D] of this column, of each microbatch: leaves whose
+            values come with `arrival`, and which take no memory until then.
     """
 
     def __init__(self, embedding: VocabParallelEmbedding, first: Owners) -> None:
         self._embedding, self._first = embedding, first
         self._ids: list[Tensor] = []  # [n b, T] of all columns, of each microbatch
-        self._inputs: list[Tensor] = []  # [b, T, D] of this column, of each microbatch
+        self.inputs: list[Tensor] = []
         self._arriving: dict[int, Pending] = {}
         self._leaving: dict[int, Pending] = {}
         self._gradients: dict[int, Tensor] = {}  # of the first stage's inputs, scaled
         self._trains = False
-
-    @property
-    def inputs(self) -> list[Tensor]:
-        """The first stage's inputs [b, T, D] of each microbatch.
-
-        They are leaves whose values come with `arrival`; until then they take no memory.
-        """
-        return self._inputs
 
     def begin(self, ids: list[Tensor], *, trains: bool) -> None:
         """Take the ids [n b, T] of a step's microbatches."""
         weight = self._embedding.weight
         nothing = weight.detach().new_zeros((1, 1, 1))
         self._ids, self._trains = ids, trains and weight.requires_grad
-        self._inputs = [
+        self.inputs = [
             nothing.expand(*self._first.of_column(own).shape, weight.shape[1])
             .detach()
             .requires_grad_(self._trains)
             for own in ids
         ]
-        for microbatch, leaf in enumerate(self._inputs if self._trains else ()):
+        for microbatch, leaf in enumerate(self.inputs if self._trains else ()):
             # torch takes the gradient off its stages' inputs as soon as it is there.
             leaf.register_hook(functools.partial(self._gradients.__setitem__, microbatch))
 
@@ -78,7 +74,7 @@ class EmbeddingPasses:
         own = self._first.of_column(self._arriving.pop(microbatch).wait())
         if self._embedding.scale != 1.0:
             own = own * self._embedding.scale
-        self._inputs[microbatch].data = own
+        self.inputs[microbatch].data = own
         if microbatch > 0 and not self._trains:
             self._forget(microbatch - 1)
 
@@ -87,16 +83,10 @@ class EmbeddingPasses:
         """Send the first stage's gradient to every rank, to add it later; all ranks call."""
         if not self._trains:
             return
-        ids, weight = self._ids[microbatch], self._embedding.weight
-        if self._first.here and self._first.parts == 1:
-            of_all = self._own_gradient(microbatch)
-        else:
-            of_all = weight.new_empty((*ids.shape, weight.shape[1]))
-            if self._first.here:
-                self._first.of_column(of_all).copy_(self._own_gradient(microbatch))
+        own = self._own_gradient(microbatch) if self._first.here else None
+        self._leaving[microbatch] = self._first.start_to_all(own, self.inputs[microbatch])
         if self._first.here:
             self._forget(microbatch)
-        self._leaving[microbatch] = self._first.start_to_all(of_all)
         for earlier in [number for number in self._leaving if number != microbatch]:
             self._add(earlier)
 
@@ -108,14 +98,14 @@ class EmbeddingPasses:
         for microbatch in list(self._leaving):
             self._add(microbatch)
         self._arriving.clear()
-        self._inputs, self._ids = [], []
+        self.inputs, self._ids = [], []
 
     def _own_gradient(self, microbatch: int) -> Tensor:
         found = self._gradients.pop(microbatch, None)
         if found is None:  # the first stage does not use its input
-            found = torch.zeros_like(self._inputs[microbatch])
+            found = torch.zeros_like(self.inputs[microbatch])
         scale = self._embedding.scale
-        return (found if scale == 1.0 else found * scale).contiguous()
+        return found if scale == 1.0 else found * scale
 
     def _add(self, microbatch: int) -> None:
         grad = self._leaving.pop(microbatch).wait()
@@ -127,5 +117,5 @@ class EmbeddingPasses:
 
     def _forget(self, microbatch: int) -> None:
         """Free a microbatch's input, which the schedule refers to until the step's end."""
-        leaf = self._inputs[microbatch]
+        leaf = self.inputs[microbatch]
         leaf.data = leaf.new_empty(0)

@@ -22,11 +22,12 @@ all who take part have come: of the first message in the order that is not done,
 have done what stands before it, nobody is missing.
 """
 
-import heapq
+import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from itertools import islice
+from typing import Any, Literal, NamedTuple
 
 # F forward; B backward, whole; I and W its halves, inputs' and weights'; S and T of the loss.
 Pass = Literal["F", "B", "I", "W", "S", "T"]
@@ -36,6 +37,8 @@ Pass = Literal["F", "B", "I", "W", "S", "T"]
 Message = Literal[
     "activations", "gradients", "broadcast", "exchange", "reduction", "lookup", "embedding_grad"
 ]
+# How many forwards more are tried.
+_MORE_FORWARDS = 3
 # How many T may wait on a rank before they come first: each keeps its hidden states.
 _WAITING = 2
 # How many microbatches an embedding is looked up ahead, so that the first stage does not wait.
@@ -123,38 +126,31 @@ class Order(NamedTuple):
         """What is computed, without the messages."""
         return [event for event in self.events if len(event.ranks) == 1]
 
-    def of_rank(self, rank: int) -> list[Event]:
-        """Return what one rank does."""
-        return [event for event in self.events if rank in event.ranks]
+
+def tasks_listed(actions: Iterable[Any]) -> list[Task]:
+    """Return what a schedule of torch's lists for a rank, where None waits; some pair F with B."""
+    return [
+        Task(one.computation_type.value, one.stage_index, one.microbatch_index)
+        for action in filter(None, actions)
+        for one in action.sub_actions or (action,)
+    ]
 
 
 def one_forward_one_backward(ranks: int, microbatches: int) -> list[list[Task]]:
     """Return 1F1B's own order of each rank, which is a stage: P - r forwards before a backward."""
-    listed = []
-    for rank in range(ranks):
-        forwards = [Task("F", rank, microbatch) for microbatch in range(microbatches)]
-        own = forwards[: ranks - rank]
-        for microbatch in range(microbatches):
-            own.append(Task("B", rank, microbatch))
-            own += forwards[ranks - rank + microbatch : ranks - rank + microbatch + 1]
-        listed.append(own)
-    return listed
+    in_turn = [
+        [Task(kind, rank, number) for number in range(microbatches) for kind in ("F", "B")]
+        for rank in range(ranks)
+    ]
+    return [more_forwards(own, ranks - 1 - rank) for rank, own in enumerate(in_turn)]
 
 
 def more_forwards(order: Sequence[Task], count: int) -> list[Task]:
     """Move a rank's forwards to the front by ``count`` places among its backwards."""
-    forwards = [task for task in order if task.kind == "F"]
-    moved: list[Task] = []
-    given = 0  # of the forwards, in the schedule's own order
-    placed = 0
+    forwards = (task for task in order if task.kind == "F")
+    moved = list(islice(forwards, count))
     for task in order:
-        if task.kind == "F":
-            given += 1
-            continue
-        until = min(given + count, len(forwards))
-        moved += forwards[placed:until]
-        placed = max(placed, until)
-        moved.append(task)
+        moved += islice(forwards, 1) if task.kind == "F" else [task]
     return moved
 
 
@@ -169,22 +165,20 @@ def best_order(
     *,
     barriers: int = 1,
     embedding: bool = False,
-    most: int = 3,
 ) -> Order:
     """Return the order that ends first, with the fewest forwards more, at least one.
 
     Args:
         orders, costs, barriers, embedding: as `order_of` has them.
-        most: how many forwards more are tried.
 
     Raises:
-        ValueError: the schedule cannot span: with no number of forwards up to ``most`` does every
-            rank come to the end of its list.
+        ValueError: the schedule cannot span: with up to three forwards more no rank comes to the
+            end of its list.
     """
     found: Order | None = None
-    for count in range(1, most + 1):
+    for count in range(1, _MORE_FORWARDS + 1):
+        moved = [more_forwards(own, count) for own in orders]
         try:
-            moved = [more_forwards(own, count) for own in orders]
             order = order_of(moved, costs, barriers=barriers, embedding=embedding)
         except ValueError:
             continue
@@ -193,8 +187,9 @@ def best_order(
         found = order
     if found is None:
         raise ValueError(
-            f"the schedule cannot carry the vocabulary on all stages: with up to {most} forwards "
-            f"more a rank still waits for itself; use 1F1B, Interleaved1F1B or ZBVZeroBubble"
+            f"the schedule cannot carry the vocabulary on all stages: with up to "
+            f"{_MORE_FORWARDS} forwards more a rank still waits for itself; use 1F1B, "
+            f"Interleaved1F1B or ZBVZeroBubble"
         )
     return found
 
@@ -224,87 +219,76 @@ def order_of(
     return _Step(orders, costs, barriers, embedding, vocabulary).run()
 
 
+@dataclass
 class _Step:
-    """A step run on paper."""
+    """A step run on paper; its fields are the arguments of `order_of`."""
 
-    def __init__(
-        self,
-        orders: Sequence[Sequence[Task]],
-        costs: Costs,
-        barriers: int,
-        embedding: bool,
-        vocabulary: bool,
-    ) -> None:
-        self._costs, self._barriers, self._embedding = costs, barriers, embedding
-        self._vocabulary = vocabulary
-        self._trains = any(task.kind != "F" for own in orders for task in own)
-        self._ranks = len(orders)
-        self._left = [list(reversed(own)) for own in orders]  # the next one is the last
-        self._rank_of = {task.stage: rank for rank, own in enumerate(orders) for task in own}
+    orders: Sequence[Sequence[Task]]
+    costs: Costs
+    barriers: int
+    embedding: bool
+    vocabulary: bool
+
+    def __post_init__(self) -> None:
+        every = [task for own in self.orders for task in own]
+        self._trains = any(task.kind != "F" for task in every)
+        self._ranks = range(len(self.orders))
+        self._left = [list(reversed(own)) for own in self.orders]  # the next one is the last
+        self._rank_of = {task.stage: rank for rank in self._ranks for task in self.orders[rank]}
         self._last = max(self._rank_of)
-        self._microbatches = 1 + max(task.microbatch for own in orders for task in own)
-        self._free = [0.0] * self._ranks
-        self._busy = [0.0] * self._ranks
+        self._microbatches = 1 + max(task.microbatch for task in every)
+        self._free = [0.0 for _ in self._ranks]
+        self._busy = [0.0 for _ in self._ranks]
         self._done: dict[tuple[Pass, int, int], float] = {}  # kind, stage, microbatch
         # When the last rank so far ended S, or T, of a microbatch that not all have done.
         self._ends: dict[tuple[Pass, int], float] = {}
         # When the statistics of a microbatch are joined, and when its dE is summed.
         self._joined: dict[int, float] = {}
-        self._summed = self._joined if barriers == 1 else {}
-        self._next: dict[Pass, list[int]] = {"S": [0] * self._ranks, "T": [0] * self._ranks}
+        self._summed = self._joined if self.barriers == 1 else {}
+        self._next: dict[Pass, list[int]] = {kind: [0 for _ in self._ranks] for kind in ("S", "T")}
         self._looked_up = 0
         self._events: list[Event] = []
 
     def run(self) -> Order:
         """Go on until nothing can be begun, and see that nothing is left."""
-        everyone = range(self._ranks)
-        choices = {rank: choice for rank in everyone if (choice := self._most_urgent(rank))}
-        # By when they begin; what a rank would rather do by now is skipped when it comes.
-        queue = [(begins, rank, task) for rank, (begins, task) in choices.items()]
-        heapq.heapify(queue)
-        while queue:
-            begins, rank, task = heapq.heappop(queue)
-            if choices.get(rank) != (begins, task):
-                continue
+        choices = [self._most_urgent(rank) for rank in self._ranks]
+        while True:
+            begins, rank, task = min(choices)
+            if task is None:
+                break
             self._do(begins, rank, task)
             # What another rank may begin changes by a neighbour's pass, or by one of the loss's.
-            of_all = task.kind in ("S", "T") or (self._vocabulary and task[:2] == ("F", self._last))
+            of_all = task.kind in ("S", "T") or (self.vocabulary and task[:2] == ("F", self._last))
             near = (self._rank_of.get(task.stage + step, rank) for step in (-1, 1))
-            for other in everyone if of_all else {rank, *near}:
-                choice = self._most_urgent(other)
-                if choice is None:
-                    choices.pop(other, None)
-                elif choice != choices.get(other):
-                    choices[other] = choice
-                    heapq.heappush(queue, (choice[0], other, choice[1]))
+            for other in self._ranks if of_all else {rank, *near}:
+                choices[other] = self._most_urgent(other)
         done = min(self._next["T" if self._trains else "S"])
-        if any(self._left) or (self._vocabulary and done < self._microbatches):
+        if any(self._left) or (self.vocabulary and done < self._microbatches):
             stuck = {rank: own[-1] for rank, own in enumerate(self._left) if own}
             raise ValueError(f"the ranks wait for one another at {stuck}: give a forward more")
         # A pass that begins when a message ends was begun after it was sent: the sort is stable.
         events = sorted(self._events, key=lambda event: event.start)
+        held = _most_held(events, ("broadcast",), ("T",), lambda event: event.ranks)
         return Order(
             tuple(events),
             max(self._free),
-            self._in_flight(events),
-            self._hidden_held(events),
+            in_flight(events),
+            max(held.values()),
             tuple(self._busy),
         )
 
-    def _most_urgent(self, rank: int) -> tuple[float, Task] | None:
-        """Return (when it begins, what a rank does next), or None where nothing is ready."""
+    def _most_urgent(self, rank: int) -> tuple[float, int, Task | None]:
+        """Return (when it begins, the rank, what it does next): nothing where nothing is ready."""
         ready: list[tuple[float, int, Task]] = []
         s, t = self._next["S"][rank], self._next["T"][rank]
-        hidden = self._done.get(("F", self._last, s)) if self._vocabulary else None
+        hidden = self._done.get(("F", self._last, s)) if self.vocabulary else None
         if hidden is not None:
-            ready.append((hidden + self._costs.broadcast, 0, Task("S", self._last, s)))
+            ready.append((hidden + self.costs.broadcast, 0, Task("S", self._last, s)))
         joined = self._joined.get(t) if t < s and self._trains else None
         if joined is not None:
-            urgency = 3
-            if self._barriers == 2:
+            urgency = 1 if s - t > _WAITING else 3
+            if self.barriers == 2:
                 urgency = -1  # the last stage's backward waits for it
-            elif s - t > _WAITING:
-                urgency = 1
             ready.append((joined, urgency, Task("T", self._last, t)))
         if self._left[rank]:
             task = self._left[rank][-1]
@@ -312,10 +296,10 @@ class _Step:
             if when is not None:
                 ready.append((when, 2, task))
         if not ready:
-            return None
+            return math.inf, rank, None
         begins = max(self._free[rank], min(when for when, _, _ in ready))
         _, task = min((urgency, task) for when, urgency, task in ready if when <= begins)
-        return begins, task
+        return begins, rank, task
 
     def _ready(self, task: Task) -> float | None:
         """Return when what a pass needs is there, or None where it has not been begun."""
@@ -326,7 +310,7 @@ class _Step:
             return 0.0 if stage == 0 else self._arrival(("F", stage - 1, microbatch), stage)
         own = self._done.get(("F", stage, microbatch))
         if stage == self._last:
-            return own if own is None or not self._vocabulary else self._summed.get(microbatch)
+            return own if own is None or not self.vocabulary else self._summed.get(microbatch)
         for half in ("B", "I"):
             gradient = self._arrival((half, stage + 1, microbatch), stage)
             if gradient is not None:
@@ -337,14 +321,14 @@ class _Step:
         done = self._done.get(sent)
         if done is None or self._rank_of[sent[1]] == self._rank_of[receiver]:
             return done
-        return done + self._costs.message
+        return done + self.costs.message
 
     def _do(self, begins: float, rank: int, task: Task) -> None:
         kind, stage, microbatch = task
-        end = begins + self._costs.of(kind, stage, rank)
+        end = begins + self.costs.of(kind, stage, rank)
         self._free[rank] = end
         self._busy[rank] += end - begins
-        if self._embedding and kind == "F" and stage == 0:
+        if self.embedding and kind == "F" and stage == 0:
             self._look_up(microbatch, begins)
         self._events.append(Event(kind, stage, microbatch, (rank,), begins, end))
         if kind in ("S", "T"):
@@ -352,66 +336,65 @@ class _Step:
             return
         self._left[rank].pop()
         self._done[kind, stage, microbatch] = end
-        if kind == "F" and stage == self._last and self._vocabulary:
-            self._tell_all("broadcast", microbatch, end, end + self._costs.broadcast)
+        if kind == "F" and stage == self._last and self.vocabulary:
+            self._tell_all("broadcast", microbatch, end, self.costs.broadcast)
         elif kind == "F" and stage < self._last:
             self._send("activations", stage, stage + 1, microbatch, end)
         elif kind in ("B", "I") and stage > 0:
             self._send("gradients", stage, stage - 1, microbatch, end)
-        if self._embedding and kind in ("B", "W") and stage == 0:
-            self._tell_all("embedding_grad", microbatch, end, end + self._costs.broadcast)
+        if self.embedding and kind in ("B", "W") and stage == 0:
+            self._tell_all("embedding_grad", microbatch, end, self.costs.broadcast)
 
     def _end_of_all(self, kind: Pass, rank: int, microbatch: int, end: float) -> None:
         """Note that a rank has done S or T; with the last rank's comes a message among all."""
         self._next[kind][rank] += 1
+        start = self._ends[kind, microbatch] = max(self._ends.get((kind, microbatch), 0.0), end)
         if min(self._next[kind]) <= microbatch:  # some rank has not
-            self._ends[kind, microbatch] = max(self._ends.get((kind, microbatch), 0.0), end)
             return
-        start = max(self._ends.pop((kind, microbatch), 0.0), end)
-        arrival = start + self._costs.exchange
         if kind == "S":
-            self._joined[microbatch] = arrival
-            self._tell_all("exchange", microbatch, start, arrival)
-        elif self._barriers == 2:
-            self._summed[microbatch] = arrival
-            self._tell_all("reduction", microbatch, start, arrival)
+            self._joined[microbatch] = start + self.costs.exchange
+            self._tell_all("exchange", microbatch, start, self.costs.exchange)
+        elif self.barriers == 2:
+            self._summed[microbatch] = start + self.costs.exchange
+            self._tell_all("reduction", microbatch, start, self.costs.exchange)
 
     def _look_up(self, microbatch: int, now: float) -> None:
         """Let all ranks look up embeddings that the first stage needs, some microbatches ahead."""
         until = min(microbatch + 1 + _LOOKED_UP_AHEAD, self._microbatches)
         for number in range(self._looked_up, until):
-            self._tell_all("lookup", number, now, now + self._costs.exchange)
+            self._tell_all("lookup", number, now, self.costs.exchange)
         self._looked_up = max(self._looked_up, until)
 
-    def _tell_all(self, kind: Message, microbatch: int, start: float, end: float) -> None:
-        everyone = tuple(range(self._ranks))
-        self._events.append(Event(kind, self._last, microbatch, everyone, start, end))
+    def _tell_all(self, kind: Message, microbatch: int, start: float, takes: float) -> None:
+        everyone = tuple(self._ranks)
+        self._events.append(Event(kind, self._last, microbatch, everyone, start, start + takes))
 
     def _send(
         self, kind: Message, sender: int, receiver: int, microbatch: int, start: float
     ) -> None:
         pair = (self._rank_of[sender], self._rank_of[receiver])
         if pair[0] != pair[1]:
-            end = start + self._costs.message
+            end = start + self.costs.message
             self._events.append(Event(kind, sender, microbatch, pair, start, end))
 
-    def _in_flight(self, events: Sequence[Event]) -> dict[int, int]:
-        now: Counter[int] = Counter()
-        most: Counter[int] = Counter()
-        for event in events:
-            if event.kind == "F":
-                now[event.stage] += 1
-                most[event.stage] = max(most[event.stage], now[event.stage])
-            elif event.kind in ("B", "W"):
-                now[event.stage] -= 1
-        return dict(sorted(most.items()))
 
-    def _hidden_held(self, events: Sequence[Event]) -> int:
-        held, most = [0] * self._ranks, 0
-        for event in events:
-            if event.kind == "broadcast":
-                held = [count + 1 for count in held]
-                most = max(most, *held)
-            elif event.kind == "T":
-                held[event.ranks[0]] -= 1
-        return most
+def in_flight(passes: Iterable[Event | Task]) -> dict[int, int]:
+    """Count for each stage the most microbatches between F and the end of their backward."""
+    return _most_held(passes, ("F",), ("B", "W"), lambda done: (done.stage,))
+
+
+def _most_held(
+    done: Iterable[Event | Task],
+    begins: tuple[str, ...],
+    ends: tuple[str, ...],
+    who: Callable[[Any], tuple[int, ...]],
+) -> dict[int, int]:
+    """Count for each of ``who`` the most microbatches that are between two kinds of passes."""
+    now: Counter[int] = Counter()
+    most: Counter[int] = Counter()
+    for each in done:
+        step = (each.kind in begins) - (each.kind in ends)
+        for one in who(each):
+            now[one] += step
+            most[one] = max(most[one], now[one])
+    return dict(sorted(most.items()))

@@ -73,8 +73,19 @@ class Owners:
         """Gather what each column has, [T, ...], into one of all; all ranks call."""
         return own if self.parts == 1 else self.messages.columns.gather_tokens(own)
 
-    def start_to_all(self, of_all: Tensor) -> Pending:
-        """Send each owner's part to all ranks, in place; all ranks call."""
+    def start_to_all(self, own: Tensor | None, like: Tensor) -> Pending:
+        """Send what each owner has, [T, ...], to all ranks, as one of all; all ranks call.
+
+        Args:
+            own: of this process, if it is an owner.
+            like: of the shape and the dtype of each owner's.
+        """
+        if own is not None and self.parts == 1:
+            of_all = own.contiguous()
+        else:
+            of_all = like.new_empty((self.parts * like.shape[0], *like.shape[1:]))
+            if own is not None:
+                self.of_column(of_all).copy_(own)
         group = self.messages.broadcast
         sent = [group.start_broadcast(part, rank) for part, rank in self._parts_and_ranks(of_all)]
         return Several(of_all, sent)

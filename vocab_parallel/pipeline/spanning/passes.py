@@ -26,10 +26,10 @@ until every rank's T.
 Source: arXiv 2411.05288, Algorithms 1 and 2, with cut cross-entropy in place of their softmax.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any, cast
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -61,30 +61,44 @@ from vocab_parallel.statistics import (
 )
 
 
+class LossInputs(NamedTuple):
+    """What the loss of a step needs beside hidden states.
+
+    Attributes:
+        labels: [n b, T] of all columns, of each microbatch.
+        token_weight: [n b, T] of every microbatch, or None.
+        num_valid_tokens: divides the mean.
+    """
+
+    labels: Sequence[Tensor]
+    token_weight: Tensor | None = None
+    num_valid_tokens: int | Tensor | None = None
+
+
 @dataclass
 class _Microbatch:
-    """What a rank holds of a microbatch between its passes; N are all columns' tokens."""
+    """What a rank holds of a microbatch between its passes; N are all columns' tokens.
 
-    hidden: Tensor  # [n b, T, D]
+    Attributes:
+        arrives: the hidden states [n b, T, D], under way.
+        call, labels, inputs: of S, the labels [N] marked.
+        own: statistics [k, N] of this rank's rows.
+        kept: what S kept for T.
+        share: of dE, [N, D], partial; None where T makes it.
+        joined, grads: [k, N], of all rows, and what each receives.
+        exchanged: when the two and the share's sum are there, on a GPU.
+    """
+
     arrives: Pending
-    trains: bool
-    call: Call | None = None
-    labels: Tensor | None = None  # [N], marked
-    inputs: Inputs | None = None
-    own: Tensor | None = None  # [k, N]
+    call: Call = field(init=False)
+    labels: Tensor = field(init=False)
+    inputs: Inputs = field(init=False)
+    own: Tensor = field(init=False)
     kept: object = None
-    share: Tensor | None = None  # of dE, [N, D], partial
-    joined: Tensor | None = None
-    grads: Tensor | None = None
-    exchanged: torch.cuda.Event | None = None  # when the three above are there
-    summed: Pending | None = None
-
-    @property
-    def ready(self) -> tuple[Call, Inputs]:
-        """What S has made."""
-        assert self.call is not None
-        assert self.inputs is not None
-        return self.call, self.inputs
+    share: Tensor | None = None
+    joined: Tensor = field(init=False)
+    grads: Tensor = field(init=False)
+    exchanged: torch.cuda.Event | None = None
 
 
 def barriers_of(settings: LossSettings) -> int:
@@ -96,18 +110,34 @@ class LossPasses:
     """The loss over rows that the ranks of all stages hold; each rank makes one, all alike.
 
     Args:
-        loss: of the schedule; its ``output_weight`` is this rank's rows, its settings are the
-            loss's, and its ``num_valid_tokens`` divides the mean.
+        loss: of the schedule, bound to it; its ``output_weight`` is this rank's rows.
         last: the ranks that run the last stage.
         barriers: 1 or 2, see above; must be 2 where `barriers_of` says so.
     """
 
     def __init__(self, loss: CCEPipelineLoss, last: Owners, barriers: int) -> None:
-        self._loss, self._last, self._messages = loss, last, last.messages
-        self._barriers = barriers
+        self._loss, self._last, self._barriers = loss, last, barriers
+        # The tokens are gathered already. Nothing is known of the loss's gradient in S: as where a
+        # result is returned beside it.
+        self._settings = replace(loss.settings, hidden_layout="replicated", return_lse=True)
         self._held: dict[int, _Microbatch] = {}
+        self._hidden: dict[int, Tensor] = {}  # of the last stage, until they are sent
         self._losses: dict[int, Tensor] = {}
+        # With two barriers, what T made of dE; and its sums that are under way.
+        self._shares: dict[int, Tensor] = {}
+        self._sums: dict[int, Pending] = {}
         self._aside: torch.cuda.Stream | None = None
+
+    def begin(self, step: LossInputs, like: Tensor, *, trains: bool) -> None:
+        """Begin a step or an evaluation.
+
+        Args:
+            step: what it needs.
+            like: of the shape and the dtype of the last stage's hidden states of one column.
+            trains: whether a backward follows.
+        """
+        self._step, self._like, self._trains = step, like, trains
+        self._settings = replace(self._settings, num_valid_tokens=step.num_valid_tokens)
 
     def deferred(self, hidden: Tensor, microbatch: int) -> Tensor:
         """Return the last stage's loss of a microbatch, whose value comes with its exchange.
@@ -120,51 +150,33 @@ class LossPasses:
             hidden: [b, T, D] of this column.
             microbatch: counted from 0.
         """
-        self._held[microbatch] = _Microbatch(hidden, Pending(hidden, None, "", None), True)
+        self._hidden[microbatch] = hidden.detach()
         loss = cast(Tensor, _DeferredLoss.apply(hidden, self, microbatch))
         self._losses[microbatch] = loss
         return loss
 
     @torch.no_grad()
-    def broadcast(self, microbatch: int, like: Tensor, *, trains: bool) -> None:
-        """Send and receive a microbatch's hidden states; all ranks call.
-
-        Args:
-            microbatch: counted from 0.
-            like: of the shape and the dtype of the last stage's hidden states of one column.
-            trains: whether a backward follows.
-        """
-        parts = self._last.parts
-        if self._last.here and parts == 1:
-            of_all = self._held[microbatch].hidden.detach().contiguous()
-        else:
-            of_all = like.new_empty((parts * like.shape[0], *like.shape[1:]))
-            if self._last.here:
-                self._last.of_column(of_all).copy_(self._held[microbatch].hidden.detach())
-        arrives = self._last.start_to_all(of_all)
-        self._held[microbatch] = _Microbatch(of_all, arrives, trains)
+    def broadcast(self, microbatch: int) -> None:
+        """Send and receive a microbatch's hidden states; all ranks call."""
+        own = self._hidden.pop(microbatch, None)
+        self._held[microbatch] = _Microbatch(self._last.start_to_all(own, self._like))
 
     @torch.no_grad()
-    def statistics(self, microbatch: int, labels: Tensor, token_weight: Tensor | None) -> None:
-        """S: this rank's statistics, and with one barrier its share of dE.
-
-        Args:
-            microbatch: counted from 0.
-            labels: [n b, T] of all columns.
-            token_weight: [n b, T], or None.
-        """
-        held = self._held[microbatch]
-        hidden = held.arrives.wait()
-        rows = self._loss.output_weight.read()
-        operands = Operands.of(hidden, rows.weight, labels, rows.bias, token_weight)
-        held.call = call = prepare(operands, self._settings(), rows.options, validate=False)
+    def statistics(self, microbatch: int) -> None:
+        """S: this rank's statistics, and with one barrier its share of dE."""
+        held, rows = self._held[microbatch], self._loss.output_weight.read()
+        labels, token_weight, _ = self._step
+        operands = Operands.of(
+            held.arrives.wait(), rows.weight, labels[microbatch], rows.bias, token_weight
+        )
+        held.call = call = prepare(operands, self._settings, rows.options, validate=False)
         held.labels = call.labels()
         targets = call.rows.local_targets(held.labels)
         held.inputs = Inputs(
             operands.flat_hidden, operands.classifier.detach(), operands.bias, targets
         )
-        if not held.trains or self._barriers == 2:
-            held.own, held.kept = own_statistics(call, held.inputs, needs_grad=held.trains)
+        if not self._trains or self._barriers == 2:
+            held.own, held.kept = own_statistics(call, held.inputs, needs_grad=self._trains)
         elif call.bound.plan.backward == "recompute" and call.settings.impl != "reference":
             held.own, held.share = _by_chunks(call, held.inputs)
         else:
@@ -175,36 +187,29 @@ class LossPasses:
     def exchange(self, microbatch: int) -> None:
         """Join the statistics, and with one barrier sum the shares of dE; all ranks call."""
         held = self._held[microbatch]
-        call, _ = held.ready
-        assert held.labels is not None
-        assert held.own is not None
         with self._beside_layers(held):
-            gathered = self._messages.gather.gather_shards(held.own)
-            held.joined = joined = join(gathered, call.bound.shard.columns)
-            loss, one = token_losses(call, held.labels), joined.new_ones(())
-            held.grads = loss.total_gradient(joined, one)
+            gathered = self._last.messages.gather.gather_shards(held.own)
+            held.joined = join(gathered, held.call.bound.shard.columns)
+            loss = token_losses(held.call, held.labels)
+            held.grads = loss.total_gradient(held.joined, held.joined.new_ones(()))
             if self._last.here:
-                self._losses[microbatch].data.copy_(loss.total_value(joined))
+                self._losses[microbatch].data.copy_(loss.total_value(held.joined))
             if held.share is not None:
                 share, held.share = held.share, None
-                scale = share_of(held.own[0], joined[0]) * held.grads[0]
+                scale = share_of(held.own[0], held.joined[0]) * held.grads[0]
                 share.mul_(scale.unsqueeze(1))
-                self._add_targets(held, share)
-                self._start_sum(held, share)
-        if not held.trains:
-            self._wait_for_exchange(held)
-            self._report(held)
-            self._release(held)
+                _add_targets(held, share)
+                if self._aside is not None:  # where it is made anew there, it is freed early
+                    share.record_stream(self._aside)
+                self._start_sum(microbatch, _summable(held, share))
+        if not self._trains:
+            self._begin_gradients(microbatch)
 
     @torch.no_grad()
     def gradients(self, microbatch: int) -> None:
         """T: add this rank's dC to the gradient of its rows; with two barriers also make dE."""
-        held = self._held[microbatch]
-        call, inputs = held.ready
-        self._wait_for_exchange(held)
-        self._report(held)
-        assert held.joined is not None
-        assert held.grads is not None
+        held = self._begin_gradients(microbatch)
+        call, inputs = held.call, held.inputs
         rows = self._loss.output_weight.read()
         weight, bias = cast(nn.Parameter, rows.weight), rows.bias
         wanted = Wanted(
@@ -222,83 +227,35 @@ class LossPasses:
             own = with_padding(found.bias, bias)
             bias.grad = own if bias.grad is None else bias.grad.add_(own)
         if wanted.hidden:
-            dtype = call.bound.shard.sum_dtype
-            made = found.hidden
-            held.share = (
-                torch.zeros_like(inputs.hidden, dtype=dtype) if made is None else made.to(dtype)
-            )
-        elif not self._last.here and held.summed is not None:
-            held.summed.wait()  # its buffer has stayed until here
-            held.summed = None
-        self._release(held)
+            share = torch.zeros_like(inputs.hidden) if found.hidden is None else found.hidden
+            self._shares[microbatch] = _summable(held, share)
 
     @torch.no_grad()
     def reduction(self, microbatch: int) -> None:
         """Sum what T made of dE at the last stage; all ranks call, with two barriers."""
-        held = self._held[microbatch]
-        assert held.share is not None, "the order has every T before its reduction"
-        share, held.share = held.share, None
-        self._start_sum(held, share)
-        self._release(held)
-        before = self._held.get(microbatch - 1)
-        if not self._last.here and before is not None and before.summed is not None:
-            before.summed.wait()  # its buffer has stayed until here
-            before.summed = None
+        self._start_sum(microbatch, self._shares.pop(microbatch))
 
     def hidden_grad(self, microbatch: int) -> Tensor:
         """Return the summed dE of a microbatch's tokens of this column, once, on its last stage."""
-        held = self._held[microbatch]
-        assert held.summed is not None, "the order has every exchange before its backward"
-        summed, held.summed = held.summed.wait(), None
-        own = self._last.of_column(summed)
-        scale = self._loss.settings.hidden_grad_scale
+        own = self._last.of_column(self._sums.pop(microbatch).wait())
+        scale = self._settings.hidden_grad_scale
         return own if scale == 1.0 else own * scale
 
     def finish(self) -> None:
-        """Wait for what is under way: a reduction's buffer stays until it is done."""
-        for held in self._held.values():
-            if held.summed is not None:
-                held.summed.wait()
-            self._wait_for_exchange(held)
-        self._held.clear()
-        self._losses.clear()
+        """Wait for what is under way, and forget the step."""
+        for summed in self._sums.values():
+            summed.wait()
+        for microbatch in list(self._held):
+            self._begin_gradients(microbatch)
+        for left in (self._sums, self._hidden, self._losses):
+            left.clear()
 
-    def _settings(self) -> LossSettings:
-        """Return the loss's settings of this step, for tokens that are gathered already.
-
-        Nothing is known of the loss's gradient in S: as where a result is returned beside it.
-        """
-        return replace(
-            self._loss.settings,
-            hidden_layout="replicated",
-            return_lse=True,
-            num_valid_tokens=self._loss.num_valid_tokens,
-        )
-
-    def _add_targets(self, held: _Microbatch, share: Tensor) -> None:
-        """Add the targets' own part of dE: their logits' gradient, in float32, times their rows."""
-        call, inputs = held.ready
-        joined, grads = held.joined, held.grads
-        assert joined is not None
-        assert grads is not None
-        rows = call.rows.tokens_alone(inputs.classifier)
-        if rows.shape[0] == 0:
-            return
-        owned, chosen = owned_targets(inputs.targets, rows.shape[0])
-        (lse, at_target), (lse_grad, target_grad) = joined[:2], grads[:2]
-        factor = lse_grad * torch.expm1(at_target - lse) + (lse_grad + target_grad)
-        cap, temperature = call.settings.transform
-        if cap is not None:  # d tanh = 1 - tanh^2
-            factor = factor * (1.0 - (at_target * (temperature / cap)).square())
-        factor = (factor / temperature).masked_fill(~owned, 0.0)
-        share.addcmul_(rows[chosen].to(share.dtype), factor.unsqueeze(1))
-
-    def _start_sum(self, held: _Microbatch, partial: Tensor) -> None:
-        call, _ = held.ready
-        if self._aside is not None:  # where it is made anew there, the old one is freed early
-            partial.record_stream(self._aside)
-        partial = partial.to(call.bound.shard.sum_dtype).contiguous()
-        held.summed = self._last.start_sum(partial.view(held.hidden.shape))
+    def _start_sum(self, microbatch: int, partial: Tensor) -> None:
+        """Sum dE at the last stage; elsewhere its buffer stays until the next one's is begun."""
+        if not self._last.here:
+            for earlier in list(self._sums):
+                self._sums.pop(earlier).wait()
+        self._sums[microbatch] = self._last.start_sum(partial)
 
     @contextmanager
     def _beside_layers(self, held: _Microbatch) -> Iterator[None]:
@@ -307,43 +264,55 @@ class LossPasses:
         Waiting for them on the layers' stream would hold its layers back. What is read was made on
         the layers' stream, and is held until that one has waited for the event.
         """
-        if not held.hidden.is_cuda:
+        device = held.labels.device
+        if device.type != "cuda":
             yield
             return
-        layers = torch.cuda.current_stream(held.hidden.device)
+        layers = torch.cuda.current_stream(device)
         if self._aside is None:
-            self._aside = torch.cuda.Stream(held.hidden.device)
+            self._aside = torch.cuda.Stream(device)
         self._aside.wait_stream(layers)
         with torch.cuda.stream(self._aside):
             yield
             held.exchanged = self._aside.record_event()
 
-    def _wait_for_exchange(self, held: _Microbatch) -> None:
-        """Let the layers' stream wait for what was made beside it, and use it."""
-        if held.exchanged is None:
-            return
-        layers = torch.cuda.current_stream(held.hidden.device)
-        layers.wait_event(held.exchanged)
-        for made in (held.joined, held.grads):
-            if made is not None:
-                made.record_stream(layers)
-        held.exchanged = None
+    def _begin_gradients(self, microbatch: int) -> _Microbatch:
+        """Take out a microbatch that is exchanged: what T reads, and what the loss reports.
 
-    def _report(self, held: _Microbatch) -> None:
-        """Add what the loss reports of a microbatch to that of the others, all columns' tokens."""
-        assert held.joined is not None
-        assert held.labels is not None
-        if self._loss.settings.return_metrics:
-            statistics = Statistics(held.joined, held.ready[0].bound.shard.columns)
+        The layers' stream waits for what was made beside it, and uses it.
+        """
+        held = self._held.pop(microbatch)
+        if held.exchanged is not None:
+            layers = torch.cuda.current_stream(held.labels.device)
+            layers.wait_event(held.exchanged)
+            held.joined.record_stream(layers)
+            held.grads.record_stream(layers)
+        if self._settings.return_metrics:  # of all columns' tokens
+            statistics = Statistics(held.joined, held.call.bound.shard.columns)
             self._loss.add_metrics(loss_metrics(statistics, held.labels))
+        return held
 
-    def _release(self, held: _Microbatch) -> None:
-        """Drop all that no later pass reads; a sum that is under way stays."""
-        if held.share is None:  # else a reduction follows
-            held.hidden = held.hidden.new_empty(0)
-            held.call = held.inputs = None
-        held.labels = held.own = held.joined = held.grads = held.kept = None
-        held.arrives = Pending(held.hidden, None, "", None)
+
+def _summable(held: _Microbatch, share: Tensor) -> Tensor:
+    """Return a share of dE [N, D] as it is summed, [n b, T, D]."""
+    dtype = held.call.bound.shard.sum_dtype
+    return share.to(dtype).contiguous().view(held.call.operands.hidden.shape)
+
+
+def _add_targets(held: _Microbatch, share: Tensor) -> None:
+    """Add the targets' own part of dE: their logits' gradient, in float32, times their rows."""
+    call, inputs = held.call, held.inputs
+    rows = call.rows.tokens_alone(inputs.classifier)
+    if rows.shape[0] == 0:
+        return
+    owned, chosen = owned_targets(inputs.targets, rows.shape[0])
+    (lse, at_target), (lse_grad, target_grad) = held.joined[:2], held.grads[:2]
+    factor = lse_grad * torch.expm1(at_target - lse) + (lse_grad + target_grad)
+    cap, temperature = call.settings.transform
+    if cap is not None:  # d tanh = 1 - tanh^2
+        factor = factor * (1.0 - (at_target * (temperature / cap)).square())
+    factor = (factor / temperature).masked_fill(~owned, 0.0)
+    share.addcmul_(rows[chosen].to(share.dtype), factor.unsqueeze(1))
 
 
 def _by_chunks(call: Call, inputs: Inputs) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,6 @@ from torch.distributed.pipelining.schedules import (
     _ComputationType,
     _PipelineScheduleRuntime,
 )
-from torch.utils._pytree import tree_leaves
 
 from stage_groups import StageGroups
 from vocab_parallel.modules.embedding import VocabParallelEmbedding
@@ -32,21 +31,19 @@ from vocab_parallel.pipeline.spanning.order import (
     forwards_alone,
     one_forward_one_backward,
     order_of,
+    tasks_listed,
 )
 from vocab_parallel.pipeline.spanning.owners import Owners, VocabMessages
 from vocab_parallel.pipeline.spanning.passes import LossPasses, barriers_of
 from vocab_parallel.pipeline.spanning.validation import (
     ScheduleArguments,
+    StepCall,
     StepInputs,
     agree_on_schedule,
     agree_on_shapes,
-    differs_somewhere,
-    problem_of_microbatches,
     step_inputs,
 )
-from vocab_parallel.split_backward import keep_graph, loses_nodes
 
-_V_SHAPED = ("ZBVZeroBubble",)
 # What this schedule overrides, calls or writes of torch's own: true of 2.11 to 2.14.
 _OF_TORCH = (
     "_comp_type_to_function_map",
@@ -55,6 +52,11 @@ _OF_TORCH = (
     "_prepare_schedule_with_comms",
     "_split_inputs",
 )
+
+_TO_NEIGHBOURS: dict[str, tuple[_ComputationType, _ComputationType, int]] = {
+    "activations": (_ComputationType.SEND_F, _ComputationType.RECV_F, 1),
+    "gradients": (_ComputationType.SEND_B, _ComputationType.RECV_B, -1),
+}
 
 
 class VocabAction(StrEnum):
@@ -147,43 +149,43 @@ class SpanningSchedule(_PipelineScheduleRuntime):
                 f"this one is built: use torch 2.11 to 2.14, or give the vocabulary to the last "
                 f"stage alone"
             )
-        self._given, self._trains = given, True
+        self._given = given
         barriers = barriers_of(loss_fn.settings) if barriers is None else barriers
         messages = VocabMessages.of(groups)
         shared = loss_fn.settings.hidden_layout == "replicated"
-        last_rank = 0 if schedule in _V_SHAPED else groups.pipeline_degree - 1
-        self._first, self._last = (Owners(messages, rank, shared) for rank in (0, last_rank))
-        self._loss = LossPasses(loss_fn, self._last, barriers)
-        self._embedding = None if embedding is None else EmbeddingPasses(embedding, self._first)
+        last_rank = 0 if schedule == "ZBVZeroBubble" else groups.pipeline_degree - 1
+        first, self._last = (Owners(messages, rank, shared) for rank in (0, last_rank))
+        self._embedding = None if embedding is None else EmbeddingPasses(embedding, first)
         self._inputs: StepInputs | None = None
-        self._split: tuple[list[Any], list[Any]] | None = None  # of a step that was given both
-        self._hidden: Tensor | None = None  # of the shape of the last stage's hidden states
-        self._shapes_of: bool | None = None  # whether they are those of training
-        self._shapes: list[torch.Size] | None = None  # of the last step's labels and inputs
+        self._split: tuple[list[Any], list[Any]] | None = None  # a step's inputs that came split
+        # Of the shape of the last stage's hidden states, where there is a backward and where not.
+        self._hidden: dict[bool, Tensor] = {}
+        self._shapes: list[Any] | None = None  # of the last step's labels and inputs
 
         listed = tasks_of(own, schedule, n_microbatches)
         costs = costs or _even(len(listed))
         spans = embedding is not None
         self.order = best_order(listed, costs, barriers=barriers, embedding=spans)
         alone = order_of(forwards_alone(listed), costs, embedding=spans)
-        stages_of = [sorted({task.stage for task in listed[rank]}) for rank in range(len(listed))]
+        stages_of = [sorted({task.stage for task in tasks}) for tasks in listed]
         self._lists = {
             True: _lowered(self.order, stages_of, reduces=True),
             False: _lowered(alone, stages_of, reduces=False),
         }
         self._prepare_schedule_with_comms(self._lists[True], format="compute_comms")
-        made: dict[int, Any] = dict(self.pipeline_order_with_comms)
-        self.pipeline_order = made
-        for kind, act in self._acts().items():
-            self._comp_type_to_function_map[kind] = act  # type: ignore[index]
-        self._keeps_graph = loses_nodes()
-        last = next((stage for stage in own if stage.is_last), None)
         loss_fn.bind(
-            last,
+            next((stage for stage in own if stage.is_last), None),
             scale_grads=scale_grads,
             num_microbatches=n_microbatches,
             microbatches_in_flight=self.order.hidden_held,
         )
+        self._loss = LossPasses(loss_fn, self._last, barriers)
+        acts = self._acts()
+
+        def act(action: Any, _: Any) -> None:
+            acts[action.computation_type](action.microbatch_index)
+
+        self._comp_type_to_function_map.update(dict.fromkeys(acts, act))
 
     def step(
         self,
@@ -216,57 +218,39 @@ class SpanningSchedule(_PipelineScheduleRuntime):
         Raises:
             ValueError: on every rank, labels, ids or lengths that cannot be right on some.
         """
-        self._trains = self._has_backward
-        self._split = problem = None
-        if any(each is not None for each in (arg_mbs, kwarg_mbs, target_mbs)):
-            whole = bool(args or kwargs) or target is not None
-            problem = problem_of_microbatches(self._given, whole, arg_mbs, kwarg_mbs, target_mbs)
-            if problem is None:
-                assert target_mbs is not None
-                number = len(target_mbs)
-                self._split = arg_mbs or [()] * number, kwarg_mbs or [{}] * number
-                target = torch.cat(target_mbs)
-                if self._embedding is not None:
-                    args = (torch.cat([ids for (ids,) in self._split[0]]),)
-        on_cpu = self._given.loss.output_weight.tensors[0].is_cpu
-        shapes, known = _shapes_of((target, self._split or (args, kwargs))), self._shapes
-        # The labels' shapes change on all ranks; where there are no labels, others do not agree.
-        changed = problem is None and shapes[:1] != (known or [])[:1]
-        validate = on_cpu or known is None or changed
+        call = StepCall(args, kwargs, target, loss_kwargs, arg_mbs, kwarg_mbs, target_mbs)
+        trains = self._has_backward
         self._inputs = inputs = step_inputs(
-            self._given,
-            self._last,
-            args,
-            target,
-            loss_kwargs,
-            problem,
-            trains=self._trains,
-            validate=validate,
+            self._given, self._last, call, trains=trains, known=self._shapes
         )
-        if self._trains and inputs.num_valid_tokens is None:
+        if trains and inputs.loss.num_valid_tokens is None:
             self.loss_fn.warn_of_missing_divisor()
-        if validate and differs_somewhere(shapes != known, self._given):
+        if inputs.changed:
             self._forget_shapes()
-        self.pipeline_order_with_comms = self._lists[self._trains]  # type: ignore[assignment]
+        number = self._n_microbatches
+        split = arg_mbs or [()] * number, kwarg_mbs or [{}] * number
+        self._split = split if call.is_split else None
+        self.pipeline_order_with_comms = self._lists[trains]  # type: ignore[assignment]
         if inputs.ids is not None and self._embedding is not None:
-            self._embedding.begin(inputs.ids, trains=self._trains)
-        before = self.loss_fn.num_valid_tokens
-        self.loss_fn.num_valid_tokens = inputs.num_valid_tokens
-        try:
-            result = super().step(
-                *args, target=target, losses=losses, return_outputs=return_outputs, **kwargs
-            )
-        finally:
-            self.loss_fn.num_valid_tokens, self._split = before, None
-        self._shapes = shapes
+            self._embedding.begin(inputs.ids, trains=trains)
+        result = super().step(
+            *args, target=inputs.target, losses=losses, return_outputs=return_outputs, **kwargs
+        )
+        self._shapes, self._split = inputs.shapes, None
         return result
 
     def _forget_shapes(self) -> None:
         """Have torch infer the stages' shapes in this step; all ranks call."""
+        stage: Any
         for stage in self._stages:
-            _forget_shapes_of(stage)
+            given = getattr(stage, "_user_meta", None)  # since torch 2.13
+            if given is not None:
+                stage._user_meta = type(given)()
+            else:
+                stage.inputs_meta = stage._outputs_meta = None
         self._stages_forward_initialized = self._stages_backward_initialized = False
-        self._shapes = self._shapes_of = None
+        self._shapes = None
+        self._hidden.clear()
 
     def _split_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
         split, kwargs_split = self._split or super()._split_inputs(args, kwargs)
@@ -276,19 +260,12 @@ class SpanningSchedule(_PipelineScheduleRuntime):
 
     def _initialize_stages(self, *args: Any, **kwargs: Any) -> Any:
         result = super()._initialize_stages(*args, **kwargs)
-        if self._shapes_of == self._trains:
-            return result
-        stage: Any
-        own = None
-        for stage in self._stages:
-            if stage.is_last:
-                own = _hidden_of(stage)
-        assert self._inputs is not None
-        labels = self._inputs.labels[0]
-        shape, dtype = agree_on_shapes(own, labels, self._given, self._last)
-        device = self._stages[0].device
-        self._hidden = torch.empty(0, dtype=dtype, device=device).new_empty(shape)
-        self._shapes_of = self._trains
+        step, trains = self._inputs, self._has_backward
+        assert step is not None
+        if trains not in self._hidden:
+            labels = step.loss.labels[0]
+            self._hidden[trains] = agree_on_shapes(self._stages, labels, self._given, self._last)
+        self._loss.begin(step.loss, self._hidden[trains], trains=trains)
         return result
 
     def _maybe_compute_loss(
@@ -297,45 +274,30 @@ class SpanningSchedule(_PipelineScheduleRuntime):
         if stage.is_last:
             hidden = output[0] if isinstance(output, tuple) else output
             self.loss_fn.warn_of_kept_outputs()
-            loss = self._loss.deferred(hidden, mb_index)
-            if self._keeps_graph:
-                keep_graph(loss)
+            loss = self.loss_fn.finished(self._loss.deferred(hidden, mb_index))
             self._internal_losses.append(loss)
 
-    def _acts(self) -> dict[VocabAction, Callable[[Any, Any], None]]:
-        """Return what each of our actions does."""
+    def _acts(self) -> dict[Any, Callable[[int], None]]:
+        """Return what each of our actions does, of a microbatch."""
         loss, embedding = self._loss, self._embedding
 
-        def broadcast(action: Any, _: Any) -> None:
-            assert self._hidden is not None
-            loss.broadcast(action.microbatch_index, self._hidden, trains=self._trains)
-
-        def end(*_: Any) -> None:
+        def end(_: int) -> None:
             loss.finish()
             if embedding is not None:
                 embedding.finish()
 
-        def statistics(action: Any, _: Any) -> None:
-            assert self._inputs is not None
-            labels = self._inputs.labels[action.microbatch_index]
-            loss.statistics(action.microbatch_index, labels, self._inputs.token_weight)
-
-        acts: dict[VocabAction, Callable[[Any, Any], None]] = {
+        acts: dict[Any, Callable[[int], None]] = {
             VocabAction.END: end,
-            VocabAction.BROADCAST: broadcast,
-            VocabAction.STATISTICS: statistics,
-            VocabAction.EXCHANGE: lambda action, _: loss.exchange(action.microbatch_index),
-            VocabAction.GRADIENTS: lambda action, _: loss.gradients(action.microbatch_index),
-            VocabAction.REDUCTION: lambda action, _: loss.reduction(action.microbatch_index),
+            VocabAction.BROADCAST: loss.broadcast,
+            VocabAction.STATISTICS: loss.statistics,
+            VocabAction.EXCHANGE: loss.exchange,
+            VocabAction.GRADIENTS: loss.gradients,
+            VocabAction.REDUCTION: loss.reduction,
         }
         if embedding is not None:
-            acts |= {
-                VocabAction.LOOKUP: lambda action, _: embedding.lookup(action.microbatch_index),
-                VocabAction.ARRIVAL: lambda action, _: embedding.arrival(action.microbatch_index),
-                VocabAction.EMBEDDING_GRAD: lambda action, _: embedding.gradient(
-                    action.microbatch_index
-                ),
-            }
+            acts[VocabAction.LOOKUP] = embedding.lookup
+            acts[VocabAction.ARRIVAL] = embedding.arrival
+            acts[VocabAction.EMBEDDING_GRAD] = embedding.gradient
         return acts
 
 
@@ -354,38 +316,7 @@ def tasks_of(stages: list[Any], schedule: str, num_microbatches: int) -> list[li
         return one_forward_one_backward(ranks, num_microbatches)
     cls = torch_schedules.get_schedule_class(schedule)
     made = cls(stages, n_microbatches=num_microbatches, loss_fn=_no_loss_yet)
-    listed = []
-    for rank in range(ranks):
-        actions = [action for action in made.pipeline_order[rank] if action is not None]
-        single = [one for action in actions for one in (action.sub_actions or (action,))]
-        listed.append(
-            [
-                Task(one.computation_type.value, one.stage_index, one.microbatch_index)
-                for one in single
-            ]
-        )
-    return listed
-
-
-def _hidden_of(stage: Any) -> tuple[torch.Size, torch.dtype]:
-    """Return what a stage knows of its first output's shape and dtype."""
-    known = getattr(stage, "_stage_meta", None)  # since torch 2.13
-    outputs = stage.get_outputs_meta() if known is None else known.outputs
-    return torch.Size(outputs[0].shape), outputs[0].dtype
-
-
-def _forget_shapes_of(stage: Any) -> None:
-    """Make a stage infer its shapes, also where it was given some when it was made."""
-    given = getattr(stage, "_user_meta", None)  # since torch 2.13
-    if given is not None:
-        stage._user_meta = type(given)()
-    else:
-        stage.inputs_meta = stage._outputs_meta = None
-
-
-def _shapes_of(inputs: Any) -> list[torch.Size]:
-    """Return the shapes of all tensors in a step's inputs."""
-    return [leaf.shape for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
+    return [tasks_listed(made.pipeline_order[rank]) for rank in range(ranks)]
 
 
 def _no_loss_yet(hidden: Any, labels: Any) -> Tensor:
@@ -394,13 +325,10 @@ def _no_loss_yet(hidden: Any, labels: Any) -> Tensor:
 
 
 def _even(ranks: int) -> Costs:
-    return Costs(
-        forward=lambda stage: 1.0,
-        backward_input=lambda stage: 1.0,
-        backward_weight=lambda stage: 1.0,
-        statistics=[1.0 / ranks] * ranks,
-        gradients=[0.5 / ranks] * ranks,
-    )
+    def layers(stage: int) -> float:
+        return 1.0
+
+    return Costs(layers, layers, layers, [1.0 / ranks] * ranks, [0.5 / ranks] * ranks)
 
 
 def _lowered(
@@ -410,37 +338,29 @@ def _lowered(
 
     A body that FSDP2 shards over a data axis is whole from the first one to the last.
     """
-    computation = _ComputationType
-    lists: dict[int, list[_Action | None]] = {
-        rank: [_Action(stage, computation.UNSHARD, None) for stage in stages]
+    lists: dict[int, list[Any]] = {
+        rank: [_Action(stage, _ComputationType.UNSHARD, None) for stage in stages]
         for rank, stages in enumerate(stages_of)
     }
-    ours = set(VocabAction)
+
+    def add(rank: int, stage: int, kind: Any, microbatch: int = 0) -> None:
+        lists[rank].append(_Action(stage, kind, microbatch))
+
     embeds = any(event.kind == "lookup" for event in order.events)
-    for event in order.events:
-        number = event.microbatch
-        if event.kind in ("activations", "gradients"):
-            sender, receiver = event.ranks
-            forward = event.kind == "activations"
-            there = event.stage + 1 if forward else event.stage - 1
-            send = computation.SEND_F if forward else computation.SEND_B
-            receive = computation.RECV_F if forward else computation.RECV_B
-            lists[sender].append(_Action(event.stage, send, number))
-            lists[receiver].append(_Action(there, receive, number))
-            continue
-        for rank in event.ranks:
-            if event.kind in ours:
-                kind: Any = VocabAction(event.kind)
-                lists[rank].append(_Action(stages_of[rank][0], kind, number))
-                continue
-            if embeds and event.kind == "F" and event.stage == 0:
-                arrival: Any = VocabAction.ARRIVAL
-                lists[rank].append(_Action(0, arrival, number))
-            lists[rank].append(_Action(event.stage, computation(event.kind), number))
-    end: Any = VocabAction.END
+    for kind, stage, microbatch, ranks, *_ in order.events:
+        if kind in _TO_NEIGHBOURS:
+            send, receive, step = _TO_NEIGHBOURS[kind]
+            add(ranks[0], stage, send, microbatch)
+            add(ranks[1], stage + step, receive, microbatch)
+        elif kind in set(VocabAction):
+            for rank in ranks:
+                add(rank, stages_of[rank][0], VocabAction(kind), microbatch)
+        else:
+            if embeds and kind == "F" and stage == 0:
+                add(ranks[0], stage, VocabAction.ARRIVAL, microbatch)
+            add(ranks[0], stage, _ComputationType(kind), microbatch)
+    last = (_ComputationType.REDUCE_GRAD, _ComputationType.RESHARD)[0 if reduces else 1 :]
     for rank, stages in enumerate(stages_of):
-        lists[rank].append(_Action(stages[0], end, 0))
-        if reduces:
-            lists[rank] += [_Action(stage, computation.REDUCE_GRAD, None) for stage in stages]
-        lists[rank] += [_Action(stage, computation.RESHARD, None) for stage in stages]
+        add(rank, stages[0], VocabAction.END)
+        lists[rank] += [_Action(stage, kind, None) for kind in last for stage in stages]
     return lists

@@ -6,33 +6,35 @@ all that a user can get wrong is found, and agreed on, before.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves
 
 from stage_groups import StageGroups
 from vocab_parallel.agreement import RankSummary, agree
 from vocab_parallel.collectives import VocabGroup
-from vocab_parallel.layout import target_digest, target_range
+from vocab_parallel.layout import target_digest
 from vocab_parallel.modules.classifier import VocabParallelClassifier
 from vocab_parallel.modules.embedding import VocabParallelEmbedding
 from vocab_parallel.modules.vocab_rows import VocabRows
 from vocab_parallel.pipeline.pipeline_loss import CCEPipelineLoss
-from vocab_parallel.pipeline.problems import (
-    DIVIDED_TWICE,
-    data_parallel_wrapper,
-    problem_of_loss,
-    problem_of_stages,
-)
+from vocab_parallel.pipeline.problems import DIVIDED_TWICE, check_loss, check_stages
 from vocab_parallel.pipeline.spanning.owners import Owners
-from vocab_parallel.pipeline.spanning.passes import barriers_of
+from vocab_parallel.pipeline.spanning.passes import LossInputs, barriers_of
 from vocab_parallel.settings import check_token_divisor
 
 SCHEDULES = ("1F1B", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble")
+_STAGES_OF_A_RANK = {"1F1B": 1, "ZBVZeroBubble": 2}  # of the others any number
 _IMPLS = ("auto", "chunked", "reference")
+_ALIKE = ("schedule", "n_microbatches", "barriers", "scale_grads")
+_UNWRAPPED = (
+    "does not see the gradients that the schedule itself adds to the rows: leave it out, and "
+    "reduce the gradients over the data group after the step"
+)
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class ScheduleArguments:
     """What a rank gives a `SpanningSchedule`; its constructor explains each."""
 
     stages: list[Any]
-    num_microbatches: int
+    n_microbatches: int
     loss: Any
     groups: Any
     schedule: str
@@ -62,74 +64,51 @@ def agree_on_schedule(given: ScheduleArguments) -> None:
     """
     groups = given.groups
     if not isinstance(groups, StageGroups) or groups.message_groups is None:
-        raise ValueError(
-            "groups must be built with vocab_over='all_stages', so that the vocab group is that of "
-            "all stages: build_stage_groups(pipeline, vocab, vocab_over='all_stages')"
-        )
-    group = VocabGroup.of(groups.vocab_group)
-    text = next(filter(None, _problems(given)), None)
-    if text is not None:
-        agree(ValueError(text), RankSummary(), {}, group)
-    rows = given.loss.output_weight.owner
-    agree(None, RankSummary(rows.start, rows.stop, rows.vocab_size), _alike(given), group)
+        raise ValueError("groups must be built with vocab_over='all_stages' (build_stage_groups)")
+    problem: ValueError | None = None
+    claim, alike = RankSummary(), dict[str, Any]()
+    try:
+        _check_schedule(given)
+        check_stages(given.stages, given.scale_grads, _UNWRAPPED)
+        # Our passes accumulate by themselves, whichever half autograd runs.
+        check_loss(given.loss, given.scale_grads, splits=False)
+        _check_rows("classifier", given.loss.output_weight.owner, VocabParallelClassifier, given)
+        for stage in given.stages:
+            given.loss.output_weight.check_vocab_size(stage.submod)
+        if given.embedding is not None:
+            _check_rows("embedding", given.embedding, VocabParallelEmbedding, given)
+        _check_ends(given)
+        rows = given.loss.output_weight.owner
+        claim, alike = RankSummary(rows.start, rows.stop, rows.vocab_size), _alike(given)
+    except ValueError as error:
+        problem = error
+    agree(problem, claim, alike, VocabGroup.of(groups.vocab_group))
 
 
-def _problems(given: ScheduleArguments) -> Any:
-    """Yield what is wrong on this rank; each check trusts those before it."""
-    yield _problem_of_kinds(given)
-    yield _problem_of_options(given)
-    yield problem_of_stages(given.stages, given.scale_grads, splits=False)
-    yield _problem_of_wrappers(given)
-    # Our passes accumulate by themselves, whichever half autograd runs.
-    yield problem_of_loss(given.loss, given.scale_grads, splits=False)
-    yield _problem_of_rows("classifier", given.loss.output_weight.owner, given)
-    yield _problem_of_vocab_size(given)
-    if given.embedding is not None:
-        yield _problem_of_rows("embedding", given.embedding, given)
-
-
-def _problem_of_kinds(given: ScheduleArguments) -> str | None:
+def _check_schedule(given: ScheduleArguments) -> None:
+    """Check what is asked of the schedule, and of the loss."""
+    stage, number = given.stages[0], len(given.stages)
     if given.schedule not in SCHEDULES:
-        return f"unknown schedule {given.schedule!r}: those that can span are {list(SCHEDULES)}"
-    number = len(given.stages)
-    if given.schedule == "1F1B" and number != 1:
-        return f"1F1B has one stage a rank, got {number}: use Interleaved1F1B"
-    if given.schedule == "ZBVZeroBubble" and number != 2:
-        return f"ZBVZeroBubble has two stages a rank, got {number}"
-    on_cpu = torch.device(given.stages[0].device).type == "cpu"
+        raise ValueError(f"schedule must be one of {list(SCHEDULES)}, got {given.schedule!r}")
+    needed = _STAGES_OF_A_RANK.get(given.schedule, number)
+    if number != needed:
+        raise ValueError(f"a rank's stages must be {needed} under {given.schedule}, got {number}")
+    on_cpu = torch.device(stage.device).type == "cpu"
     if given.schedule == "ZBVZeroBubble" and on_cpu and not hasattr(PipelineStage, "_is_same_rank"):
-        return (
-            f"torch {torch.__version__} sends a message between the two stages of one rank, which "
-            f"gloo cannot: ZBVZeroBubble on a CPU needs torch 2.13 or newer"
+        raise ValueError(
+            f"ZBVZeroBubble on a CPU needs torch 2.13 or newer, since gloo sends no message from a "
+            f"rank to itself, got {torch.__version__}"
         )
-    if not isinstance(given.num_microbatches, int) or given.num_microbatches < 1:
-        return f"n_microbatches must be a positive integer, got {given.num_microbatches!r}"
+    if not isinstance(given.n_microbatches, int) or given.n_microbatches < 1:
+        raise ValueError(f"n_microbatches must be an int of at least 1, got {given.n_microbatches}")
+    if stage.group_size != given.groups.pipeline_degree:
+        raise ValueError(
+            f"the stages must be of group=groups.pipeline_group, {given.groups.pipeline_degree} "
+            f"ranks, got a group of {stage.group_size}"
+        )
     if not isinstance(given.loss, CCEPipelineLoss):
-        return (
-            f"every rank computes its share of the loss: loss_fn must be a CCEPipelineLoss of its "
-            f"rows, got {type(given.loss).__name__}"
-        )
-    if given.stages[0].group_size != given.groups.pipeline_degree:
-        return (
-            f"the stages' group has {given.stages[0].group_size} ranks, but the pipeline "
-            f"{given.groups.pipeline_degree}: build them with group=groups.pipeline_group"
-        )
-    return None
-
-
-def _problem_of_wrappers(given: ScheduleArguments) -> str | None:
-    for stage in given.stages:
-        wrapper = data_parallel_wrapper(stage.submod)
-        if wrapper is not None:
-            return (
-                f"{wrapper} does not see the gradients that the schedule itself adds to the rows: "
-                f"leave it out, and reduce the gradients over the data group after the step"
-            )
-    return None
-
-
-def _problem_of_options(given: ScheduleArguments) -> str | None:
-    """Say which of the loss's options cannot span, or None."""
+        kind = type(given.loss).__name__
+        raise ValueError(f"every rank's loss_fn must be a CCEPipelineLoss of its rows, got {kind}")
     settings = given.loss.settings
     for name, wrong in (
         ("shift", settings.num_heads is not None),
@@ -137,107 +116,140 @@ def _problem_of_options(given: ScheduleArguments) -> str | None:
         ("impl", settings.impl not in _IMPLS),
     ):
         if wrong:
-            return (
+            raise ValueError(
                 f"a loss over all stages does not take {name}={getattr(settings, name)!r}: leave "
                 f"it out, or give the vocabulary to the last stage alone"
             )
     if given.barriers not in (None, 1, 2):
-        return f"barriers must be 1, 2 or None, got {given.barriers!r}"
+        raise ValueError(f"barriers must be 1, 2 or None, got {given.barriers!r}")
     if given.barriers == 1 and barriers_of(settings) == 2:
-        return (
-            "label_smoothing needs barriers=2: what it adds to a logit's gradient is not known "
-            "of a rank's own statistics alone"
-        )
-    return None
+        raise ValueError("label_smoothing needs barriers=2, or None for what the loss needs, got 1")
 
 
-def _problem_of_rows(name: str, module: Any, given: ScheduleArguments) -> str | None:
-    """Say what is wrong with this rank's rows of the classifier or the embedding, or None."""
-    kind = VocabParallelClassifier if name == "classifier" else VocabParallelEmbedding
+def _check_rows(name: str, module: Any, kind: type[VocabRows], given: ScheduleArguments) -> None:
+    """Check this rank's rows of the classifier or the embedding."""
     if not isinstance(module, kind):
-        return f"the {name} over all stages must be a {kind.__name__}, got {type(module).__name__}"
+        raise ValueError(
+            f"the {name} over all stages must be a {kind.__name__}, got {type(module).__name__}"
+        )
     group = VocabGroup.of(module.group)
     if group.degree != given.groups.vocab_degree or group.rank != given.groups.vocab_rank:
-        return (
-            f"the {name}'s rows are those of a group of {group.degree} ranks, but all stages' "
-            f"group has {given.groups.vocab_degree}: build it with group=groups.vocab_group"
+        raise ValueError(
+            f"the {name} must be built with group=groups.vocab_group, {given.groups.vocab_degree} "
+            f"ranks, but its rows are those of a group of {group.degree} ranks"
         )
     rows = list(module.row_parameters())
     if any(isinstance(each, DTensor) or not isinstance(each, nn.Parameter) for each in rows):
-        return f"the {name}'s rows must be plain parameters, not DTensors or parametrized"
-    if isinstance(module, VocabParallelClassifier) and module.low_rank is not None:
-        return (
-            "the classifier has an adapter, whose gradient would need the hidden states on every "
-            "rank: merge it, or give the vocabulary to the last stage alone"
-        )
+        raise ValueError(f"the {name}'s rows must be plain parameters of it, and no DTensors")
     owners = [
         stage.stage_index
         for stage in given.stages
         if any(each is own for each in rows for own in stage.submod.parameters())
     ]
     if rows and len(owners) != 1:
-        return (
+        raise ValueError(
             f"the {name}'s rows must be parameters of exactly one stage's module of each rank, "
             f"which scales their gradient once, but they are of the stages {owners}"
         )
-    if isinstance(module, VocabParallelEmbedding):
-        return _problem_of_tied(module, given.loss)
-    return None
 
 
-def _problem_of_vocab_size(given: ScheduleArguments) -> str | None:
-    """Say that the configuration of a stage's module has more tokens than there are rows."""
-    try:
-        for stage in given.stages:
-            given.loss.output_weight.check_vocab_size(stage.submod)
-    except ValueError as error:
-        return str(error)
-    return None
-
-
-def _problem_of_tied(embedding: VocabParallelEmbedding, loss: CCEPipelineLoss) -> str | None:
-    classifier: Any = loss.output_weight.owner
+def _check_ends(given: ScheduleArguments) -> None:
+    """Check what the classifier may not have, alone and beside the embedding."""
+    classifier, embedding = given.loss.output_weight.owner, given.embedding
+    if classifier.low_rank is not None:
+        raise ValueError(
+            "the classifier has an adapter: merge it, or give the last stage alone the vocabulary"
+        )
+    if embedding is None:
+        return
     if embedding.hidden_size != classifier.hidden_size:
-        return (
-            f"the embedding's hidden size is {embedding.hidden_size}, the classifier's "
-            f"{classifier.hidden_size}: they must come from one model"
+        raise ValueError(
+            f"embedding and classifier must have one hidden size, that of one model, got "
+            f"{embedding.hidden_size} and {classifier.hidden_size}"
         )
-    if embedding.weight is classifier.weight and loss.accumulate_into == "main_grad":
-        return (
-            'accumulate_into="main_grad" is of the classifier\'s gradient alone, and the tied '
-            "embedding's would lie in .grad: leave it out"
+    if embedding.weight is classifier.weight and given.loss.accumulate_into == "main_grad":
+        raise ValueError(
+            'accumulate_into="main_grad" leaves a tied embedding\'s gradient in .grad: leave it out'
         )
-    return None
 
 
 def _alike(given: ScheduleArguments) -> dict[str, Any]:
     """Name what must be equal on all ranks, in words."""
     classifier, embedding = given.loss.output_weight.owner, given.embedding
-    modules: dict[str, VocabRows | None] = {"classifier": classifier, "embedding": embedding}
-    sizes = {
-        name: None if module is None else (module.vocab_size, module.hidden_size)
-        for name, module in modules.items()
+    rows = {
+        f"vocabulary, hidden size, dtypes and requires_grad of the {name}": (
+            module.vocab_size,
+            module.hidden_size,
+            [(str(own.dtype), own.requires_grad) for own in module.parameters()],
+        )
+        for name, module in (("classifier", classifier), ("embedding", embedding))
+        if module is not None
     }
-    dtypes = {
-        name: None if module is None else str(next(module.parameters()).dtype)
-        for name, module in modules.items()
-    }
-    trained = [
-        None if module is None else any(own.requires_grad for own in module.parameters())
-        for module in modules.values()
-    ]
     return {
-        "schedule": given.schedule,
-        "n_microbatches": given.num_microbatches,
-        "barriers": given.barriers,
-        "scale_grads": given.scale_grads,
+        **{name: getattr(given, name) for name in _ALIKE},
         "stages a rank": len(given.stages),
-        "vocabulary and hidden size": sizes,
-        "dtype of the rows": dtypes,
-        "rows require grad": trained,
         "tied": embedding is not None and embedding.weight is classifier.weight,
+        **rows,
         **{f"{name} of the loss": value for name, value in vars(given.loss.settings).items()},
     }
+
+
+class StepCall(NamedTuple):
+    """What ``step`` of a `SpanningSchedule` was given, which explains each."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    target: Any
+    loss_kwargs: dict[str, Any] | None
+    arg_mbs: Any
+    kwarg_mbs: Any
+    target_mbs: Any
+
+    @property
+    def is_split(self) -> bool:
+        """Whether inputs or labels are those of each microbatch."""
+        return any(each is not None for each in (self.arg_mbs, self.kwarg_mbs, self.target_mbs))
+
+    def joined(self, given: ScheduleArguments) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Join what is split: return (ids,) where every rank embeds, and the labels, [B, T].
+
+        Raises:
+            ValueError: inputs of the whole batch too; no M tuples, dicts or tensors; or tensors
+                that make no batch.
+        """
+        if self.args or self.kwargs or self.target is not None:
+            raise ValueError(
+                "step takes a batch, or arg_mbs, kwarg_mbs and target_mbs of its microbatches, "
+                "and was given both: leave one out"
+            )
+        count, spans = given.n_microbatches, given.embedding is not None
+        for name, every, kind, needed in (
+            ("arg_mbs", self.arg_mbs, tuple, spans),
+            ("kwarg_mbs", self.kwarg_mbs, dict, False),
+            ("target_mbs", self.target_mbs, Tensor, True),
+        ):
+            if every is None and not needed:
+                continue
+            got = [type(one).__name__ for one in every] if isinstance(every, list) else type(every)
+            right = isinstance(got, list) and len(every) == count
+            if not right or not all(isinstance(one, kind) for one in every):
+                raise ValueError(
+                    f"every rank needs {name} as a list of {count} {kind.__name__}s, one a "
+                    f"microbatch, got {got}"
+                )
+        named = {"labels (target_mbs)": self.target_mbs}
+        if spans:
+            if not all(len(one) == 1 and isinstance(one[0], Tensor) for one in self.arg_mbs):
+                raise ValueError("each of arg_mbs must be (ids [b, T],) and nothing else")
+            named["ids (arg_mbs)"] = [ids for (ids,) in self.arg_mbs]
+        for name, tensors in named.items():
+            kinds = {(tuple(one.shape), one.dtype, one.device) for one in tensors}
+            if len(kinds) > 1 or not tensors[0].dim():
+                raise ValueError(
+                    f"the {name} must be [b, T] each, of one shape, dtype and device, got {kinds}"
+                )
+        labels, *ids = (torch.cat(tensors) for tensors in named.values())
+        return tuple(ids), labels
 
 
 @dataclass(frozen=True)
@@ -245,137 +257,92 @@ class StepInputs:
     """What every rank needs of a step's inputs.
 
     Attributes:
-        labels: [n b, T] of all columns, of each microbatch.
-        ids: likewise, where the embedding spans too; else None.
-        token_weight: [n b, T] of every microbatch, or None.
-        num_valid_tokens: divides the mean.
+        target: [B, T], this column's labels.
+        loss: what the loss needs.
+        ids: [n b, T] of all columns, of each microbatch, where the embedding spans too; else None.
+        shapes: of this rank's labels, and of all else that the step was given.
+        changed: whether they are others than those known, on any rank; known only where it was
+            agreed on.
     """
 
-    labels: list[Tensor]
+    target: Tensor
+    loss: LossInputs
     ids: list[Tensor] | None
-    token_weight: Tensor | None
-    num_valid_tokens: int | Tensor | None
+    shapes: list[Any]
+    changed: bool
 
 
 def step_inputs(
     given: ScheduleArguments,
     last: Owners,
-    args: Sequence[Any],
-    target: Any,
-    loss_kwargs: dict[str, Any] | None,
-    problem: ValueError | None,
+    call: StepCall,
     *,
     trains: bool,
-    validate: bool,
+    known: list[Any] | None,
 ) -> StepInputs:
     """Return what a step needs, gathered over the columns; all ranks of all stages call.
+
+    On a CPU, where no shapes are known and where the labels have another one, it agrees over all
+    ranks that all is right, which waits for a GPU.
 
     Args:
         given: of the schedule.
         last: the last stage's ranks.
-        args, target, loss_kwargs: of ``step``.
-        problem: what is wrong with this rank's microbatches already.
+        call: what ``step`` was given.
         trains: whether a backward follows.
-        validate: whether to agree over all ranks that it is right, which waits for a GPU.
+        known: the shapes of the step before, if there was one.
 
     Raises:
-        ValueError: on every rank where ``validate`` holds.
+        ValueError: on every rank where it agrees.
     """
     loss, group = given.loss, VocabGroup.of(given.groups.vocab_group)
-    divisor = loss.num_valid_tokens
-    if loss_kwargs:
-        divisor = loss_kwargs.get("num_valid_tokens", divisor)
-    if problem is None:
-        problem = _problem_of_step(given, args, target, loss_kwargs, divisor, validate)
-    ids = args[0] if given.embedding is not None and problem is None else None
+    divisor = (call.loss_kwargs or {}).get("num_valid_tokens", loss.num_valid_tokens)
+    validate = known is None or loss.output_weight.tensors[0].is_cpu
+    problem: ValueError | None = None
+    shapes, tensors = list[Any](), list[Tensor]()
+    claim, alike = RankSummary(), dict[str, Any]()
+    try:
+        args, target = call.joined(given) if call.is_split else (call.args, call.target)
+        leaves = tree_leaves((call.args, call.kwargs, call.arg_mbs, call.kwarg_mbs))
+        shapes = [getattr(each, "shape", None) for each in (target, *leaves)]
+        # The labels' shape changes on all ranks; where there are no labels, others do not agree.
+        validate |= known is not None and shapes[0] not in (None, known[0])
+        tensors = _checked_tensors(given, args, target, call.loss_kwargs)
+        check_token_divisor(divisor, target, loss.settings.reduction, reads_values=validate)
+        if divisor is not None and given.scale_grads:
+            raise ValueError(DIVIDED_TWICE)
+        if validate:
+            claim, alike = _claimed(given, tensors, divisor, trains)
+    except ValueError as error:
+        problem = error
     if validate:
-        agree(problem, *_claimed(given, target, ids, divisor, trains, problem), group)
+        agree(problem, claim, alike, group)
     elif problem is not None:
         raise problem
-    every = [None if own is None else last.gather_columns(own) for own in (target, ids)]
+    of_all = [last.gather_columns(own) for own in tensors]
+    changed = False
     if validate:
-        for of_all in every:
-            _agree_on_values(of_all, group)
-    labels, all_ids = (
-        None if own is None else _microbatches(own, last.parts, given.num_microbatches)
-        for own in every
-    )
-    assert labels is not None
+        told = group.exchange_integers([shapes != known, *map(target_digest, of_all)])
+        changed = bool(told[:, 0].any())
+        if (told[:, 1:] != told[0, 1:]).any():
+            raise ValueError(
+                f"the ranks of a column, and of all columns that are replicated, must be given the "
+                f"same ids and labels, but their checksums are {told[:, 1:].tolist()}"
+            )
+    # [n B, T] of all columns, in microbatches [n b, T]
+    cut = [own.unflatten(0, (last.parts, given.n_microbatches, -1)) for own in of_all]
+    labels, *ids = ([each.flatten(0, 1) for each in own.unbind(1)] for own in cut)
     weight = loss.token_weight
     if weight is not None:
         weight = last.gather_columns(weight)
-    return StepInputs(labels, all_ids, weight, divisor)
+    of_loss = LossInputs(labels, weight, divisor)
+    return StepInputs(tensors[0], of_loss, ids[0] if ids else None, shapes, changed)
 
 
-def problem_of_microbatches(
-    given: ScheduleArguments, whole: bool, arg_mbs: Any, kwarg_mbs: Any, target_mbs: Any
-) -> ValueError | None:
-    """Say what is wrong with a step's inputs that are split already, or None.
-
-    Args:
-        given: of the schedule.
-        whole: whether inputs or labels of a whole batch came too.
-        arg_mbs, kwarg_mbs, target_mbs: of ``step``.
-    """
-    if whole:
-        return ValueError(
-            "step takes inputs and labels of the whole batch, or arg_mbs, kwarg_mbs and target_mbs "
-            "of each microbatch, and was given both: leave one out"
-        )
-    count, spans = given.num_microbatches, given.embedding is not None
-    for name, every, kind, needed in (
-        ("arg_mbs", arg_mbs, tuple, spans),
-        ("kwarg_mbs", kwarg_mbs, dict, False),
-        ("target_mbs", target_mbs, Tensor, True),
-    ):
-        if every is None and not needed:
-            continue
-        got = [type(one).__name__ for one in every] if isinstance(every, list) else type(every)
-        right = isinstance(got, list) and len(every) == count
-        if not right or not all(isinstance(one, kind) for one in every):
-            return ValueError(
-                f"every rank needs {name} as a list of {count} {kind.__name__}s, one for each "
-                f"microbatch of its column, got {got}"
-            )
-    if spans and not all(len(one) == 1 and isinstance(one[0], Tensor) for one in arg_mbs):
-        return ValueError("each of arg_mbs must be (ids [b, T],) and nothing else")
-    for name, tensors in (
-        ("labels (target_mbs)", target_mbs),
-        ("ids (arg_mbs)", [one[0] for one in arg_mbs] if spans else []),
-    ):
-        kinds = {(tuple(one.shape), one.dtype, one.device) for one in tensors}
-        if any(not one.dim() for one in tensors):
-            return ValueError(f"the {name} must be [b, T] each, got numbers")
-        if len(kinds) > 1:
-            return ValueError(f"the {name} must have one shape, dtype and device, got {kinds}")
-    return None
-
-
-def _problem_of_step(
-    given: ScheduleArguments,
-    args: Sequence[Any],
-    target: Any,
-    loss_kwargs: dict[str, Any] | None,
-    divisor: Any,
-    validate: bool,
-) -> ValueError | None:
-    """Say what is wrong with this rank's inputs of a step."""
-    try:
-        _check_step(given, args, target, loss_kwargs)
-        check_token_divisor(divisor, target, given.loss.settings.reduction, reads_values=validate)
-        if divisor is not None and given.scale_grads:
-            raise ValueError(DIVIDED_TWICE)
-    except ValueError as error:
-        return error
-    return None
-
-
-def _check_step(
-    given: ScheduleArguments,
-    args: Sequence[Any],
-    target: Any,
-    loss_kwargs: dict[str, Any] | None,
-) -> None:
+def _checked_tensors(
+    given: ScheduleArguments, args: Sequence[Any], target: Any, loss_kwargs: dict[str, Any] | None
+) -> list[Tensor]:
+    """Check this rank's inputs of a step; return its labels [B, T], and ids where it needs them."""
     known = {"num_valid_tokens"}
     if loss_kwargs and set(loss_kwargs) - known:
         raise ValueError(f"loss_kwargs has {sorted(loss_kwargs)}: known is {sorted(known)}")
@@ -387,111 +354,81 @@ def _check_step(
                 f"column and nothing else by position, got {len(args)} arguments"
             )
         named["the ids"] = args[0]
+    device, count = given.loss.output_weight.tensors[0].device, given.n_microbatches
     for name, tensor in named.items():
-        if not isinstance(tensor, Tensor) or tensor.dtype not in (torch.int32, torch.int64):
-            kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise ValueError(
-                f"every rank needs {name} of its column, as an int32 or int64 tensor, got {kind}"
-            )
-        if tensor.dim() < 2 or tensor.shape[0] % given.num_microbatches or not tensor.shape[0]:
-            raise ValueError(
-                f"{name} must be [b, T] with b a multiple of {given.num_microbatches} "
-                f"microbatches, got {list(tensor.shape)}"
-            )
-        device = given.loss.output_weight.tensors[0].device
-        if tensor.device != device:
-            raise ValueError(f"{name} must be on {device} as the rows are, got {tensor.device}")
+        got = type(tensor).__name__
+        if isinstance(tensor, Tensor):
+            got = f"{list(tensor.shape)} in {tensor.dtype} on {tensor.device}"
+            right = tensor.dtype in (torch.int32, torch.int64) and tensor.device == device
+            if right and tensor.dim() > 1 and tensor.numel() and not tensor.shape[0] % count:
+                continue
+        raise ValueError(
+            f"every rank needs {name} of its column, [b, T] of int32 or int64 on {device} with b a "
+            f"multiple of {count} microbatches, got {got}"
+        )
     shift = given.loss.settings.shift
-    if not 0 <= shift < max(target.shape[-1], 1):
+    if not 0 <= shift < target.shape[-1]:
         raise ValueError(f"shift={shift} needs sequences that are longer, got {target.shape[-1]}")
     weight = given.loss.token_weight
-    wanted = [target.shape[0] // given.num_microbatches, *target.shape[1:]]
+    wanted = [target.shape[0] // count, *target.shape[1:]]
     if weight is not None and list(weight.shape) != wanted:
         raise ValueError(
-            f"token_weight must have the shape of a microbatch's labels {wanted}, got "
-            f"{list(weight.shape)}"
+            f"token_weight must be {wanted}, as a microbatch's labels, got {list(weight.shape)}"
         )
+    return list(named.values())
 
 
 def _claimed(
-    given: ScheduleArguments,
-    target: Any,
-    ids: Tensor | None,
-    divisor: Any,
-    trains: bool,
-    problem: ValueError | None,
+    given: ScheduleArguments, tensors: Sequence[Tensor], divisor: Any, trains: bool
 ) -> tuple[RankSummary, dict[str, Any]]:
-    """Return what this rank says of its rows and labels, and what must be equal on all ranks."""
-    options = given.loss.output_weight.read().options
-    rows = (options.start, options.stop, options.vocab_size)
-    if problem is not None:
-        return RankSummary(*rows), {}
-    lowest, highest = target_range(target, given.loss.settings.ignore_index)
-    if ids is not None and ids.numel():  # an id is a token too, and has no ignore_index
-        ends = [int(end) for end in torch.stack(torch.aminmax(ids)).tolist()]
-        present = highest >= lowest
-        lowest, highest = min(ends[0], lowest) if present else ends[0], max(ends[1], highest)
-    return RankSummary(*rows, lowest, highest), {
-        "shape of the labels": list(target.shape),
-        "dtype of the labels": target.dtype,
-        "shape of the ids": None if ids is None else list(ids.shape),
+    """Return what this rank says of its rows, labels and ids, and what all ranks must have."""
+    options, (labels, *ids) = given.loss.output_weight.read().options, tensors
+    ignored = labels.long() == given.loss.settings.ignore_index
+    tokens = [labels.masked_fill(ignored, 0), *ids]  # 0 is a token of every vocabulary
+    ends = torch.cat([each.flatten() for each in tokens]).aminmax()
+    claim = RankSummary(options.start, options.stop, options.vocab_size, *map(int, ends))
+    return claim, {
+        "shape of the labels": list(labels.shape),
+        "dtype of the labels": labels.dtype,
+        "shape of the ids": [list(each.shape) for each in ids],
         "num_valid_tokens": divisor.tolist() if isinstance(divisor, Tensor) else divisor,
         "training": trains,
     }
 
 
-def _agree_on_values(of_all: Tensor | None, group: VocabGroup) -> None:
-    """Refuse labels or ids [n B, T] of all columns that differ between pipeline ranks."""
-    if of_all is None:
-        return
-    digests = group.exchange_integers([target_digest(of_all)])[:, 0].tolist()
-    if len(set(digests)) > 1:
-        raise ValueError(
-            f"the ranks of a column must be given the same ids and labels, and with "
-            f'hidden_layout="replicated" those of all columns, but their checksums are {digests}'
-        )
-
-
-def _microbatches(of_all: Tensor, parts: int, count: int) -> list[Tensor]:
-    """Cut [n B, T] of all columns into microbatches [n b, T]."""
-    cut = of_all.unflatten(0, (parts, count, -1))
-    return [cut[:, number].flatten(0, 1) for number in range(count)]
-
-
-def differs_somewhere(differs: bool, given: ScheduleArguments) -> bool:
-    """Tell whether something is so on any rank; all ranks call, and wait for one integer each."""
-    group = VocabGroup.of(given.groups.vocab_group)
-    return bool(group.exchange_integers([int(differs)]).any())
-
-
 def agree_on_shapes(
-    own: tuple[torch.Size, torch.dtype] | None,
-    labels: Tensor,
-    given: ScheduleArguments,
-    last: Owners,
-) -> tuple[torch.Size, torch.dtype]:
-    """Return the shape [b, T, D] and dtype of the last stage's hidden states; all ranks call.
+    stages: Sequence[Any], labels: Tensor, given: ScheduleArguments, last: Owners
+) -> Tensor:
+    """Return a tensor without memory, as the last stage's hidden states are; all ranks call.
 
     Communicates one small object a rank, and waits for it.
 
     Args:
-        own: on the last stage's ranks.
+        stages: of this rank, whose shapes torch has inferred.
         labels: [n b, T] of a microbatch.
+        given, last: of the schedule.
 
     Raises:
         ValueError: on every rank, hidden states that do not fit labels or rows.
     """
+    own = next((_hidden_of(stage) for stage in stages if stage.is_last), None)
     told = VocabGroup.of(given.groups.vocab_group).exchange_objects(own)
-    known = sorted({(tuple(each[0]), str(each[1])) for each in told if each is not None})
-    shape, dtype = next(each for each in told if each is not None)
+    known = sorted({each for each in told if each is not None}, key=str)
+    shape, dtype = known[0]
     rows = given.loss.output_weight.read().weight
     wanted = (labels.shape[0] // last.parts, *labels.shape[1:], rows.shape[1])
     casts = torch.is_autocast_enabled(rows.device.type)
-    if len(known) > 1 or tuple(shape) != wanted or (dtype != rows.dtype and not casts):
+    if len(known) > 1 or shape != wanted or (dtype != rows.dtype and not casts):
         raise ValueError(
-            f"the last stage must return hidden states {list(wanted)} in {rows.dtype} for a "
-            f"microbatch's labels and the classifier's rows, but returns "
+            f"the last stage must return hidden states {list(wanted)} in {rows.dtype}, but returns "
             f"{'; '.join(f'{list(one)} in {kind}' for one, kind in known)}: give step inputs and "
             f"labels of one length"
         )
-    return torch.Size(shape), dtype
+    return torch.empty((), dtype=dtype, device=labels.device).expand(shape)
+
+
+def _hidden_of(stage: Any) -> tuple[tuple[int, ...], torch.dtype]:
+    """Return what a stage knows of its first output's shape and dtype."""
+    known = getattr(stage, "_stage_meta", None)  # since torch 2.13
+    outputs = stage.get_outputs_meta() if known is None else known.outputs
+    return tuple(outputs[0].shape), outputs[0].dtype
