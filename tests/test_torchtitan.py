@@ -81,22 +81,25 @@ def check_plain_shards() -> None:
         whole.lm_head(hidden).flatten(0, 1), labels.flatten(), reduction="sum"
     )
     (exact / valid).backward()
-    own = hidden.detach().clone().requires_grad_()
-    head = nn.Linear(16, 97, bias=False)
-    shard = whole.lm_head.weight.detach().split(-(-97 // degree))[dist.get_rank()]
-    head.weight = nn.Parameter(shard.clone())
-    loss_fn = cut_cross_entropy(titan.ChunkedLossWrapper.Config()).build(compile_config=None)
-    assert isinstance(loss_fn, CutCrossEntropyLoss)
-    loss_fn.set_lm_head(head)
-    with set_current_spmd_mesh(mesh):
-        loss, _ = loss_fn(own, labels, valid)
-    loss.backward()
-    assert relative_error(loss, exact / valid) < 1e-6
-    assert own.grad is not None
-    dist.all_reduce(own.grad)  # as torchtitan does
-    assert relative_error(own.grad, hidden.grad) < 1e-5
-    rows = whole.lm_head.weight.grad.split(-(-97 // degree))[dist.get_rank()]
-    assert relative_error(head.weight.grad, rows) < 1e-5
+    assert hidden.grad is not None
+    for scale, options in ((1.0, {}), (3.0, {"hidden_grad_scale": 3.0})):
+        own = hidden.detach().clone().requires_grad_()
+        head = nn.Linear(16, 97, bias=False)
+        shard = whole.lm_head.weight.detach().split(-(-97 // degree))[dist.get_rank()]
+        head.weight = nn.Parameter(shard.clone())
+        config = cut_cross_entropy(titan.ChunkedLossWrapper.Config(), **options)
+        loss_fn = config.build(compile_config=None)
+        assert isinstance(loss_fn, CutCrossEntropyLoss)
+        loss_fn.set_lm_head(head)
+        with set_current_spmd_mesh(mesh):
+            loss, _ = loss_fn(own, labels, valid)
+        loss.backward()
+        assert relative_error(loss, exact / valid) < 1e-6
+        assert own.grad is not None
+        dist.all_reduce(own.grad)  # as torchtitan does
+        assert relative_error(own.grad, scale * hidden.grad) < 1e-5
+        rows = whole.lm_head.weight.grad.split(-(-97 // degree))[dist.get_rank()]
+        assert relative_error(head.weight.grad, rows) < 1e-5
     dist.barrier()
 
 

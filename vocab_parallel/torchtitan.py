@@ -29,7 +29,7 @@ class CutCrossEntropyLoss(HiddenStatesLoss, ChunkedLossWrapper):
     classifier is a DTensor. With spmd_types, the default, it is a plain shard of the rows, whose
     place is read off the mesh that is active when the loss is called; hidden states are the same
     on the axis there, and torchtitan adds up their gradient once more, so that each rank gives its
-    share of it, 1 / V.
+    share of it, 1 / V times the ``hidden_grad_scale`` that was asked for.
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -40,6 +40,7 @@ class CutCrossEntropyLoss(HiddenStatesLoss, ChunkedLossWrapper):
 
     def __init__(self, config: Any, *, compile_config: Any = None) -> None:
         HiddenStatesLoss.__init__(self, **config.options)
+        self._scale = float(config.options.get("hidden_grad_scale", 1.0))
 
     def set_lm_head(self, lm_head: nn.Module) -> None:
         """Take the classifier, whose forward torchtitan may have set to place its operands.
@@ -74,7 +75,7 @@ class CutCrossEntropyLoss(HiddenStatesLoss, ChunkedLossWrapper):
             vocab_size = self._head.out_features
             start, stop = row_range(ceiling_rows(vocab_size, degree), rank)
             self._head.options = VocabParallelOptions(start, stop, group, vocab_size=vocab_size)
-            self._options["hidden_grad_scale"] = 1.0 / degree
+            self._options["hidden_grad_scale"] = self._scale / degree
         return super().__call__(pred, labels, global_valid_tokens, **loss_inputs)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map_only
 
 from vocab_parallel.modules.sharded_linear import is_sharded, own_rows
 
@@ -64,12 +65,7 @@ class WholeRowsCallback:
         if control.should_save:
             self._gather(model, _bare(optimizer))
 
-    def on_epoch_end(
-        self, args: Any, state: Any, control: Any, *, model: Any, optimizer: Any, **_: Any
-    ) -> None:
-        """Do the same after an epoch."""
-        if control.should_save:
-            self._gather(model, _bare(optimizer))
+    on_epoch_end = on_step_end
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Free what was written."""
@@ -93,11 +89,8 @@ class WholeRowsCallback:
                 state[prefix + name] = self._whole[parameter]
 
     def _with_whole_moments(self, _: Any, state: dict[str, Any]) -> dict[str, Any]:
-        moments = {
-            index: {name: self._whole.get(value, value) for name, value in own.items()}
-            for index, own in state["state"].items()
-        }
-        return {**state, "state": moments}
+        whole: dict[str, Any] = tree_map_only(DTensor, lambda own: self._whole.get(own, own), state)
+        return whole
 
 
 def _bare(optimizer: Any) -> Any:

@@ -101,10 +101,10 @@ def use_vocab_parallel_loss(
         )
     owner = _owner_of(model)
     head = owner.get_output_embeddings()
-    OutputWeight(head)  # refuses what is no linear classifier
+    weight = OutputWeight(head)  # refuses what is no linear classifier
     changed = vars(owner).get(_CHANGED)
     if changed is None:
-        _check_vocab_size(owner, head)
+        _check_vocab_size(owner, weight)
     if mesh is not None:
         _check_sharding(model, owner, head, mesh)
         shard_rows(_sharing(owner, head), mesh)
@@ -140,13 +140,13 @@ def remove_vocab_parallel_loss(model: nn.Module) -> None:
             owner.forward = changed.inner
 
 
-def _check_vocab_size(owner: nn.Module, head: nn.Module) -> None:
+def _check_vocab_size(owner: nn.Module, weight: OutputWeight) -> None:
     """Refuse fewer rows than the configuration says, and warn of more."""
-    if any(part.is_meta for part in head.parameters(recurse=False)):
+    tensors = weight.tensors
+    if any(own.is_meta for own in tensors):
         return  # it may be resized before it has values
-    weight = OutputWeight(head)
     weight.check_vocab_size(owner)
-    if not any(isinstance(part, DTensor) for part in weight.tensors):
+    if not any(isinstance(own, DTensor) for own in tensors):
         weight.warn_of_padding(owner)
 
 
@@ -172,26 +172,22 @@ def _owner_of(model: nn.Module) -> Any:
 
 def _check_sharding(model: nn.Module, owner: Any, head: Any, mesh: DeviceMesh) -> None:
     """Raise ValueError where the rows of a classifier cannot be spread over a mesh."""
-    problem = None
+    others = [module for module in _sharing(owner, head) if not can_be_sharded(module)]
     if mesh.ndim != 1 or mesh.size() != dist.get_world_size():
         problem = f"a mesh of one axis over all {dist.get_world_size()} ranks, got {mesh}"
     elif isinstance(model, DistributedDataParallel):
         problem = "a model before DDP wraps it, got DDP's: DDP sums whole gradients"
     elif _CHANGED in vars(owner):
         problem = "a model that is not changed yet: call remove_vocab_parallel_loss(model) first"
-    else:
-        problem = next(
-            (
-                f"a plain nn.Linear as the classifier, and a plain nn.Embedding where one is tied "
-                f"to it, got {type(module).__name__} with {type(module.weight).__name__}: call "
-                f"before FSDP2 wraps the model, and leave both out of PEFT"
-                for module in _sharing(owner, head)
-                if not can_be_sharded(module)
-            ),
-            None,
+    elif others:
+        problem = (
+            f"a plain nn.Linear as the classifier, and a plain nn.Embedding where one is tied to "
+            f"it, got {type(others[0]).__name__} with {type(others[0].weight).__name__}: call "
+            f"before FSDP2 wraps the model, and leave both out of PEFT"
         )
-    if problem is not None:
-        raise ValueError(f"expected, to spread the classifier's rows over a mesh, {problem}")
+    else:
+        return
+    raise ValueError(f"expected, to spread the classifier's rows over a mesh, {problem}")
 
 
 def _sharing(owner: nn.Module, head: Any) -> list[Any]:
@@ -227,23 +223,33 @@ class _Forward:
         # For whoever asks which inputs a model takes. No __wrapped__, which accelerate follows.
         self.__signature__ = inspect.signature(inner)
 
+    @torch.compiler.disable(recursive=False)  # the model's own frames are compiled
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if args and args[0] is self.owner:  # accelerate's unwrap_model() binds it to the model
             args = args[1:]
-        return _call(self, *args, **kwargs)
-
-    def labels_of(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the labels of a call, or None."""
         labels = kwargs.get("labels")
         if labels is None and args:
             labels = self.__signature__.bind_partial(*args, **kwargs).arguments.get("labels")
-        return labels
+        if labels is None or self.options is None:
+            return self.inner(*args, **kwargs)
+        head = self.owner.get_output_embeddings()
+        stand_in = _StandIn(head, partial(self.loss, head))
+        with _in_place_of(head, stand_in, self.owner):
+            output = self.inner(*args, **kwargs)
+        stand_in.done = True
+        if not stand_in.called:
+            raise ValueError(
+                f"expected a model that calls its classifier, {type(head).__name__}, for logits, "
+                f"got {type(self.owner).__name__}, which did not: leave it as it is, or give its "
+                f"hidden states to linear_cross_entropy"
+            )
+        return _with_logits_on_request(output)
 
     def loss(self, head: nn.Module, hidden: Tensor, targets: Tensor, **given: Any) -> Tensor:
         """Return the loss that `Recipe` asks for."""
-        if isinstance(head, FSDPModule):  # its weight is whole within its own call alone
-            return _within(head, hidden, partial(self._loss, targets=targets, given=given))
-        return self._loss(head, hidden, targets, given)
+        loss = partial(self._loss, targets=targets, given=given)
+        # Its weight is whole within its own call alone.
+        return _within(head, hidden, loss) if isinstance(head, FSDPModule) else loss(head, hidden)
 
     def _loss(self, head: nn.Module, hidden: Tensor, targets: Tensor, given: Any) -> Tensor:
         sharded = any(map(is_sharded, head.modules()))
@@ -303,38 +309,19 @@ def _loss_of_own_tokens(
     return total if reduction == "sum" else total / (labels != ignore_index).sum().clamp(min=1)
 
 
-@torch.compiler.disable(recursive=False)  # the model's own frames are compiled
-def _call(forward: _Forward, *args: Any, **kwargs: Any) -> Any:
-    labels = None if forward.options is None else forward.labels_of(*args, **kwargs)
-    if labels is None:
-        return forward.inner(*args, **kwargs)
-    with _stand_in(forward) as stand_in:
-        output = forward.inner(*args, **kwargs)
-    stand_in.done = True
-    if not stand_in.called:
-        raise ValueError(
-            f"expected a model that calls its classifier, {type(stand_in.head).__name__}, for "
-            f"logits, got {type(forward.owner).__name__}, which did not: leave it as it is, or "
-            f"give its hidden states to linear_cross_entropy"
-        )
-    return _with_logits_on_request(output)
-
-
 @contextmanager
-def _stand_in(forward: _Forward) -> Iterator["_StandIn"]:
-    """Put a stand-in wherever the model has its classifier."""
-    head = forward.owner.get_output_embeddings()
-    stand_in = _StandIn(head, partial(forward.loss, head))
+def _in_place_of(head: nn.Module, stand_in: nn.Module, owner: nn.Module) -> Iterator[None]:
+    """Put a stand-in wherever a model has its classifier."""
     places = [
         (parent, name)
-        for parent in forward.owner.modules()
+        for parent in owner.modules()
         for name, child in parent._modules.items()
         if child is head
     ]
     for parent, name in places:
         parent._modules[name] = stand_in
     try:
-        yield stand_in
+        yield
     finally:
         for parent, name in places:
             parent._modules[name] = head
@@ -362,11 +349,10 @@ class _StandIn(nn.Module):
         kind = hidden.device.type
         casts = torch.is_autocast_enabled(kind)
         dtype = torch.get_autocast_dtype(kind) if casts else hidden.dtype
-        classifier = self.head
 
         def compute(hidden: Tensor) -> Tensor:
             with torch.autocast(kind, dtype, enabled=casts):
-                return classifier(hidden)
+                return self.head(hidden)
 
         return DeferredLogits(
             Recipe(hidden, compute, rows, self.loss, dtype, may_compute=lambda: self.done)

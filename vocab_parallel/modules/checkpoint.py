@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.serialization import DEFAULT_PROTOCOL
 
 from vocab_parallel.collectives import group_device
+from vocab_parallel.modules.gradient_sums import local_part
 from vocab_parallel.options import SharesGroup
 from vocab_parallel.partition import ceiling_rows, row_range
 
@@ -133,12 +134,15 @@ class OwnRows(SharesGroup):
         start, stop: this rank's rows.
         row_counts: the rows of every rank of the group, by rank.
         group: the vocab group; None is the default group.
+        is_tied_copy: whether another pipeline rank has the same rows of a tied weight, and counts
+            them in norms.
     """
 
     start: int
     stop: int
     row_counts: tuple[int, ...]
     group: ProcessGroup | None
+    is_tied_copy: bool = False
 
     @property
     def vocab_size(self) -> int:
@@ -158,12 +162,10 @@ class OwnRows(SharesGroup):
         degree = len(self.row_counts)
         if degree == 1:
             return rows
-        if isinstance(rows, DTensor):
+        is_ceiling = self.row_counts == tuple(ceiling_rows(self.vocab_size, degree))
+        if isinstance(rows, DTensor) or not is_ceiling:
             start, _ = self._wanted(rows)
-            return _RowsOfWhole(rows.to_local().detach(), start, self.vocab_size)
-        if self.row_counts != tuple(ceiling_rows(self.vocab_size, degree)):
-            self._wanted(rows)
-            return _RowsOfWhole(rows.detach(), self.start, self.vocab_size)
+            return _RowsOfWhole(local_part(rows).detach(), start, self.vocab_size)
         group = dist.group.WORLD if self.group is None else self.group
         assert group is not None  # there are several ranks
         device = group_device(group) if rows.is_meta else rows.device
@@ -186,12 +188,21 @@ class OwnRows(SharesGroup):
         if len(self.row_counts) == 1 and isinstance(place, DTensor):
             return value
         start, stop = self._wanted(place)
-        rows, first = self._told(value)
-        if not first <= start <= stop <= first + rows.shape[0]:
+        length = value.shape[0] if value.dim() > 0 else -1
+        if isinstance(value, _RowsOfWhole):
+            rows, first, is_own = value._rows, value._start, False
+        else:
+            is_own = length == self.stop - self.start
+            rows, first = local_part(value).detach(), self.start if is_own else 0
+        if isinstance(value, DTensor):
+            first += rows_of_dtensor(value)[0]
+        is_known = is_own or length == self.vocab_size
+        if not is_known or not first <= start <= stop <= first + rows.shape[0]:
             raise ValueError(
-                f"this rank needs rows [{start}, {stop}) of {self.vocab_size}, but was given "
-                f"rows [{first}, {first + rows.shape[0]}): load what this rank has saved, or all "
-                f"rows (StateDictOptions(full_state_dict=True)), or by torch.distributed.checkpoint"
+                f"this rank needs rows [{start}, {stop}) of {self.vocab_size}, or all of them, but "
+                f"was given rows from {first} on, {list(rows.shape)} of {list(value.shape)}: load "
+                f"what this rank has saved, and what another number of ranks has saved as all rows "
+                f"(StateDictOptions(full_state_dict=True)), or by torch.distributed.checkpoint"
             )
         if rows.shape[0] > stop - start:
             rows = rows[start - first : stop - first].clone()
@@ -210,50 +221,31 @@ class OwnRows(SharesGroup):
             )
         if not isinstance(place, DTensor):
             return self.start, self.stop
-        first, last = _range_here(place)
+        first, last, _ = rows_of_dtensor(place)
         return self.start + first, self.start + last
 
-    def _told(self, value: Tensor) -> tuple[Tensor, int]:
-        """Return the rows that a value has here, and the first of them."""
-        length = value.shape[0] if value.dim() > 0 else -1
-        is_named = isinstance(value, _RowsOfWhole)
-        if length != self.vocab_size and (is_named or length != self.stop - self.start):
-            raise ValueError(
-                f"expected the rows [{self.start}, {self.stop}) of {self.vocab_size}, or all of "
-                f"them, got {list(value.shape)}: the checkpoint is of another vocabulary, or of "
-                f"another number of ranks, whose rows must be saved and loaded as a whole "
-                f"(StateDictOptions(full_state_dict=True)) or by torch.distributed.checkpoint"
-            )
-        first = 0 if length == self.vocab_size else self.start
-        if isinstance(value, _RowsOfWhole):
-            return value._rows, value._start
-        if isinstance(value, DTensor):
-            return value.to_local().detach(), first + _range_here(value)[0]
-        return value.detach(), first
 
+def rows_of_dtensor(tensor: DTensor) -> tuple[int, int, int | None]:
+    """Return [start, stop) of the rows of a DTensor that lie here, and the axis that cuts them.
 
-def _range_here(tensor: DTensor) -> tuple[int, int]:
-    """Return [start, stop) of the rows of a DTensor that lie here.
-
-    One that was read from another rank's file has that rank's, and its mesh that rank's place.
+    One that was read from another rank's file has that rank's, and its mesh that rank's place. The
+    axis is None where every rank has all rows.
 
     Raises:
         ValueError: a DTensor that is cut otherwise than by Shard(0) over one axis.
     """
-    mesh, cut = tensor.device_mesh, []
-    for axis, placement in enumerate(tensor.placements):
-        if not isinstance(placement, Replicate):
-            cut.append((axis, placement))
+    mesh, placements = tensor.device_mesh, tensor.placements
+    cut = [axis for axis, own in enumerate(placements) if not isinstance(own, Replicate)]
     if not cut:
-        return 0, tensor.shape[0]
-    coordinate = mesh.get_coordinate()
-    if len(cut) > 1 or cut[0][1] != Shard(0) or coordinate is None:
+        return 0, tensor.shape[0], None
+    (axis, *more), coordinate = cut, mesh.get_coordinate()
+    if more or placements[axis] != Shard(0) or coordinate is None:
         raise ValueError(
             f"expected a DTensor that is cut by Shard(0) over one axis of a mesh that this rank is "
-            f"in, got {tensor.placements} over {mesh}: redistribute it, or pass its full_tensor()"
+            f"in, got {placements} over {mesh}: redistribute it, or pass its full_tensor()"
         )
-    axis = cut[0][0]
-    return row_range(ceiling_rows(tensor.shape[0], mesh.size(axis)), coordinate[axis])
+    counts = ceiling_rows(tensor.shape[0], mesh.size(axis))
+    return *row_range(counts, coordinate[axis]), axis
 
 
 class _RowsOfWhole(Tensor):
@@ -294,23 +286,21 @@ class _RowsOfWhole(Tensor):
                 self._rows.copy_(rest[0]._rows, *rest[1:], **kwargs)
                 return self
         raise ValueError(
-            f"{func} of rows that stand for the whole, as rows_for_checkpoint names them, and the "
-            f"state dict of a partition that no DTensor has: they are for "
-            f"torch.distributed.checkpoint alone: compute with the module's own rows, or with all "
-            f"rows, which gather_rows returns"
+            f"{func} of rows that stand for the whole: they are for torch.distributed.checkpoint "
+            f"alone: compute with the module's own rows, or with all rows, which gather_rows "
+            f"returns"
         )
 
     def _of(self, rows: Tensor) -> "_RowsOfWhole":
         """Name other rows in the same way."""
         return _RowsOfWhole(rows, self._start, self.shape[0])
 
-    def _chunk(self) -> ChunkStorageMetadata:
-        offsets = (self._start, *[0] * (self._rows.dim() - 1))
-        return ChunkStorageMetadata(offsets=torch.Size(offsets), sizes=self._rows.shape)
-
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
         # A chunk is known by where it begins: an empty one would be taken for the next rank's.
-        return [self._chunk()] if self._rows.shape[0] > 0 else []
+        if self._rows.shape[0] == 0:
+            return []
+        offsets = torch.Size((self._start, *[0] * (self._rows.dim() - 1)))
+        return [ChunkStorageMetadata(offsets, self._rows.shape)]
 
     def __create_write_items__(self, fqn: str, _: Any) -> list[WriteItem]:
         return [

@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
 from vocab_parallel.collectives import VocabGroup
 from vocab_parallel.modules.gradient_sums import local_part, sum_gradients
-from vocab_parallel.modules.vocab_rows import VocabRows, holds_vocab_rows
+from vocab_parallel.modules.vocab_rows import holds_vocab_rows, mark_rows_of
 
 
 def columns_of(groups: Any) -> tuple[ProcessGroup, int]:
@@ -22,11 +22,11 @@ def columns_of(groups: Any) -> tuple[ProcessGroup, int]:
     return groups.vocab_group, groups.vocab_rank
 
 
-def covers(axes: list[ProcessGroup], group: ProcessGroup | None) -> bool:
-    """Whether one of the axes of a DTensor's mesh is this group."""
-    if group is None:
-        return True
-    ranks = dist.get_process_group_ranks(group)
+def is_spread_over(tensor: Tensor, group: ProcessGroup) -> bool:
+    """Whether a tensor is a DTensor whose mesh has this group as an axis."""
+    if not isinstance(tensor, DTensor):
+        return False
+    ranks, axes = dist.get_process_group_ranks(group), tensor.device_mesh.get_all_groups()
     return any(dist.get_process_group_ranks(axis) == ranks for axis in axes)
 
 
@@ -41,7 +41,7 @@ def sum_over_columns(module: nn.Module, groups: Any) -> None:
 
     Communicates every gradient of a parameter that is trained, in its dtype, over the columns'
     group, but for rows of the vocabulary, which are one rank's alone: in buckets of 64 MiB, of
-    which two exist at a time, and what is larger by itself. A parameter may have no gradient on
+    which one exists at a time, and what is larger by itself. A parameter may have no gradient on
     some ranks (an expert that no token of the column reached): it takes part as zeros and gets the
     sum. One that has none on any rank stays without where the group communicates from the CPU; on a
     GPU, where asking would make the host wait, it gets zeros, which weight decay reaches: freeze
@@ -106,15 +106,9 @@ def _spread(values: list[float]) -> float:
 
 def _replicated(module: nn.Module, groups: Any) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield the parameters that every column has in full, or sharded over other axes alone."""
-    for part in module.modules():
-        if isinstance(part, VocabRows):
-            part.mark_rows()
+    mark_rows_of(module)
     columns = columns_of(groups)[0]
     for name, parameter in module.named_parameters():
-        if holds_vocab_rows(parameter):
-            continue
-        if isinstance(parameter, DTensor):
-            mesh = parameter.device_mesh
-            if covers([mesh.get_group(axis) for axis in range(mesh.ndim)], columns):
-                continue  # whoever made it so reduces its gradient
-        yield name, parameter
+        # Whoever spread a parameter over the columns reduces its gradient.
+        if not holds_vocab_rows(parameter) and not is_spread_over(parameter, columns):
+            yield name, parameter

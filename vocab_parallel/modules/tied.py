@@ -59,11 +59,22 @@ class TiedRows(SharesGroup):
 
     @property
     def parameter(self) -> nn.Parameter | None:
-        """This rank's end as it is now, where the other is on another rank."""
-        if self._embedding is not None and self._classifier is not None:
-            return None
-        end = self._embedding or self._classifier
-        return None if end is None else end.weight
+        """This rank's end as it is now, where the other is on another rank.
+
+        Raises:
+            ValueError: this rank has both ends, and they are no longer one parameter.
+        """
+        embedding, classifier = self._embedding, self._classifier
+        if embedding is None or classifier is None:
+            end = embedding or classifier
+            return None if end is None else end.weight
+        if embedding.weight is not classifier.weight:
+            raise ValueError(
+                "this rank has both ends of the tied weight, which must be one parameter, but "
+                "to_empty, load_state_dict(assign=True) or an assignment has put another in the "
+                "place of one: make TiedRows, and then the optimizer, after it"
+            )
+        return None
 
     @torch.no_grad()
     def sum_gradients(self) -> None:
@@ -75,7 +86,6 @@ class TiedRows(SharesGroup):
         Raises:
             ValueError: this rank has both ends, and they are no longer one parameter.
         """
-        self._check_shared()
         parameter = self.parameter
         if parameter is None:
             return
@@ -88,23 +98,11 @@ class TiedRows(SharesGroup):
     @torch.no_grad()
     def differs(self) -> Tensor:
         """Tell, as a bool tensor, whether the two ends' rows differ in any bit; both ends call."""
-        self._check_shared()
         parameter = self.parameter
         if parameter is None:
             return torch.zeros((), dtype=torch.bool)
         other = exchange_with_peer(parameter.detach(), self._peer, self.group)
         return (parameter != other).any()
-
-    def _check_shared(self) -> None:
-        embedding, classifier = self._embedding, self._classifier
-        if embedding is None or classifier is None:
-            return
-        if embedding.weight is not classifier.weight:
-            raise ValueError(
-                "this rank has both ends of the tied weight, which must be one parameter, but "
-                "to_empty, load_state_dict(assign=True) or an assignment has put another in the "
-                "place of one: make TiedRows, and then the optimizer, after it"
-            )
 
 
 def _check_ends(pipeline: VocabGroup, ends: list[tuple[str, int, VocabRows | None]]) -> None:
@@ -114,21 +112,19 @@ def _check_ends(pipeline: VocabGroup, ends: list[tuple[str, int, VocabRows | Non
         pipeline: the ranks, which all call.
         ends: "first" and "last", the pipeline rank of that stage, and this rank's module of it.
     """
-    problem = None
-    for role, end, module in ends:
-        if (pipeline.rank == end) != (module is not None):
-            problem = (
-                f"pipeline rank {pipeline.rank}: the {role} stage is on rank {end}, which alone "
-                f"has its end of the tied weight; got {type(module).__name__}"
-            )
-    rows = {
-        f"[{module.start}, {module.stop}) of [{module.vocab_size}, {module.hidden_size}]"
+    own = [
+        module and f"[{module.start}, {module.stop}) of [{module.vocab_size}, {module.hidden_size}]"
         for _, _, module in ends
-        if module is not None
-    }
-    told = pipeline.exchange_objects((problem, rows))
-    problems = sorted({text for text, _ in told if text is not None})
-    different = sorted(set().union(*(rows for _, rows in told)))
+    ]
+    told, problems = pipeline.exchange_objects(own), []
+    for (role, end, _), rows in zip(ends, zip(*told, strict=True), strict=True):
+        holders = [rank for rank, each in enumerate(rows) if each is not None]
+        if holders != [end]:
+            problems.append(
+                f"the {role} stage is on pipeline rank {end}, which alone has its end of the tied "
+                f"weight: got one from the ranks {holders}"
+            )
+    different = sorted({each for rows in told for each in rows if each is not None})
     if len(different) > 1:
         problems.append(
             f"the ends of a tied weight have the rows {' and '.join(different)}: give both the "
