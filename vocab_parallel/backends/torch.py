@@ -368,9 +368,13 @@ class TorchBackend:
     def _tile(self, shard: Shard, plan: BackwardPlan, keeps: bool) -> TileShape:
         """Return the tile of this rank's own work; kernels take kept logits whole if they can."""
         num_tokens, num_rows = shard.hidden.shape[0], shard.classifier.shape[0]
-        # A tile whose operands or gradient are copied to another dtype is small.
-        copied = shard.mixed or self.tile_dtype(shard) != shard.product_dtype
-        if keeps and self.kernels and not copied:
+        # A tile whose operands or gradient are copied to another dtype stays small.
+        if (
+            keeps
+            and self.kernels
+            and not shard.mixed
+            and self.tile_dtype(shard) == shard.product_dtype
+        ):
             return TileShape(num_tokens, num_rows)
         return TileShape(min(plan.tile.tokens, num_tokens), min(plan.tile.rows, num_rows))
 
