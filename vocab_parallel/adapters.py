@@ -123,31 +123,16 @@ def shard_output_embeddings(
             or their weight is tied to the input's.
     """
 
-    def split(
-        model: nn.Module,
-        example_args: tuple[Any, ...],
-        example_kwargs: dict[str, Any],
-        stage_indices: list[tuple[int, ...]],
-        train: bool,
-        device: Any,
-        rank: int | None = None,
-        pp_group: ProcessGroup | None = None,
-    ) -> Any:
+    place = {"rank": pipeline_rank, "pp_group": pipeline_group}
+
+    def split(model: nn.Module, *given: Any, **named: Any) -> Any:
         if getattr(getattr(model, "config", None), "tie_word_embeddings", False):
             raise ValueError(
                 "the classifier is tied to the embedding of another stage: shard both ends and "
                 "add up their gradients with VocabParallelEmbedding and TiedRows"
             )
-        found = splitter(
-            model,
-            example_args,
-            example_kwargs,
-            stage_indices,
-            train,
-            device=device,
-            rank=pipeline_rank,
-            pp_group=pipeline_group,
-        )
+        before_rank = given[:5]  # those up to the device, as far as they have no names
+        found = splitter(model, *before_rank, **{**named, **place})
         last: Any = found[0][-1]
         head = last.get_output_embeddings() if hasattr(last, "get_output_embeddings") else None
         if not isinstance(head, nn.Linear):

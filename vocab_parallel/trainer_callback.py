@@ -64,12 +64,7 @@ class WholeRowsCallback:
         if control.should_save:
             self._gather(model, _bare(optimizer))
 
-    def on_epoch_end(
-        self, args: Any, state: Any, control: Any, *, model: Any, optimizer: Any, **_: Any
-    ) -> None:
-        """Do the same after an epoch."""
-        if control.should_save:
-            self._gather(model, _bare(optimizer))
+    on_epoch_end = on_step_end
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Free what was written."""

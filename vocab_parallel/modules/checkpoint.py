@@ -210,7 +210,7 @@ class OwnRows(SharesGroup):
             )
         if not isinstance(place, DTensor):
             return self.start, self.stop
-        first, last = _range_here(place)
+        first, last, _ = rows_of_dtensor(place)
         return self.start + first, self.start + last
 
     def _told(self, value: Tensor) -> tuple[Tensor, int]:
@@ -228,32 +228,31 @@ class OwnRows(SharesGroup):
         if isinstance(value, _RowsOfWhole):
             return value._rows, value._start
         if isinstance(value, DTensor):
-            return value.to_local().detach(), first + _range_here(value)[0]
+            return value.to_local().detach(), first + rows_of_dtensor(value)[0]
         return value.detach(), first
 
 
-def _range_here(tensor: DTensor) -> tuple[int, int]:
-    """Return [start, stop) of the rows of a DTensor that lie here.
+def rows_of_dtensor(tensor: DTensor) -> tuple[int, int, int | None]:
+    """Return [start, stop) of the rows of a DTensor that lie here, and the axis that cuts them.
 
-    One that was read from another rank's file has that rank's, and its mesh that rank's place.
+    One that was read from another rank's file has that rank's, and its mesh that rank's place. The
+    axis is None where every rank has all rows.
 
     Raises:
         ValueError: a DTensor that is cut otherwise than by Shard(0) over one axis.
     """
-    mesh, cut = tensor.device_mesh, []
-    for axis, placement in enumerate(tensor.placements):
-        if not isinstance(placement, Replicate):
-            cut.append((axis, placement))
+    mesh, placements = tensor.device_mesh, tensor.placements
+    cut = [axis for axis, own in enumerate(placements) if not isinstance(own, Replicate)]
     if not cut:
-        return 0, tensor.shape[0]
-    coordinate = mesh.get_coordinate()
-    if len(cut) > 1 or cut[0][1] != Shard(0) or coordinate is None:
+        return 0, tensor.shape[0], None
+    (axis, *more), coordinate = cut, mesh.get_coordinate()
+    if more or placements[axis] != Shard(0) or coordinate is None:
         raise ValueError(
             f"expected a DTensor that is cut by Shard(0) over one axis of a mesh that this rank is "
-            f"in, got {tensor.placements} over {mesh}: redistribute it, or pass its full_tensor()"
+            f"in, got {placements} over {mesh}: redistribute it, or pass its full_tensor()"
         )
-    axis = cut[0][0]
-    return row_range(ceiling_rows(tensor.shape[0], mesh.size(axis)), coordinate[axis])
+    counts = ceiling_rows(tensor.shape[0], mesh.size(axis))
+    return *row_range(counts, coordinate[axis]), axis
 
 
 class _RowsOfWhole(Tensor):

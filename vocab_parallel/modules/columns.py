@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
@@ -22,11 +22,11 @@ def columns_of(groups: Any) -> tuple[ProcessGroup, int]:
     return groups.vocab_group, groups.vocab_rank
 
 
-def covers(axes: list[ProcessGroup], group: ProcessGroup | None) -> bool:
-    """Whether one of the axes of a DTensor's mesh is this group."""
-    if group is None:
-        return True
-    ranks = dist.get_process_group_ranks(group)
+def is_spread_over(tensor: Tensor, group: ProcessGroup) -> bool:
+    """Whether a tensor is a DTensor whose mesh has this group as an axis."""
+    if not isinstance(tensor, DTensor):
+        return False
+    ranks, axes = dist.get_process_group_ranks(group), tensor.device_mesh.get_all_groups()
     return any(dist.get_process_group_ranks(axis) == ranks for axis in axes)
 
 
@@ -111,10 +111,6 @@ def _replicated(module: nn.Module, groups: Any) -> Iterator[tuple[str, nn.Parame
             part.mark_rows()
     columns = columns_of(groups)[0]
     for name, parameter in module.named_parameters():
-        if holds_vocab_rows(parameter):
-            continue
-        if isinstance(parameter, DTensor):
-            mesh = parameter.device_mesh
-            if covers([mesh.get_group(axis) for axis in range(mesh.ndim)], columns):
-                continue  # whoever made it so reduces its gradient
-        yield name, parameter
+        # Whoever spread a parameter over the columns reduces its gradient.
+        if not holds_vocab_rows(parameter) and not is_spread_over(parameter, columns):
+            yield name, parameter

@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from vocab_parallel.collectives import VocabGroup, group_device
-from vocab_parallel.modules.columns import columns_of, covers
+from vocab_parallel.modules.columns import columns_of, is_spread_over
 from vocab_parallel.modules.gradient_sums import local_part
 from vocab_parallel.modules.vocab_rows import VocabRows, holds_vocab_rows, is_tied_copy
 from vocab_parallel.statistics import accumulation_dtype
@@ -116,20 +115,15 @@ def _counts_here(parameter: nn.Parameter, gradient: Tensor, groups: Any) -> bool
     """Whether this rank is the one that counts what it holds of a gradient."""
     if is_tied_copy(parameter):
         return False
-    covered: list[ProcessGroup] = []
     if isinstance(gradient, DTensor):
-        mesh = gradient.device_mesh
         for axis, placement in enumerate(gradient.placements):
-            covered.append(mesh.get_group(axis))
-            if isinstance(placement, Replicate) and mesh.get_local_rank(axis) != 0:
+            replicated = isinstance(placement, Replicate)
+            if replicated and gradient.device_mesh.get_local_rank(axis) != 0:
                 return False
-    for group, rank, held_in_full in (
-        (*columns_of(groups), not holds_vocab_rows(parameter)),
-        (groups.data_group, groups.data_rank, True),
-    ):
-        if held_in_full and rank != 0 and not covers(covered, group):
-            return False
-    return True
+    shared_over = [(groups.data_group, groups.data_rank)]
+    if not holds_vocab_rows(parameter):
+        shared_over.append(columns_of(groups))
+    return all(rank == 0 or is_spread_over(gradient, group) for group, rank in shared_over)
 
 
 def _sum_over_mesh(

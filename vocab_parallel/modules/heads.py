@@ -6,16 +6,17 @@ known here, or refused.
 """
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor
 
+from vocab_parallel.modules.checkpoint import rows_of_dtensor
+from vocab_parallel.modules.gradient_sums import local_part
 from vocab_parallel.options import VocabParallelOptions
-from vocab_parallel.partition import ceiling_rows, row_range
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,7 @@ class OutputWeight:
     options: Any = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.owner, Tensor):
-            _check_module(_unwrapped(self.owner))
+        self._parts()
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -119,15 +119,9 @@ class OutputWeight:
                 _check_rows(_unwrapped(self.owner), weight)
         if options is None and isinstance(weight, DTensor):
             options = _options_of_dtensor(weight)
-        return Rows(
-            _local(weight),
-            None if bias is None else _local(bias),
-            options,
-            tuple(
-                LowRank(_local(each.a), _local(each.b), each.scale, each.dropout)
-                for each in adapters
-            ),
-        )
+        factors = [replace(own, a=local_part(own.a), b=local_part(own.b)) for own in adapters]
+        bias = None if bias is None else local_part(bias)
+        return Rows(local_part(weight), bias, options, tuple(factors))
 
     def check_vocab_size(self, model: nn.Module) -> None:
         """Refuse fewer rows than the configuration of the model says.
@@ -139,9 +133,7 @@ class OutputWeight:
         Raises:
             ValueError: the classifier has fewer rows than that.
         """
-        size, total = _configured_vocab_size(model), self._num_rows()
-        if size is not None and total is not None:
-            _check_configured(total, size, model)
+        _check_configured(self._num_rows(), model)
 
     def warn_of_padding(self, model: nn.Module) -> None:
         """Warn where more rows count as tokens than the configuration of the model says.
@@ -176,12 +168,11 @@ class OutputWeight:
         if isinstance(self.owner, Tensor):
             return self.owner, self.bias, ()
         module: Any = _unwrapped(self.owner)
-        _check_module(module)
-        adapters: tuple[LowRank, ...] = ()
-        if _is_lora(module):
+        low_rank: LowRank | None = getattr(module, "low_rank", None)
+        adapters = () if low_rank is None else (low_rank,)
+        if all(hasattr(module, name) for name in ("base_layer", "lora_A", "lora_B", "scaling")):
             adapters, module = _lora_adapters(module), module.base_layer
-        elif hasattr(module, "low_rank"):
-            adapters = () if module.low_rank is None else (module.low_rank,)
+        _check_module(module)
         bias = getattr(module, "bias", None) if self.bias is None else self.bias
         return module.weight, bias if isinstance(bias, Tensor) else None, adapters
 
@@ -200,10 +191,6 @@ def _unwrapped(module: nn.Module) -> nn.Module:
 def _check_module(module: nn.Module) -> None:
     """Raise ValueError where a module's logits may be more than linear(hidden, weight, bias)."""
     is_module = isinstance(module, nn.Module)
-    if is_module and _is_lora(module):
-        _check_lora(module)
-        _check_module(module.base_layer)  # type: ignore[arg-type]
-        return
     if not is_module or not isinstance(getattr(module, "weight", None), Tensor):
         raise ValueError(
             f"output_weight must be a tensor or a module with a weight, got {type(module).__name__}"
@@ -226,7 +213,6 @@ def _check_module(module: nn.Module) -> None:
 
 def _check_rows(module: Any, weight: Tensor) -> None:
     """Raise ValueError where a plain weight has not the rows that its module says it has."""
-    module = module.base_layer if _is_lora(module) else module
     for name in ("out_features", "num_embeddings"):
         rows = getattr(module, name, None)
         if isinstance(rows, int) and rows != weight.shape[0]:
@@ -235,14 +221,13 @@ def _check_rows(module: Any, weight: Tensor) -> None:
                 f"{weight.shape[0]} rows here: it would be taken for the whole vocabulary. Pass "
                 f"vocab_parallel_options that say which rows these are, and their group"
             )
-    size = _configured_vocab_size(module)
-    if size is not None:
-        _check_configured(weight.shape[0], size, module)
+    _check_configured(weight.shape[0], module)
 
 
-def _check_configured(num_rows: int, size: int, model: nn.Module) -> None:
+def _check_configured(num_rows: int | None, model: nn.Module) -> None:
     """Raise ValueError for fewer rows of the whole classifier than a configuration states."""
-    if num_rows < size:
+    size = _configured_vocab_size(model)
+    if size is not None and num_rows is not None and num_rows < size:
         raise ValueError(
             f"the classifier has {num_rows} rows, which the loss takes for the whole vocabulary, "
             f"but the configuration of {type(model).__name__} says vocab_size={size}. Pass "
@@ -271,76 +256,44 @@ def _has_foreign_hooks(module: nn.Module) -> bool:
     )
 
 
-def _is_lora(module: Any) -> bool:
-    return all(hasattr(module, name) for name in ("base_layer", "lora_A", "lora_B", "scaling"))
+def _lora_adapters(module: Any) -> tuple[LowRank, ...]:
+    """Return what the forward of PEFT's LoRA layer adds to its base layer.
 
-
-def _active(module: Any) -> list[str]:
-    """Return the adapters of a LoRA layer that its forward adds."""
-    if module.disable_adapters or module.merged:
-        return []
-    return [name for name in module.active_adapters if name in module.lora_A]
-
-
-def _check_lora(module: Any) -> None:
-    """Raise ValueError where an adapter is more than scale B A."""
-    for name in _active(module):
+    Raises:
+        ValueError: an adapter is more than scale B A, or is merged though it is switched off.
+    """
+    if module.disable_adapters and module.merged:
+        raise ValueError(
+            "the classifier's adapter is merged into its weight and disabled: unmerge it first"
+        )
+    found = []
+    for name in () if module.disable_adapters or module.merged else module.active_adapters:
+        if name not in module.lora_A:
+            continue
         if name in getattr(module, "lora_variant", {}):
             raise ValueError(
                 f"the classifier's adapter {name!r} is a {type(module.lora_variant[name]).__name__}"
                 f", and the loss knows plain LoRA alone, W + scale B A: leave the classifier out "
                 f"of the adapter, or merge it"
             )
-        if getattr(module.lora_B[name], "bias", None) is not None:
+        a, b = module.lora_A[name], module.lora_B[name]
+        if getattr(b, "bias", None) is not None:
             raise ValueError(
                 f"the classifier's adapter {name!r} has a bias, and the loss knows LoRA without "
                 f"one alone: configure it with lora_bias=False"
             )
-    if module.disable_adapters and module.merged:
-        raise ValueError(
-            "the classifier's adapter is merged into its weight and disabled: unmerge it first"
-        )
-
-
-def _lora_adapters(module: Any) -> tuple[LowRank, ...]:
-    found = []
-    for name in _active(module):
-        dropout = module.lora_dropout[name]
-        drops = not isinstance(dropout, nn.Identity)
-        found.append(
-            LowRank(
-                module.lora_A[name].weight,
-                module.lora_B[name].weight,
-                float(module.scaling[name]),
-                dropout if drops else None,
-            )
-        )
+        scale, dropout = float(module.scaling[name]), module.lora_dropout[name]
+        found.append(LowRank(a.weight, b.weight, scale, dropout))
     return tuple(found)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _options_of_dtensor(weight: DTensor) -> VocabParallelOptions:
     """Read the rows of a DTensor [vocab, D] off its placement."""
-    axes = [
-        axis
-        for axis, placement in enumerate(weight.placements)
-        if not isinstance(placement, Replicate)
-    ]
-    rest = [weight.placements[axis] for axis in axes]
-    if len(axes) > 1 or (rest and rest[0] != Shard(0)):
-        raise ValueError(
-            f"a DTensor classifier must be sharded by Shard(0) over one mesh axis, got "
-            f"{weight.placements}: redistribute it, or pass vocab_parallel_options"
-        )
-    if not axes:
+    start, stop, axis = rows_of_dtensor(weight)
+    if axis is None:
         raise ValueError(
             "a DTensor classifier that is replicated has no shard of rows: pass "
             "weight.to_local() of a plain module, or shard it by Shard(0)"
         )
-    mesh, vocab_size = weight.device_mesh, weight.shape[0]
-    counts = ceiling_rows(vocab_size, mesh.size(axes[0]))
-    start, stop = row_range(counts, mesh.get_local_rank(axes[0]))
-    return VocabParallelOptions(start, stop, mesh.get_group(axes[0]), vocab_size=vocab_size)
+    group = weight.device_mesh.get_group(axis)
+    return VocabParallelOptions(start, stop, group, vocab_size=weight.shape[0])

@@ -6,8 +6,8 @@ the module that owns the rows, so its first step is where it is seen: torch's `g
 `set_state_dict` take one themselves where there is no state yet.
 """
 
-import functools
 from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 from torch import Tensor
@@ -21,7 +21,7 @@ _SEEN = "names_vocab_rows"
 Change = Callable[[str, Tensor, Tensor, OwnRows], Tensor]  # of a key's value, of a parameter
 
 
-@functools.cache
+@cache
 def watch_optimizers() -> None:
     """Name rows in the state dict of every optimizer of this process that trains some."""
     register_optimizer_step_pre_hook(_see)
@@ -38,17 +38,9 @@ def _see(optimizer: Optimizer, *_: Any) -> None:
     for parameter in parameters:
         if parameter in optimizer.state:  # loaded before it was seen
             optimizer.state[parameter] = _changed(optimizer.state[parameter], parameter, _taken)
-    optimizer.register_state_dict_post_hook(_name_rows)
-    optimizer.register_load_state_dict_pre_hook(_take_rows)
+    optimizer.register_state_dict_post_hook(partial(_with_state, change=_named))
+    optimizer.register_load_state_dict_pre_hook(partial(_with_state, change=_taken))
     setattr(optimizer, _SEEN, True)
-
-
-def _name_rows(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    return _with_state(optimizer, state_dict, _named)
-
-
-def _take_rows(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    return _with_state(optimizer, state_dict, _taken)
 
 
 def _named(key: str, value: Tensor, parameter: Tensor, rows: OwnRows) -> Tensor:

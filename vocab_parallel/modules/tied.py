@@ -59,11 +59,22 @@ class TiedRows(SharesGroup):
 
     @property
     def parameter(self) -> nn.Parameter | None:
-        """This rank's end as it is now, where the other is on another rank."""
-        if self._embedding is not None and self._classifier is not None:
-            return None
-        end = self._embedding or self._classifier
-        return None if end is None else end.weight
+        """This rank's end as it is now, where the other is on another rank.
+
+        Raises:
+            ValueError: this rank has both ends, and they are no longer one parameter.
+        """
+        embedding, classifier = self._embedding, self._classifier
+        if embedding is None or classifier is None:
+            end = embedding or classifier
+            return None if end is None else end.weight
+        if embedding.weight is not classifier.weight:
+            raise ValueError(
+                "this rank has both ends of the tied weight, which must be one parameter, but "
+                "to_empty, load_state_dict(assign=True) or an assignment has put another in the "
+                "place of one: make TiedRows, and then the optimizer, after it"
+            )
+        return None
 
     @torch.no_grad()
     def sum_gradients(self) -> None:
@@ -75,7 +86,6 @@ class TiedRows(SharesGroup):
         Raises:
             ValueError: this rank has both ends, and they are no longer one parameter.
         """
-        self._check_shared()
         parameter = self.parameter
         if parameter is None:
             return
@@ -88,23 +98,11 @@ class TiedRows(SharesGroup):
     @torch.no_grad()
     def differs(self) -> Tensor:
         """Tell, as a bool tensor, whether the two ends' rows differ in any bit; both ends call."""
-        self._check_shared()
         parameter = self.parameter
         if parameter is None:
             return torch.zeros((), dtype=torch.bool)
         other = exchange_with_peer(parameter.detach(), self._peer, self.group)
         return (parameter != other).any()
-
-    def _check_shared(self) -> None:
-        embedding, classifier = self._embedding, self._classifier
-        if embedding is None or classifier is None:
-            return
-        if embedding.weight is not classifier.weight:
-            raise ValueError(
-                "this rank has both ends of the tied weight, which must be one parameter, but "
-                "to_empty, load_state_dict(assign=True) or an assignment has put another in the "
-                "place of one: make TiedRows, and then the optimizer, after it"
-            )
 
 
 def _check_ends(pipeline: VocabGroup, ends: list[tuple[str, int, VocabRows | None]]) -> None:
