@@ -227,23 +227,33 @@ class _Forward:
         # For whoever asks which inputs a model takes. No __wrapped__, which accelerate follows.
         self.__signature__ = inspect.signature(inner)
 
+    @torch.compiler.disable(recursive=False)  # the model's own frames are compiled
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if args and args[0] is self.owner:  # accelerate's unwrap_model() binds it to the model
             args = args[1:]
-        return _call(self, *args, **kwargs)
-
-    def labels_of(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the labels of a call, or None."""
         labels = kwargs.get("labels")
         if labels is None and args:
             labels = self.__signature__.bind_partial(*args, **kwargs).arguments.get("labels")
-        return labels
+        if labels is None or self.options is None:
+            return self.inner(*args, **kwargs)
+        head = self.owner.get_output_embeddings()
+        stand_in = _StandIn(head, partial(self.loss, head))
+        with _in_place_of(head, stand_in, self.owner):
+            output = self.inner(*args, **kwargs)
+        stand_in.done = True
+        if not stand_in.called:
+            raise ValueError(
+                f"expected a model that calls its classifier, {type(head).__name__}, for logits, "
+                f"got {type(self.owner).__name__}, which did not: leave it as it is, or give its "
+                f"hidden states to linear_cross_entropy"
+            )
+        return _with_logits_on_request(output)
 
     def loss(self, head: nn.Module, hidden: Tensor, targets: Tensor, **given: Any) -> Tensor:
         """Return the loss that `Recipe` asks for."""
-        if isinstance(head, FSDPModule):  # its weight is whole within its own call alone
-            return _within(head, hidden, partial(self._loss, targets=targets, given=given))
-        return self._loss(head, hidden, targets, given)
+        loss = partial(self._loss, targets=targets, given=given)
+        # Its weight is whole within its own call alone.
+        return _within(head, hidden, loss) if isinstance(head, FSDPModule) else loss(head, hidden)
 
     def _loss(self, head: nn.Module, hidden: Tensor, targets: Tensor, given: Any) -> Tensor:
         sharded = any(map(is_sharded, head.modules()))
@@ -303,38 +313,19 @@ def _loss_of_own_tokens(
     return total if reduction == "sum" else total / (labels != ignore_index).sum().clamp(min=1)
 
 
-@torch.compiler.disable(recursive=False)  # the model's own frames are compiled
-def _call(forward: _Forward, *args: Any, **kwargs: Any) -> Any:
-    labels = None if forward.options is None else forward.labels_of(*args, **kwargs)
-    if labels is None:
-        return forward.inner(*args, **kwargs)
-    with _stand_in(forward) as stand_in:
-        output = forward.inner(*args, **kwargs)
-    stand_in.done = True
-    if not stand_in.called:
-        raise ValueError(
-            f"expected a model that calls its classifier, {type(stand_in.head).__name__}, for "
-            f"logits, got {type(forward.owner).__name__}, which did not: leave it as it is, or "
-            f"give its hidden states to linear_cross_entropy"
-        )
-    return _with_logits_on_request(output)
-
-
 @contextmanager
-def _stand_in(forward: _Forward) -> Iterator["_StandIn"]:
-    """Put a stand-in wherever the model has its classifier."""
-    head = forward.owner.get_output_embeddings()
-    stand_in = _StandIn(head, partial(forward.loss, head))
+def _in_place_of(head: nn.Module, stand_in: nn.Module, owner: nn.Module) -> Iterator[None]:
+    """Put a stand-in wherever a model has its classifier."""
     places = [
         (parent, name)
-        for parent in forward.owner.modules()
+        for parent in owner.modules()
         for name, child in parent._modules.items()
         if child is head
     ]
     for parent, name in places:
         parent._modules[name] = stand_in
     try:
-        yield stand_in
+        yield
     finally:
         for parent, name in places:
             parent._modules[name] = head
@@ -362,11 +353,10 @@ class _StandIn(nn.Module):
         kind = hidden.device.type
         casts = torch.is_autocast_enabled(kind)
         dtype = torch.get_autocast_dtype(kind) if casts else hidden.dtype
-        classifier = self.head
 
         def compute(hidden: Tensor) -> Tensor:
             with torch.autocast(kind, dtype, enabled=casts):
-                return classifier(hidden)
+                return self.head(hidden)
 
         return DeferredLogits(
             Recipe(hidden, compute, rows, self.loss, dtype, may_compute=lambda: self.done)

@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.serialization import DEFAULT_PROTOCOL
 
 from vocab_parallel.collectives import group_device
+from vocab_parallel.modules.gradient_sums import local_part
 from vocab_parallel.options import SharesGroup
 from vocab_parallel.partition import ceiling_rows, row_range
 
@@ -133,12 +134,15 @@ class OwnRows(SharesGroup):
         start, stop: this rank's rows.
         row_counts: the rows of every rank of the group, by rank.
         group: the vocab group; None is the default group.
+        is_tied_copy: whether another pipeline rank has the same rows of a tied weight, and counts
+            them in norms.
     """
 
     start: int
     stop: int
     row_counts: tuple[int, ...]
     group: ProcessGroup | None
+    is_tied_copy: bool = False
 
     @property
     def vocab_size(self) -> int:
@@ -158,12 +162,10 @@ class OwnRows(SharesGroup):
         degree = len(self.row_counts)
         if degree == 1:
             return rows
-        if isinstance(rows, DTensor):
+        is_ceiling = self.row_counts == tuple(ceiling_rows(self.vocab_size, degree))
+        if isinstance(rows, DTensor) or not is_ceiling:
             start, _ = self._wanted(rows)
-            return _RowsOfWhole(rows.to_local().detach(), start, self.vocab_size)
-        if self.row_counts != tuple(ceiling_rows(self.vocab_size, degree)):
-            self._wanted(rows)
-            return _RowsOfWhole(rows.detach(), self.start, self.vocab_size)
+            return _RowsOfWhole(local_part(rows).detach(), start, self.vocab_size)
         group = dist.group.WORLD if self.group is None else self.group
         assert group is not None  # there are several ranks
         device = group_device(group) if rows.is_meta else rows.device
@@ -228,8 +230,8 @@ class OwnRows(SharesGroup):
         if isinstance(value, _RowsOfWhole):
             return value._rows, value._start
         if isinstance(value, DTensor):
-            return value.to_local().detach(), first + rows_of_dtensor(value)[0]
-        return value.detach(), first
+            first += rows_of_dtensor(value)[0]
+        return local_part(value).detach(), first
 
 
 def rows_of_dtensor(tensor: DTensor) -> tuple[int, int, int | None]:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Self
+from typing import Any, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from vocab_parallel.collectives import VocabGroup
-from vocab_parallel.modules.gathered_logits import gather_logits, replicated_input
 from vocab_parallel.modules.heads import LowRank, OutputWeight
 from vocab_parallel.modules.vocab_rows import VocabRows
 from vocab_parallel.options import VocabParallelOptions, generator_of_rows
+from vocab_parallel.partition import row_range
+from vocab_parallel.statistics import accumulation_dtype
 
 
 class VocabParallelClassifier(VocabRows):
@@ -177,8 +178,8 @@ class VocabParallelClassifier(VocabRows):
             return F.linear(hidden.to("meta"), whole)
         group = VocabGroup.of(self.group)
         e, c = OutputWeight(self).read().operands(hidden)
-        logits = F.linear(replicated_input(e, group), c, self.bias)
-        return gather_logits(logits, self.row_counts, group)
+        logits = F.linear(cast(Tensor, _ReplicatedInput.apply(e, group)), c, self.bias)
+        return cast(Tensor, _GatherLogits.apply(logits, self.row_counts, group))
 
     def extra_repr(self) -> str:
         """Describe the rows in the module's repr."""
@@ -190,3 +191,34 @@ class VocabParallelClassifier(VocabRows):
 
 def _copied(whole: Tensor, rows: slice) -> nn.Parameter:
     return nn.Parameter(whole.detach()[rows].clone(), requires_grad=whole.requires_grad)
+
+
+class _ReplicatedInput(torch.autograd.Function):
+    """Hidden states [..., D] unchanged; their gradient is summed over the group."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, group: VocabGroup) -> Tensor:
+        ctx.group = group
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        group: VocabGroup = ctx.group
+        partial = grad.to(accumulation_dtype(grad.dtype), copy=True)
+        return group.sum(partial).to(grad.dtype), None
+
+
+class _GatherLogits(torch.autograd.Function):
+    """The columns of every rank's logits [..., rows]; backward takes this rank's."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, row_counts: Sequence[int], group: VocabGroup) -> Tensor:
+        ctx.own = slice(*row_range(row_counts, group.rank))
+        padding = max(row_counts) - logits.shape[-1]
+        gathered = group.gather_tokens(F.pad(logits, (0, padding)).unsqueeze(0))  # [V, ..., most]
+        columns = [of_rank[..., :n] for of_rank, n in zip(gathered, row_counts, strict=True)]
+        return torch.cat(columns, -1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad[..., ctx.own].contiguous(), None, None

@@ -129,8 +129,6 @@ class VocabParallelEmbedding(VocabRows):
         Bitwise repeatable. Communicates nothing.
         """
         num_rows = self.weight.shape[0]
-        if num_rows == 0:
-            return grad.new_zeros((0, grad.shape[1]))
         owned, rows = self._owned(ids)
         # Tokens of other ranks' rows go to a row of padding.
         rows = torch.where(owned, rows, num_rows)

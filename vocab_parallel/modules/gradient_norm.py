@@ -64,17 +64,21 @@ def clip_grad_norm_(
     every = list({id(p): p for p in parameters}.values())  # a shared parameter once
     problem = next(filter(None, map(_problem_of, every)), None)
     with_grad = [(p, p.grad) for p in every if p.grad is not None]
-    squares = _squares(
-        local_part(gradient)
-        for parameter, gradient in with_grad
-        if problem is None and _counts_here(parameter, gradient, groups)
-    )
-    locals_ = [local_part(gradient) for _, gradient in with_grad]
-    norm = _sum_over_mesh(squares, locals_, problem, groups).sqrt()
+    here = [grad for p, grad in with_grad if problem is None and _counts_here(p, grad, groups)]
+    held = _by_dtype(grad for _, grad in with_grad)
+    device = with_grad[0][1].device if with_grad else group_device(groups.pipeline_group)
+    # The second number tells of problems, so that nobody waits for a rank that raises.
+    total = torch.zeros(2, dtype=torch.float64, device=device)
+    for dtype, own in _by_dtype(here).items():
+        norms = torch._foreach_norm(own, 2, dtype=accumulation_dtype(dtype))
+        total[0] += torch.stack(norms).double().square().sum()
+    total[1] += problem is not None
+    norm = _sum_over_mesh(total, problem, groups).sqrt()
+    norm = norm if torch.float64 in held else norm.float()
     if not math.isinf(max_norm):
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        for dtype in {own.dtype for own in locals_}:
-            torch._foreach_mul_([own for own in locals_ if own.dtype == dtype], factor.to(dtype))
+        for dtype, own in held.items():
+            torch._foreach_mul_(own, factor.to(dtype))
     return norm
 
 
@@ -97,18 +101,12 @@ def _problem_of(parameter: nn.Parameter) -> str | None:
     return None
 
 
-def _squares(gradients: Iterable[Tensor]) -> list[Tensor]:
-    """Return the squared norms of gradients, as one tensor of each dtype; few kernels."""
-    by_dtype: dict[torch.dtype, list[Tensor]] = {}
-    for own in gradients:
-        by_dtype.setdefault(own.dtype, []).append(own)
-    return [
-        torch.stack(torch._foreach_norm(own, 2, dtype=accumulation_dtype(dtype)))
-        .double()
-        .square()
-        .sum()
-        for dtype, own in by_dtype.items()
-    ]
+def _by_dtype(gradients: Iterable[Tensor]) -> dict[torch.dtype, list[Tensor]]:
+    """Return what this rank holds of gradients, of each dtype together: few kernels."""
+    found: dict[torch.dtype, list[Tensor]] = {}
+    for gradient in gradients:
+        found.setdefault(gradient.dtype, []).append(local_part(gradient))
+    return found
 
 
 def _counts_here(parameter: nn.Parameter, gradient: Tensor, groups: Any) -> bool:
@@ -126,10 +124,8 @@ def _counts_here(parameter: nn.Parameter, gradient: Tensor, groups: Any) -> bool
     return all(rank == 0 or is_spread_over(gradient, group) for group, rank in shared_over)
 
 
-def _sum_over_mesh(
-    squares: list[Tensor], locals_: list[Tensor], problem: str | None, groups: Any
-) -> Tensor:
-    """Sum over this rank's gradients and over all groups; a rank may have none to count.
+def _sum_over_mesh(total: Tensor, problem: str | None, groups: Any) -> Tensor:
+    """Sum squares and the number of problems [2] over all groups; return the squares' sum.
 
     Raises:
         ValueError: a rank has a problem; see `clip_grad_norm_`.
@@ -139,12 +135,6 @@ def _sum_over_mesh(
         for group in (columns_of(groups)[0], groups.data_group, groups.pipeline_group)
         if group is not None
     ]
-    device = locals_[0].device if locals_ else group_device(groups.pipeline_group)
-    # The second number tells of problems, so that nobody waits for a rank that raises.
-    total = torch.zeros(2, dtype=torch.float64, device=device)
-    for square in squares:
-        total[0] += square
-    total[1] += problem is not None
     for group in over:
         total = group.sum(total)
     problems = set() if problem is None else {problem}
@@ -153,6 +143,4 @@ def _sum_over_mesh(
             problems.update(*group.exchange_objects(problems))
     if problems:
         raise ValueError("; ".join(sorted(problems)))
-    summed = torch.where(total[1] > 0, torch.nan, total[0])
-    double = any(own.dtype == torch.float64 for own in locals_)
-    return summed if double else summed.float()
+    return torch.where(total[1] > 0, torch.nan, total[0])

@@ -133,16 +133,20 @@ class OutputWeight:
         Raises:
             ValueError: the classifier has fewer rows than that.
         """
-        _check_configured(self._num_rows(), model)
+        module: Any = None if isinstance(self.owner, Tensor) else _unwrapped(self.owner)
+        if self.options is None and hasattr(module, "row_counts"):  # of every rank of the group
+            _check_configured(sum(module.row_counts), model)
+        elif self.options is None and getattr(module, "options", None) is None:
+            _check_configured(self._parts()[0].shape[0], model)
 
     def warn_of_padding(self, model: nn.Module) -> None:
         """Warn where more rows count as tokens than the configuration of the model says.
 
         That is found as `check_vocab_size` finds it.
         """
-        size, options = _configured_vocab_size(model), self.read().options
-        counted = getattr(options, "vocab_size", None)
-        counted = self._num_rows() if counted is None else counted
+        size, rows = _configured_vocab_size(model), self.read()
+        options = rows.options
+        counted = len(rows.weight) if options is None else getattr(options, "vocab_size", None)
         if size is not None and counted is not None and counted > size:
             warnings.warn(
                 f"the loss takes {counted} rows of the classifier for tokens, but the "
@@ -152,17 +156,6 @@ class OutputWeight:
                 f"num_rows={counted}) makes them, or correct the configuration",
                 stacklevel=3,
             )
-
-    def _num_rows(self) -> int | None:
-        """Count the rows of the whole classifier; None where options alone describe them."""
-        if self.options is not None:
-            return None
-        module: Any = None if isinstance(self.owner, Tensor) else _unwrapped(self.owner)
-        if hasattr(module, "row_counts"):  # of a VocabParallelClassifier, by rank
-            return sum(module.row_counts)
-        if getattr(module, "options", None) is not None:
-            return None
-        return self._parts()[0].shape[0]
 
     def _parts(self) -> tuple[Tensor, Tensor | None, tuple[LowRank, ...]]:
         if isinstance(self.owner, Tensor):
@@ -224,10 +217,10 @@ def _check_rows(module: Any, weight: Tensor) -> None:
     _check_configured(weight.shape[0], module)
 
 
-def _check_configured(num_rows: int | None, model: nn.Module) -> None:
+def _check_configured(num_rows: int, model: nn.Module) -> None:
     """Raise ValueError for fewer rows of the whole classifier than a configuration states."""
     size = _configured_vocab_size(model)
-    if size is not None and num_rows is not None and num_rows < size:
+    if size is not None and num_rows < size:
         raise ValueError(
             f"the classifier has {num_rows} rows, which the loss takes for the whole vocabulary, "
             f"but the configuration of {type(model).__name__} says vocab_size={size}. Pass "

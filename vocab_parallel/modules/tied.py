@@ -112,21 +112,19 @@ def _check_ends(pipeline: VocabGroup, ends: list[tuple[str, int, VocabRows | Non
         pipeline: the ranks, which all call.
         ends: "first" and "last", the pipeline rank of that stage, and this rank's module of it.
     """
-    problem = None
-    for role, end, module in ends:
-        if (pipeline.rank == end) != (module is not None):
-            problem = (
-                f"pipeline rank {pipeline.rank}: the {role} stage is on rank {end}, which alone "
-                f"has its end of the tied weight; got {type(module).__name__}"
-            )
-    rows = {
-        f"[{module.start}, {module.stop}) of [{module.vocab_size}, {module.hidden_size}]"
+    own = [
+        module and f"[{module.start}, {module.stop}) of [{module.vocab_size}, {module.hidden_size}]"
         for _, _, module in ends
-        if module is not None
-    }
-    told = pipeline.exchange_objects((problem, rows))
-    problems = sorted({text for text, _ in told if text is not None})
-    different = sorted(set().union(*(rows for _, rows in told)))
+    ]
+    told, problems = pipeline.exchange_objects(own), []
+    for (role, end, _), rows in zip(ends, zip(*told, strict=True), strict=True):
+        holders = [rank for rank, each in enumerate(rows) if each is not None]
+        if holders != [end]:
+            problems.append(
+                f"the {role} stage is on pipeline rank {end}, which alone has its end of the tied "
+                f"weight: got one from the ranks {holders}"
+            )
+    different = sorted({each for rows in told for each in rows if each is not None})
     if len(different) > 1:
         problems.append(
             f"the ends of a tied weight have the rows {' and '.join(different)}: give both the "

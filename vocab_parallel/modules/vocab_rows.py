@@ -21,8 +21,6 @@ from vocab_parallel.modules.optimizer_state import watch_optimizers
 from vocab_parallel.options import SharesGroup, group_rank_and_size
 from vocab_parallel.partition import ceiling_rows, checked_rows, row_range
 
-_COPY = "is_tied_copy"
-
 
 def holds_vocab_rows(parameter: Tensor) -> bool:
     """Whether a parameter's rows are this vocab rank's alone."""
@@ -31,7 +29,8 @@ def holds_vocab_rows(parameter: Tensor) -> bool:
 
 def is_tied_copy(parameter: Tensor) -> bool:
     """Whether another pipeline rank holds the same rows of a tied weight, and counts them."""
-    return getattr(parameter, _COPY, False)
+    rows = rows_of(parameter)
+    return rows is not None and rows.is_tied_copy
 
 
 class VocabRows(SharesGroup, nn.Module):
@@ -91,7 +90,7 @@ class VocabRows(SharesGroup, nn.Module):
     @property
     def own_rows(self) -> OwnRows:
         """Which rows these are, for state dicts."""
-        return OwnRows(self.start, self.stop, self.row_counts, self.group)
+        return OwnRows(self.start, self.stop, self.row_counts, self.group, self._is_tied_copy)
 
     def row_parameters(self) -> Iterator[nn.Parameter]:
         """Yield the parameters that hold rows now; of a parametrized one, what it is made from."""
@@ -136,7 +135,6 @@ class VocabRows(SharesGroup, nn.Module):
             watch_optimizers()
         for parameter in self.row_parameters():
             mark_rows(parameter, self.own_rows)
-            setattr(parameter, _COPY, self._is_tied_copy)
 
     def become_tied_copy(self) -> None:
         """Leave it to another pipeline rank, which holds the same rows, to count them."""
