@@ -364,7 +364,7 @@ def check_older(reference: Reference, group: ProcessGroup) -> None:
     resumed.load_state_dict(copy.deepcopy(state))
     reference.goes_on(other, resumed)
     for wrong in (torch.zeros(4, HIDDEN), torch.tensor(1.0)):
-        with pytest.raises(ValueError, match=r"or all of them, got .*another number of ranks"):
+        with pytest.raises(ValueError, match=r"or all of them, but .* another number of ranks"):
             other.head.load_state_dict({**other.head.state_dict(), "weight": wrong})
 
 

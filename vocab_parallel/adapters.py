@@ -72,7 +72,6 @@ class HiddenStatesLoss:
         rows = self._weight.read()
         e, c = rows.operands(pred)
         divided = global_valid_tokens is not None
-        validate = None if self._validated else True
         loss = linear_cross_entropy(
             e,
             c,
@@ -82,7 +81,7 @@ class HiddenStatesLoss:
             num_valid_tokens=global_valid_tokens,
             vocab_parallel_options=rows.options,
             hidden_layout=layout,
-            **{"validate": validate, **self._options},
+            **{"validate": None if self._validated else True, **self._options},
         )
         self._validated = True
         return loss, {}

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map_only
 
 from vocab_parallel.modules.sharded_linear import is_sharded, own_rows
 
@@ -88,11 +89,8 @@ class WholeRowsCallback:
                 state[prefix + name] = self._whole[parameter]
 
     def _with_whole_moments(self, _: Any, state: dict[str, Any]) -> dict[str, Any]:
-        moments = {
-            index: {name: self._whole.get(value, value) for name, value in own.items()}
-            for index, own in state["state"].items()
-        }
-        return {**state, "state": moments}
+        whole: dict[str, Any] = tree_map_only(DTensor, lambda own: self._whole.get(own, own), state)
+        return whole
 
 
 def _bare(optimizer: Any) -> Any:

@@ -172,26 +172,22 @@ def _owner_of(model: nn.Module) -> Any:
 
 def _check_sharding(model: nn.Module, owner: Any, head: Any, mesh: DeviceMesh) -> None:
     """Raise ValueError where the rows of a classifier cannot be spread over a mesh."""
-    problem = None
+    others = [module for module in _sharing(owner, head) if not can_be_sharded(module)]
     if mesh.ndim != 1 or mesh.size() != dist.get_world_size():
         problem = f"a mesh of one axis over all {dist.get_world_size()} ranks, got {mesh}"
     elif isinstance(model, DistributedDataParallel):
         problem = "a model before DDP wraps it, got DDP's: DDP sums whole gradients"
     elif _CHANGED in vars(owner):
         problem = "a model that is not changed yet: call remove_vocab_parallel_loss(model) first"
-    else:
-        problem = next(
-            (
-                f"a plain nn.Linear as the classifier, and a plain nn.Embedding where one is tied "
-                f"to it, got {type(module).__name__} with {type(module.weight).__name__}: call "
-                f"before FSDP2 wraps the model, and leave both out of PEFT"
-                for module in _sharing(owner, head)
-                if not can_be_sharded(module)
-            ),
-            None,
+    elif others:
+        problem = (
+            f"a plain nn.Linear as the classifier, and a plain nn.Embedding where one is tied to "
+            f"it, got {type(others[0]).__name__} with {type(others[0].weight).__name__}: call "
+            f"before FSDP2 wraps the model, and leave both out of PEFT"
         )
-    if problem is not None:
-        raise ValueError(f"expected, to spread the classifier's rows over a mesh, {problem}")
+    else:
+        return
+    raise ValueError(f"expected, to spread the classifier's rows over a mesh, {problem}")
 
 
 def _sharing(owner: nn.Module, head: Any) -> list[Any]:

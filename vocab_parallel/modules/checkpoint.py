@@ -188,12 +188,21 @@ class OwnRows(SharesGroup):
         if len(self.row_counts) == 1 and isinstance(place, DTensor):
             return value
         start, stop = self._wanted(place)
-        rows, first = self._told(value)
-        if not first <= start <= stop <= first + rows.shape[0]:
+        length = value.shape[0] if value.dim() > 0 else -1
+        if isinstance(value, _RowsOfWhole):
+            rows, first, is_own = value._rows, value._start, False
+        else:
+            is_own = length == self.stop - self.start
+            rows, first = local_part(value).detach(), self.start if is_own else 0
+        if isinstance(value, DTensor):
+            first += rows_of_dtensor(value)[0]
+        is_known = is_own or length == self.vocab_size
+        if not is_known or not first <= start <= stop <= first + rows.shape[0]:
             raise ValueError(
-                f"this rank needs rows [{start}, {stop}) of {self.vocab_size}, but was given "
-                f"rows [{first}, {first + rows.shape[0]}): load what this rank has saved, or all "
-                f"rows (StateDictOptions(full_state_dict=True)), or by torch.distributed.checkpoint"
+                f"this rank needs rows [{start}, {stop}) of {self.vocab_size}, or all of them, but "
+                f"was given rows from {first} on, {list(rows.shape)} of {list(value.shape)}: load "
+                f"what this rank has saved, and what another number of ranks has saved as all rows "
+                f"(StateDictOptions(full_state_dict=True)), or by torch.distributed.checkpoint"
             )
         if rows.shape[0] > stop - start:
             rows = rows[start - first : stop - first].clone()
@@ -214,24 +223,6 @@ class OwnRows(SharesGroup):
             return self.start, self.stop
         first, last, _ = rows_of_dtensor(place)
         return self.start + first, self.start + last
-
-    def _told(self, value: Tensor) -> tuple[Tensor, int]:
-        """Return the rows that a value has here, and the first of them."""
-        length = value.shape[0] if value.dim() > 0 else -1
-        is_named = isinstance(value, _RowsOfWhole)
-        if length != self.vocab_size and (is_named or length != self.stop - self.start):
-            raise ValueError(
-                f"expected the rows [{self.start}, {self.stop}) of {self.vocab_size}, or all of "
-                f"them, got {list(value.shape)}: the checkpoint is of another vocabulary, or of "
-                f"another number of ranks, whose rows must be saved and loaded as a whole "
-                f"(StateDictOptions(full_state_dict=True)) or by torch.distributed.checkpoint"
-            )
-        first = 0 if length == self.vocab_size else self.start
-        if isinstance(value, _RowsOfWhole):
-            return value._rows, value._start
-        if isinstance(value, DTensor):
-            first += rows_of_dtensor(value)[0]
-        return local_part(value).detach(), first
 
 
 def rows_of_dtensor(tensor: DTensor) -> tuple[int, int, int | None]:
@@ -295,23 +286,21 @@ class _RowsOfWhole(Tensor):
                 self._rows.copy_(rest[0]._rows, *rest[1:], **kwargs)
                 return self
         raise ValueError(
-            f"{func} of rows that stand for the whole, as rows_for_checkpoint names them, and the "
-            f"state dict of a partition that no DTensor has: they are for "
-            f"torch.distributed.checkpoint alone: compute with the module's own rows, or with all "
-            f"rows, which gather_rows returns"
+            f"{func} of rows that stand for the whole: they are for torch.distributed.checkpoint "
+            f"alone: compute with the module's own rows, or with all rows, which gather_rows "
+            f"returns"
         )
 
     def _of(self, rows: Tensor) -> "_RowsOfWhole":
         """Name other rows in the same way."""
         return _RowsOfWhole(rows, self._start, self.shape[0])
 
-    def _chunk(self) -> ChunkStorageMetadata:
-        offsets = (self._start, *[0] * (self._rows.dim() - 1))
-        return ChunkStorageMetadata(offsets=torch.Size(offsets), sizes=self._rows.shape)
-
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
         # A chunk is known by where it begins: an empty one would be taken for the next rank's.
-        return [self._chunk()] if self._rows.shape[0] > 0 else []
+        if self._rows.shape[0] == 0:
+            return []
+        offsets = torch.Size((self._start, *[0] * (self._rows.dim() - 1)))
+        return [ChunkStorageMetadata(offsets, self._rows.shape)]
 
     def __create_write_items__(self, fqn: str, _: Any) -> list[WriteItem]:
         return [

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from vocab_parallel.collectives import VocabGroup
 from vocab_parallel.modules.gradient_sums import local_part, sum_gradients
-from vocab_parallel.modules.vocab_rows import VocabRows, holds_vocab_rows
+from vocab_parallel.modules.vocab_rows import holds_vocab_rows, mark_rows_of
 
 
 def columns_of(groups: Any) -> tuple[ProcessGroup, int]:
@@ -106,9 +106,7 @@ def _spread(values: list[float]) -> float:
 
 def _replicated(module: nn.Module, groups: Any) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield the parameters that every column has in full, or sharded over other axes alone."""
-    for part in module.modules():
-        if isinstance(part, VocabRows):
-            part.mark_rows()
+    mark_rows_of(module)
     columns = columns_of(groups)[0]
     for name, parameter in module.named_parameters():
         # Whoever spread a parameter over the columns reduces its gradient.

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from vocab_parallel.collectives import VocabGroup, group_device
+from vocab_parallel.modules.checkpoint import rows_of
 from vocab_parallel.modules.columns import columns_of, is_spread_over
 from vocab_parallel.modules.gradient_sums import local_part
-from vocab_parallel.modules.vocab_rows import VocabRows, holds_vocab_rows, is_tied_copy
+from vocab_parallel.modules.vocab_rows import mark_rows_of
 from vocab_parallel.statistics import accumulation_dtype
 
 
@@ -57,9 +58,7 @@ def clip_grad_norm_(
     if not max_norm > 0:
         raise ValueError(f"max_norm must be positive, got {max_norm!r}")
     if isinstance(parameters, nn.Module):
-        for module in parameters.modules():
-            if isinstance(module, VocabRows):
-                module.mark_rows()
+        mark_rows_of(parameters)
         parameters = parameters.parameters()
     every = list({id(p): p for p in parameters}.values())  # a shared parameter once
     problem = next(filter(None, map(_problem_of, every)), None)
@@ -111,7 +110,8 @@ def _by_dtype(gradients: Iterable[Tensor]) -> dict[torch.dtype, list[Tensor]]:
 
 def _counts_here(parameter: nn.Parameter, gradient: Tensor, groups: Any) -> bool:
     """Whether this rank is the one that counts what it holds of a gradient."""
-    if is_tied_copy(parameter):
+    rows = rows_of(parameter)
+    if rows is not None and rows.is_tied_copy:
         return False
     if isinstance(gradient, DTensor):
         for axis, placement in enumerate(gradient.placements):
@@ -119,7 +119,7 @@ def _counts_here(parameter: nn.Parameter, gradient: Tensor, groups: Any) -> bool
             if replicated and gradient.device_mesh.get_local_rank(axis) != 0:
                 return False
     shared_over = [(groups.data_group, groups.data_rank)]
-    if not holds_vocab_rows(parameter):
+    if rows is None:
         shared_over.append(columns_of(groups))
     return all(rank == 0 or is_spread_over(gradient, group) for group, rank in shared_over)
 

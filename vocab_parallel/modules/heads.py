@@ -161,8 +161,8 @@ class OutputWeight:
         if isinstance(self.owner, Tensor):
             return self.owner, self.bias, ()
         module: Any = _unwrapped(self.owner)
-        low_rank: LowRank | None = getattr(module, "low_rank", None)
-        adapters = () if low_rank is None else (low_rank,)
+        low_rank = getattr(module, "low_rank", None)
+        adapters: tuple[LowRank, ...] = () if low_rank is None else (low_rank,)
         if all(hasattr(module, name) for name in ("base_layer", "lora_A", "lora_B", "scaling")):
             adapters, module = _lora_adapters(module), module.base_layer
         _check_module(module)

@@ -70,21 +70,17 @@ def shard_rows(modules: list[nn.Module], mesh: DeviceMesh) -> None:
         modules: those that `can_be_sharded`.
         mesh: of one axis.
     """
-    _replace(modules, lambda whole: distribute_tensor(whole, mesh, [Shard(0)]))
-    for module in modules:
-        module.__class__ = _SHARDED[type(module)]
+    _change(modules, _SHARDED, lambda whole: distribute_tensor(whole, mesh, [Shard(0)]))
 
 
 def make_whole(modules: list[nn.Module]) -> None:
     """Undo `shard_rows`: every rank calls and gets all rows."""
-    _replace(modules, lambda rows: cast(DTensor, rows).full_tensor())
-    for module in modules:
-        module.__class__ = _WHOLE[type(module)]
+    _change(modules, _WHOLE, lambda rows: cast(DTensor, rows).full_tensor())
 
 
 def is_sharded(module: nn.Module) -> bool:
     """Tell whether `shard_rows` made a module what it is."""
-    return isinstance(module, tuple(_WHOLE))
+    return isinstance(module, _ShardedRows)
 
 
 def own_rows(whole: Tensor, like: DTensor) -> DTensor:
@@ -93,14 +89,19 @@ def own_rows(whole: Tensor, like: DTensor) -> DTensor:
     return distribute_tensor(own, like.device_mesh, like.placements, src_data_rank=None)
 
 
-def _replace(modules: list[nn.Module], function: Callable[[Tensor], Tensor]) -> None:
-    """Put function(parameter) in the place of every parameter, one for each that is shared."""
+def _change(
+    modules: list[nn.Module],
+    classes: Mapping[type[nn.Module], type[nn.Module]],
+    function: Callable[[Tensor], Tensor],
+) -> None:
+    """Give modules other classes, and function(parameter) for every parameter, shared as before."""
     replaced: dict[nn.Parameter, nn.Parameter] = {}
     for module in modules:
         for name, old in list(module.named_parameters(recurse=False)):
             if old not in replaced:
                 replaced[old] = nn.Parameter(function(old.detach()), old.requires_grad)
             setattr(module, name, replaced[old])
+        module.__class__ = classes[type(module)]
 
 
 def _gathered(rows: Tensor) -> Tensor:

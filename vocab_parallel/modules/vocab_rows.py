@@ -27,10 +27,11 @@ def holds_vocab_rows(parameter: Tensor) -> bool:
     return rows_of(parameter) is not None
 
 
-def is_tied_copy(parameter: Tensor) -> bool:
-    """Whether another pipeline rank holds the same rows of a tied weight, and counts them."""
-    rows = rows_of(parameter)
-    return rows is not None and rows.is_tied_copy
+def mark_rows_of(module: nn.Module) -> None:
+    """Mark the parameters that hold rows now, of all modules within one."""
+    for part in module.modules():
+        if isinstance(part, VocabRows):
+            part.mark_rows()
 
 
 class VocabRows(SharesGroup, nn.Module):
