@@ -41,7 +41,7 @@ def sum_over_columns(module: nn.Module, groups: Any) -> None:
 
     Communicates every gradient of a parameter that is trained, in its dtype, over the columns'
     group, but for rows of the vocabulary, which are one rank's alone: in buckets of 64 MiB, of
-    which two exist at a time, and what is larger by itself. A parameter may have no gradient on
+    which one exists at a time, and what is larger by itself. A parameter may have no gradient on
     some ranks (an expert that no token of the column reached): it takes part as zeros and gets the
     sum. One that has none on any rank stays without where the group communicates from the CPU; on a
     GPU, where asking would make the host wait, it gets zeros, which weight decay reaches: freeze

@@ -1,6 +1,5 @@
 """Gradients of what several ranks replicate, summed over them in few collectives."""
 
-from collections import deque
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -8,10 +7,9 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
-from vocab_parallel.collectives import Pending, VocabGroup, group_device
+from vocab_parallel.collectives import VocabGroup, group_device
 
 BUCKET_BYTES = 64 * 2**20
-_IN_FLIGHT = 2  # buckets that exist at a time: one is filled while another is summed
 
 
 @torch.no_grad()
@@ -33,8 +31,8 @@ def sum_gradients(
     Args:
         parameters: those that are not trained (``requires_grad=False``) are left out.
         group: whose ranks all call.
-        bucket_bytes: of gradients that are copied into one buffer and summed together; two
-            buffers exist at a time. A larger gradient is summed where it is.
+        bucket_bytes: of gradients that are copied into one buffer and summed together; one
+            buffer exists at a time. A larger gradient is summed where it is.
     """
     over = VocabGroup.of(group)
     if over.degree == 1:
@@ -42,15 +40,15 @@ def sum_gradients(
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     _agree_on_gradients(trained, over)
     gradients = [local_part(p.grad) for p in trained if p.grad is not None]
-    pending: deque[tuple[list[Tensor], Pending]] = deque()
     for bucket in _buckets(gradients, bucket_bytes):
-        if len(pending) == _IN_FLIGHT:
-            _finish(*pending.popleft())
-        alone = len(bucket) == 1 and bucket[0].is_contiguous()
-        flat = bucket[0] if alone else torch.cat([gradient.reshape(-1) for gradient in bucket])
-        pending.append(([] if alone else bucket, over.start_sum(flat)))
-    for summed in pending:
-        _finish(*summed)
+        if len(bucket) == 1 and bucket[0].is_contiguous():
+            over.sum(bucket[0])
+            continue
+        flat = over.sum(torch.cat([gradient.reshape(-1) for gradient in bucket]))
+        parts = flat.split([gradient.numel() for gradient in bucket])
+        torch._foreach_copy_(
+            bucket, [part.view(own.shape) for part, own in zip(parts, bucket, strict=True)]
+        )
 
 
 def local_part(tensor: Tensor) -> Tensor:
@@ -79,13 +77,3 @@ def _buckets(gradients: list[Tensor], limit: int) -> Iterator[list[Tensor]]:
             bucket = held[gradient.dtype] = []
         bucket.append(gradient)
     yield from held.values()
-
-
-def _finish(bucket: list[Tensor], pending: Pending) -> None:
-    """Wait, on a GPU in its stream alone, for a bucket's sum and put it where it belongs."""
-    flat = pending.wait()
-    if bucket:
-        parts = flat.split([gradient.numel() for gradient in bucket])
-        torch._foreach_copy_(
-            bucket, [part.view(own.shape) for part, own in zip(parts, bucket, strict=True)]
-        )
