@@ -101,10 +101,10 @@ def use_vocab_parallel_loss(
         )
     owner = _owner_of(model)
     head = owner.get_output_embeddings()
-    OutputWeight(head)  # refuses what is no linear classifier
+    weight = OutputWeight(head)  # refuses what is no linear classifier
     changed = vars(owner).get(_CHANGED)
     if changed is None:
-        _check_vocab_size(owner, head)
+        _check_vocab_size(owner, weight)
     if mesh is not None:
         _check_sharding(model, owner, head, mesh)
         shard_rows(_sharing(owner, head), mesh)
@@ -140,13 +140,13 @@ def remove_vocab_parallel_loss(model: nn.Module) -> None:
             owner.forward = changed.inner
 
 
-def _check_vocab_size(owner: nn.Module, head: nn.Module) -> None:
+def _check_vocab_size(owner: nn.Module, weight: OutputWeight) -> None:
     """Refuse fewer rows than the configuration says, and warn of more."""
-    if any(part.is_meta for part in head.parameters(recurse=False)):
+    tensors = weight.tensors
+    if any(own.is_meta for own in tensors):
         return  # it may be resized before it has values
-    weight = OutputWeight(head)
     weight.check_vocab_size(owner)
-    if not any(isinstance(part, DTensor) for part in weight.tensors):
+    if not any(isinstance(own, DTensor) for own in tensors):
         weight.warn_of_padding(owner)
 
 
