@@ -62,6 +62,9 @@ class Mesh:
     pipeline: int
     vocab: int
 
+    def __str__(self) -> str:
+        return f"{self.data} x {self.pipeline} x {self.vocab}"
+
     @property
     def columns(self) -> int:
         """Ranks of a stage, which follow one another."""

@@ -11,25 +11,21 @@ from launch.planning.orders import alone, stages_of
 from launch.planning.rank_work import Rows, filling_helps
 from launch.planning.schedules import SCHEDULES
 from launch.planning.spanning import SpanningPlanner
-from launch.planning.step import Step, of_ranks
-from vocab_parallel.pipeline.spanning.order import Event
+from launch.planning.step import Step
 
 VocabOver = Literal["last-stage", "all-stages"]
-# What the runtime, the allocator's gaps and the communicators take.
-RESERVED = 0.06  # of a GPU's memory; assumed
 MOST_VOCAB = 64  # the largest vocab degree that is looked at
 MOST_GPUS = 1024  # of one copy, of which the least number that fits is looked for
 
 
-@dataclass(frozen=True)
-class MeshPlan:
-    """What one mesh holds, and how long its step takes.
+@dataclass(frozen=True, kw_only=True)
+class MeshPlan(Step):
+    """What one mesh holds, and how long its step takes: that of a column, and of the whole mesh.
 
     Attributes:
         vocab_over: whose ranks hold rows of the vocabulary.
         rows: "filled" where ranks with fewer layers have more of them.
         recompute_layers: whether layers run again in backward, since nothing else fits.
-        step: of a column; its parts can be read here too.
         step_seconds: of one optimizer step, the replicas' sum of gradients included.
         tokens_per_second: of the whole mesh.
         flops_per_second: of the whole mesh, of the model's mathematics: nothing that runs again.
@@ -40,41 +36,15 @@ class MeshPlan:
     vocab_over: VocabOver
     rows: Rows
     recompute_layers: bool
-    step: Step
     step_seconds: float
     tokens_per_second: float
     flops_per_second: float
     missing: float
 
     @property
-    def stages(self) -> list[StageEstimate]:
-        """One rank's part of each stage."""
-        return self.step.stages
-
-    @property
-    def ranks(self) -> list[list[int]]:
-        """The stages that each rank of a column runs."""
-        return self.step.ranks
-
-    @property
-    def passes(self) -> list[Event]:
-        """The simulated step."""
-        return self.step.passes
-
-    @property
-    def bubble(self) -> float:
-        """The share of the ranks' time in which they wait."""
-        return self.step.bubble
-
-    @property
     def fits(self) -> bool:
         """Whether every rank has room."""
         return self.missing <= 0.0
-
-    @property
-    def rank_memory(self) -> list[float]:
-        """Bytes of each rank of a column."""
-        return self.step.rank_memory
 
     @property
     def imbalance(self) -> float:
@@ -87,7 +57,6 @@ def plan_meshes(
     job: Job,
     gpus: int,
     hardware: Hardware,
-    gpu_memory: float,
     vocab_over: tuple[VocabOver, ...] = ("last-stage", "all-stages"),
     batch: int | None = None,
 ) -> list[MeshPlan]:
@@ -105,17 +74,17 @@ def plan_meshes(
     if gpus < 1:
         raise ValueError(f"--gpus must be at least 1, got {gpus}")
     least = max(job.shape.layer_parameters) * (2 * job.itemsize + job.state_bytes)
-    if gpu_memory < least:
+    if hardware.memory < least:
         raise ValueError(
-            f"--gpu-memory {gpu_memory / 1e9:.2f}GB is below one layer of {job.shape.name}, whose "
-            f"weights, gradients and optimizer state are {least / 1e9:.2f} GB"
+            f"--gpu-memory {hardware.memory / 1e9:.2f}GB is below one layer of {job.shape.name}, "
+            f"whose weights, gradients and optimizer state are {least / 1e9:.2f} GB"
         )
     if vocab_over == ("all-stages",) and not SCHEDULES[job.schedule].held:
         raise ValueError(
             f"--schedule {job.schedule} has the vocabulary on the last stage alone: --vocab-over "
             f"all-stages takes one of {[name for name, one in SCHEDULES.items() if one.held]}"
         )
-    planner = _Planner(hardware, gpu_memory * (1 - RESERVED), batch)
+    planner = _Planner(hardware, batch)
     plans: list[MeshPlan] = []
     refused = "all-stages needs at least 2 pipeline ranks, and as many layers as stages"
     for mesh in _meshes(gpus, job):
@@ -132,7 +101,6 @@ def plan_mesh(
     job: Job,
     mesh: Mesh,
     hardware: Hardware,
-    gpu_memory: float,
     vocab_over: VocabOver,
     *,
     simulated: bool,
@@ -140,13 +108,13 @@ def plan_mesh(
     """Plan one mesh as it would be under another schedule, or with other microbatches.
 
     Args:
-        job, mesh, hardware, gpu_memory, vocab_over: as `plan_meshes` has them.
+        job, mesh, hardware, vocab_over: as `plan_meshes` has them.
         simulated: whether its own order is simulated where all stages carry the vocabulary.
 
     Raises:
         ValueError: the schedule cannot run on it.
     """
-    planner = _Planner(hardware, gpu_memory * (1 - RESERVED), None)
+    planner = _Planner(hardware, None)
     if vocab_over == "all-stages":
         return planner.on_all_stages(job, mesh, simulated=simulated)
     return planner.on_last_stage(job, mesh)
@@ -155,7 +123,6 @@ def plan_mesh(
 def least_gpus(
     job: Job,
     hardware: Hardware,
-    gpu_memory: float,
     vocab_over: tuple[VocabOver, ...],
     batch: int | None = None,
 ) -> int | None:
@@ -163,13 +130,14 @@ def least_gpus(
 
     Copies over the data axis need no less each, and are left out.
     """
-    room = gpu_memory * (1 - RESERVED)
-    planner = _Planner(hardware, room, batch)
+    planner = _Planner(hardware, batch)
     shape = job.shape
-    if job.tokens * shape.activation_bytes(job.itemsize) > room:  # of a layer that runs again
+    if (
+        job.tokens * shape.activation_bytes(job.itemsize) > hardware.room
+    ):  # of a layer that runs again
         return None
     body = sum(shape.layer_parameters) + shape.vocabulary_parameters
-    fewest = max(1, int(body * (2 * job.itemsize + job.state_bytes) / room))
+    fewest = max(1, int(body * (2 * job.itemsize + job.state_bytes) / hardware.room))
     for gpus in range(fewest, MOST_GPUS + 1):
         for mesh in _meshes(gpus, job):
             if mesh.data > 1:
@@ -200,10 +168,10 @@ def _meshes(gpus: int, job: Job) -> Iterator[Mesh]:
 
 
 class _Planner:
-    """Plans meshes on GPUs with so much room, in bytes; for an equal batch where one is given."""
+    """Plans meshes; for an equal batch where one is given."""
 
-    def __init__(self, hardware: Hardware, room: float, batch: int | None) -> None:
-        self._hardware, self._room, self._batch = hardware, room, batch
+    def __init__(self, hardware: Hardware, batch: int | None) -> None:
+        self._hardware, self._batch = hardware, batch
         self._spanning = SpanningPlanner(hardware)
 
     def places(self, job: Job, mesh: Mesh, vocab_over: tuple[VocabOver, ...]) -> list[MeshPlan]:
@@ -247,7 +215,7 @@ class _Planner:
 
         Others of its pipeline degree are corrected by what that changes.
         """
-        while (best := best_of(plans, "all-stages")) is not None and not best.step.simulated:
+        while (best := best_of(plans, "all-stages")) is not None and not best.simulated:
             own = self.on_all_stages(job, best.mesh, simulated=True)
             plans = _best_first(
                 [own if plan is best else self._corrected(job, plan, best.mesh) for plan in plans]
@@ -267,7 +235,7 @@ class _Planner:
         return replace(job, microbatches=self._batch // piece)
 
     def _corrected(self, job: Job, plan: MeshPlan, by: Mesh) -> MeshPlan:
-        spans = plan.vocab_over == "all-stages" and not plan.step.simulated
+        spans = plan.vocab_over == "all-stages" and not plan.simulated
         alike = spans and plan.mesh.pipeline == by.pipeline
         return self.on_all_stages(job, plan.mesh) if alike else plan
 
@@ -281,25 +249,25 @@ class _Planner:
     ) -> MeshPlan:
         """Plan one mesh; layers run again where the ranks have no room for what they keep."""
         step = step_of(job)
-        if max(step.rank_memory) > self._room:
+        if max(step.rank_memory) > self._hardware.room:
             job = replace(job, recompute_layers=True)
             step = step_of(job)
         # Replicas of the body sum their gradients after the step: a ring moves nearly twice the
         # bytes.
         replicas = mesh.data * mesh.vocab
-        summed = max(of_ranks(step.stages, step.ranks, "gradients")) * 2 * (1 - 1 / replicas)
+        summed = max(step.of_ranks("gradients")) * 2 * (1 - 1 / replicas)
         seconds = step.seconds + summed / self._hardware.link_of(mesh.columns)
         tokens = job.tokens * job.microbatches * replicas
         return MeshPlan(
+            **vars(step),
             mesh=mesh,
             vocab_over=vocab_over,
             rows=rows,
             recompute_layers=job.recompute_layers,
-            step=step,
             step_seconds=seconds,
             tokens_per_second=tokens / seconds,
             flops_per_second=job.shape.step_flops(tokens, job.sequence) / seconds,
-            missing=max(step.rank_memory) - self._room,
+            missing=max(step.rank_memory) - self._hardware.room,
         )
 
 
