@@ -25,7 +25,7 @@ from launch.planning.command import PlanArguments, parse_bytes, plan
 from launch.planning.estimate import Job, Mesh, estimate_stages
 from launch.planning.hardware import Hardware
 from launch.planning.loss_time import LAUNCHES, loss_seconds, passes_seconds
-from launch.planning.meshes import best_of, least_gpus, plan_mesh, plan_meshes
+from launch.planning.meshes import MeshPlanner, best_of, least_gpus, plan_meshes
 from launch.planning.orders import alone, most_in_flight, stages_of, tasks_of
 from launch.planning.picture import plot_plan
 from launch.planning.published import PUBLISHED
@@ -274,10 +274,8 @@ def test_fewer_microbatches_and_the_formula(schedule: str) -> None:
         )
         expected = planner.step(job, mesh, rows, simulated=False)
         found = planner.step(job, mesh, rows, simulated=True)
-        work = RankWork.of(job, mesh, Hardware.load("h100"), rows)
-        order = best_order(
-            tasks_of(schedule, mesh.pipeline, 32), work.costs(job, mesh, Hardware.load("h100"))
-        )
+        work = RankWork(job, mesh, Hardware.load("h100"), rows)
+        order = best_order(tasks_of(schedule, mesh.pipeline, 32), work.costs())
         assert found.seconds == pytest.approx(order.finish, rel=0.01)
         # Two stages of a rank with different layers: filled rows do not even both phases out.
         error = 0.1 if (schedule, rows) == ("loopedbfs", "filled") else 0.05
@@ -306,7 +304,7 @@ def test_approximations(schedule: str, model: str) -> None:
             continue
         rules: list[Rows] = ["balanced"] + ["filled"] * filling_helps(job, pipeline)
         for rows in rules:
-            costs = RankWork.of(job, mesh, hardware, rows).costs(job, mesh, hardware)
+            costs = RankWork(job, mesh, hardware, rows).costs()
             whole = best_order(tasks_of(schedule, pipeline, microbatches), costs).finish
             expected = SpanningPlanner(hardware).step(job, mesh, rows, simulated=False)
             found = SpanningPlanner(hardware).step(job, mesh, rows, simulated=True)
@@ -888,8 +886,8 @@ def test_nodes() -> None:
     assert planned(gpus=8, node_bandwidth="1GB") == planned(gpus=8)
     mesh, hardware = Mesh(4, 2, 1), replace(Hardware.load("h100"), node_bytes=1e9, node_gpus=4)
     job = Job(ModelShape.load("qwen3-1.7b"), 4096, 1, 8, "1f1b")
-    one = plan_mesh(job, mesh, hardware, "last-stage", simulated=True)
-    whole = plan_mesh(job, mesh, Hardware.load("h100"), "last-stage", simulated=True)
+    one = MeshPlanner(hardware).plan(job, mesh, "last-stage")
+    whole = MeshPlanner(Hardware.load("h100")).plan(job, mesh, "last-stage")
     # Columns stay within a node of four; messages of stages leave it.
     assert one.step_seconds - one.seconds == whole.step_seconds - whole.seconds
     assert one.seconds > whole.seconds

@@ -8,9 +8,9 @@ from launch.planning.hardware import Hardware
 from launch.planning.meshes import (
     MOST_GPUS,
     MeshPlan,
+    MeshPlanner,
     VocabOver,
     least_gpus,
-    plan_mesh,
     plan_meshes,
 )
 from launch.planning.schedules import SCHEDULES
@@ -31,7 +31,7 @@ def more_microbatches(job: Job, best: MeshPlan, hardware: Hardware) -> str:
 
     def planned(microbatches: int, *, simulated: bool) -> MeshPlan:
         more = replace(job, microbatches=microbatches)
-        return plan_mesh(more, best.mesh, hardware, best.vocab_over, simulated=simulated)
+        return MeshPlanner(hardware).plan(more, best.mesh, best.vocab_over, simulated=simulated)
 
     found = best
     while found.bubble > SMALL and found.microbatches < MOST_TIMES * job.microbatches:
@@ -58,9 +58,10 @@ def other_schedule(job: Job, best: MeshPlan, hardware: Hardware) -> str:
         """Return tokens a second, none where it does not run, and the fullest rank's bytes."""
         schedule = SCHEDULES[name]
         own = replace(job, microbatches=best.microbatches, schedule=name)
+        planner = MeshPlanner(hardware)
         if best.vocab_over == "last-stage" or schedule.held:
             with contextlib.suppress(ValueError):  # of the schedule, for these degrees
-                one = plan_mesh(own, best.mesh, hardware, best.vocab_over, simulated=simulated)
+                one = planner.plan(own, best.mesh, best.vocab_over, simulated=simulated)
                 # Layers cannot run again in both halves of a backward.
                 if one.fits and not (one.recompute_layers and schedule.splits):
                     return one.tokens_per_second, max(one.rank_memory)

@@ -76,46 +76,40 @@ class Mesh:
         return self.columns * self.pipeline
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LossShare:
     """What one rank does of a microbatch's loss, and holds for it.
 
     Attributes:
         rows: of the classifier.
-        memory: bytes, beside the rows' weights, gradients and optimizer state.
-        statistics, gradients: seconds of S and T.
-        way: how backward finds the logits.
+        loss: bytes, beside the rows' weights, gradients and optimizer state.
+        statistics_seconds, gradients_seconds: of S and T, the loss's forward and backward.
+        loss_way: how backward finds the logits.
         collective_bytes: that the rank's link moves for the vocab group.
     """
 
     rows: int = 0
-    memory: float = 0.0
-    statistics: float = 0.0
-    gradients: float = 0.0
-    way: str = ""
+    loss: float = 0.0
+    statistics_seconds: float = 0.0
+    gradients_seconds: float = 0.0
+    loss_way: str = ""
     collective_bytes: float = 0.0
 
 
-@dataclass(frozen=True)
-class StageEstimate:
+@dataclass(frozen=True, kw_only=True)
+class StageEstimate(LossShare):
     """One rank's part of a stage: bytes, and seconds of a microbatch."""
 
     layers: int
     in_flight: int  # microbatches that wait for their backward at the rank's worst moment
-    rows: int
     classifier: float  # weights, gradients and optimizer state of the rows, among those below
     parameters: float
     weights: float
     gradients: float
     optimizer: float
     activations: float
-    loss: float
     forward_seconds: float
     backward_seconds: float
-    statistics_seconds: float  # S of the loss: its forward, where the last stage has all of it
-    gradients_seconds: float  # T
-    loss_way: str
-    collective_bytes: float  # of the vocab group, a microbatch
     collective_seconds: float
 
     @property
@@ -216,44 +210,44 @@ def estimate_stage(
         activations += tokens * shape.activation_bytes(job.itemsize)
     forward = layers * shape.layer_flops(tokens, job.sequence) / hardware.layer_flops
     return StageEstimate(
+        **vars(loss),
         layers=layers,
         in_flight=waiting,
-        rows=loss.rows,
         classifier=loss.rows * shape.hidden * (2 * job.itemsize + job.state_bytes),
         parameters=parameters,
         weights=(parameters + shared / copies) * job.itemsize,
         gradients=parameters * job.itemsize,
         optimizer=(parameters - shared * (1 - 1 / copies)) * job.state_bytes,
         activations=activations,
-        loss=loss.memory,
         forward_seconds=forward,
         backward_seconds=(3.0 if job.recompute_layers else 2.0) * forward,
-        statistics_seconds=loss.statistics,
-        gradients_seconds=loss.gradients,
-        loss_way=loss.way,
-        collective_bytes=loss.collective_bytes,
         collective_seconds=loss.collective_bytes / hardware.link_of(group) if waits else 0.0,
     )
 
 
 def _loss(job: Job, mesh: Mesh, hardware: Hardware, rows: int, waiting: int) -> LossShare:
     """Estimate the loss of one microbatch of every column, on one rank's rows."""
-    shape = job.shape
-    tokens = job.tokens * mesh.vocab
+    tokens, hidden = job.tokens * mesh.vocab, job.shape.hidden
     backward_plan = plan_backward(
         tokens,
         rows,
-        shape.hidden,
+        hidden,
         job.torch_dtype,
         memory_budget=job.memory_budget,
         microbatches_in_flight=waiting,
         degree=mesh.vocab,
     )
-    seconds = loss_seconds(backward_plan, tokens, rows, shape.hidden, job.itemsize, hardware)
+    seconds = loss_seconds(backward_plan, tokens, rows, hidden, job.itemsize, hardware)
     gathered, memory = 0.0, float(backward_plan.peak_bytes)
     if mesh.vocab > 1:
         # Hidden states gathered, statistics, and the float32 gradient scattered.
-        gathered = tokens * (shape.hidden * (job.itemsize + 4) + 8) * (1 - 1 / mesh.vocab)
-        memory += tokens * shape.hidden * job.itemsize
-    way = backward_plan.backward
-    return LossShare(rows, memory, seconds / 3, 2 * seconds / 3, way, gathered)
+        gathered = tokens * (hidden * (job.itemsize + 4) + 8) * (1 - 1 / mesh.vocab)
+        memory += tokens * hidden * job.itemsize
+    return LossShare(
+        rows=rows,
+        loss=memory,
+        statistics_seconds=seconds / 3,
+        gradients_seconds=2 * seconds / 3,
+        loss_way=backward_plan.backward,
+        collective_bytes=gathered,
+    )
