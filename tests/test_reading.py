@@ -24,7 +24,7 @@ from launch.data import load
 from launch.data.batches import Batches
 from launch.data.order import shuffled
 from launch.data.sources import find_source, read_texts
-from launch.data.store import make_tokens, open_tokens
+from launch.data.store import Tokens, make_tokens
 from launch.data.tokenizers import Document, FolderTokenizer, QwenTokenizer
 from launch.training_pipeline import Pipeline
 from tests.ranks import run_ranks
@@ -101,9 +101,9 @@ def test_tokens_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     made: list[Path] = []
     make = load.make_tokens
 
-    def counted(folder: Path, documents: Any) -> None:
+    def counted(folder: Path, documents: Any) -> Tokens:
         made.append(folder)
-        make(folder, documents)
+        return make(folder, documents)
 
     monkeypatch.setattr(load, "make_tokens", counted)
 
@@ -211,9 +211,7 @@ def test_a_maker_that_hangs_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
                 make_tokens(folder, [Document([1, 2, 3])])
         finally:
             maker.kill()
-    make_tokens(folder, [Document([1, 2, 3])])
-    tokens = open_tokens(folder)
-    assert tokens is not None
+    tokens = make_tokens(folder, [Document([1, 2, 3])])
     assert tokens.read(0, 3)[0].tolist() == [1, 2, 3]
 
 

@@ -97,8 +97,14 @@ def load_batches(
             f"the text has {len(tokens)} tokens, fewer than one batch of {batch} x {sequence} = "
             f"{batch * sequence}: give more text, or a smaller --batch or --sequence"
         )
-    by = source.name if tokenizer is None else tokenizer.name
-    _check_range(tokens, by, vocabulary, model)
+    if tokens.low < 0 or tokens.high >= vocabulary:
+        by = source.name if tokenizer is None else tokenizer.name
+        of = "--vocabulary" if model is None else f"the vocabulary of --model {model}"
+        found = tokens.low if tokens.low < 0 else tokens.high
+        raise ValueError(
+            f"{by} has the id {found}, but {of} is {vocabulary}: give a text or a "
+            f"tokenizer that is made for it"
+        )
     if once:
         steps = min(steps, len(tokens) // sequence // batch)
     batches = Batches(tokens, steps, batch, sequence, packed, seed)
@@ -119,13 +125,9 @@ def _find_or_make(
     if tokens is not None:
         return tokens
     print(f"{source.name}: its tokens are made once, in {folder}", file=sys.stderr, flush=True)
-    make_tokens(
-        folder,
-        read_ids(source) if tokenizer is None else documents_of(source, arguments, tokenizer),
-    )
-    made = open_tokens(folder)
-    assert made is not None
-    return made
+    if tokenizer is None:
+        return make_tokens(folder, read_ids(source))
+    return make_tokens(folder, documents_of(source, arguments, tokenizer))
 
 
 def _key(source: Source, arguments: DataArguments, tokenizer: TextTokenizer | None) -> str:
@@ -144,15 +146,3 @@ def _key(source: Source, arguments: DataArguments, tokenizer: TextTokenizer | No
         key["tokenizer"] = tokenizer.content
         key |= {name: getattr(arguments, name) for name in ("packed", "text_field", "chat_labels")}
     return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
-
-
-def _check_range(tokens: Tokens, by: str, vocabulary: int, model: str | None) -> None:
-    low, high = tokens.low, tokens.high
-    if low < 0 or high >= vocabulary:
-        has = f"{by} has the id {low if low < 0 else high}"
-        if model is None:
-            raise ValueError(f"{has}, but --vocabulary is {vocabulary}")
-        raise ValueError(
-            f"{has}, but the vocabulary of --model {model} is {vocabulary}: they are not made for "
-            f"one another"
-        )

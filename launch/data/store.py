@@ -94,8 +94,8 @@ def open_tokens(folder: Path) -> Tokens | None:
         ) from error
 
 
-def make_tokens(folder: Path, documents: Iterable[Document]) -> None:
-    """Write a folder of tokens, unless another process has written it meanwhile.
+def make_tokens(folder: Path, documents: Iterable[Document]) -> Tokens:
+    """Write a folder of tokens, unless another process has written it meanwhile, and open it.
 
     Raises:
         ValueError: the disk does not take it, or what the documents raise; nothing is left of it.
@@ -105,8 +105,9 @@ def make_tokens(folder: Path, documents: Iterable[Document]) -> None:
     partial = folder.with_suffix(".partial")
     try:
         with _wait_for_lock(folder):  # of runs that begin together one makes it
-            if folder.is_dir():
-                return
+            found = open_tokens(folder)
+            if found is not None:
+                return found
             shutil.rmtree(partial, ignore_errors=True)  # what a run that was killed has left
             partial.mkdir()
             try:
@@ -116,6 +117,9 @@ def make_tokens(folder: Path, documents: Iterable[Document]) -> None:
                 partial.rename(folder)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
+            made = open_tokens(folder)
+            assert made is not None
+            return made
     except OSError as error:
         raise ValueError(
             f"--cache {folder.parent} does not take the tokens: {error}; give another folder"

@@ -1,6 +1,7 @@
 """Bytes and seconds of each stage on one mesh: arithmetic over the hardware file."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -8,7 +9,7 @@ from launch.planning.hardware import Hardware
 from launch.planning.loss_time import loss_seconds
 from launch.planning.orders import most_in_flight, stages_of, tasks_of
 from launch.planning.shape import ModelShape
-from vocab_parallel import plan_backward
+from vocab_parallel import BackwardPlan, plan_backward
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,17 @@ class Job:
         """Of one microbatch of one column."""
         return self.sequence * self.microbatch
 
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        """Of hidden states and rows."""
-        return {2: torch.bfloat16, 4: torch.float32}[self.itemsize]
+    def plan_loss(self, tokens: int, rows: int, degree: int, **given: Any) -> BackwardPlan:
+        """Plan the loss on some rows of a group of so many ranks; see `plan_backward`."""
+        return plan_backward(
+            tokens,
+            rows,
+            self.shape.hidden,
+            {2: torch.bfloat16, 4: torch.float32}[self.itemsize],
+            memory_budget=self.memory_budget,
+            degree=degree,
+            **given,
+        )
 
 
 @dataclass(frozen=True)
@@ -228,15 +236,7 @@ def estimate_stage(
 def _loss(job: Job, mesh: Mesh, hardware: Hardware, rows: int, waiting: int) -> LossShare:
     """Estimate the loss of one microbatch of every column, on one rank's rows."""
     tokens, hidden = job.tokens * mesh.vocab, job.shape.hidden
-    backward_plan = plan_backward(
-        tokens,
-        rows,
-        hidden,
-        job.torch_dtype,
-        memory_budget=job.memory_budget,
-        microbatches_in_flight=waiting,
-        degree=mesh.vocab,
-    )
+    backward_plan = job.plan_loss(tokens, rows, mesh.vocab, microbatches_in_flight=waiting)
     seconds = loss_seconds(backward_plan, tokens, rows, hidden, job.itemsize, hardware)
     gathered, memory = 0.0, float(backward_plan.peak_bytes)
     if mesh.vocab > 1:

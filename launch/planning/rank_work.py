@@ -9,7 +9,7 @@ from launch.planning.hardware import Hardware
 from launch.planning.loss_time import passes_seconds
 from launch.planning.orders import stages_of
 from launch.planning.schedules import SCHEDULES
-from vocab_parallel import BackwardPlan, filled_rows, plan_backward
+from vocab_parallel import BackwardPlan, filled_rows
 from vocab_parallel.pipeline.spanning.order import Costs
 
 Rows = Literal["balanced", "filled"]
@@ -86,16 +86,17 @@ class RankWork:
         if rows == 0:
             return None, (0.0, 0.0)
         job, mesh = self.job, self.mesh
-        shape = mesh.vocab * job.tokens, rows, job.shape.hidden
-        backward_plan = plan_backward(
-            *shape,
-            job.torch_dtype,
-            memory_budget=job.memory_budget,
+        tokens = mesh.vocab * job.tokens
+        backward_plan = job.plan_loss(
+            tokens,
+            rows,
+            mesh.pipeline * mesh.vocab,
             microbatches_in_flight=SCHEDULES[job.schedule].held,
-            degree=mesh.pipeline * mesh.vocab,
             in_spans=False,  # dE is reduced when all of it is there
         )
-        return backward_plan, passes_seconds(backward_plan, *shape, job.itemsize, self.hardware)
+        return backward_plan, passes_seconds(
+            backward_plan, tokens, rows, job.shape.hidden, job.itemsize, self.hardware
+        )
 
 
 def filling_helps(job: Job, pipeline: int) -> bool:

@@ -21,7 +21,6 @@ from dataclasses import dataclass, replace
 from launch.planning.estimate import Job, Mesh
 from launch.planning.hardware import Hardware
 from launch.planning.loss_time import loss_seconds
-from vocab_parallel import plan_backward
 
 _TENSOR = (2, 4, 8, 16)  # degrees of tensor parallelism that are looked at, within a node
 
@@ -92,9 +91,7 @@ def _plan(job: Job, mesh: Mesh, count: int, hardware: Hardware) -> Unpiped:
     parameters = sum(shape.layer_parameters) + shape.norm_parameters
     parameters += classifier * (1 if shape.tied else 2)
     rows = -(-shape.vocabulary // tensor)
-    loss_plan = plan_backward(
-        tokens, rows, shape.hidden, job.torch_dtype, memory_budget=job.memory_budget, degree=tensor
-    )
+    loss_plan = job.plan_loss(tokens, rows, tensor)
     loss = loss_seconds(loss_plan, tokens, rows, shape.hidden, job.itemsize, hardware)
     layer = max(shape.layer_parameters) / tensor * job.itemsize
     kept = float(tokens * shape.activation_bytes(job.itemsize, tensor))
