@@ -18,7 +18,7 @@ rows. The vocab group's messages run beside the layers, as the order places them
 
 from dataclasses import dataclass
 
-from launch.planning.estimate import Job, LossShare, Mesh, StageEstimate, estimate_stage
+from launch.planning.estimate import Job, LossShare, Mesh, StageEstimate, estimate_parts
 from launch.planning.hardware import Hardware
 from launch.planning.orders import most_in_flight, tasks_of
 from launch.planning.rank_work import RankWork, Rows
@@ -187,33 +187,22 @@ def _counted(event: Event) -> Event | Task:
 
 def _stages(work: RankWork, held: _Held, moved: float) -> list[StageEstimate]:
     """Estimate every stage; a rank's rows belong to its first one."""
-    tied = work.job.shape.tied
-    found: dict[int, StageEstimate] = {}
-    for rank, own in enumerate(work.ranks):
-        rows = work.rows[rank]
-        plan = work.plans[rank]
-        share = LossShare(
-            rows=rows,
+    losses = {
+        own[0]: LossShare(
+            rows=work.rows[rank],
             loss=_loss_bytes(work, rank, held),
             statistics_seconds=work.passes[rank][0],
             gradients_seconds=work.passes[rank][1],
-            loss_way="" if plan is None else plan.backward,
+            loss_way="" if (plan := work.plans[rank]) is None else plan.backward,
             collective_bytes=moved,
         )
-        for stage in own:
-            has_rows = stage == own[0]
-            found[stage] = estimate_stage(
-                work.job,
-                work.hardware,
-                work.counts,
-                stage,
-                waiting=held.waiting[stage],
-                vocabulary=rows * (1 if tied else 2) if has_rows else 0,
-                copies=work.mesh.data,
-                loss=share if has_rows else LossShare(),
-                waits=False,
-            )
-    return [found[stage] for stage in range(len(work.counts))]
+        for rank, own in enumerate(work.ranks)
+    }
+    times = 1 if work.job.shape.tied else 2
+    vocabulary = {stage: times * loss.rows for stage, loss in losses.items()}
+    return estimate_parts(
+        work.job, work.mesh, work.hardware, work.counts, held.waiting, vocabulary, losses
+    )
 
 
 def _loss_bytes(work: RankWork, rank: int, held: _Held) -> float:
