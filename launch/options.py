@@ -133,7 +133,8 @@ def _of_file(given: list[str], hints: dict[str, Any]) -> list[str]:
             if (word := str(value).lower()) not in ("true", "false"):
                 raise ValueError(f"--config {path}: {name} is true or false, got {value!r}")
             options.append(f"--{option}" if word == "true" else f"--no-{option}")
+        elif isinstance(value, list):
+            options += [f"--{option}", *map(str, value)]
         elif value not in (None, "null", ""):
-            values = value if isinstance(value, list) else [value]
-            options += [f"--{option}", *map(str, values)]
+            options.append(f"--{option}={value}")  # which may begin with a dash
     return options

@@ -27,9 +27,9 @@ def start_command(plan: MeshPlan, job: Job, arguments: PlanArguments) -> str:
         schedule=SCHEDULES[job.schedule].name,
         recompute="all" if plan.recompute_layers else "none",
         loss_memory=64 if job.memory_budget is None else max(1, job.memory_budget // 2**20),
-        batch=mesh.data * mesh.vocab * plan.step.microbatches * job.microbatch,
+        batch=mesh.data * mesh.vocab * plan.microbatches * job.microbatch,
         sequence=job.sequence,
-        microbatches=plan.step.microbatches,
+        microbatches=plan.microbatches,
         dtype=arguments.dtype,
         float32_weights=arguments.float32_weights,
     )

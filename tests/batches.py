@@ -7,17 +7,14 @@ from pathlib import Path
 from torch import Tensor
 
 from launch.data.batches import Batches
-from launch.data.store import Tokens, make_tokens, open_tokens
+from launch.data.store import Tokens, make_tokens
 from launch.data.tokenizers import Document
 
 
 def tokens_of(documents: Iterable[Document]) -> Tokens:
     """Keep documents as a run does; the files are gone from their folder when it returns."""
     with tempfile.TemporaryDirectory() as folder:
-        make_tokens(Path(folder) / "tokens", documents)
-        tokens = open_tokens(Path(folder) / "tokens")
-    assert tokens is not None
-    return tokens
+        return make_tokens(Path(folder) / "tokens", documents)
 
 
 def batches_of_documents(

@@ -25,7 +25,7 @@ from launch.planning.command import PlanArguments, parse_bytes, plan
 from launch.planning.estimate import Job, Mesh, estimate_stages
 from launch.planning.hardware import Hardware
 from launch.planning.loss_time import LAUNCHES, loss_seconds, passes_seconds
-from launch.planning.meshes import best_of, least_gpus, plan_mesh, plan_meshes
+from launch.planning.meshes import MeshPlanner, best_of, least_gpus, plan_meshes
 from launch.planning.orders import alone, most_in_flight, stages_of, tasks_of
 from launch.planning.picture import plot_plan
 from launch.planning.published import PUBLISHED
@@ -274,10 +274,8 @@ def test_fewer_microbatches_and_the_formula(schedule: str) -> None:
         )
         expected = planner.step(job, mesh, rows, simulated=False)
         found = planner.step(job, mesh, rows, simulated=True)
-        work = RankWork.of(job, mesh, Hardware.load("h100"), rows)
-        order = best_order(
-            tasks_of(schedule, mesh.pipeline, 32), work.costs(job, mesh, Hardware.load("h100"))
-        )
+        work = RankWork(job, mesh, Hardware.load("h100"), rows)
+        order = best_order(tasks_of(schedule, mesh.pipeline, 32), work.costs())
         assert found.seconds == pytest.approx(order.finish, rel=0.01)
         # Two stages of a rank with different layers: filled rows do not even both phases out.
         error = 0.1 if (schedule, rows) == ("loopedbfs", "filled") else 0.05
@@ -306,7 +304,7 @@ def test_approximations(schedule: str, model: str) -> None:
             continue
         rules: list[Rows] = ["balanced"] + ["filled"] * filling_helps(job, pipeline)
         for rows in rules:
-            costs = RankWork.of(job, mesh, hardware, rows).costs(job, mesh, hardware)
+            costs = RankWork(job, mesh, hardware, rows).costs()
             whole = best_order(tasks_of(schedule, pipeline, microbatches), costs).finish
             expected = SpanningPlanner(hardware).step(job, mesh, rows, simulated=False)
             found = SpanningPlanner(hardware).step(job, mesh, rows, simulated=True)
@@ -353,7 +351,7 @@ def test_both_places() -> None:
     }
     best = best_of(plans, "all-stages")
     assert best is plans[0]
-    assert best.step.simulated
+    assert best.simulated
     assert best.passes
     assert verdict(plans).startswith("Give the vocabulary to all stages, ")
     again = planned(vocab_over="all-stages", hardware="h100")
@@ -517,7 +515,7 @@ def test_command_line_of_every_mesh(given: dict[str, Any]) -> None:
         assert found.model == arguments.model
         assert (found.recompute == "all") == one.recompute_layers
         assert found.float32_weights == arguments.float32_weights
-        assert found.batch == found.columns * one.step.microbatches * job.microbatch
+        assert found.batch == found.columns * one.microbatches * job.microbatch
         assert found.shard_body == (arguments.shard_body and one.mesh.data > 1)
         assert (found.sequence, found.dtype) == (512, arguments.dtype)
         assert found.loss_memory == (32 if "memory_budget" in given else 64)
@@ -532,9 +530,9 @@ def test_equal_batch() -> None:
     plans = planned(microbatches=None, batch=128, vocab_over="both", gpus=16)
     for one in plans:
         mesh = one.mesh
-        assert one.step.microbatches * mesh.data * mesh.vocab == 128
+        assert one.microbatches * mesh.data * mesh.vocab == 128
         assert one.tokens_per_second == pytest.approx(128 * 4096 / one.step_seconds)
-    assert len({one.step.microbatches for one in plans}) > 3
+    assert len({one.microbatches for one in plans}) > 3
     assert planned(microbatches=None, batch_tokens=128 * 4096, vocab_over="both", gpus=16) == plans
     uneven = planned(microbatches=None, batch=12, gpus=16)  # not over 8 columns or 16
     assert {one.mesh.data * one.mesh.vocab for one in uneven} == {1, 2, 4}
@@ -557,7 +555,7 @@ def test_advice() -> None:
     given: dict[str, Any] = {"model": "qwen3-32b", "gpus": 16, "gpu_memory": "141GB"}
     job, plans, hardware = plan(PlanArguments(**given))
     best = plans[0]
-    said = more_microbatches(job, best, hardware, 141e9)
+    said = more_microbatches(job, best, hardware)
     found = re.match(
         r"--microbatches (\d+), a batch of ([\d,]+) sequences, would bring the bubble from "
         r"(\d+)% to (\d+)%\.$", said,
@@ -571,10 +569,10 @@ def test_advice() -> None:
     assert int(found[4]) == pytest.approx(100 * same.bubble, abs=1)
     assert same.bubble < best.bubble / 2
     few = next(one for one in plans if one.mesh.pipeline == 1)
-    assert more_microbatches(job, few, hardware, 141e9) == ""
-    assert other_schedule(job, few, hardware, 141e9) == ""
+    assert more_microbatches(job, few, hardware) == ""
+    assert other_schedule(job, few, hardware) == ""
 
-    said = other_schedule(job, best, hardware, 141e9)
+    said = other_schedule(job, best, hardware)
     assert {SCHEDULES[name].name for name in HELD} == set(SPANNING)
     named = re.match(r"--schedule (\w+) would be ([\d.]+)% faster on that mesh", said)
     assert named, said
@@ -593,8 +591,8 @@ def test_without_a_pipeline() -> None:
     rows = 151_936 * 4096
     parameters = body + 2 * rows
     inputs, kept = 2 * 2 * 4096, 6 * (2 * 4096 + 40 * 128) + 8 * 32 * 128 + 8 * 12_288
-    fast = replace(Hardware.load("h100"), link_bytes=1e30)
-    for one, least in zip(without_pipeline(job, gpus, batch, fast, 1e15), (1, 2), strict=True):
+    fast = replace(Hardware.load("h100"), link_bytes=1e30, memory=1e15)
+    for one, least in zip(without_pipeline(job, gpus, batch, fast), (1, 2), strict=True):
         degree, tensor = one.mesh.data, one.mesh.vocab
         assert degree * tensor == 8
         assert tensor >= least
@@ -614,8 +612,8 @@ def test_without_a_pipeline() -> None:
         assert one.step_seconds == pytest.approx(one.count * (flops / fast.layer_flops + loss))
         assert one.waits == pytest.approx(0.0)
     # Over a slow link nothing hides: three times the weights; and TP's messages besides.
-    slow = replace(Hardware.load("h100"), link_bytes=1e6)
-    alone, product = without_pipeline(job, gpus, batch, slow, 1e15)
+    slow = replace(Hardware.load("h100"), link_bytes=1e6, memory=1e15)
+    alone, product = without_pipeline(job, gpus, batch, slow)
     assert (alone.name, alone.count) == ("FSDP2 alone", 1)
     assert alone.step_seconds == pytest.approx(3 * 2 * parameters * (7 / 8) / 1e6)
     data, tensor = product.mesh.data, product.mesh.vocab
@@ -623,10 +621,11 @@ def test_without_a_pipeline() -> None:
     messages = 8 * 36 * 2 * 4096 * 4096 * batch / data * (1 - 1 / tensor)
     assert product.step_seconds == pytest.approx((gathers + messages) / 1e6, rel=1e-3)
     # A GPU that has no room for activations has them made again; a batch of 12 is not shared by 8.
-    tight = without_pipeline(job, gpus, batch, fast, 70e9)[0]
+    tight = without_pipeline(job, gpus, batch, replace(fast, memory=70e9))[0]
     assert tight.missing <= 0
     assert tight.recompute_layers or tight.count > 1
-    assert [one.mesh.vocab > 1 for one in without_pipeline(job, gpus, 12, fast, 80e9)] == [True]
+    fast = replace(fast, memory=80e9)
+    assert [one.mesh.vocab > 1 for one in without_pipeline(job, gpus, 12, fast)] == [True]
 
 
 @pytest.mark.slow
@@ -644,7 +643,7 @@ def test_the_table_without_a_pipeline() -> None:
                 model="qwen3-32b", gpus=64, gpu_memory="80GB", schedule="ZBVZeroBubble", **given
             )  # type: ignore[arg-type]
             job, plans, hardware = plan(arguments)
-            found = without_pipeline(job, 64, given["batch"], hardware, 80e9)  # type: ignore[arg-type]
+            found = without_pipeline(job, 64, given["batch"], hardware)  # type: ignore[arg-type]
             ratios = [one.tokens_per_second / plans[0].tokens_per_second for one in found]
             expected = [float(cell) for cell in cells[2 * index : 2 * index + 2]]
             assert ratios == pytest.approx(expected, abs=0.006)
@@ -654,14 +653,14 @@ def test_least_gpus() -> None:
     """So many have a mesh that fits; one fewer has none."""
     for model, memory in (("qwen3-8b", 80e9), ("qwen3-32b", 141e9)):
         job = Job(ModelShape.load(model), 4096, 1, 8, "1f1b", state_bytes=12)
-        hardware = Hardware.load("h100")
-        least = least_gpus(job, hardware, memory, ("last-stage", "all-stages"))
+        hardware = replace(Hardware.load("h100"), memory=memory)
+        least = least_gpus(job, hardware, ("last-stage", "all-stages"))
         assert least is not None
-        assert plan_meshes(job, least, hardware, memory)[0].fits
+        assert plan_meshes(job, least, hardware)[0].fits
         for fewer in range(1, least):
-            assert not plan_meshes(job, fewer, hardware, memory)[0].fits
+            assert not plan_meshes(job, fewer, hardware)[0].fits
     long = replace(job, sequence=2**22)
-    assert least_gpus(long, hardware, 80e9, ("last-stage",)) is None
+    assert least_gpus(long, replace(hardware, memory=80e9), ("last-stage",)) is None
 
 
 def test_memory_of_a_sharded_body() -> None:
@@ -887,11 +886,11 @@ def test_nodes() -> None:
     assert planned(gpus=8, node_bandwidth="1GB") == planned(gpus=8)
     mesh, hardware = Mesh(4, 2, 1), replace(Hardware.load("h100"), node_bytes=1e9, node_gpus=4)
     job = Job(ModelShape.load("qwen3-1.7b"), 4096, 1, 8, "1f1b")
-    one = plan_mesh(job, mesh, hardware, 80e9, "last-stage", simulated=True)
-    whole = plan_mesh(job, mesh, Hardware.load("h100"), 80e9, "last-stage", simulated=True)
+    one = MeshPlanner(hardware).plan(job, mesh, "last-stage")
+    whole = MeshPlanner(Hardware.load("h100")).plan(job, mesh, "last-stage")
     # Columns stay within a node of four; messages of stages leave it.
-    assert one.step_seconds - one.step.seconds == whole.step_seconds - whole.step.seconds
-    assert one.step.seconds > whole.step.seconds
+    assert one.step_seconds - one.seconds == whole.step_seconds - whole.seconds
+    assert one.seconds > whole.seconds
 
 
 def test_command(tmp_path: Path) -> None:

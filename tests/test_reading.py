@@ -1,10 +1,15 @@
 """Where a run reads: its order, its place, and the files that its tokens lie in."""
 
+import functools
 import json
 import os
+import subprocess
+import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 import numpy as np
@@ -19,9 +24,11 @@ from launch.data import load
 from launch.data.batches import Batches
 from launch.data.order import shuffled
 from launch.data.sources import find_source, read_texts
-from launch.data.tokenizers import QwenTokenizer
+from launch.data.store import Tokens, make_tokens
+from launch.data.tokenizers import Document, FolderTokenizer, QwenTokenizer
 from launch.training_pipeline import Pipeline
 from tests.ranks import run_ranks
+from tests.small_tokenizer import CHAT, write_tokenizer
 
 SEQUENCE = 8
 
@@ -94,9 +101,9 @@ def test_tokens_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     made: list[Path] = []
     make = load.make_tokens
 
-    def counted(folder: Path, documents: Any) -> None:
+    def counted(folder: Path, documents: Any) -> Tokens:
         made.append(folder)
-        make(folder, documents)
+        return make(folder, documents)
 
     monkeypatch.setattr(load, "make_tokens", counted)
 
@@ -135,17 +142,92 @@ def test_tokens_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         opened()
 
 
+@pytest.mark.parametrize("built_in", [True, False])
+def test_threads_do_not_show(
+    built_in: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many encode, and however much each gets at a time: the same tokens and their key."""
+    monkeypatch.setattr("launch.data.sources._PIECE", 200)
+    write_tokenizer(tmp_path / "tokenizer", begins=True)
+    (tmp_path / "a.txt").write_text(Path(__file__).read_text())
+    entries = [json.dumps({"text": line}) for line in Path(__file__).read_text().splitlines()]
+    (tmp_path / "a.jsonl").write_text("\n".join(entries))
+    for text in (tmp_path / "a.txt", tmp_path / "a.jsonl"):
+        found = set()
+        for threads, characters in ((1, 1), (1, 2**23), (8, 1000), (8, 2**23)):
+            monkeypatch.setenv("TOKENIZERS_PARALLELISM", str(threads > 1).lower())
+            pool = functools.partial(ThreadPoolExecutor, threads)
+            monkeypatch.setattr("launch.data.tokenizers.ThreadPoolExecutor", pool)
+            monkeypatch.setattr("launch.data.documents._ENCODED", characters)
+            arguments = DataArguments(
+                text=text,
+                cache=tmp_path / f"{text.name}-{threads}-{characters}",
+                tokenizer=None if built_in else tmp_path / "tokenizer",
+            )
+            shape: dict[str, Any] = {"steps": 1, "batch": 1, "sequence": SEQUENCE}
+            tokens = load.load_batches(arguments, vocabulary=151_936, **shape).tokens
+            (folder,) = arguments.cache.glob("*/tokens.arrow")
+            starts = int(tokens.read(0, len(tokens))[1].sum())
+            found.add((tokens.digest, len(tokens), starts, folder.parent.name))
+        ((_, length, starts, _),) = found
+        assert length > 3000
+        assert starts > 50
+
+
+def test_a_tokenizer_that_changes_makes_tokens_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under the same name, and however it came to be another one."""
+    contents = []
+    for given in ({}, {"begins": True}, {"chat": CHAT}):
+        write_tokenizer(tmp_path, **given)
+        contents.append(FolderTokenizer(tmp_path, "").content)
+        assert FolderTokenizer(tmp_path, "").content == contents[-1]
+    assert len(set(contents)) == 3
+    (tmp_path / "README.md").write_text("about it")
+    assert FolderTokenizer(tmp_path, "").content == contents[-1]
+    built_in = QwenTokenizer()
+    before = built_in.content
+    built_in.encode(["the quick brown fox"])
+    assert QwenTokenizer().content == built_in.content == before
+
+
+def test_a_maker_that_hangs_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others wait as long as its file grows; with its process ends its lock."""
+    folder = tmp_path / "tokens"
+    lock = folder.with_suffix(".lock")
+    hold = (
+        "import sys, time; from pathlib import Path; from launch.folder_lock import lock_folder; "
+        "held = lock_folder(Path(sys.argv[1]), ''); print('held', flush=True); time.sleep(60)"
+    )
+    lock.mkdir()
+    monkeypatch.setattr("launch.data.store._STILL", 0.5)
+    with subprocess.Popen([sys.executable, "-c", hold, str(lock)], stdout=PIPE) as maker:
+        assert maker.stdout is not None
+        assert maker.stdout.readline() == b"held\n"
+        words = rf"tokens.lock is in use by another run, process {maker.pid} on .*; it has written"
+        try:
+            with pytest.raises(ValueError, match=words):
+                make_tokens(folder, [Document([1, 2, 3])])
+        finally:
+            maker.kill()
+    tokens = make_tokens(folder, [Document([1, 2, 3])])
+    assert tokens.read(0, 3)[0].tolist() == [1, 2, 3]
+
+
 def test_a_long_file_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They end where lines do, and have the ids of the whole; a wrong byte is found in any."""
     monkeypatch.setattr("launch.data.sources._PIECE", 1000)
-    text = Path(__file__).read_text()
+    # No token holds the end of a line and what follows, but where the next begins with a space.
+    text = "\n".join(Path(__file__).read_text().split()) + "\n"
     (tmp_path / "a.txt").write_text(text)
     pieces = list(read_texts(find_source(tmp_path / "a.txt")))
     assert len(pieces) > 5
     assert "".join(pieces) == text
     assert all(piece.endswith("\n") for piece in pieces)
     encode = QwenTokenizer().encode
-    assert [token for piece in pieces for token in encode(piece)] == encode(text)
+    (whole,) = encode([text])
+    assert [token for ids in encode(pieces) for token in ids] == whole
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + b"word\n" * 40_000 + b"\xff")
     with pytest.raises(ValueError, match=r"not UTF-8 text \(byte 0xff at 200003\)"):
         list(read_texts(find_source(tmp_path / "a.txt")))

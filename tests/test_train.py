@@ -352,9 +352,10 @@ def test_options_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         return parse(TrainArguments, "launch.train", ["--config", str(path), *given])
 
     text = "packed: no\nlearning_rate: 1e-4\nbetas: [0.8, 0.9]\nshard-body: True\nmodel: null\n"
-    assert read(text + "float32_weights: false\nbatch: 16", "--batch", "32") == TrainArguments(
+    text += "text_field: --said\nfloat32_weights: false\nbatch: 16"
+    assert read(text, "--batch", "32") == TrainArguments(
         packed="no", learning_rate=1e-4, betas=(0.8, 0.9), shard_body=True, batch=32,
-        float32_weights=False,
+        float32_weights=False, text_field="--said",
     )  # fmt: skip
     for wrong, words in (
         ("bacth: 5", "there is no option --bacth, did you mean --batch?; --help lists all"),

@@ -30,26 +30,22 @@ class Batch:
     labels: Tensor
     position_ids: Tensor | None = None
 
+    @property
+    def _tensors(self) -> list[Tensor]:
+        every = (self.ids, self.labels, self.position_ids)
+        return [tensor for tensor in every if tensor is not None]
+
     def chunk(self, pieces: int) -> "list[Batch]":
         """Cut the sequences into equal pieces, in order."""
-        ids, labels = self.ids.chunk(pieces), self.labels.chunk(pieces)
-        if self.position_ids is None:
-            return [Batch(*parts) for parts in zip(ids, labels, strict=True)]
-        positions = self.position_ids.chunk(pieces)
-        return [Batch(*parts) for parts in zip(ids, labels, positions, strict=True)]
+        cut = (tensor.chunk(pieces) for tensor in self._tensors)
+        return [Batch(*parts) for parts in zip(*cut, strict=True)]
 
     def to(self, device: torch.device) -> "Batch":
         """Return it on a device; the host does not wait for a GPU."""
         if device.type == "cpu":
             return self
         # A copy from memory that can be paged out waits for what is queued before it.
-        ids, labels = (
-            own.pin_memory().to(device, non_blocking=True) for own in (self.ids, self.labels)
-        )
-        positions = self.position_ids
-        if positions is not None:
-            positions = positions.pin_memory().to(device, non_blocking=True)
-        return Batch(ids, labels, positions)
+        return Batch(*(one.pin_memory().to(device, non_blocking=True) for one in self._tensors))
 
     def for_stages(self) -> dict[str, Tensor]:
         """Return what every stage of the model takes beside ids or hidden states."""

@@ -5,26 +5,22 @@ import json
 import os
 import sys
 from datetime import timedelta
+from functools import cache
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed import ProcessGroup
 
 from launch.arguments import DataArguments
 from launch.command import raised_on_all
-from launch.data.arrays import read_ids, validate_ids
 from launch.data.batches import Batches
-from launch.data.documents import documents_of
+from launch.data.documents import documents_of, read_ids, validate_ids
 from launch.data.sources import Source, find_source
 from launch.data.store import Tokens, make_tokens, open_tokens
-from launch.data.tokenizers import (
-    load_tokenizer,
-    tokenizer_folder,
-    tokenizer_name,
-    tokenizer_sums,
-)
+from launch.data.tokenizers import TextTokenizer, load_tokenizer
 from stage_groups import build_host_group
 
-_FORMAT = 1  # of a folder of tokens: another number makes them anew
+_FORMAT = 2  # of a folder of tokens: another number makes them anew
 _MAKING = timedelta(days=2)  # that ranks wait for the one that makes tokens
 
 
@@ -36,7 +32,7 @@ def load_batches_on_all(arguments: DataArguments, **given: Any) -> Batches:
     Raises:
         UserError: as `load_batches`, or ranks of two machines found two texts.
     """
-    group, batches = build_host_group(_MAKING), None
+    group, batches = _waiting_group(), None
     for turn in (dist.get_rank() == 0, os.environ.get("LOCAL_RANK", "0") == "0", True):
         with raised_on_all(group):
             if turn and batches is None:
@@ -51,6 +47,12 @@ def load_batches_on_all(arguments: DataArguments, **given: Any) -> Batches:
                 f"machines: copy it, and the tokenizer, from one to the others"
             )
     return batches
+
+
+@cache
+def _waiting_group() -> ProcessGroup:
+    """Create the group in which ranks wait for tokens, once: every text is waited for in it."""
+    return build_host_group(_MAKING)
 
 
 def load_batches(
@@ -82,20 +84,27 @@ def load_batches(
     """
     source = find_source(arguments.text, option)
     packed = arguments.packed == "yes" or (arguments.packed == "auto" and source.kind == "entries")
-    by = source.name
-    if source.kind == "ids":
-        if arguments.packed == "yes":
-            raise ValueError(f"{source.name} has ids without documents: leave --packed out")
-        validate_ids(source, sequence)
+    tokenizer = None
+    if source.kind != "ids":
+        tokenizer = load_tokenizer(arguments.tokenizer, model)
+    elif arguments.packed == "yes":
+        raise ValueError(f"{source.name} has ids without documents: leave --packed out")
     else:
-        by = tokenizer_name(tokenizer_folder(arguments.tokenizer, model))
-    tokens = _find_or_make(source, arguments, model)
+        validate_ids(source, sequence)
+    tokens = _find_or_make(source, arguments, tokenizer)
     if len(tokens) < batch * sequence:
         raise ValueError(
             f"the text has {len(tokens)} tokens, fewer than one batch of {batch} x {sequence} = "
             f"{batch * sequence}: give more text, or a smaller --batch or --sequence"
         )
-    _check_range(tokens, by, vocabulary, model)
+    if tokens.low < 0 or tokens.high >= vocabulary:
+        by = source.name if tokenizer is None else tokenizer.name
+        of = "--vocabulary" if model is None else f"the vocabulary of --model {model}"
+        found = tokens.low if tokens.low < 0 else tokens.high
+        raise ValueError(
+            f"{by} has the id {found}, but {of} is {vocabulary}: give a text or a "
+            f"tokenizer that is made for it"
+        )
     if once:
         steps = min(steps, len(tokens) // sequence // batch)
     batches = Batches(tokens, steps, batch, sequence, packed, seed)
@@ -108,23 +117,20 @@ def load_batches(
     return batches
 
 
-def _find_or_make(source: Source, arguments: DataArguments, model: str | None) -> Tokens:
-    folder = arguments.cache / _key(source, arguments, model)
+def _find_or_make(
+    source: Source, arguments: DataArguments, tokenizer: TextTokenizer | None
+) -> Tokens:
+    folder = arguments.cache / _key(source, arguments, tokenizer)
     tokens = open_tokens(folder)
     if tokens is not None:
         return tokens
-    if source.kind == "ids":
-        documents = read_ids(source)
-    else:
-        documents = documents_of(source, arguments, load_tokenizer(arguments.tokenizer, model))
     print(f"{source.name}: its tokens are made once, in {folder}", file=sys.stderr, flush=True)
-    make_tokens(folder, documents)
-    made = open_tokens(folder)
-    assert made is not None
-    return made
+    if tokenizer is None:
+        return make_tokens(folder, read_ids(source))
+    return make_tokens(folder, documents_of(source, arguments, tokenizer))
 
 
-def _key(source: Source, arguments: DataArguments, model: str | None) -> str:
+def _key(source: Source, arguments: DataArguments, tokenizer: TextTokenizer | None) -> str:
     """Return a name for all that a text's tokens hang on; its files are not read."""
     files = [
         one
@@ -136,19 +142,7 @@ def _key(source: Source, arguments: DataArguments, model: str | None) -> str:
         "format": _FORMAT,
         "files": [(name, state.st_size, state.st_mtime_ns) for name, state in states],
     }
-    if source.kind != "ids":
-        key["tokenizer"] = tokenizer_sums(tokenizer_folder(arguments.tokenizer, model))
+    if tokenizer is not None:
+        key["tokenizer"] = tokenizer.content
         key |= {name: getattr(arguments, name) for name in ("packed", "text_field", "chat_labels")}
     return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
-
-
-def _check_range(tokens: Tokens, by: str, vocabulary: int, model: str | None) -> None:
-    low, high = tokens.low, tokens.high
-    if low < 0 or high >= vocabulary:
-        has = f"{by} has the id {low if low < 0 else high}"
-        if model is None:
-            raise ValueError(f"{has}, but --vocabulary is {vocabulary}")
-        raise ValueError(
-            f"{has}, but the vocabulary of --model {model} is {vocabulary}: they are not made for "
-            f"one another"
-        )

@@ -18,7 +18,7 @@ TAKEN = (
     "`datasets`, or token ids as .npy"
 )
 _ENTRIES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-_PIECE = 2**23  # characters of text that are encoded at a time
+_PIECE = 2**19  # characters of text that are a document
 _COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
 # What lies beside the files of a published data set, and is none of them.
 _BESIDE = re.compile(r"(readme|licen[sc]e|dataset_infos?\b).*|.*\.md", re.IGNORECASE)

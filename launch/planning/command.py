@@ -36,22 +36,21 @@ def run(
     """
     try:
         job, plans, hardware = plan(arguments)
-        memory = _gpu_memory(arguments, hardware.memory)
     except ValueError as error:
         print(f"launch.plan: {error}", file=sys.stderr)
         sys.exit(2)
     best = plans[0]
     start = start_command(best, job, arguments) if best.fits else None
     batch, gpus = _batch(arguments), arguments.gpus or 1
-    of_step = best.step.microbatches * job.microbatch * best.mesh.data * best.mesh.vocab
-    others = without_pipeline(job, gpus, of_step, hardware, memory)
+    of_step = best.microbatches * job.microbatch * best.mesh.columns
+    others = without_pipeline(job, gpus, of_step, hardware)
     if best.fits:
         advice = [
-            more_microbatches(job, best, hardware, memory) if batch is None else "",
-            other_schedule(job, best, hardware, memory),
+            more_microbatches(job, best, hardware) if batch is None else "",
+            other_schedule(job, best, hardware),
         ]
     else:
-        advice = [way_to_fit(job, hardware, memory, _places(arguments), batch, gpus)]
+        advice = [way_to_fit(job, hardware, _places(arguments), batch, gpus)]
     advice = [sentence for sentence in (*advice, rather_unpiped(best, others)) if sentence]
     if arguments.json:
         document = {
@@ -70,8 +69,8 @@ def run(
         print(json.dumps(document))
     else:
         title = f"{arguments.model} on {arguments.gpus} x {hardware.name}"
-        if memory != hardware.memory:
-            title += f" with {memory / 1e9:.0f} GB each"
+        if hardware.memory != _shipped(arguments).memory:
+            title += f" with {hardware.memory / 1e9:.0f} GB each"
         shown = advice if best.fits else []
         print_table(title, plans, others, hardware, arguments.show, shown)
         # A command line is printed whole, whatever the width.
@@ -79,7 +78,7 @@ def run(
     if arguments.plot is not None:
         from launch.planning.picture import plot_plan
 
-        plot_plan(best, arguments.plot, job.shape.name, memory)
+        plot_plan(best, arguments.plot, job.shape.name, hardware.memory)
     if not best.fits:
         sys.exit(1)
 
@@ -101,15 +100,16 @@ def plan(arguments: PlanArguments) -> tuple[Job, list[MeshPlan], Hardware]:
     if schedule not in SCHEDULES:
         known = ", ".join(one.name for one in SCHEDULES.values())
         raise ValueError(f"--schedule {arguments.schedule} is unknown: give one of {known}")
-    hardware = _hardware(arguments.hardware, _gpu_memory(arguments, None))
-    if arguments.node_bandwidth is not None:
-        rate = parse_bytes("--node-bandwidth", arguments.node_bandwidth)
-        hardware = replace(hardware, node_bytes=rate)
-    if arguments.node_gpus is not None:
-        hardware = replace(hardware, node_gpus=arguments.node_gpus)
+    given: dict[str, Any] = {
+        "memory": _bytes(arguments, "gpu_memory"),
+        "node_bytes": _bytes(arguments, "node_bandwidth"),
+        "node_gpus": arguments.node_gpus,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    hardware = replace(_shipped(arguments), **given)
     batch = _batch(arguments)
     itemsize = {"bfloat16": 2, "float32": 4}[arguments.dtype]
-    budget = arguments.memory_budget
+    budget = _bytes(arguments, "memory_budget")
     job = Job(
         shape=ModelShape.load(arguments.model),
         sequence=arguments.sequence,
@@ -118,11 +118,10 @@ def plan(arguments: PlanArguments) -> tuple[Job, list[MeshPlan], Hardware]:
         schedule=schedule,
         itemsize=itemsize,
         state_bytes=_state_bytes(arguments, itemsize),
-        memory_budget=None if budget is None else int(parse_bytes("--memory-budget", budget)),
+        memory_budget=None if budget is None else int(budget),
         shard_body=arguments.shard_body,
     )
-    memory, places = _gpu_memory(arguments, hardware.memory), _places(arguments)
-    return job, plan_meshes(job, arguments.gpus, hardware, memory, places, batch), hardware
+    return job, plan_meshes(job, arguments.gpus, hardware, _places(arguments), batch), hardware
 
 
 def _places(arguments: PlanArguments) -> tuple[VocabOver, ...]:
@@ -131,10 +130,10 @@ def _places(arguments: PlanArguments) -> tuple[VocabOver, ...]:
     return (arguments.vocab_over,)
 
 
-def _gpu_memory(arguments: PlanArguments, default: Any) -> Any:
-    """Return the bytes of a GPU that were given, if they were."""
-    given = arguments.gpu_memory
-    return default if given is None else parse_bytes("--gpu-memory", given)
+def _bytes(arguments: PlanArguments, name: str) -> float | None:
+    """Return the bytes that an option says; None where it is not given."""
+    given = getattr(arguments, name)
+    return None if given is None else parse_bytes(f"--{name.replace('_', '-')}", given)
 
 
 def _batch(arguments: PlanArguments) -> int | None:
@@ -168,11 +167,12 @@ def _state_bytes(arguments: PlanArguments, itemsize: int) -> int:
     return 3 * 4 if copied else 2 * itemsize
 
 
-def _hardware(name: str | None, memory: float | None) -> Hardware:
+def _shipped(arguments: PlanArguments) -> Hardware:
     """Return what was asked for by name; else what has so much memory."""
-    if name is None and memory is not None:
+    memory = _bytes(arguments, "gpu_memory")
+    if arguments.hardware is None and memory is not None:
         return Hardware.with_memory(memory)
-    return Hardware.load("h200" if name is None else name)
+    return Hardware.load(arguments.hardware or "h200")
 
 
 def parse_bytes(flag: str, text: str) -> float:
@@ -191,17 +191,9 @@ def parse_bytes(flag: str, text: str) -> float:
 
 
 def _document(one: MeshPlan) -> dict[str, Any]:
-    found = asdict(one)
-    step = found.pop("step")
+    found = asdict(replace(one, passes=[]))  # there are thousands
     for name in ("passes", "drawn", "seconds"):
-        del step[name]
-    for estimate, stage in zip(step["stages"], one.stages, strict=True):
-        estimate["memory"] = stage.memory
-        estimate["loss_seconds"] = stage.loss_seconds
-    return {
-        **found,
-        **step,
-        "rank_memory": one.rank_memory,
-        "fits": one.fits,
-        "imbalance": one.imbalance,
-    }
+        del found[name]
+    for estimate, stage in zip(found["stages"], one.stages, strict=True):
+        estimate |= {"memory": stage.memory, "loss_seconds": stage.loss_seconds}
+    return found | {name: getattr(one, name) for name in ("rank_memory", "fits", "imbalance")}

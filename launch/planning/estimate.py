@@ -1,6 +1,8 @@
 """Bytes and seconds of each stage on one mesh: arithmetic over the hardware file."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -8,7 +10,7 @@ from launch.planning.hardware import Hardware
 from launch.planning.loss_time import loss_seconds
 from launch.planning.orders import most_in_flight, stages_of, tasks_of
 from launch.planning.shape import ModelShape
-from vocab_parallel import plan_backward
+from vocab_parallel import BackwardPlan, plan_backward
 
 
 @dataclass(frozen=True)
@@ -48,10 +50,17 @@ class Job:
         """Of one microbatch of one column."""
         return self.sequence * self.microbatch
 
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        """Of hidden states and rows."""
-        return {2: torch.bfloat16, 4: torch.float32}[self.itemsize]
+    def plan_loss(self, tokens: int, rows: int, degree: int, **given: Any) -> BackwardPlan:
+        """Plan the loss on some rows of a group of so many ranks; see `plan_backward`."""
+        return plan_backward(
+            tokens,
+            rows,
+            self.shape.hidden,
+            {2: torch.bfloat16, 4: torch.float32}[self.itemsize],
+            memory_budget=self.memory_budget,
+            degree=degree,
+            **given,
+        )
 
 
 @dataclass(frozen=True)
@@ -61,6 +70,9 @@ class Mesh:
     data: int
     pipeline: int
     vocab: int
+
+    def __str__(self) -> str:
+        return f"{self.data} x {self.pipeline} x {self.vocab}"
 
     @property
     def columns(self) -> int:
@@ -73,47 +85,42 @@ class Mesh:
         return self.columns * self.pipeline
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LossShare:
     """What one rank does of a microbatch's loss, and holds for it.
 
     Attributes:
         rows: of the classifier.
-        memory: bytes, beside the rows' weights, gradients and optimizer state.
-        statistics, gradients: seconds of S and T.
-        way: how backward finds the logits.
+        loss: bytes, beside the rows' weights, gradients and optimizer state.
+        statistics_seconds, gradients_seconds: of S and T, the loss's forward and backward.
+        loss_way: how backward finds the logits.
         collective_bytes: that the rank's link moves for the vocab group.
+        collective_seconds: in which the stage waits for them.
     """
 
     rows: int = 0
-    memory: float = 0.0
-    statistics: float = 0.0
-    gradients: float = 0.0
-    way: str = ""
+    loss: float = 0.0
+    statistics_seconds: float = 0.0
+    gradients_seconds: float = 0.0
+    loss_way: str = ""
     collective_bytes: float = 0.0
+    collective_seconds: float = 0.0
 
 
-@dataclass(frozen=True)
-class StageEstimate:
+@dataclass(frozen=True, kw_only=True)
+class StageEstimate(LossShare):
     """One rank's part of a stage: bytes, and seconds of a microbatch."""
 
     layers: int
     in_flight: int  # microbatches that wait for their backward at the rank's worst moment
-    rows: int
     classifier: float  # weights, gradients and optimizer state of the rows, among those below
     parameters: float
     weights: float
     gradients: float
     optimizer: float
     activations: float
-    loss: float
     forward_seconds: float
     backward_seconds: float
-    statistics_seconds: float  # S of the loss: its forward, where the last stage has all of it
-    gradients_seconds: float  # T
-    loss_way: str
-    collective_bytes: float  # of the vocab group, a microbatch
-    collective_seconds: float
 
     @property
     def memory(self) -> float:
@@ -151,106 +158,83 @@ def estimate_stages(job: Job, mesh: Mesh, hardware: Hardware) -> list[StageEstim
         waiting |= most_in_flight(order, {stage: float(counts[stage]) for stage in own})
     last = len(counts) - 1
     rows = -(-shape.vocabulary // mesh.vocab)
-    vocabulary = dict.fromkeys(range(len(counts)), 0)  # rows, by stage
+    vocabulary = {0: 0, last: 0}  # rows, by stage
     vocabulary[0] += rows if shape.tied else shape.vocabulary  # a tied embedding is sharded
     # Where one rank has both ends, a tied weight is one parameter.
     vocabulary[last] += 0 if shape.tied and last in ranks[0] else rows
-    loss = _loss(job, mesh, hardware, rows, waiting[last])
-    return [
-        estimate_stage(
-            job,
-            hardware,
-            counts,
-            stage,
-            waiting=waiting[stage],
-            vocabulary=vocabulary[stage],
-            whole_rows=shape.vocabulary if stage == 0 and not shape.tied else 0,
-            copies=mesh.data,
-            loss=loss if stage == last else LossShare(),
-            waits=True,
-            group=mesh.vocab,
-        )
-        for stage in range(len(counts))
-    ]
+    losses = {last: _loss(job, mesh, hardware, rows, waiting[last])}
+    whole = 0 if shape.tied else shape.vocabulary
+    return estimate_parts(job, mesh, hardware, counts, waiting, vocabulary, losses, whole)
 
 
-def estimate_stage(
+def estimate_parts(
     job: Job,
+    mesh: Mesh,
     hardware: Hardware,
     counts: list[int],
-    stage: int,
-    *,
-    waiting: int,
-    vocabulary: int,
+    waiting: Mapping[int, int],
+    vocabulary: Mapping[int, int],
+    losses: Mapping[int, LossShare],
     whole_rows: int = 0,
-    copies: int = 1,
-    loss: LossShare,
-    waits: bool,
-    group: int = 1,
-) -> StageEstimate:
-    """Estimate one stage.
+) -> list[StageEstimate]:
+    """Estimate every stage, of which it is known what it has of the vocabulary.
 
     Args:
+        job, mesh, hardware: as `estimate_stages` has them.
         counts: layers of every stage.
-        waiting: microbatches in flight.
-        vocabulary: rows of all its parameters that have the vocabulary's rows.
-        whole_rows: of them, those of an embedding that is not cut, which belongs to the body.
-        copies: of the stage, over the data axis, which share what a body that is sharded holds.
-        loss: its rank's share.
-        waits: whether the stage waits while its vocab group communicates.
-        group: ranks of that group, which follow one another.
+        waiting: of each stage, microbatches in flight.
+        vocabulary: of stages that have some, rows of all parameters with the vocabulary's rows.
+        losses: of stages that have one, their rank's share.
+        whole_rows: of the first stage's rows those of an embedding that is not cut: of the body.
     """
-    shape, tokens, layers = job.shape, job.tokens, counts[stage]
-    first = sum(counts[:stage])
-    parameters = sum(shape.layer_parameters[first : first + layers]) + vocabulary * shape.hidden
-    if stage == len(counts) - 1:
-        parameters += shape.norm_parameters
-    # While a step runs, all copies hold whole weights and gradients; their own part besides.
-    body = parameters - (vocabulary - whole_rows) * shape.hidden
-    shared = body if job.shard_body and copies > 1 else 0
-    activations = waiting * layers * job.layer_bytes
-    if job.recompute_layers:  # the layer that runs again
-        activations += tokens * shape.activation_bytes(job.itemsize)
-    forward = layers * shape.layer_flops(tokens, job.sequence) / hardware.layer_flops
-    return StageEstimate(
-        layers=layers,
-        in_flight=waiting,
-        rows=loss.rows,
-        classifier=loss.rows * shape.hidden * (2 * job.itemsize + job.state_bytes),
-        parameters=parameters,
-        weights=(parameters + shared / copies) * job.itemsize,
-        gradients=parameters * job.itemsize,
-        optimizer=(parameters - shared * (1 - 1 / copies)) * job.state_bytes,
-        activations=activations,
-        loss=loss.memory,
-        forward_seconds=forward,
-        backward_seconds=(3.0 if job.recompute_layers else 2.0) * forward,
-        statistics_seconds=loss.statistics,
-        gradients_seconds=loss.gradients,
-        loss_way=loss.way,
-        collective_bytes=loss.collective_bytes,
-        collective_seconds=loss.collective_bytes / hardware.link_of(group) if waits else 0.0,
-    )
+    shape, found = job.shape, []
+    for stage, layers in enumerate(counts):
+        first = sum(counts[:stage])
+        rows, loss = vocabulary.get(stage, 0), losses.get(stage, LossShare())
+        parameters = sum(shape.layer_parameters[first : first + layers]) + rows * shape.hidden
+        if stage == len(counts) - 1:
+            parameters += shape.norm_parameters
+        # While a step runs, all copies hold whole weights and gradients; their own part besides.
+        body = parameters - (rows - (whole_rows if stage == 0 else 0)) * shape.hidden
+        shared = body if job.shard_body and mesh.data > 1 else 0
+        activations = waiting[stage] * layers * job.layer_bytes
+        if job.recompute_layers:  # the layer that runs again
+            activations += job.tokens * shape.activation_bytes(job.itemsize)
+        forward = layers * shape.layer_flops(job.tokens, job.sequence) / hardware.layer_flops
+        found.append(
+            StageEstimate(
+                **vars(loss),
+                layers=layers,
+                in_flight=waiting[stage],
+                classifier=loss.rows * shape.hidden * (2 * job.itemsize + job.state_bytes),
+                parameters=parameters,
+                weights=(parameters + shared / mesh.data) * job.itemsize,
+                gradients=parameters * job.itemsize,
+                optimizer=(parameters - shared * (1 - 1 / mesh.data)) * job.state_bytes,
+                activations=activations,
+                forward_seconds=forward,
+                backward_seconds=(3.0 if job.recompute_layers else 2.0) * forward,
+            )
+        )
+    return found
 
 
 def _loss(job: Job, mesh: Mesh, hardware: Hardware, rows: int, waiting: int) -> LossShare:
     """Estimate the loss of one microbatch of every column, on one rank's rows."""
-    shape = job.shape
-    tokens = job.tokens * mesh.vocab
-    backward_plan = plan_backward(
-        tokens,
-        rows,
-        shape.hidden,
-        job.torch_dtype,
-        memory_budget=job.memory_budget,
-        microbatches_in_flight=waiting,
-        degree=mesh.vocab,
-    )
-    seconds = loss_seconds(backward_plan, tokens, rows, shape.hidden, job.itemsize, hardware)
+    tokens, hidden = job.tokens * mesh.vocab, job.shape.hidden
+    backward_plan = job.plan_loss(tokens, rows, mesh.vocab, microbatches_in_flight=waiting)
+    seconds = loss_seconds(backward_plan, tokens, rows, hidden, job.itemsize, hardware)
     gathered, memory = 0.0, float(backward_plan.peak_bytes)
     if mesh.vocab > 1:
         # Hidden states gathered, statistics, and the float32 gradient scattered.
-        gathered = tokens * (shape.hidden * (job.itemsize + 4) + 8) * (1 - 1 / mesh.vocab)
-        memory += tokens * shape.hidden * job.itemsize
-    way = backward_plan.backward
-    return LossShare(rows, memory, seconds / 3, 2 * seconds / 3, way, gathered)
+        gathered = tokens * (hidden * (job.itemsize + 4) + 8) * (1 - 1 / mesh.vocab)
+        memory += tokens * hidden * job.itemsize
+    return LossShare(
+        rows=rows,
+        loss=memory,
+        statistics_seconds=seconds / 3,
+        gradients_seconds=2 * seconds / 3,
+        loss_way=backward_plan.backward,
+        collective_bytes=gathered,
+        collective_seconds=gathered / hardware.link_of(mesh.vocab),
+    )

@@ -1,35 +1,31 @@
 """Every mesh of so many GPUs: which fit, and the fastest first."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from launch.planning.estimate import Job, Mesh, StageEstimate, estimate_stages
+from launch.planning.estimate import Job, Mesh, estimate_stages
 from launch.planning.hardware import Hardware
 from launch.planning.orders import alone, stages_of
 from launch.planning.rank_work import Rows, filling_helps
 from launch.planning.schedules import SCHEDULES
 from launch.planning.spanning import SpanningPlanner
-from launch.planning.step import Step, of_ranks
-from vocab_parallel.pipeline.spanning.order import Event
+from launch.planning.step import Step
 
 VocabOver = Literal["last-stage", "all-stages"]
-# What the runtime, the allocator's gaps and the communicators take.
-RESERVED = 0.06  # of a GPU's memory; assumed
 MOST_VOCAB = 64  # the largest vocab degree that is looked at
 MOST_GPUS = 1024  # of one copy, of which the least number that fits is looked for
 
 
-@dataclass(frozen=True)
-class MeshPlan:
-    """What one mesh holds, and how long its step takes.
+@dataclass(frozen=True, kw_only=True)
+class MeshPlan(Step):
+    """What one mesh holds, and how long its step takes: that of a column, and of the whole mesh.
 
     Attributes:
         vocab_over: whose ranks hold rows of the vocabulary.
         rows: "filled" where ranks with fewer layers have more of them.
         recompute_layers: whether layers run again in backward, since nothing else fits.
-        step: of a column; its parts can be read here too.
         step_seconds: of one optimizer step, the replicas' sum of gradients included.
         tokens_per_second: of the whole mesh.
         flops_per_second: of the whole mesh, of the model's mathematics: nothing that runs again.
@@ -40,31 +36,10 @@ class MeshPlan:
     vocab_over: VocabOver
     rows: Rows
     recompute_layers: bool
-    step: Step
     step_seconds: float
     tokens_per_second: float
     flops_per_second: float
     missing: float
-
-    @property
-    def stages(self) -> list[StageEstimate]:
-        """One rank's part of each stage."""
-        return self.step.stages
-
-    @property
-    def ranks(self) -> list[list[int]]:
-        """The stages that each rank of a column runs."""
-        return self.step.ranks
-
-    @property
-    def passes(self) -> list[Event]:
-        """The simulated step."""
-        return self.step.passes
-
-    @property
-    def bubble(self) -> float:
-        """The share of the ranks' time in which they wait."""
-        return self.step.bubble
 
     @property
     def fits(self) -> bool:
@@ -72,14 +47,12 @@ class MeshPlan:
         return self.missing <= 0.0
 
     @property
-    def rank_memory(self) -> list[float]:
-        """Bytes of each rank of a column."""
-        return self.step.rank_memory
-
-    @property
     def imbalance(self) -> float:
         """The last stage's time of a microbatch over the slowest other one's; 1 if alone."""
-        times = [_seconds(stage) for stage in self.stages]
+        times = [
+            stage.forward_seconds + stage.backward_seconds + stage.loss_seconds
+            for stage in self.stages
+        ]
         return times[-1] / max(times[:-1]) if len(times) > 1 else 1.0
 
 
@@ -87,7 +60,6 @@ def plan_meshes(
     job: Job,
     gpus: int,
     hardware: Hardware,
-    gpu_memory: float,
     vocab_over: tuple[VocabOver, ...] = ("last-stage", "all-stages"),
     batch: int | None = None,
 ) -> list[MeshPlan]:
@@ -105,17 +77,17 @@ def plan_meshes(
     if gpus < 1:
         raise ValueError(f"--gpus must be at least 1, got {gpus}")
     least = max(job.shape.layer_parameters) * (2 * job.itemsize + job.state_bytes)
-    if gpu_memory < least:
+    if hardware.memory < least:
         raise ValueError(
-            f"--gpu-memory {gpu_memory / 1e9:.2f}GB is below one layer of {job.shape.name}, whose "
-            f"weights, gradients and optimizer state are {least / 1e9:.2f} GB"
+            f"--gpu-memory {hardware.memory / 1e9:.2f}GB is below one layer of {job.shape.name}, "
+            f"whose weights, gradients and optimizer state are {least / 1e9:.2f} GB"
         )
     if vocab_over == ("all-stages",) and not SCHEDULES[job.schedule].held:
         raise ValueError(
             f"--schedule {job.schedule} has the vocabulary on the last stage alone: --vocab-over "
             f"all-stages takes one of {[name for name, one in SCHEDULES.items() if one.held]}"
         )
-    planner = _Planner(hardware, gpu_memory * (1 - RESERVED), batch)
+    planner = MeshPlanner(hardware, batch)
     plans: list[MeshPlan] = []
     refused = "all-stages needs at least 2 pipeline ranks, and as many layers as stages"
     for mesh in _meshes(gpus, job):
@@ -128,34 +100,9 @@ def plan_meshes(
     return _best_first(planner.with_own_order(job, _best_first(plans)))
 
 
-def plan_mesh(
-    job: Job,
-    mesh: Mesh,
-    hardware: Hardware,
-    gpu_memory: float,
-    vocab_over: VocabOver,
-    *,
-    simulated: bool,
-) -> MeshPlan:
-    """Plan one mesh as it would be under another schedule, or with other microbatches.
-
-    Args:
-        job, mesh, hardware, gpu_memory, vocab_over: as `plan_meshes` has them.
-        simulated: whether its own order is simulated where all stages carry the vocabulary.
-
-    Raises:
-        ValueError: the schedule cannot run on it.
-    """
-    planner = _Planner(hardware, gpu_memory * (1 - RESERVED), None)
-    if vocab_over == "all-stages":
-        return planner.on_all_stages(job, mesh, simulated=simulated)
-    return planner.on_last_stage(job, mesh)
-
-
 def least_gpus(
     job: Job,
     hardware: Hardware,
-    gpu_memory: float,
     vocab_over: tuple[VocabOver, ...],
     batch: int | None = None,
 ) -> int | None:
@@ -163,13 +110,13 @@ def least_gpus(
 
     Copies over the data axis need no less each, and are left out.
     """
-    room = gpu_memory * (1 - RESERVED)
-    planner = _Planner(hardware, room, batch)
+    planner = MeshPlanner(hardware, batch)
     shape = job.shape
-    if job.tokens * shape.activation_bytes(job.itemsize) > room:  # of a layer that runs again
+    again = job.tokens * shape.activation_bytes(job.itemsize)  # of a layer that runs again
+    if again > hardware.room:
         return None
     body = sum(shape.layer_parameters) + shape.vocabulary_parameters
-    fewest = max(1, int(body * (2 * job.itemsize + job.state_bytes) / room))
+    fewest = max(1, int(body * (2 * job.itemsize + job.state_bytes) / hardware.room))
     for gpus in range(fewest, MOST_GPUS + 1):
         for mesh in _meshes(gpus, job):
             if mesh.data > 1:
@@ -199,11 +146,17 @@ def _meshes(gpus: int, job: Job) -> Iterator[Mesh]:
                 yield Mesh(gpus // pipeline // vocab, pipeline, vocab)
 
 
-class _Planner:
-    """Plans meshes on GPUs with so much room, in bytes; for an equal batch where one is given."""
+class MeshPlanner:
+    """Plans meshes one by one, and remembers what it simulated.
 
-    def __init__(self, hardware: Hardware, room: float, batch: int | None) -> None:
-        self._hardware, self._room, self._batch = hardware, room, batch
+    Args:
+        hardware: of each GPU.
+        batch: sequences of a step over all columns, from which microbatches follow; None keeps the
+            job's microbatches.
+    """
+
+    def __init__(self, hardware: Hardware, batch: int | None = None) -> None:
+        self._hardware, self._batch = hardware, batch
         self._spanning = SpanningPlanner(hardware)
 
     def places(self, job: Job, mesh: Mesh, vocab_over: tuple[VocabOver, ...]) -> list[MeshPlan]:
@@ -212,45 +165,42 @@ class _Planner:
         Raises:
             ValueError: the schedule does not run on it, or it cannot share the batch.
         """
-        plans = []
-        if "last-stage" in vocab_over:
-            plans.append(self.on_last_stage(job, mesh))
         spans = SCHEDULES[job.schedule].held and mesh.pipeline > 1
-        if "all-stages" in vocab_over and spans:
-            plans.append(self.on_all_stages(job, mesh))
-        return plans
+        return [self.plan(job, mesh, one) for one in vocab_over if one == "last-stage" or spans]
 
-    def on_last_stage(self, job: Job, mesh: Mesh) -> MeshPlan:
-        """Plan the vocabulary on the last stage."""
+    def plan(
+        self, job: Job, mesh: Mesh, vocab_over: VocabOver, *, simulated: bool = False
+    ) -> MeshPlan:
+        """Plan a mesh; of the vocabulary on all stages, the better of balanced and filled rows.
+
+        Args:
+            job, mesh, vocab_over: what is planned.
+            simulated: whether its own order is simulated where all stages carry the vocabulary.
+
+        Raises:
+            ValueError: the schedule does not run on it, or it cannot share the batch.
+        """
         job = self._of_batch(job, mesh)
-        return self._plan(
-            job, mesh, "last-stage", "balanced", lambda job: _step(job, mesh, self._hardware)
-        )
-
-    def on_all_stages(self, job: Job, mesh: Mesh, *, simulated: bool = False) -> MeshPlan:
-        """Plan the vocabulary on all stages, with the better of balanced and filled rows."""
-        job = self._of_batch(job, mesh)
-        rules: list[Rows] = ["balanced"]
-        if filling_helps(job, mesh.pipeline):
-            rules.append("filled")
-        plans = []
-        for rows in rules:
-
-            def step(job: Job, rows: Rows = rows) -> Step:
-                return self._spanning.step(job, mesh, rows, simulated=simulated)
-
-            plans.append(self._plan(job, mesh, "all-stages", rows, step))
+        plans = [self._with_rows(job, mesh, vocab_over, "balanced", simulated)]
+        if vocab_over == "all-stages" and filling_helps(job, mesh.pipeline):
+            plans.append(self._with_rows(job, mesh, vocab_over, "filled", simulated))
         return _best_first(plans)[0]
 
     def with_own_order(self, job: Job, plans: list[MeshPlan]) -> list[MeshPlan]:
         """Simulate the best mesh's own order, until it is the best by that.
 
-        Others of its pipeline degree are corrected by what that changes.
+        Others of its pipeline degree, which come behind it, are corrected by what that changes.
         """
-        while (best := best_of(plans, "all-stages")) is not None and not best.step.simulated:
-            own = self.on_all_stages(job, best.mesh, simulated=True)
+        while (best := best_of(plans, "all-stages")) is not None and not best.simulated:
             plans = _best_first(
-                [own if plan is best else self._corrected(job, plan, best.mesh) for plan in plans]
+                [
+                    self.plan(job, one.mesh, one.vocab_over, simulated=one is best)
+                    if one.vocab_over == "all-stages"
+                    and one.mesh.pipeline == best.mesh.pipeline
+                    and not one.simulated
+                    else one
+                    for one in plans
+                ]
             )
         return plans
 
@@ -258,7 +208,7 @@ class _Planner:
         """Return the job with as many microbatches as the batch makes on a mesh."""
         if self._batch is None:
             return job
-        piece = mesh.data * mesh.vocab * job.microbatch
+        piece = mesh.columns * job.microbatch
         if self._batch % piece:
             raise ValueError(
                 f"a batch of {self._batch} sequences is no multiple of data x vocab x --microbatch "
@@ -266,40 +216,35 @@ class _Planner:
             )
         return replace(job, microbatches=self._batch // piece)
 
-    def _corrected(self, job: Job, plan: MeshPlan, by: Mesh) -> MeshPlan:
-        spans = plan.vocab_over == "all-stages" and not plan.step.simulated
-        alike = spans and plan.mesh.pipeline == by.pipeline
-        return self.on_all_stages(job, plan.mesh) if alike else plan
-
-    def _plan(
-        self,
-        job: Job,
-        mesh: Mesh,
-        vocab_over: VocabOver,
-        rows: Rows,
-        step_of: Callable[[Job], Step],
+    def _with_rows(
+        self, job: Job, mesh: Mesh, vocab_over: VocabOver, rows: Rows, simulated: bool
     ) -> MeshPlan:
         """Plan one mesh; layers run again where the ranks have no room for what they keep."""
+
+        def step_of(job: Job) -> Step:
+            if vocab_over == "last-stage":
+                return _step(job, mesh, self._hardware)
+            return self._spanning.step(job, mesh, rows, simulated=simulated)
+
         step = step_of(job)
-        if max(step.rank_memory) > self._room:
+        if max(step.rank_memory) > self._hardware.room:
             job = replace(job, recompute_layers=True)
             step = step_of(job)
         # Replicas of the body sum their gradients after the step: a ring moves nearly twice the
         # bytes.
-        replicas = mesh.data * mesh.vocab
-        summed = max(of_ranks(step.stages, step.ranks, "gradients")) * 2 * (1 - 1 / replicas)
+        summed = max(step.of_ranks("gradients")) * 2 * (1 - 1 / mesh.columns)
         seconds = step.seconds + summed / self._hardware.link_of(mesh.columns)
-        tokens = job.tokens * job.microbatches * replicas
+        tokens = job.tokens * job.microbatches * mesh.columns
         return MeshPlan(
+            **vars(step),
             mesh=mesh,
             vocab_over=vocab_over,
             rows=rows,
             recompute_layers=job.recompute_layers,
-            step=step,
             step_seconds=seconds,
             tokens_per_second=tokens / seconds,
             flops_per_second=job.shape.step_flops(tokens, job.sequence) / seconds,
-            missing=max(step.rank_memory) - self._room,
+            missing=max(step.rank_memory) - self._hardware.room,
         )
 
 
@@ -319,7 +264,3 @@ def _step(job: Job, mesh: Mesh, hardware: Hardware) -> Step:
         passes=order.passes,
         drawn=job.microbatches,
     )
-
-
-def _seconds(stage: StageEstimate) -> float:
-    return stage.forward_seconds + stage.backward_seconds + stage.loss_seconds

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 from launch.planning.meshes import MeshPlan
-from launch.planning.step import of_ranks
 
 # Of each kind of pass its name, and its color, alone and with the last stage's loss.
 _KINDS = {
@@ -45,7 +44,7 @@ def _draw_memory(bars: Any, plan: MeshPlan, model: str, gpu_memory: float) -> No
     count = len(plan.ranks)
     below = [0.0] * count
     for part in _PARTS:
-        values = [size / 1e9 for size in of_ranks(plan.stages, plan.ranks, part)]
+        values = [size / 1e9 for size in plan.of_ranks(part)]
         bars.bar(range(count), values, bottom=below, label=part)
         below = [low + value for low, value in zip(below, values, strict=True)]
     card = gpu_memory / 1e9
@@ -91,8 +90,7 @@ def _draw_step(line: Any, plan: MeshPlan) -> None:
         bbox_to_anchor=(0.5, 1.0),
     )
     line.invert_yaxis()
-    step = plan.step
-    fewer = "" if step.drawn == step.microbatches else f" of {step.drawn} microbatches alone"
+    fewer = "" if plan.drawn == plan.microbatches else f" of {plan.drawn} microbatches alone"
     line.set(
         yticks=range(len(plan.ranks)),
         xlabel=f"ms of a step{fewer}; {plan.bubble:.0%} of the ranks' time is waiting",

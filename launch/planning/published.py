@@ -7,6 +7,14 @@ from typing import Any
 
 from launch.planning.nearest import nearest, nearest_path
 
+_QWEN_3: Mapping[str, Any] = {
+    "model_type": "qwen3",
+    "vocab_size": 151_936,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 40_960,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
+}
 _LLAMA_3_1: Mapping[str, Any] = {
     "model_type": "llama",
     "vocab_size": 128_256,
@@ -26,42 +34,27 @@ _LLAMA_3_1: Mapping[str, Any] = {
 # Published configurations, by the names that ``--model`` takes.
 PUBLISHED: Mapping[str, Mapping[str, Any]] = {
     "qwen3-1.7b": {
-        "model_type": "qwen3",
-        "vocab_size": 151_936,
+        **_QWEN_3,
         "hidden_size": 2048,
         "intermediate_size": 6144,
         "num_hidden_layers": 28,
         "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "max_position_embeddings": 40_960,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
         "tie_word_embeddings": True,
     },
     "qwen3-8b": {
-        "model_type": "qwen3",
-        "vocab_size": 151_936,
+        **_QWEN_3,
         "hidden_size": 4096,
         "intermediate_size": 12_288,
         "num_hidden_layers": 36,
         "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "max_position_embeddings": 40_960,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
         "tie_word_embeddings": False,
     },
     "qwen3-32b": {
-        "model_type": "qwen3",
-        "vocab_size": 151_936,
+        **_QWEN_3,
         "hidden_size": 5120,
         "intermediate_size": 25_600,
         "num_hidden_layers": 64,
         "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "max_position_embeddings": 40_960,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
         "tie_word_embeddings": False,
     },
     "llama-3.1-8b": {

@@ -1,8 +1,7 @@
 """What a microbatch takes of each rank where all stages carry the vocabulary: rows and seconds."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Literal
 
 from launch.planning.balance import layer_counts
 from launch.planning.estimate import Job, Mesh
@@ -10,119 +9,94 @@ from launch.planning.hardware import Hardware
 from launch.planning.loss_time import passes_seconds
 from launch.planning.orders import stages_of
 from launch.planning.schedules import SCHEDULES
-from vocab_parallel import BackwardPlan, filled_rows, plan_backward
+from vocab_parallel import BackwardPlan, filled_rows
 from vocab_parallel.pipeline.spanning.order import Costs
 
 Rows = Literal["balanced", "filled"]
 
 
-@dataclass(frozen=True)
 class RankWork:
-    """What a microbatch takes of a column's ranks, before anything is placed.
+    """What a microbatch takes of a column's ranks on a mesh, before anything is placed.
+
+    Args:
+        job, mesh, hardware: what is trained, and where.
+        rows: ranks have equally many, or those with fewer layers more.
 
     Attributes:
         ranks: the stages that each runs.
         counts: layers of every stage.
         forward: seconds of a stage's layers.
-        again: whether they run once more in backward.
+        layers_of_ranks: seconds of each rank's layers.
+        of_ranks: seconds of each rank.
         rows: of each rank, the most of its V.
         plans: of the loss on them; None for no rows.
         passes: S and T, in seconds.
     """
 
-    ranks: list[list[int]]
-    counts: list[int]
-    forward: list[float]
-    again: bool
-    rows: list[int]
-    plans: list[BackwardPlan | None]
-    passes: list[tuple[float, float]]
-
-    @classmethod
-    def of(cls, job: Job, mesh: Mesh, hardware: Hardware, rows: Rows) -> Self:
-        """Estimate it on a mesh, with equally many rows a rank or filled ones."""
+    def __init__(self, job: Job, mesh: Mesh, hardware: Hardware, rows: Rows) -> None:
         shape = job.shape
-        ranks = stages_of(job.schedule, mesh.pipeline)
-        counts = layer_counts(shape.layers, sum(map(len, ranks)), 0.0)
+        self.job, self.mesh, self.hardware = job, mesh, hardware
+        self.ranks = stages_of(job.schedule, mesh.pipeline)
+        self.counts = layer_counts(shape.layers, sum(map(len, self.ranks)), 0.0)
         layer = shape.layer_flops(job.tokens, job.sequence) / hardware.layer_flops
-        forward = [count * layer for count in counts]
+        self.forward = [count * layer for count in self.counts]
+        factor = 4 if job.recompute_layers else 3
+        self.layers_of_ranks = [
+            factor * sum(self.forward[stage] for stage in own) for own in self.ranks
+        ]
         even = -(-shape.vocabulary // (mesh.pipeline * mesh.vocab))
-        held = [even] * mesh.pipeline
+        self.rows = [even] * mesh.pipeline
         if rows == "filled":
-            factor = 4 if job.recompute_layers else 3
-            loads = [factor * sum(forward[stage] for stage in own) for own in ranks]
-            _, passes = _loss_of(job, mesh, hardware, even)
             counted = filled_rows(
                 shape.vocabulary,
-                [load for load in loads for _ in range(mesh.vocab)],
-                sum(passes) / even,
+                [load for load in self.layers_of_ranks for _ in range(mesh.vocab)],
+                sum(self._loss_of(even)[1]) / even,
             )
-            held = [
+            self.rows = [
                 max(counted[rank * mesh.vocab : (rank + 1) * mesh.vocab])
                 for rank in range(mesh.pipeline)
             ]
-        found = {number: _loss_of(job, mesh, hardware, number) for number in set(held)}
-        return cls(
-            ranks=ranks,
-            counts=counts,
-            forward=forward,
-            again=job.recompute_layers,
-            rows=held,
-            plans=[found[number][0] for number in held],
-            passes=[found[number][1] for number in held],
-        )
-
-    @property
-    def layers_of_ranks(self) -> list[float]:
-        """Seconds of each rank's layers."""
-        factor = 4 if self.again else 3
-        return [factor * sum(self.forward[stage] for stage in own) for own in self.ranks]
-
-    @property
-    def of_ranks(self) -> list[float]:
-        """Seconds of each rank."""
+        losses = {number: self._loss_of(number) for number in set(self.rows)}
+        self.plans = [losses[number][0] for number in self.rows]
+        self.passes = [losses[number][1] for number in self.rows]
         both = zip(self.layers_of_ranks, self.passes, strict=True)
-        return [layers + sum(passes) for layers, passes in both]
+        self.of_ranks = [layers + sum(passes) for layers, passes in both]
 
-    def costs(self, job: Job, mesh: Mesh, hardware: Hardware) -> Costs:
+    def costs(self) -> Costs:
         """Return how long everything takes, in seconds."""
-        inputs = 2.0 if self.again else 1.0
-        of_column = job.tokens * job.shape.hidden
+        mesh, itemsize = self.mesh, self.job.itemsize
+        inputs = 2.0 if self.job.recompute_layers else 1.0
+        of_column = self.job.tokens * self.job.shape.hidden
         of_all = mesh.vocab * of_column
-        link = hardware.link_of(mesh.ranks)
-        gathered = 8 * mesh.pipeline * mesh.vocab * mesh.vocab * job.tokens
+        link = self.hardware.link_of(mesh.ranks)
+        gathered = 8 * mesh.pipeline * mesh.vocab * mesh.vocab * self.job.tokens
         return Costs(
             forward=lambda stage: self.forward[stage],
             backward_input=lambda stage: inputs * self.forward[stage],
             backward_weight=lambda stage: self.forward[stage],
             statistics=[s for s, _ in self.passes],
             gradients=[t for _, t in self.passes],
-            message=of_column * job.itemsize / link,
-            broadcast=of_all * job.itemsize / link,
+            message=of_column * itemsize / link,
+            broadcast=of_all * itemsize / link,
             exchange=(4 * of_all + gathered) / link,
         )
 
-
-def _loss_of(
-    job: Job, mesh: Mesh, hardware: Hardware, rows: int
-) -> tuple[BackwardPlan | None, tuple[float, float]]:
-    """Plan the loss of all columns' tokens on some rows; return S and T in seconds besides."""
-    if rows == 0:
-        return None, (0.0, 0.0)
-    tokens, hidden = mesh.vocab * job.tokens, job.shape.hidden
-    backward_plan = plan_backward(
-        tokens,
-        rows,
-        hidden,
-        job.torch_dtype,
-        memory_budget=job.memory_budget,
-        microbatches_in_flight=SCHEDULES[job.schedule].held,
-        degree=mesh.pipeline * mesh.vocab,
-        in_spans=False,  # dE is reduced when all of it is there
-    )
-    return backward_plan, passes_seconds(
-        backward_plan, tokens, rows, hidden, job.itemsize, hardware
-    )
+    def _loss_of(self, rows: int) -> tuple[BackwardPlan | None, tuple[float, float]]:
+        """Plan the loss of all columns' tokens on some rows; return S and T in seconds besides."""
+        if rows == 0:
+            return None, (0.0, 0.0)
+        job, mesh = self.job, self.mesh
+        tokens = mesh.vocab * job.tokens
+        backward_plan = job.plan_loss(
+            tokens,
+            rows,
+            mesh.pipeline * mesh.vocab,
+            microbatches_in_flight=SCHEDULES[job.schedule].held,
+            in_spans=False,  # dE is reduced when all of it is there
+        )
+        return backward_plan, passes_seconds(
+            backward_plan, tokens, rows, job.shape.hidden, job.itemsize, self.hardware
+        )
 
 
 def filling_helps(job: Job, pipeline: int) -> bool:

@@ -18,13 +18,12 @@ rows. The vocab group's messages run beside the layers, as the order places them
 
 from dataclasses import dataclass
 
-from launch.planning.estimate import Job, LossShare, Mesh, StageEstimate, estimate_stage
+from launch.planning.estimate import Job, LossShare, Mesh, StageEstimate, estimate_parts
 from launch.planning.hardware import Hardware
-from launch.planning.orders import alone, most_in_flight, tasks_of
+from launch.planning.orders import most_in_flight, tasks_of
 from launch.planning.rank_work import RankWork, Rows
 from launch.planning.schedules import SCHEDULES
 from launch.planning.step import Step
-from vocab_parallel import BackwardPlan
 from vocab_parallel.pipeline.spanning.order import (
     Costs,
     Event,
@@ -32,6 +31,7 @@ from vocab_parallel.pipeline.spanning.order import (
     Task,
     best_order,
     more_forwards,
+    order_of,
 )
 
 # S leaves kept logits as they are, and makes their gradient beside them in so many parts.
@@ -60,24 +60,24 @@ class SpanningPlanner:
         Raises:
             ValueError: the schedule cannot run on so many ranks and microbatches.
         """
-        work = RankWork.of(job, mesh, self._hardware, rows)
-        costs = work.costs(job, mesh, self._hardware)
-        seconds = self._formula(job, mesh, work, costs)
+        work = RankWork(job, mesh, self._hardware, rows)
+        costs = work.costs()
+        seconds = self._formula(work, costs)
         key = (job, mesh.pipeline, rows)
         passes: list[Event] = []
         if simulated:
             order, found = simulate_spanning(job.schedule, job.microbatches, costs)
             self._ratios[key] = found / seconds
-            seconds, held = found, _Held.of_order(order, work, job, mesh)
+            seconds, held = found, _Held.of_order(order, work)
             passes = order.passes
         else:
             seconds *= self._ratios.get(key, 1.0)
-            held = _Held.expected(job, work)
+            held = _Held.expected(work)
         moved = _collective_bytes(job, mesh)
         seconds = max(seconds, job.microbatches * moved / self._hardware.link_of(mesh.ranks))
         busy = job.microbatches * sum(work.of_ranks)
         return Step(
-            stages=_stages(job, mesh, self._hardware, work, held, moved),
+            stages=_stages(work, held, moved),
             ranks=work.ranks,
             seconds=seconds,
             bubble=1 - busy / (seconds * len(work.ranks)),
@@ -88,14 +88,15 @@ class SpanningPlanner:
             hidden_held=held.hidden,
         )
 
-    def _formula(self, job: Job, mesh: Mesh, work: RankWork, costs: Costs) -> float:
+    def _formula(self, work: RankWork, costs: Costs) -> float:
         """Return a step's seconds without its order."""
-        key = (job, mesh.pipeline)
-        if key not in self._alone:
-            self._alone[key] = _layers_alone(job, work, costs.message)
+        job, ranks = work.job, len(work.ranks)
+        if (job, ranks) not in self._alone:
+            tasks = tasks_of(job.schedule, ranks, job.microbatches)
+            self._alone[job, ranks] = order_of(tasks, costs, vocabulary=False).finish
         of_loss = max(work.of_ranks) - max(work.layers_of_ranks)
         through = costs.broadcast + max(costs.statistics) + costs.exchange
-        return self._alone[key] + job.microbatches * of_loss + through
+        return self._alone[job, ranks] + job.microbatches * of_loss + through
 
 
 def simulate_spanning(schedule: str, microbatches: int, costs: Costs) -> tuple[Order, float]:
@@ -116,13 +117,6 @@ def simulate_spanning(schedule: str, microbatches: int, costs: Costs) -> tuple[O
         return order, order.finish
     round_more = best_order(tasks_of(schedule, ranks, fewer + ranks), costs).finish - order.finish
     return order, order.finish + (microbatches - fewer) // ranks * round_more
-
-
-def _layers_alone(job: Job, work: RankWork, message: float) -> float:
-    """Return the seconds of the schedule's own step without a loss."""
-    factor = 3 if work.again else 2
-    times = [(each, (factor - 1) * each, each) for each in work.forward]
-    return alone(job.schedule, len(work.ranks), job.microbatches, times, message).finish
 
 
 def _fewer(microbatches: int, ranks: int) -> int:
@@ -156,15 +150,15 @@ class _Held:
     shares: list[int]
 
     @classmethod
-    def of_order(cls, order: Order, work: RankWork, job: Job, mesh: Mesh) -> "_Held":
+    def of_order(cls, order: Order, work: RankWork) -> "_Held":
         """Count in an order: what a rank keeps of layers is most when it keeps less of the loss."""
         waiting: dict[int, int] = {}
         shares = []
-        numbers = mesh.vocab * job.tokens * job.shape.hidden
+        numbers = work.mesh.vocab * work.job.tokens * work.job.shape.hidden
         for rank, own in enumerate(work.ranks):
             plan = work.plans[rank]
             share = numbers * 4 + (0 if plan is None else plan.kept_bytes)
-            sizes = {stage: work.counts[stage] * job.layer_bytes for stage in own}
+            sizes = {stage: work.counts[stage] * work.job.layer_bytes for stage in own}
             own_passes = [_counted(event) for event in order.passes if rank in event.ranks]
             counted = most_in_flight(own_passes, {**sizes, _LOSS: share})
             shares.append(counted.pop(_LOSS))
@@ -172,8 +166,9 @@ class _Held:
         return cls(waiting, order.hidden_held, shares)
 
     @classmethod
-    def expected(cls, job: Job, work: RankWork) -> "_Held":
+    def expected(cls, work: RankWork) -> "_Held":
         """Count what the schedule's own order has with a forward more."""
+        job = work.job
         waiting: dict[int, int] = {}
         fewer = _fewer(job.microbatches, len(work.ranks))
         for rank, own in enumerate(tasks_of(job.schedule, len(work.ranks), fewer)):
@@ -190,56 +185,38 @@ def _counted(event: Event) -> Event | Task:
     return event
 
 
-def _stages(
-    job: Job, mesh: Mesh, hardware: Hardware, work: RankWork, held: _Held, moved: float
-) -> list[StageEstimate]:
+def _stages(work: RankWork, held: _Held, moved: float) -> list[StageEstimate]:
     """Estimate every stage; a rank's rows belong to its first one."""
-    found: dict[int, StageEstimate] = {}
-    for rank, own in enumerate(work.ranks):
-        rows = work.rows[rank]
-        plan = work.plans[rank]
-        share = LossShare(
-            rows=rows,
-            memory=_loss_bytes(job, mesh, plan, rows, held.hidden, held.shares[rank]),
-            statistics=work.passes[rank][0],
-            gradients=work.passes[rank][1],
-            way="" if plan is None else plan.backward,
+    losses = {
+        own[0]: LossShare(
+            rows=work.rows[rank],
+            loss=_loss_bytes(work, rank, held),
+            statistics_seconds=work.passes[rank][0],
+            gradients_seconds=work.passes[rank][1],
+            loss_way="" if (plan := work.plans[rank]) is None else plan.backward,
             collective_bytes=moved,
         )
-        for stage in own:
-            has_rows = stage == own[0]
-            found[stage] = estimate_stage(
-                job,
-                hardware,
-                work.counts,
-                stage,
-                waiting=held.waiting[stage],
-                vocabulary=rows * (1 if job.shape.tied else 2) if has_rows else 0,
-                copies=mesh.data,
-                loss=share if has_rows else LossShare(),
-                waits=False,
-            )
-    return [found[stage] for stage in range(len(work.counts))]
+        for rank, own in enumerate(work.ranks)
+    }
+    times = 1 if work.job.shape.tied else 2
+    vocabulary = {stage: times * loss.rows for stage, loss in losses.items()}
+    return estimate_parts(
+        work.job, work.mesh, work.hardware, work.counts, held.waiting, vocabulary, losses
+    )
 
 
-def _loss_bytes(
-    job: Job,
-    mesh: Mesh,
-    backward_plan: BackwardPlan | None,
-    rows: int,
-    hidden: int,
-    shares: int,
-) -> float:
+def _loss_bytes(work: RankWork, rank: int, held: _Held) -> float:
     """Return what a rank holds for the loss beside its rows and their gradient.
 
     Hidden states from their broadcast to T, the float32 share of dE from S to T, what the loss's
     own plan says; T adds to the rows' gradient, which the plan has a second time.
     """
-    numbers = mesh.vocab * job.tokens * job.shape.hidden
-    found = float(hidden * numbers * job.itemsize + shares * numbers * 4)
+    job, backward_plan, shares = work.job, work.plans[rank], held.shares[rank]
+    numbers = work.mesh.vocab * job.tokens * job.shape.hidden
+    found = float(held.hidden * numbers * job.itemsize + shares * numbers * 4)
     if backward_plan is None:
         return found
     found += (shares - SCHEDULES[job.schedule].held) * backward_plan.kept_bytes
     if backward_plan.backward == "probs":
         found += backward_plan.kept_bytes / _PARTS
-    return found + backward_plan.peak_bytes - rows * job.shape.hidden * job.itemsize
+    return found + backward_plan.peak_bytes - work.rows[rank] * job.shape.hidden * job.itemsize

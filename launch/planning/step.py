@@ -6,7 +6,7 @@ from launch.planning.estimate import StageEstimate
 from vocab_parallel.pipeline.spanning.order import Event
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Step:
     """A column's step, without what its replicas communicate after it.
 
@@ -35,9 +35,8 @@ class Step:
     @property
     def rank_memory(self) -> list[float]:
         """Bytes of each rank."""
-        return of_ranks(self.stages, self.ranks, "memory")
+        return self.of_ranks("memory")
 
-
-def of_ranks(stages: list[StageEstimate], ranks: list[list[int]], part: str) -> list[float]:
-    """Add up one part of each rank's stages, in bytes."""
-    return [sum(getattr(stages[stage], part) for stage in own) for own in ranks]
+    def of_ranks(self, part: str) -> list[float]:
+        """Add up one part of each rank's stages, in bytes."""
+        return [sum(getattr(self.stages[stage], part) for stage in own) for own in self.ranks]

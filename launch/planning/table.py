@@ -1,8 +1,12 @@
 """The table of meshes, as the command prints it."""
 
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
 from rich.console import Console
 from rich.table import Table
 
+from launch.planning.estimate import StageEstimate
 from launch.planning.hardware import Hardware, peak_of
 from launch.planning.meshes import MeshPlan, best_of
 from launch.planning.unpiped import Unpiped
@@ -28,49 +32,26 @@ def print_table(
         show: how many have a line.
         advice: sentences to print below.
     """
-    table = Table(title=title)
-    table.add_column("d x p x v", justify="right", no_wrap=True)
-    table.add_column("vocabulary", no_wrap=True)
-    for column in (
-        "layers",
-        "M",
-        "tokens/s",
-        "MFU",
-        "step s",
-        "bubble",
-        "last / others",
-        "layers again",
-        "fullest GB",
-        "last stage GB",
-        "loss GB",
-        "loss",
-        "missing GB",
-    ):
-        table.add_column(column, justify="right")
-    for one in plans[:show]:
-        memory = one.rank_memory
-        holder = next(rank for rank, own in enumerate(one.ranks) if len(one.stages) - 1 in own)
-        with_loss = max(one.stages, key=lambda stage: stage.rows)
-        layers = [stage.layers for stage in one.stages]
-        table.add_row(
-            _mesh(one),
-            _place(one),
-            f"{layers[0]}..{layers[-1]}" if len(layers) > 1 else str(layers[0]),
-            str(one.step.microbatches),
-            f"{one.tokens_per_second:,.0f}",
-            _share(utilisation(one, hardware)),
-            f"{one.step_seconds:.2f}",
-            f"{one.bubble:.0%}",
-            f"{one.imbalance:.2f}",
-            "yes" if one.recompute_layers else "",
-            f"{max(memory) / 1e9:.1f}",
-            f"{memory[holder] / 1e9:.1f}",
-            f"{with_loss.loss / 1e9:.2f}",
-            with_loss.loss_way,
-            "" if one.fits else f"{one.missing / 1e9:.1f}",
-        )
+    columns = {
+        "d x p x v": lambda one: str(one.mesh),
+        "vocabulary": _place,
+        "layers": _layers,
+        "M": lambda one: str(one.microbatches),
+        "tokens/s": lambda one: f"{one.tokens_per_second:,.0f}",
+        "MFU": lambda one: _share(utilisation(one, hardware)),
+        "step s": lambda one: f"{one.step_seconds:.2f}",
+        "bubble": lambda one: f"{one.bubble:.0%}",
+        "last / others": lambda one: f"{one.imbalance:.2f}",
+        "layers again": lambda one: "yes" if one.recompute_layers else "",
+        "fullest GB": lambda one: f"{max(one.rank_memory) / 1e9:.1f}",
+        "last stage GB": lambda one: f"{one.rank_memory[_last_rank(one)] / 1e9:.1f}",
+        "loss GB": lambda one: f"{_with_loss(one).loss / 1e9:.2f}",
+        "loss": lambda one: _with_loss(one).loss_way,
+        "missing GB": _missing,
+    }
     console = Console(width=160)
-    console.print(table)
+    whole = ("d x p x v", "vocabulary")
+    console.print(_table(title, columns, plans[:show], whole, left="vocabulary"))
     if others:
         console.print(_table_of_others(plans[0], others, hardware))
     for line in (
@@ -92,33 +73,42 @@ def print_table(
 
 def _table_of_others(best: MeshPlan, others: list[Unpiped], hardware: Hardware) -> Table:
     batch = others[0].microbatch * others[0].count * others[0].mesh.data
-    table = Table(title=f"the same batch of {batch:,} sequences without a pipeline")
-    for column in ("", "microbatch", "tokens/s", "of the best mesh", "MFU", "step s", "waits"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for column in ("layers again", "GB a GPU", "missing GB"):
-        table.add_column(column, justify="right")
-    for one in others:
-        table.add_row(
-            one.name,
-            f"{one.microbatch} x {one.count}",
-            f"{one.tokens_per_second:,.0f}",
-            f"{one.tokens_per_second / best.tokens_per_second:.0%}",
-            _share(utilisation(one, hardware)),
-            f"{one.step_seconds:.2f}",
-            f"{one.waits:.0%}",
-            "yes" if one.recompute_layers else "",
-            f"{one.memory / 1e9:.1f}",
-            "" if one.missing <= 0 else f"{one.missing / 1e9:.1f}",
-        )
+    columns = {
+        "": lambda one: one.name,
+        "microbatch": lambda one: f"{one.microbatch} x {one.count}",
+        "tokens/s": lambda one: f"{one.tokens_per_second:,.0f}",
+        "of the best mesh": lambda one: f"{one.tokens_per_second / best.tokens_per_second:.0%}",
+        "MFU": lambda one: _share(utilisation(one, hardware)),
+        "step s": lambda one: f"{one.step_seconds:.2f}",
+        "waits": lambda one: f"{one.waits:.0%}",
+        "layers again": lambda one: "yes" if one.recompute_layers else "",
+        "GB a GPU": lambda one: f"{one.memory / 1e9:.1f}",
+        "missing GB": _missing,
+    }
+    title = f"the same batch of {batch:,} sequences without a pipeline"
+    return _table(title, columns, others, list(columns)[:7])
+
+
+def _table(
+    title: str,
+    columns: Mapping[str, Callable[[Any], str]],
+    lines: Sequence[object],
+    whole: Collection[str],
+    left: str | None = None,
+) -> Table:
+    """Make a table of a line each; columns that are whole are never wrapped."""
+    table = Table(title=title)
+    for name in columns:
+        table.add_column(name, justify="left" if name == left else "right", no_wrap=name in whole)
+    for one in lines:
+        table.add_row(*(cell(one) for cell in columns.values()))
     return table
 
 
 def utilisation(one: MeshPlan | Unpiped, hardware: Hardware) -> float | None:
     """Return the model-FLOPs utilisation: of the data sheet's peak; None where that is unknown."""
-    peak, mesh = peak_of(hardware.name), one.mesh
-    if peak is None:
-        return None
-    return one.flops_per_second / (peak * mesh.data * mesh.pipeline * mesh.vocab)
+    peak = peak_of(hardware.name)
+    return None if peak is None else one.flops_per_second / (peak * one.mesh.ranks)
 
 
 def verdict(plans: list[MeshPlan]) -> str:
@@ -130,12 +120,12 @@ def verdict(plans: list[MeshPlan]) -> str:
         return "Nothing fits, neither with the vocabulary on the last stage nor on all stages."
     if last.fits != everywhere.fits:
         one = last if last.fits else everywhere
-        return f"Only the vocabulary on {_words(one)} fits: {_mesh(one)} at {_speed(one)}."
+        return f"Only the vocabulary on {_words(one)} fits: {one.mesh} at {_speed(one)}."
     gain = everywhere.tokens_per_second / last.tokens_per_second
     layers = "its one stage" if last.mesh.pipeline == 1 else "the last stage, layers rebalanced,"
     compared = (
-        f"{_mesh(everywhere)} with the vocabulary on all stages has {_speed(everywhere)}, "
-        f"{_mesh(last)} with it on {layers} {_speed(last)}"
+        f"{everywhere.mesh} with the vocabulary on all stages has {_speed(everywhere)}, "
+        f"{last.mesh} with it on {layers} {_speed(last)}"
     )
     if abs(gain - 1.0) < ALIKE:
         return f"No difference, less than {ALIKE:.0%}: {compared}."
@@ -144,7 +134,7 @@ def verdict(plans: list[MeshPlan]) -> str:
         return f"{instead}, {1 / gain - 1:.1%} faster: {compared}."
     alike = (one for one in plans if one.vocab_over == "last-stage")
     same = next(one for one in alike if one.mesh == everywhere.mesh)
-    lacks = f"; on the last stage of {_mesh(same)} it lacks {same.missing / 1e9:.1f} GB"
+    lacks = f"; on the last stage of {same.mesh} it lacks {same.missing / 1e9:.1f} GB"
     return (
         f"Give the vocabulary to all stages, {gain - 1:.1%} faster: {compared}"
         f"{'' if same.fits else lacks}."
@@ -155,14 +145,27 @@ def _share(value: float | None) -> str:
     return "" if value is None else f"{value:.0%}"
 
 
-def _mesh(one: MeshPlan) -> str:
-    return f"{one.mesh.data} x {one.mesh.pipeline} x {one.mesh.vocab}"
-
-
 def _place(one: MeshPlan) -> str:
     if one.vocab_over == "last-stage":
         return "last stage"
     return "all, filled" if one.rows == "filled" else "all stages"
+
+
+def _layers(one: MeshPlan) -> str:
+    counts = [stage.layers for stage in one.stages]
+    return f"{counts[0]}..{counts[-1]}" if len(counts) > 1 else str(counts[0])
+
+
+def _last_rank(one: MeshPlan) -> int:
+    return next(rank for rank, own in enumerate(one.ranks) if len(one.stages) - 1 in own)
+
+
+def _with_loss(one: MeshPlan) -> StageEstimate:
+    return max(one.stages, key=lambda stage: stage.rows)
+
+
+def _missing(one: MeshPlan | Unpiped) -> str:
+    return "" if one.missing <= 0 else f"{one.missing / 1e9:.1f}"
 
 
 def _words(one: MeshPlan) -> str:

@@ -21,8 +21,6 @@ from dataclasses import dataclass, replace
 from launch.planning.estimate import Job, Mesh
 from launch.planning.hardware import Hardware
 from launch.planning.loss_time import loss_seconds
-from launch.planning.meshes import RESERVED
-from vocab_parallel import plan_backward
 
 _TENSOR = (2, 4, 8, 16)  # degrees of tensor parallelism that are looked at, within a node
 
@@ -60,27 +58,20 @@ class Unpiped:
         return "FSDP2 alone" if tensor == 1 else f"FSDP2 x TP, {self.mesh.data} x {tensor}"
 
 
-def without_pipeline(
-    job: Job, gpus: int, batch: int, hardware: Hardware, gpu_memory: float
-) -> list[Unpiped]:
+def without_pipeline(job: Job, gpus: int, batch: int, hardware: Hardware) -> list[Unpiped]:
     """Plan FSDP2 alone, and the best of its products with tensor parallelism.
 
     Either is left out where its ranks cannot share the batch, in sequences.
     """
-    room = gpu_memory * (1 - RESERVED)
     found = []
     for degrees in ((1,), _TENSOR):
-        ways = [
-            one for tensor in degrees for one in _ways(job, gpus, tensor, batch, hardware, room)
-        ]
+        ways = [one for tensor in degrees for one in _ways(job, gpus, tensor, batch, hardware)]
         if ways:
             found.append(min(ways, key=lambda one: (max(one.missing, 0.0), one.step_seconds)))
     return found
 
 
-def _ways(
-    job: Job, gpus: int, tensor: int, batch: int, hardware: Hardware, room: float
-) -> Iterator[Unpiped]:
+def _ways(job: Job, gpus: int, tensor: int, batch: int, hardware: Hardware) -> Iterator[Unpiped]:
     """Yield each microbatch of one degree, its layers running once and twice."""
     data, shape = gpus // tensor, job.shape
     if gpus % tensor or tensor > hardware.node_gpus or batch % data:
@@ -91,18 +82,16 @@ def _ways(
     for microbatch in (n for n in range(1, own + 1) if own % n == 0):
         for again in (False, True):
             one = replace(job, microbatch=microbatch, recompute_layers=again)
-            yield _plan(one, Mesh(data, 1, tensor), own // microbatch, hardware, room)
+            yield _plan(one, Mesh(data, 1, tensor), own // microbatch, hardware)
 
 
-def _plan(job: Job, mesh: Mesh, count: int, hardware: Hardware, room: float) -> Unpiped:
+def _plan(job: Job, mesh: Mesh, count: int, hardware: Hardware) -> Unpiped:
     shape, tokens, tensor = job.shape, job.tokens, mesh.vocab
     classifier = shape.vocabulary_parameters
     parameters = sum(shape.layer_parameters) + shape.norm_parameters
     parameters += classifier * (1 if shape.tied else 2)
     rows = -(-shape.vocabulary // tensor)
-    loss_plan = plan_backward(
-        tokens, rows, shape.hidden, job.torch_dtype, memory_budget=job.memory_budget, degree=tensor
-    )
+    loss_plan = job.plan_loss(tokens, rows, tensor)
     loss = loss_seconds(loss_plan, tokens, rows, shape.hidden, job.itemsize, hardware)
     layer = max(shape.layer_parameters) / tensor * job.itemsize
     kept = float(tokens * shape.activation_bytes(job.itemsize, tensor))
@@ -134,5 +123,5 @@ def _plan(job: Job, mesh: Mesh, count: int, hardware: Hardware, room: float) -> 
         waits=1 - count * (forward + backward) / seconds,
         tokens_per_second=of_step / seconds,
         flops_per_second=shape.step_flops(of_step, job.sequence) / seconds,
-        missing=memory - room,
+        missing=memory - hardware.room,
     )

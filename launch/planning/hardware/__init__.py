@@ -23,6 +23,8 @@ _PEAKS = {
     "A10": 125e12,
     "RTX 4090": 165e12,
 }
+# What the runtime, the allocator's gaps and the communicators take of a GPU's memory; assumed.
+RESERVED = 0.06
 # How far below and above a card's memory a size may be and still mean that card: 80GB and 80GiB.
 _ALIKE = (0.8, 1.1)
 
@@ -53,6 +55,11 @@ class Hardware:
     sources: dict[str, str]
     node_bytes: float | None = None
     node_gpus: int = 8
+
+    @property
+    def room(self) -> float:
+        """Bytes that a plan may use."""
+        return self.memory * (1 - RESERVED)
 
     def link_of(self, ranks: int) -> float:
         """Return the bytes that a GPU sends to another of so many ranks that follow one another."""
