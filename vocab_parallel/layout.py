@@ -131,11 +131,8 @@ def target_digest(targets: Tensor) -> int:
     return int((flat * (places * 0x9E3779B97F4A7C15 % 2**63)).sum())
 
 
-def count_valid(labels: Tensor, *, kernels: bool = False) -> Tensor:
+def count_valid(labels: Tensor) -> Tensor:
     """Return how many marked labels are not ignored, those out of range too, as a tensor ()."""
-    if kernels:
-        count: Tensor = load("vocab_parallel.kernels.labels").count_tokens(labels, IGNORED)
-        return count
     return (labels != IGNORED).sum()
 
 

@@ -12,13 +12,13 @@ over the logits.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
 from vocab_parallel.backends.registry import load
-from vocab_parallel.layout import IGNORED, OUT_OF_RANGE
+from vocab_parallel.layout import IGNORED, OUT_OF_RANGE, count_valid
 from vocab_parallel.split_backward import first_derivative_only
 
 _OfStatistics = Callable[[Tensor], Tensor]
@@ -35,7 +35,8 @@ class TokenLoss:
         smoothing: label_smoothing.
         vocabulary: how many tokens it has.
         z_loss: the weight of lse^2.
-        divisor: of their sum, which counts as 1 where it is 0, or None.
+        divisor: of their sum, which counts as 1 where it is 0, or None. "counted": how many labels
+            are not ignored.
         kernels: whether Triton's kernels work here.
     """
 
@@ -44,7 +45,7 @@ class TokenLoss:
     smoothing: float
     vocabulary: int
     z_loss: float
-    divisor: Tensor | int | None
+    divisor: Tensor | int | Literal["counted"] | None
     kernels: bool
 
     def __call__(self, statistics: Tensor) -> Tensor:
@@ -99,7 +100,10 @@ class TokenLoss:
 
     def divided(self, total: Tensor) -> Tensor:
         """Return a sum over the tokens, or what it receives, over the divisor."""
-        return total if self.divisor is None else total / at_least_one(self.divisor, total.dtype)
+        divisor = self.divisor
+        if divisor == "counted":
+            divisor = count_valid(self.labels)
+        return total if divisor is None else total / at_least_one(divisor, total.dtype)
 
     @property
     def _share(self) -> float:

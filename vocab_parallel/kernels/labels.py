@@ -1,4 +1,4 @@
-"""Labels: shifted and marked in one pass, and counted in another."""
+"""Labels: shifted and marked in one pass."""
 
 import torch
 import triton.language as tl
@@ -8,9 +8,7 @@ from vocab_parallel.kernels.launch import Constants, kernel
 from vocab_parallel.kernels.logit import cdiv
 
 _MARKED = tl.constexpr(1024)  # labels, by a program
-_COUNTED = tl.constexpr(2048)  # at a time, by one program that goes through all labels
 _MARKING: Constants = (("num_warps", 4),)
-_COUNTING: Constants = (("num_warps", 8),)
 
 
 def mark_and_shift(
@@ -51,21 +49,3 @@ def _mark_and_shift(  # type: ignore[no-untyped-def]
     marked = tl.where((label < 0) | (label >= vocab_size), out_of_range, label)
     marked = tl.where((label == ignore_index) | ~has_label, ignored, marked)
     tl.store(out + index, marked.to(tl.int32), mask=inside)
-
-
-def count_tokens(labels: Tensor, ignored: int) -> Tensor:  # (n,) -> () int32
-    """Return how many labels are not ignored."""
-    out = torch.empty((), dtype=torch.int32, device=labels.device)
-    values = (labels, out, labels.numel(), ignored)
-    _count_tokens.start(labels, (1,), values, _COUNTING)
-    return out
-
-
-@kernel
-def _count_tokens(labels, out, size, ignored):  # type: ignore[no-untyped-def]
-    found = tl.zeros((_COUNTED,), tl.int32)
-    for start in range(0, size, _COUNTED):
-        index = start + tl.arange(0, _COUNTED)
-        label = tl.load(labels + index, mask=index < size, other=ignored)
-        found += (label != ignored).to(tl.int32)
-    tl.store(out, tl.sum(found, 0))

@@ -3,7 +3,7 @@
 `vocab_parallel/token_loss.py` has the formulas.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import triton
@@ -15,6 +15,7 @@ from vocab_parallel.kernels.logit import cdiv
 
 _TOKENS = tl.constexpr(512)  # of a program
 _AT_ONCE = tl.constexpr(2048)  # of one program that goes through all tokens
+Divisor = Tensor | int | Literal["counted"] | None
 
 
 class LossNumbers(NamedTuple):
@@ -48,7 +49,7 @@ def total_loss(
     statistics: Tensor,  # (k, n)
     labels: Tensor,  # (n,)
     weight: Tensor | None,  # (n,)
-    divisor: Tensor | int | None,
+    divisor: Divisor,
     numbers: LossNumbers,
 ) -> Tensor:  # () float32
     """Return the sum of the tokens' losses over the divisor, in one program."""
@@ -66,7 +67,7 @@ def token_loss_grad(
     labels: Tensor,  # (n,)
     weight: Tensor | None,  # (n,)
     upstream: Tensor,  # (n,) float32, any stride; or (), of each token
-    divisor: Tensor | int | None,
+    divisor: Divisor,
     numbers: LossNumbers,
 ) -> Tensor:  # (k, n) float32
     """Return what each statistic receives where the losses receive upstream over the divisor."""
@@ -82,9 +83,11 @@ def token_loss_grad(
     return out
 
 
-def _divisor_values(divisor: Tensor | int | None) -> tuple[Tensor | None, float]:
+def _divisor_values(divisor: Divisor) -> tuple[Tensor | None, float | None]:
     if isinstance(divisor, Tensor):
-        return divisor, 0.0
+        return divisor, None
+    if divisor == "counted":
+        return None, None
     return None, 1.0 if divisor is None else float(divisor)
 
 
@@ -108,11 +111,23 @@ def _loss_of(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _at_least_one(divisor, by):  # type: ignore[no-untyped-def]
-    """The divisor: no tokens at all have the mean 0, fewer are nobody's."""
+def _at_least_one(divisor, by, labels, size, ignored):  # type: ignore[no-untyped-def]
+    """The divisor: no tokens at all have the mean 0, fewer are nobody's.
+
+    Each program counts the tokens itself where nobody did: a launch takes longer.
+    """
     if divisor is not None:
-        by = tl.load(divisor).to(tl.float32)
-    return tl.where(by < 0.0, float("nan"), tl.where(by < 1.0, 1.0, by))
+        count = tl.load(divisor).to(tl.float32)
+    elif by is not None:
+        count = by
+    else:
+        counts = tl.zeros((_AT_ONCE,), tl.int32)
+        for start in range(0, size, _AT_ONCE):
+            index = start + tl.arange(0, _AT_ONCE)
+            label = tl.load(labels + index, mask=index < size, other=ignored)
+            counts += (label != ignored).to(tl.int32)
+        count = tl.sum(counts, 0).to(tl.float32)
+    return tl.where(count < 0.0, float("nan"), tl.where(count < 1.0, 1.0, count))
 
 
 @kernel
@@ -141,7 +156,7 @@ def _total_loss(  # type: ignore[no-untyped-def]
             index, index < size, statistics, stride, labels, weight, smoothing, smoothing_share,
             z_loss, ignored, out_of_range, HAS_SUM,
         )  # fmt: skip
-    tl.store(out, tl.sum(total, 0) / _at_least_one(divisor, by))
+    tl.store(out, tl.sum(total, 0) / _at_least_one(divisor, by, labels, size, ignored))
 
 
 @kernel
@@ -153,7 +168,7 @@ def _token_loss_grad(  # type: ignore[no-untyped-def]
     inside = index < size
     label = tl.load(labels + index, mask=inside, other=0)
     unit = tl.load(upstream + index * upstream_stride, mask=inside, other=0.0)
-    unit = unit / _at_least_one(divisor, by)
+    unit = unit / _at_least_one(divisor, by, labels, size, ignored)
     if weight is not None:
         unit *= tl.load(weight + index, mask=inside, other=0.0)
     unit = tl.where((label == ignored) | (label == out_of_range), 0.0, unit)
