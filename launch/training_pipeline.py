@@ -12,17 +12,17 @@ from torch.distributed.pipelining.schedules import get_schedule_class
 from transformers import PretrainedConfig
 
 from launch.arguments import TrainArguments
+from launch.attention import refuse_to_look_across
 from launch.command import raised_on_all
-from launch.configs import config_of_sizes, load_config
+from launch.configs import config_of_sizes, load_config, model_without_memory, say_beyond_positions
 from launch.data.batches import Batch, Batches
 from launch.layers import compiles, prepare_layers
-from launch.model import EMBEDDING, SpanningRows, Stage, build_stage
+from launch.model import SpanningRows, Stage, build_stage, layers_of_stage
 from launch.planning.schedules import SCHEDULES
+from launch.planning.shape import ModelShape
 from launch.sharded_body import StageOfShards, refuse_to_shard, shard_body
-from launch.spanning import SpanningPlan, spanning_plan
-from launch.weights import FolderWeights, RandomWeights, WeightSource
-from launch.whole import model_without_memory
-from stage_groups import StageGroups, StageStyle
+from launch.weights import FolderWeights, RandomWeights, WeightSource, say_random
+from stage_groups import StageGroups, StageStyle, build_stage_groups
 from stage_groups.placement import stages_of_rank
 from vocab_parallel import (
     CCEPipelineLoss,
@@ -31,10 +31,64 @@ from vocab_parallel import (
     TiedRows,
     VocabParallelClassifier,
     count_valid_tokens,
+    filled_rows,
     no_loss,
     validate_pipeline_loss,
 )
-from vocab_parallel.logit_settings import LogitSettings, logit_settings, refuse_other_losses
+from vocab_parallel.logit_settings import logit_settings, refuse_other_losses
+from vocab_parallel.pipeline.spanning.order import Costs
+
+
+@dataclass(frozen=True)
+class SpanningPlan:
+    """Attributes: rows of each rank of the vocab group, None for as many on each; costs."""
+
+    rows: list[int] | None
+    costs: Costs
+
+
+def spanning_plan(
+    config: PretrainedConfig,
+    groups: StageGroups,
+    num_stages: int,
+    style: StageStyle,
+    *,
+    fills: bool,
+) -> SpanningPlan:
+    """Plan the rows and the order of a step from the model's sizes; equal on every rank.
+
+    Args:
+        config: of the model.
+        groups: whose vocab group is that of all stages.
+        num_stages, style: of the pipeline.
+        fills: whether ranks with fewer layers get more rows.
+    """
+    shape = ModelShape.of_config(config.model_type, config)
+    ranks, columns = groups.pipeline_degree, groups.column_degree
+    layers = [
+        float(len(layers_of_stage(stage, num_stages, config, spans=True)))
+        for stage in range(num_stages)
+    ]
+    loads = [
+        sum(layers[stage] for stage in stages_of_rank(rank, ranks, num_stages, style))
+        for rank in range(ranks)
+        for _ in range(columns)
+    ]
+    # A rank's rows meet the tokens of all columns, its layers those of one.
+    row = columns * shape.hidden / shape.layer_products
+    counts = None
+    if fills:
+        counts = filled_rows(shape.vocabulary, loads, row)
+    held = counts or [shape.vocabulary // (ranks * columns)] * (ranks * columns)
+    most = [row * max(held[rank * columns : (rank + 1) * columns]) for rank in range(ranks)]
+    costs = Costs(
+        forward=layers.__getitem__,
+        backward_input=layers.__getitem__,
+        backward_weight=layers.__getitem__,
+        statistics=[2.0 * cost for cost in most],
+        gradients=[2.0 * cost for cost in most],  # the logits are made again
+    )
+    return SpanningPlan(counts, costs)
 
 
 class StageList(nn.ModuleList):
@@ -61,7 +115,6 @@ class Pipeline:
         has_last: whether this rank runs the last stage.
         groups: the mesh.
         config: of the model.
-        settings: what the model does to its logits.
         tied: the two ends of a tied weight, or None.
         bytes_read: from the model's folder.
     """
@@ -76,7 +129,6 @@ class Pipeline:
     has_last: bool
     groups: StageGroups
     config: PretrainedConfig
-    settings: LogitSettings
     tied: TiedRows | None
     bytes_read: int
 
@@ -168,14 +220,36 @@ def model_of(arguments: TrainArguments) -> tuple[PretrainedConfig, WeightSource]
         model_without_memory(config, torch.float32)  # or it is refused, with what it is built of
     if folder is None:
         return config, RandomWeights(arguments.seed, config.initializer_range)
-    weights = FolderWeights(folder, config)
-    rows = weights.stored_rows(EMBEDDING)
-    if rows != config.vocab_size:
-        raise ValueError(
-            f"{folder}: the weights have a vocabulary of {rows}, but config.json says "
-            f"{config.vocab_size}: they are not of one model"
-        )
-    return config, weights
+    return config, FolderWeights(folder, config)
+
+
+def open_pipeline(
+    arguments: TrainArguments,
+    config: PretrainedConfig,
+    source: WeightSource,
+    batches: Batches,
+    device: torch.device,
+) -> Pipeline:
+    """Make the mesh, and build on it what runs these batches; all ranks call it.
+
+    Raises:
+        UserError: as `build_pipeline`, or a model that looks across packed documents.
+    """
+    if dist.get_rank() == 0:
+        say_random(arguments.model, source)
+        say_beyond_positions(config, batches.longest)
+    groups = build_stage_groups(
+        arguments.pipeline,
+        arguments.vocab,
+        data=arguments.data,
+        device_type=device.type,
+        vocab_over="all_stages" if arguments.vocab_over == "all-stages" else "last_stage",
+    )
+    with raised_on_all():
+        pipeline = build_pipeline(arguments, config, source, groups, device)
+        if batches.packed:
+            refuse_to_look_across(pipeline.stages)
+    return pipeline
 
 
 def build_pipeline(
@@ -252,7 +326,6 @@ def build_pipeline(
         num_stages - 1 in indices,
         groups,
         config,
-        settings,
         tied,
         source.bytes_read,
     )
