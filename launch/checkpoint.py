@@ -89,8 +89,6 @@ class _Saving:
     future: Any
     writer: CheckedWriter
     stager: DefaultStager
-    partial: Path
-    final: Path
     history: History
 
 
@@ -146,7 +144,7 @@ class Checkpoints:
             self._state(), storage_writer=writer, process_group=self._group, async_stager=stager
         )
         history = History(list(losses), list(seconds), tokens)
-        self._saving = _Saving(future, writer, stager, partial, final, history)
+        self._saving = _Saving(future, writer, stager, history)
 
     def finish(self) -> None:
         """Wait for a save under way, and make it the newest checkpoint. All ranks call it.
@@ -157,21 +155,23 @@ class Checkpoints:
         if self._saving is None:
             return
         saving, self._saving = self._saving, None
+        partial = saving.writer.folder
+        words = f"{partial.with_suffix('')} cannot be saved"
         try:
-            with raised_on_all(self._group), as_values(f"{saving.final} cannot be saved"):
+            with raised_on_all(self._group), as_values(words):
                 saving.future.result()
             told: list[Any] = [None] * dist.get_world_size()
             # Only ranks of the last stage know losses.
             own = (saving.writer.sums, saving.history.losses)
             dist.all_gather_object(told, own, group=self._group)
-            with raised_on_all(self._group), as_values(f"{saving.final} cannot be saved"):
+            with raised_on_all(self._group), as_values(words):
                 if dist.get_rank() == 0:
                     sums = {name: digest for sums, _ in told for name, digest in sums.items()}
                     losses = max((losses for _, losses in told), key=len)
-                    self._complete(saving, sums, replace(saving.history, losses=losses))
+                    self._complete(partial, sums, replace(saving.history, losses=losses))
         except ValueError:
             if dist.get_rank() == 0:
-                shutil.rmtree(saving.partial, ignore_errors=True)
+                shutil.rmtree(partial, ignore_errors=True)
             raise
         finally:
             saving.stager.close()
@@ -254,9 +254,9 @@ class Checkpoints:
                 )
         return newest
 
-    def _complete(self, saving: _Saving, sums: dict[str, str], history: History) -> None:
+    def _complete(self, partial: Path, sums: dict[str, str], history: History) -> None:
         """Write what rank 0 alone writes, give the folder its name, and drop older ones."""
-        partial, final = saving.partial, saving.final
+        final = partial.with_suffix("")
         run = self._identity() | {
             "batch": self._arguments.batch,
             "step": history.step,

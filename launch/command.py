@@ -42,22 +42,19 @@ def read_command(program: str, kind: type[A]) -> A:
         UserError: what can be known before torch is loaded. Paths are looked at only where all
             ranks are on one machine; otherwise when the ranks can tell each other.
     """
-    with contextlib.ExitStack() as silence:
-        if _rank() != 0:
-            nowhere = silence.enter_context(open(os.devnull, "w"))
-            silence.enter_context(contextlib.redirect_stdout(nowhere))
-            silence.enter_context(contextlib.redirect_stderr(nowhere))
-        try:
-            arguments = parse(kind, program)
-        except ValueError as error:
-            raise UserError(str(error)) from None
-    if "RANK" not in os.environ:
-        raise UserError(
-            f"start this with torchrun, e.g. torchrun --nproc-per-node 4 -m {program}; "
-            f"--help lists the options"
-        )
-    ranks = os.environ["WORLD_SIZE"]
     try:
+        with contextlib.ExitStack() as silence:
+            if _rank() != 0:
+                nowhere = silence.enter_context(open(os.devnull, "w"))
+                silence.enter_context(contextlib.redirect_stdout(nowhere))
+                silence.enter_context(contextlib.redirect_stderr(nowhere))
+            arguments = parse(kind, program)
+        if "RANK" not in os.environ:
+            raise ValueError(
+                f"start this with torchrun, e.g. torchrun --nproc-per-node 4 -m {program}; "
+                f"--help lists the options"
+            )
+        ranks = os.environ["WORLD_SIZE"]
         arguments.validate()
         arguments.validate_ranks(int(ranks))
         if os.environ.get("LOCAL_WORLD_SIZE") == ranks:

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
 from torch import Tensor
 
 from launch.arguments import EvaluateArguments
@@ -62,7 +61,7 @@ def _report(scores: TokenScores) -> None:
         "accuracy": scores.accuracy,
         "tokens": int(scores.count),
     }
-    Console().print(
+    print(
         f"perplexity {scores.perplexity:.3f}, accuracy {scores.accuracy:.2%} over "
         f"{int(scores.count):,} tokens"
     )

@@ -16,8 +16,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_TRACED = 5  # by then everything is compiled, and allocated
-
 
 @dataclass(frozen=True)
 class Reading:
@@ -77,11 +75,6 @@ class Readings:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
-
-
-def traces(folder: Path | None, step: int, first: int, stop: int) -> Path | None:
-    """Return the folder where this step of [first, stop) is to be traced, the fifth or the last."""
-    return folder if step == min(first + _TRACED, stop) - 1 else None
 
 
 @contextmanager

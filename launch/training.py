@@ -21,7 +21,7 @@ from launch.export import export_model
 from launch.layers import compiles, warm_up
 from launch.optimizer import AdamW, LearningRate, settled
 from launch.progress import Progress
-from launch.readings import Reading, Readings, traced, traces
+from launch.readings import Reading, Readings, traced
 from launch.report import (
     RankReport,
     Trained,
@@ -134,13 +134,14 @@ def train(
         batches = replace(batches, begins=(history.step, history.tokens))
         if arguments.resume and dist.get_rank() == 0:
             say_resumed(arguments, history)
-    shown = pipeline.has_last and groups.column_rank == 0 and groups.data_rank == 0
     progress = None
     with raised_on_all():
-        if shown:
+        if pipeline.has_last and groups.column_rank == 0 and groups.data_rank == 0:
             progress = Progress(arguments, pipeline.config, trained.first_step, device)
     readings = Readings(device)
     saved, every = trained.first_step, arguments.checkpoint_every or arguments.steps
+    # The fifth: by then everything is compiled, and allocated.
+    traced_step = min(trained.first_step + 5, arguments.steps) - 1
 
     def told(reading: Reading | None) -> None:
         if reading is None:
@@ -162,8 +163,7 @@ def train(
             scores_now = held_out is not None and (last or done % arguments.eval_every == 0)
             saves_now = checkpoints is not None and (last or done % every == 0)
             learning_rate.set(optimizer, step)
-            is_traced = traces(arguments.profile, step, trained.first_step, arguments.steps)
-            with traced(is_traced, device):
+            with traced(arguments.profile if step == traced_step else None, device):
                 readings.begin()
                 numbers = _run_step(arguments, pipeline, trained, optimizer, own.to(device), step)
                 told(readings.end(done, numbers))

@@ -39,58 +39,6 @@ from vocab_parallel.logit_settings import logit_settings, refuse_other_losses
 from vocab_parallel.pipeline.spanning.order import Costs
 
 
-@dataclass(frozen=True)
-class SpanningPlan:
-    """Attributes: rows of each rank of the vocab group, None for as many on each; costs."""
-
-    rows: list[int] | None
-    costs: Costs
-
-
-def spanning_plan(
-    config: PretrainedConfig,
-    groups: StageGroups,
-    num_stages: int,
-    style: StageStyle,
-    *,
-    fills: bool,
-) -> SpanningPlan:
-    """Plan the rows and the order of a step from the model's sizes; equal on every rank.
-
-    Args:
-        config: of the model.
-        groups: whose vocab group is that of all stages.
-        num_stages, style: of the pipeline.
-        fills: whether ranks with fewer layers get more rows.
-    """
-    shape = ModelShape.of_config(config.model_type, config)
-    ranks, columns = groups.pipeline_degree, groups.column_degree
-    layers = [
-        float(len(layers_of_stage(stage, num_stages, config, spans=True)))
-        for stage in range(num_stages)
-    ]
-    loads = [
-        sum(layers[stage] for stage in stages_of_rank(rank, ranks, num_stages, style))
-        for rank in range(ranks)
-        for _ in range(columns)
-    ]
-    # A rank's rows meet the tokens of all columns, its layers those of one.
-    row = columns * shape.hidden / shape.layer_products
-    counts = None
-    if fills:
-        counts = filled_rows(shape.vocabulary, loads, row)
-    held = counts or [shape.vocabulary // (ranks * columns)] * (ranks * columns)
-    most = [row * max(held[rank * columns : (rank + 1) * columns]) for rank in range(ranks)]
-    costs = Costs(
-        forward=layers.__getitem__,
-        backward_input=layers.__getitem__,
-        backward_weight=layers.__getitem__,
-        statistics=[2.0 * cost for cost in most],
-        gradients=[2.0 * cost for cost in most],  # the logits are made again
-    )
-    return SpanningPlan(counts, costs)
-
-
 class StageList(nn.ModuleList):
     """A rank's stages under the names that their parameters have in the whole model."""
 
@@ -272,9 +220,12 @@ def build_pipeline(
     style: StageStyle = "v" if named.v_shaped else "loop"
     num_stages = arguments.pipeline * named.stages
     indices = groups.stages(num_stages, style)
-    plan = None
+    spans = groups.message_groups is not None
+    counts: list[int] | None = None
+    costs: Costs | None = None
     if groups.message_groups is not None:
-        plan = spanning_plan(config, groups, num_stages, style, fills=arguments.rows == "filled")
+        fills = arguments.rows == "filled"
+        counts, costs = _spanning_plan(config, groups, num_stages, style, fills=fills)
     with raised_on_all():  # a rank reads the files of its own stages
         stages = [
             build_stage(
@@ -285,7 +236,7 @@ def build_pipeline(
                 groups.vocab_group,
                 device=device,
                 dtype=getattr(torch, arguments.dtype),
-                spanning=None if plan is None else SpanningRows(plan.rows, index == indices[0]),
+                spanning=SpanningRows(counts, index == indices[0]) if spans else None,
             )
             for index in indices
         ]
@@ -295,7 +246,7 @@ def build_pipeline(
         prepare_layers(stage.model, compiled=compiled, recomputed=recomputed)
     head = next((stage.lm_head for stage in stages if stage.lm_head is not None), None)
     tied = None
-    if config.tie_word_embeddings and plan is None:
+    if config.tie_word_embeddings and not spans:
         tied = _tie(stages, head, groups, named.v_shaped)
     settings = logit_settings(config)
     options: dict[str, Any] = {**settings, "impl": arguments.impl}
@@ -308,7 +259,7 @@ def build_pipeline(
         kind(stage, index, num_stages, device, group=groups.pipeline_group)
         for stage, index in zip(stages, indices, strict=True)
     ]
-    schedule = _schedule(arguments, groups, pipeline_stages, loss, stages, plan)
+    schedule = _schedule(arguments, groups, pipeline_stages, loss, stages, costs)
     validate_pipeline_loss(schedule, loss)
     owners = {
         stage: rank
@@ -331,17 +282,65 @@ def build_pipeline(
     )
 
 
+def _spanning_plan(
+    config: PretrainedConfig,
+    groups: StageGroups,
+    num_stages: int,
+    style: StageStyle,
+    *,
+    fills: bool,
+) -> tuple[list[int] | None, Costs]:
+    """Return the rows of each rank of the vocab group, and what orders a step; equal on all ranks.
+
+    Costs are in units of one layer's products, forward, of a microbatch: what a layer and what a
+    row cost follow from the model's sizes, and the order of a step needs their ratio alone. No rows
+    are as many on each rank.
+
+    Args:
+        config: of the model.
+        groups: whose vocab group is that of all stages.
+        num_stages, style: of the pipeline.
+        fills: whether ranks with fewer layers get more rows.
+    """
+    shape = ModelShape.of_config(config.model_type, config)
+    ranks, columns = groups.pipeline_degree, groups.column_degree
+    layers = [
+        float(len(layers_of_stage(stage, num_stages, config, spans=True)))
+        for stage in range(num_stages)
+    ]
+    loads = [
+        sum(layers[stage] for stage in stages_of_rank(rank, ranks, num_stages, style))
+        for rank in range(ranks)
+        for _ in range(columns)
+    ]
+    # A rank's rows meet the tokens of all columns, its layers those of one.
+    row = columns * shape.hidden / shape.layer_products
+    counts = None
+    if fills:
+        counts = filled_rows(shape.vocabulary, loads, row)
+    held = counts or [shape.vocabulary // (ranks * columns)] * (ranks * columns)
+    most = [row * max(held[rank * columns : (rank + 1) * columns]) for rank in range(ranks)]
+    costs = Costs(
+        forward=layers.__getitem__,
+        backward_input=layers.__getitem__,
+        backward_weight=layers.__getitem__,
+        statistics=[2.0 * cost for cost in most],
+        gradients=[2.0 * cost for cost in most],  # the logits are made again
+    )
+    return counts, costs
+
+
 def _schedule(
     arguments: TrainArguments,
     groups: StageGroups,
     pipeline_stages: list[PipelineStage],
     loss: Any,
     stages: list[Stage],
-    plan: SpanningPlan | None,
+    costs: Costs | None,
 ) -> Any:
     """Return the schedule; the loss divides by the valid tokens of the whole step."""
     count = arguments.microbatches
-    if plan is not None:
+    if costs is not None:
         return SpanningSchedule(
             pipeline_stages,
             count,
@@ -349,7 +348,7 @@ def _schedule(
             groups,
             arguments.schedule,
             embedding=stages[0].model.embed_tokens,
-            costs=plan.costs,
+            costs=costs,
             scale_grads=False,
         )
     cls = get_schedule_class(arguments.schedule)

@@ -227,7 +227,7 @@ def test_bad_folders(tmp_path: Path) -> None:
     # A vocabulary of other rows, whole and as the rows of one rank.
     for name, module in (
         ("model.embed_tokens.weight", torch.nn.Embedding(1000, 32)),
-        ("lm_head.weight", VocabParallelClassifier(32, 1000)),
+        ("lm_head.weight", VocabParallelClassifier(32, 1000, group=None)),
     ):
         rows = slice(module.start, module.stop) if hasattr(module, "start") else None
         weights = FolderWeights(source, Qwen3Config.from_pretrained(source))
