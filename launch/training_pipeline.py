@@ -223,7 +223,7 @@ def build_pipeline(
     spans = groups.message_groups is not None
     counts: list[int] | None = None
     costs: Costs | None = None
-    if groups.message_groups is not None:
+    if spans:
         fills = arguments.rows == "filled"
         counts, costs = _spanning_plan(config, groups, num_stages, style, fills=fills)
     with raised_on_all():  # a rank reads the files of its own stages
