@@ -58,8 +58,9 @@ def lock_folder(folder: Path, option: str) -> IO[str] | None:
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EAGAIN):
             return None
-        file.seek(0)
-        holder = file.read(200).strip() or "another process"
+        with file:
+            file.seek(0)
+            holder = file.read(200).strip() or "another process"
         raise ValueError(
             f"{option} {folder} is in use by another run, {holder}: wait for its end, or give "
             f"another folder"
