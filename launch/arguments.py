@@ -246,10 +246,10 @@ class TrainArguments(
     def validate(self) -> None:
         """Raise ValueError for values that cannot be combined; the same on every rank."""
         mesh, sizes = "pipeline vocab data", "layers hidden vocabulary"
-        cut = "steps batch sequence microbatches accumulate loss_memory eval_batches"
-        _refuse_small(self, f"{mesh} {cut} {sizes}")
-        if self.checkpoint_every < 0:
-            raise ValueError(f"--checkpoint-every must be at least 0, got {self.checkpoint_every}")
+        cut = "steps batch microbatches accumulate loss_memory eval_batches"
+        _refuse_below(1, self, f"{mesh} {cut} {sizes}")
+        _refuse_below(0, self, "checkpoint_every eval_every learning_rate weight_decay warmup")
+        _refuse_no_length(self)
         if self.checkpoint is None and (self.resume or self.checkpoint_every):
             raise ValueError("--resume and --checkpoint-every need --checkpoint FOLDER")
         if self.export is None and self.export_dtype != "auto":
@@ -321,10 +321,6 @@ class TrainArguments(
     def _validate_optimizer(self) -> None:
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ValueError(f"--clip-norm must be positive, got {self.clip_norm}")
-        for name in ("learning_rate", "weight_decay", "warmup", "eval_every"):
-            value = getattr(self, name)
-            if value is not None and not value >= 0:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 0, got {value}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"--betas must be in [0, 1), got {self.betas[0]} {self.betas[1]}")
         if self.warmup is not None and self.warmup > self.steps:
@@ -388,7 +384,8 @@ class EvaluateArguments(DataArguments):
 
     def validate(self) -> None:
         """Raise ValueError for values that cannot be; the same on every rank."""
-        _refuse_small(self, "pipeline vocab batches batch")
+        _refuse_below(1, self, "pipeline vocab batches batch")
+        _refuse_no_length(self)
 
     def validate_ranks(self, ranks: int) -> None:
         """Raise ValueError where the ranks are no such mesh, or cannot share a batch."""
@@ -413,12 +410,16 @@ def _is_installed(package: str) -> bool:
     return spec is not None and spec.origin is not None
 
 
-def _refuse_small(arguments: TrainArguments | EvaluateArguments, names: str) -> None:
-    """Raise ValueError for a count below 1, a sequence without a target, or no time at all."""
+def _refuse_below(least: int, arguments: TrainArguments | EvaluateArguments, names: str) -> None:
+    """Raise ValueError for a number below the least, or NaN; None is none."""
     for name in names.split():
         value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+        if value is not None and not value >= least:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+
+
+def _refuse_no_length(arguments: TrainArguments | EvaluateArguments) -> None:
+    """Raise ValueError for a sequence without a target, or no time at all."""
     if arguments.sequence < 2:
         raise ValueError(
             f"--sequence must be at least 2, to predict a token, got {arguments.sequence}"

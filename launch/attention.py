@@ -1,4 +1,4 @@
-"""Causal attention without masks, and without waiting for a GPU.
+"""Causal attention over documents: without masks where it can be, without waiting for a GPU.
 
 transformers decides for each microbatch on the host whether position ids begin again: that waits
 for everything queued on the GPU. Here the caller knows. Without documents no mask exists, and sdpa
@@ -6,6 +6,7 @@ is called with ``is_causal=True``, which flash attention takes; with documents t
 the device.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -54,3 +55,39 @@ def _attends_only(layer: Any) -> bool:
         name in ("self_attn", "mlp") or "norm" in name or "dropout" in name
         for name, _ in layer.named_children()
     )
+
+
+_LONG = 4  # tokens of each of two documents
+_TOLERANCE = 1e-3
+
+
+@torch.no_grad()
+def refuse_to_look_across(stages: Iterable[Any]) -> None:
+    """Run this rank's stages on two short documents in one sequence, with two first ones.
+
+    transformers makes the mask of position ids that begin again; families differ in whether they
+    hand them on to it, and a recurrent layer knows no mask. So it is tried, not looked up.
+    Communicates nothing; waits for a GPU.
+
+    Raises:
+        ValueError: the second document's hidden states depend on the first one.
+    """
+    for stage in stages:
+        like = next(stage.model.parameters())
+        drawn = torch.randn(
+            (3, _LONG, stage.model.config.hidden_size), generator=torch.Generator().manual_seed(0)
+        ).to(like)
+        positions = torch.arange(_LONG, device=like.device).repeat(2)[None]
+        training = stage.training
+        stage.eval()  # no dropout
+        with torch.compiler.set_stance("force_eager"):  # of shapes that do not come again
+            found, other = (
+                stage.hidden_states(torch.cat([first, drawn[2]])[None], positions)[0, _LONG:]
+                for first in drawn[:2]
+            )
+        stage.train(training)
+        if float((found - other).norm()) > _TOLERANCE * float(found.norm()):
+            raise ValueError(
+                f"{type(stage.model).__name__} looks across the documents of a packed sequence: "
+                f"--packed no trains on them as one stream"
+            )

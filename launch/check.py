@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
@@ -11,10 +12,10 @@ from tqdm import trange
 
 from launch.arguments import TrainArguments
 from launch.data.batches import IGNORED, Batch, Batches
-from launch.gradients import named_gradients
 from launch.model import CLASSIFIER, EMBEDDING, Stage, build_stage
 from launch.optimizer import AdamW, LearningRate
-from launch.training_pipeline import model_of
+from launch.sharded_body import named_gradients
+from launch.training_pipeline import Pipeline, model_of
 from vocab_parallel.logit_settings import LogitSettings, logit_settings
 
 CHECKED_STEPS = 5
@@ -87,6 +88,28 @@ def compare_with_one_process(
     )
     _print(comparison, losses, expected_losses)
     return comparison
+
+
+def join_gradients(pipeline: Pipeline, gradients: dict[str, Tensor]) -> dict[str, Tensor] | None:
+    """Join all ranks' gradients on rank 0: the body's by name, the classifier's rows in order."""
+    gathered = [gradients] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(gradients, gathered)
+    if gathered is None:
+        return None
+    tied = pipeline.tied is not None
+    rows: dict[str, list[Tensor]] = {CLASSIFIER: []}
+    if tied or pipeline.spans:
+        rows[EMBEDDING] = []
+    joined: dict[str, Tensor] = {}
+    for of_rank in gathered:  # ranks of one stage follow one another, vocab rank by vocab rank
+        for name, gradient in of_rank.items():
+            if name in rows:
+                rows[name].append(gradient)
+            else:
+                joined[name] = gradient
+    if tied:  # both ends have the same sum
+        rows = {EMBEDDING: rows[EMBEDDING] or rows[CLASSIFIER]}
+    return joined | {name: torch.cat(own) for name, own in rows.items() if own}
 
 
 def _backward(model: Stage, batch: Batch, settings: LogitSettings) -> float:

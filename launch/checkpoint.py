@@ -8,7 +8,7 @@ A checkpoint is a folder ``step-000123``:
     history.json        its losses so far
     SHA256SUMS          of all of these
 
-Beside them a file ``lock`` is held by the run that uses the folder (`launch/folder_lock.py`).
+Beside them a file ``lock`` is held by the run that uses the folder (`launch/disk.py`).
 
 It is written as ``step-000123.partial`` and renamed when every rank is done and all of it is on the
 disk: a save that is killed leaves a partial folder, which nobody reads and the next save of that
@@ -35,14 +35,25 @@ from launch.checksums import SUMS, read_sums, sync_folder, verify_share, write_s
 from launch.checksums import write_synced as write
 from launch.command import raised_on_all
 from launch.data.batches import Batches
-from launch.disk import as_values, try_to_write
-from launch.folder_lock import lock_folder
+from launch.disk import as_values, lock_folder, try_to_write
 from launch.model import CLASSIFIER, EMBEDDING, vocabulary_rows
 from launch.optimizer import AdamW
-from launch.run_identity import run_identity
 from launch.tensor_files import TENSORS, CheckedReader, CheckedWriter
 from launch.training_pipeline import Pipeline
 from vocab_parallel import rows_for_checkpoint
+
+_OF_MODEL = (
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "tie_word_embeddings",
+)
+_OF_ARGUMENTS = ("sequence", "seed")
+
 
 _KEPT = 2
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -78,8 +89,6 @@ class _Saving:
     future: Any
     writer: CheckedWriter
     stager: DefaultStager
-    partial: Path
-    final: Path
     history: History
 
 
@@ -135,7 +144,7 @@ class Checkpoints:
             self._state(), storage_writer=writer, process_group=self._group, async_stager=stager
         )
         history = History(list(losses), list(seconds), tokens)
-        self._saving = _Saving(future, writer, stager, partial, final, history)
+        self._saving = _Saving(future, writer, stager, history)
 
     def finish(self) -> None:
         """Wait for a save under way, and make it the newest checkpoint. All ranks call it.
@@ -146,21 +155,23 @@ class Checkpoints:
         if self._saving is None:
             return
         saving, self._saving = self._saving, None
+        partial = saving.writer.folder
+        words = f"{partial.with_suffix('')} cannot be saved"
         try:
-            with raised_on_all(self._group), as_values(f"{saving.final} cannot be saved"):
+            with raised_on_all(self._group), as_values(words):
                 saving.future.result()
             told: list[Any] = [None] * dist.get_world_size()
             # Only ranks of the last stage know losses.
             own = (saving.writer.sums, saving.history.losses)
             dist.all_gather_object(told, own, group=self._group)
-            with raised_on_all(self._group), as_values(f"{saving.final} cannot be saved"):
+            with raised_on_all(self._group), as_values(words):
                 if dist.get_rank() == 0:
                     sums = {name: digest for sums, _ in told for name, digest in sums.items()}
                     losses = max((losses for _, losses in told), key=len)
-                    self._complete(saving, sums, replace(saving.history, losses=losses))
+                    self._complete(partial, sums, replace(saving.history, losses=losses))
         except ValueError:
             if dist.get_rank() == 0:
-                shutil.rmtree(saving.partial, ignore_errors=True)
+                shutil.rmtree(partial, ignore_errors=True)
             raise
         finally:
             saving.stager.close()
@@ -243,10 +254,10 @@ class Checkpoints:
                 )
         return newest
 
-    def _complete(self, saving: _Saving, sums: dict[str, str], history: History) -> None:
+    def _complete(self, partial: Path, sums: dict[str, str], history: History) -> None:
         """Write what rank 0 alone writes, give the folder its name, and drop older ones."""
-        partial, final = saving.partial, saving.final
-        run = run_identity(self._pipeline.config, self._arguments) | {
+        final = partial.with_suffix("")
+        run = self._identity() | {
             "batch": self._arguments.batch,
             "step": history.step,
             "text": self._text,
@@ -280,8 +291,7 @@ class Checkpoints:
         Raises:
             ValueError: it is not this run, or has done all of its steps.
         """
-        run = json.loads((newest / _RUN).read_text())
-        lists = json.loads((newest / _HISTORY).read_text())
+        run, lists = (json.loads((newest / name).read_text()) for name in (_RUN, _HISTORY))
         history = History(
             list(map(float, lists["losses"])),
             list(map(float, lists["seconds"])),
@@ -290,11 +300,12 @@ class Checkpoints:
         )
         if not len(history.losses) == len(history.seconds) == run["step"]:
             raise ValueError(f"{newest / _HISTORY} has not as many steps as {_RUN} says")
-        for name, own in run_identity(self._pipeline.config, self._arguments).items():
+        other = f"{newest} is of another run: "
+        for name, own in self._identity().items():
             if run.get(name) != own:
                 raise ValueError(
-                    f"{newest} is of another run: its {name} is {run.get(name)}, but this one's "
-                    f"is {own}; resume with the same, or give another --checkpoint folder"
+                    f"{other}its {name} is {run.get(name)}, but this one's is {own}; resume with "
+                    f"the same, or give another --checkpoint folder"
                 )
         if history.step >= self._arguments.steps:
             if self._arguments.export is not None:  # of what is there: nothing is read
@@ -311,9 +322,9 @@ class Checkpoints:
             )
         if (run["text"], run["shuffle"]) != (self._text, self._arguments.shuffle):
             raise ValueError(
-                f"{newest} is of another run: it has read other tokens than this one's, or in "
-                f"another order; resume with the same --text and --tokenizer, and what says how "
-                f"they are read, or give another --checkpoint folder"
+                f"{other}it has read other tokens than this one's, or in another order; resume "
+                f"with the same --text and --tokenizer, and what says how they are read, or give "
+                f"another --checkpoint folder"
             )
         if run["batch"] != self._arguments.batch and not self._arguments.new_batch:
             raise ValueError(
@@ -324,6 +335,12 @@ class Checkpoints:
         self._run = str(run["run"])
         return history
 
+    def _identity(self) -> dict[str, Any]:
+        """Return what must be equal for one start to go on where another has ended."""
+        config, arguments = self._pipeline.config, self._arguments
+        of_model = {name: getattr(config, name, None) for name in _OF_MODEL}
+        return of_model | {name: getattr(arguments, name) for name in _OF_ARGUMENTS}
+
     def _state(self) -> dict[str, Tensor]:
         """Name every tensor of this rank as it is named in the whole model; rows as parts of it."""
         state: dict[str, Tensor] = {}
@@ -333,16 +350,11 @@ class Checkpoints:
                 name = EMBEDDING  # one weight, whichever end holds it
             trained = self._optimizer.trained(parameter)
             moments = self._optimizer.state[trained]
-            for role, tensor in (
-                ("model", trained.detach()),
-                *((moment, moments[moment]) for moment in (*_MOMENTS, "step")),
-            ):
-                owner = owners.get(id(parameter)) if role != "step" else None
-                state[f"{role}.{name}"] = (
-                    tensor
-                    if owner is None
-                    else rows_for_checkpoint(tensor, owner.start, owner.vocab_size)
-                )
+            owner = owners.get(id(parameter))
+            for role, tensor in {"model": trained.detach(), **moments}.items():
+                if owner is not None and role != "step":
+                    tensor = rows_for_checkpoint(tensor, owner.start, owner.vocab_size)
+                state[f"{role}.{name}"] = tensor
         return state
 
     def _make_moments(self) -> None:

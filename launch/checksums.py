@@ -67,7 +67,7 @@ def read_sums(folder: Path) -> dict[str, str]:
 def verify_share(folder: Path, sums: Mapping[str, str], rank: int, ranks: int) -> None:
     """Compare some of the files with their checksums; all of them over all ranks.
 
-    Files go to ranks by size, the largest first, each to the rank that has the least to read.
+    Files go to the ranks in turn, by size.
 
     Raises:
         ValueError: a file of this rank's is not there, or is not what was saved.
@@ -75,12 +75,9 @@ def verify_share(folder: Path, sums: Mapping[str, str], rank: int, ranks: int) -
     missing = sorted(name for name in sums if not (folder / name).is_file())
     if missing:
         raise ValueError(f"{folder / missing[0]} is missing, which was saved there")
-    sizes = {name: (folder / name).stat().st_size for name in sums}
-    load = [0] * ranks
-    for name in sorted(sums, key=lambda name: (-sizes[name], name)):
-        reader = load.index(min(load))
-        load[reader] += sizes[name] + 1
-        if reader == rank and checksum(folder / name) != sums[name]:
+    by_size = sorted(sums, key=lambda name: ((folder / name).stat().st_size, name))
+    for name in by_size[rank::ranks]:
+        if checksum(folder / name) != sums[name]:
             raise ValueError(
                 f"{folder / name} is damaged: its checksum is not that of what was saved"
             )

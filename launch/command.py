@@ -13,9 +13,12 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
+from launch.arguments import EvaluateArguments, TrainArguments
 from launch.options import parse
+
+A = TypeVar("A", TrainArguments, EvaluateArguments)
 
 # Seconds for the other ranks to leave before the one whose end makes torchrun end them: it lists
 # every rank that it had to stop.
@@ -32,22 +35,6 @@ class UserError(ValueError):
     code = 2
 
 
-class Arguments(Protocol):
-    """What a program is told on its command line."""
-
-    def validate(self) -> None:
-        """Raise ValueError for values that cannot be combined."""
-
-    def validate_ranks(self, ranks: int) -> None:
-        """Raise ValueError where torchrun started another number of ranks than is needed."""
-
-    def validate_paths(self) -> None:
-        """Raise ValueError for a file or folder that is not there, or is of no known kind."""
-
-
-A = TypeVar("A", bound=Arguments)
-
-
 def read_command(program: str, kind: type[A]) -> A:
     """Parse and check the command line; rank 0 alone prints help, or what is wrong.
 
@@ -55,22 +42,19 @@ def read_command(program: str, kind: type[A]) -> A:
         UserError: what can be known before torch is loaded. Paths are looked at only where all
             ranks are on one machine; otherwise when the ranks can tell each other.
     """
-    with contextlib.ExitStack() as silence:
-        if _rank() != 0:
-            nowhere = silence.enter_context(open(os.devnull, "w"))
-            silence.enter_context(contextlib.redirect_stdout(nowhere))
-            silence.enter_context(contextlib.redirect_stderr(nowhere))
-        try:
-            arguments = parse(kind, program)
-        except ValueError as error:
-            raise UserError(str(error)) from None
-    if "RANK" not in os.environ:
-        raise UserError(
-            f"start this with torchrun, e.g. torchrun --nproc-per-node 4 -m {program}; "
-            f"--help lists the options"
-        )
-    ranks = os.environ["WORLD_SIZE"]
     try:
+        with contextlib.ExitStack() as silence:
+            if _rank() != 0:
+                nowhere = silence.enter_context(open(os.devnull, "w"))
+                silence.enter_context(contextlib.redirect_stdout(nowhere))
+                silence.enter_context(contextlib.redirect_stderr(nowhere))
+            arguments = parse(kind, program)
+        if "RANK" not in os.environ:
+            raise ValueError(
+                f"start this with torchrun, e.g. torchrun --nproc-per-node 4 -m {program}; "
+                f"--help lists the options"
+            )
+        ranks = os.environ["WORLD_SIZE"]
         arguments.validate()
         arguments.validate_ranks(int(ranks))
         if os.environ.get("LOCAL_WORLD_SIZE") == ranks:
@@ -78,6 +62,11 @@ def read_command(program: str, kind: type[A]) -> A:
     except ValueError as error:
         raise UserError(str(error)) from None
     return arguments
+
+
+def say(words: str) -> None:
+    """Print to stderr at once; one rank calls it."""
+    print(words, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -124,7 +113,7 @@ def partial_name(report: str) -> Path:
 def _leave(sentence: str, code: int) -> None:
     """Say it on rank 0, and exit so that torchrun's own report names one rank of a machine."""
     if _rank() == 0:
-        print(sentence, file=sys.stderr, flush=True)
+        say(sentence)
     if int(os.environ.get("LOCAL_RANK", "0")) != 0:
         sys.exit(0)
     report = os.environ.get("TORCHELASTIC_ERROR_FILE")

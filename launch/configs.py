@@ -1,12 +1,15 @@
 """Which model: a published configuration, a Hugging Face folder, or sizes from the command line."""
 
+import copy
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
-from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
+import torch
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
+from launch.command import say
 from launch.planning.published import find_model
 
 HEAD_SIZE = 32  # of a model given by sizes
@@ -60,9 +63,10 @@ def load_config(model: str) -> tuple[PretrainedConfig, Path | None]:
     model_type = str(raw.get("model_type"))
     names = CONFIG_MAPPING[model_type].attribute_map if model_type in CONFIG_MAPPING else {}
     for name in ("vocab_size", "hidden_size", "num_hidden_layers"):
-        if not any(isinstance(raw.get(one), int) for one in (name, names.get(name))):
+        given = [raw.get(one) for one in (name, names.get(name))]
+        value = next((one for one in given if isinstance(one, int)), None)
+        if value is None:
             raise ValueError(f"{path} has no {name}: give a causal language model's config.json")
-        value = next(raw[one] for one in (name, names.get(name)) if isinstance(raw.get(one), int))
         if value < 1:
             raise ValueError(f"{path} has {name} = {value}: it must be at least 1")
     try:
@@ -94,12 +98,10 @@ def say_beyond_positions(config: PretrainedConfig, longest: int) -> None:
     """Warn where sequences are longer than what a model knows; one rank calls it."""
     known = known_positions(config)
     if known is not None and longest > known:
-        print(
+        say(
             f"UNKNOWN POSITIONS: documents of {longest} tokens, but by its configuration "
             f"(max_position_embeddings) the model knows {known} positions; give --sequence "
-            f"{known}, or raise the number in config.json where it is to learn more",
-            file=sys.stderr,
-            flush=True,
+            f"{known}, or raise the number in config.json where it is to learn more"
         )
 
 
@@ -117,3 +119,48 @@ def _refuse_foreign_code(raw: dict[str, Any], path: Path) -> None:
                 f"{path} asks for code from elsewhere, {name} = {value!r}, which is never run: "
                 f"take the line out"
             )
+
+
+PARTS = ("embed_tokens", "layers", "norm", "rotary_emb")
+
+
+def model_without_memory(config: PretrainedConfig, dtype: torch.dtype) -> Any:
+    """Build the model on the meta device, whose ``model`` has all of `PARTS`.
+
+    Parameters and buffers that the family keeps in float32 are so in every dtype.
+
+    Raises:
+        ValueError: a model of other parts, or values that no model can be built of.
+    """
+    try:
+        with torch.device("meta"):
+            # A copy, since building writes the dtype into the configuration.
+            whole = AutoModelForCausalLM.from_config(
+                copy.deepcopy(config), dtype=dtype, trust_remote_code=False
+            )
+    except Exception as error:  # transformers raises what its classes make of the values
+        words = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"no {config.model_type} can be built of its configuration: {type(error).__name__}: "
+            f"{words}; look for a value in config.json that is not right"
+        ) from error
+    inner = getattr(whole, "model", None)
+    if not all(hasattr(inner, part) for part in PARTS):
+        raise ValueError(_of_other_parts(whole))
+    kept = getattr(whole, "_keep_in_fp32_modules_strict", None) or ()
+    for name, tensor in (*whole.named_parameters(), *whole.named_buffers()):
+        if any(f".{one}." in f".{name}." for one in kept):
+            tensor.data = tensor.data.float()
+    return whole
+
+
+def _of_other_parts(whole: nn.Module) -> str:
+    """Say which parts a model has in place of those that a stage is cut from."""
+    base = getattr(whole, "base_model", whole)
+    prefix = next((f"{name}." for name, module in whole.named_children() if module is base), "")
+    own = ", ".join(f"{prefix}{name}" for name, _ in base.named_children())
+    return (
+        f"{type(whole).__name__} cannot be cut into stages: a stage is cut from "
+        f"{', '.join(f'model.{part}' for part in PARTS)}, as Qwen3, Llama, Gemma 2 and Mixtral "
+        f"are built, and this model is built of {own}"
+    )

@@ -16,7 +16,7 @@ import transformers
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from launch.whole import model_without_memory
+from launch.configs import model_without_memory
 
 # Names of transformers that it does not promise to keep: 5.0 to 5.23 have them.
 try:
@@ -58,6 +58,9 @@ class Conversion:
         config: of the model.
         names: of all weights in the files.
 
+    Attributes:
+        stored: what each weight of the model is made of, as far as the files have it.
+
     Raises:
         ValueError: a transformers without these rules.
     """
@@ -70,20 +73,16 @@ class Conversion:
         renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
         converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
         by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
-        self._stored: dict[str, Stored] = {}
+        self.stored: dict[str, Stored] = {}
         for name in sorted(names, key=dot_natural_key):  # expert 10 follows expert 9
             new, pattern = rename_source_key(
                 name, renamings, converters, self._model.base_model_prefix, wanted
             )
             rule = by_pattern.get(pattern)
             for target in _made_by(rule, new):
-                stored = self._stored.setdefault(target, Stored(new, rule=rule))
+                stored = self.stored.setdefault(target, Stored(new, rule=rule))
                 stored.names.append(name)
                 stored.patterns.append(pattern)
-
-    def stored(self, name: str) -> Stored | None:
-        """Return what a weight of the model is made of, or None where the files have nothing."""
-        return self._stored.get(name)
 
     def convert(self, name: str, read: Callable[[str], Tensor]) -> Tensor:
         """Return a weight that a rule makes; ``read`` returns a stored one by its name.
@@ -91,7 +90,7 @@ class Conversion:
         Raises:
             ValueError: stored weights that do not fit together.
         """
-        stored = self._stored[name]
+        stored = self.stored[name]
         rule = deepcopy(stored.rule)
         for part, pattern in zip(stored.names, stored.patterns, strict=True):
             rule.add_tensor(stored.first, part, pattern, read(part))

@@ -1,4 +1,8 @@
-"""Write a trained model as a Hugging Face folder, one file for each pipeline rank."""
+"""Write a trained model as a Hugging Face folder, one file for each pipeline rank.
+
+It is not by torch's HuggingFaceStorageWriter, which holds two more copies of a rank's weights, as
+the bytes of its file, and whose consolidation lets one rank read and write all files once more.
+"""
 
 import copy
 import json
@@ -28,21 +32,41 @@ def export_model(pipeline: Pipeline, arguments: TrainArguments) -> None:
     """Write ``--export``, a folder that transformers opens: all that ``save_pretrained`` writes.
 
     All ranks call it. The rows of a vocabulary are gathered over its group, and a sharded body over
-    the data group, one weight at a time;
-    the first vocab rank of each pipeline rank writes what that one holds. The tokenizer, and the
-    generation config of the --model folder, lie beside the weights. The folder appears when it is
-    whole.
+    the data group, one weight at a time; the first vocab rank of each pipeline rank writes what
+    that one holds. The tokenizer, and the generation config of the --model folder, lie beside the
+    weights. The folder appears when it is whole.
 
     Raises:
         UserError: the disk does not take it; nothing of it is left.
     """
-    folder = arguments.export
+    folder, groups = arguments.export, pipeline.groups
     assert folder is not None
     partial = folder.with_name(folder.name + ".partial")
+    dtype = _stored_dtype(pipeline, arguments)
+    place, places = groups.pipeline_rank + 1, groups.pipeline_degree
+    file = f"model-{place:05d}-of-{places:05d}.safetensors" if places > 1 else "model.safetensors"
     try:
-        _write(pipeline, arguments, partial)
         with _taken(arguments):
             if dist.get_rank() == 0:
+                partial.mkdir(parents=True, exist_ok=True)
+                _write_beside(pipeline, arguments, dtype, partial)
+        tensors = _whole_tensors(pipeline, dtype)
+        sizes = {}
+        with _taken(arguments):
+            if groups.column_rank == 0 and groups.data_rank == 0:
+                save_file(tensors, partial / file, metadata={"format": "pt"})
+                sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
+        told = [(file, sizes)] * dist.get_world_size()
+        dist.all_gather_object(told, (file, sizes))
+        with _taken(arguments):
+            if dist.get_rank() == 0:
+                index = {
+                    "metadata": {"total_size": sum(sum(own.values()) for _, own in told)},
+                    "weight_map": {name: where for where, own in told for name in sorted(own)},
+                }
+                if places > 1:
+                    text = json.dumps(index, indent=1)
+                    (partial / "model.safetensors.index.json").write_text(text)
                 if folder.exists():
                     folder.rmdir()  # empty, or it would have been refused
                 partial.rename(folder)
@@ -59,40 +83,12 @@ def _taken(arguments: TrainArguments) -> Iterator[None]:
         yield
 
 
-def _write(pipeline: Pipeline, arguments: TrainArguments, folder: Path) -> None:
-    groups = pipeline.groups
-    with _taken(arguments):
-        if dist.get_rank() == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-    tensors = _whole_tensors(pipeline, _stored_dtype(pipeline, arguments))
-    single = groups.pipeline_degree == 1
-    file = (
-        "model.safetensors"
-        if single
-        else f"model-{groups.pipeline_rank + 1:05d}-of-{groups.pipeline_degree:05d}.safetensors"
-    )
-    sizes = {}
-    with _taken(arguments):
-        if groups.column_rank == 0 and groups.data_rank == 0:
-            save_file(tensors, folder / file, metadata={"format": "pt"})
-            sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
-    told: list[tuple[str, dict[str, int]]] = [("", {})] * dist.get_world_size()
-    dist.all_gather_object(told, (file, sizes))
-    with _taken(arguments):
-        if dist.get_rank() == 0:
-            _write_beside(pipeline, arguments, folder)
-            if not single:
-                index = {
-                    "metadata": {"total_size": sum(sum(own.values()) for _, own in told)},
-                    "weight_map": {name: where for where, own in told for name in sorted(own)},
-                }
-                (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
-
-
-def _write_beside(pipeline: Pipeline, arguments: TrainArguments, folder: Path) -> None:
+def _write_beside(
+    pipeline: Pipeline, arguments: TrainArguments, dtype: torch.dtype, folder: Path
+) -> None:
     """Write what is no weight: configuration, tokenizer and generation config."""
     config = copy.deepcopy(pipeline.config)
-    config.dtype = _stored_dtype(pipeline, arguments)
+    config.dtype = dtype
     config.save_pretrained(folder)
     save_tokenizer(arguments.tokenizer, arguments.model, folder)
     if arguments.model is not None and (Path(arguments.model) / _GENERATION).is_file():

@@ -6,7 +6,7 @@ norm and a classifier off the last. Masks and rotary positions are made by the m
 built without memory, and then filled with its own weights alone.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +16,10 @@ from torch.distributed import ProcessGroup
 from transformers import PretrainedConfig
 
 from launch.attention import document_mask, leave_out_masks
+from launch.configs import model_without_memory
 from launch.planning.balance import layer_counts
 from launch.planning.shape import ModelShape
 from launch.weights import WeightSource
-from launch.whole import model_without_memory
 from vocab_parallel import VocabParallelClassifier, VocabParallelEmbedding
 from vocab_parallel.modules.vocab_rows import VocabRows
 
@@ -121,31 +121,33 @@ def build_stage(
     for index in range(config.num_hidden_layers):
         if index not in own:
             model.layers[index] = PassThrough()
-    is_last = stage == num_stages - 1
+    first, last = stage == 0, stage == num_stages - 1
     tied = config.tie_word_embeddings
-    spans = spanning is not None
+    # What the stage has of the two, and whether it shares them with the vocab group.
+    has_embedding, has_head = first, last
+    cuts_embedding, cuts_head = tied and vocab_group is not None, vocab_group is not None
     rows: dict[str, Any] = {"group": vocab_group, "device": "meta", "dtype": dtype}
     if spanning is not None:
+        has_embedding = has_head = spanning.here
+        cuts_embedding = True
         rows["rows"] = spanning.counts
-    holds = spanning is not None and spanning.here
     sizes = (config.hidden_size, config.vocab_size)
-    head: nn.Module | None = whole.lm_head if is_last and not spans else None
-    if vocab_group is not None and (holds if spans else is_last):
+    head: nn.Module | None = whole.lm_head if has_head else None
+    if has_head and cuts_head:
         head = VocabParallelClassifier(*sizes, **rows)
-    scale = getattr(model.embed_tokens, "scalar_embed_scale", 1.0)
-    if stage != 0:
+    if not has_embedding:
         model.embed_tokens = None
-        if hasattr(model, "embedding_multiplier"):  # the first stage has multiplied already
-            model.embedding_multiplier = 1.0
-    if holds or (stage == 0 and vocab_group is not None and tied and not spans):
+    elif cuts_embedding:
+        scale = getattr(model.embed_tokens, "scalar_embed_scale", 1.0)
         model.embed_tokens = VocabParallelEmbedding(*sizes, scale=scale, **rows)
-    elif spans:
-        model.embed_tokens = None
-    if not is_last:
+    if not first and hasattr(model, "embedding_multiplier"):
+        model.embedding_multiplier = 1.0  # the first stage has multiplied already
+    if not last:
         model.norm = nn.Identity()
     cut = Stage(model, head)
     _fill(cut, source, config, device)
-    if tied and (holds or (vocab_group is None and is_last and stage == 0)):
+    is_one = spanning is not None or not cuts_embedding  # two parameters are `TiedRows`' to sum
+    if tied and has_embedding and has_head and is_one:
         cut.lm_head.weight = cut.model.embed_tokens.weight
     return cut
 
@@ -206,13 +208,11 @@ def layers_of_stage(
     return range(start, start + counts[stage])
 
 
-def vocabulary_rows(stages: Iterator[nn.Module] | nn.Module) -> dict[int, VocabRows]:
+def vocabulary_rows(stages: nn.Module) -> dict[int, VocabRows]:
     """Return the owner of each parameter that holds rows of the vocabulary, by its id."""
-    modules = [stages] if isinstance(stages, nn.Module) else list(stages)
     return {
         id(parameter): module
-        for stage in modules
-        for module in stage.modules()
+        for module in stages.modules()
         if isinstance(module, VocabRows)
         for parameter in module.row_parameters()
     }

@@ -1,6 +1,8 @@
 """AdamW over float32 copies of the weights, and its learning rate as a function of the step."""
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,7 +11,6 @@ from torch.distributed.tensor import DTensor
 from transformers import get_scheduler
 
 from launch.arguments import TrainArguments
-from launch.defaults import settled
 from vocab_parallel.modules.gradient_sums import local_part
 
 WIDENED_BYTES = 2**28  # of float32 gradients that exist at a time
@@ -133,22 +134,18 @@ class LearningRate:
 
     def __init__(self, arguments: TrainArguments) -> None:
         arguments = settled(arguments)
-        name, warmup = arguments.learning_rate_schedule, arguments.warmup
-        assert name is not None
-        assert warmup is not None
         assert arguments.learning_rate is not None
-        if name == "constant" and warmup:
-            name = "constant_with_warmup"  # type: ignore[assignment]
+        name: Any = arguments.learning_rate_schedule
+        if name == "constant":
+            name = "constant_with_warmup"  # of no steps too
+        nothing = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=1.0)
         self._base = arguments.learning_rate
-        self._factor = None
-        if name != "constant":
-            nothing = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=1.0)
-            found = get_scheduler(name, nothing, warmup, arguments.steps)
-            self._factor = found.lr_lambdas[0]
+        schedule = get_scheduler(name, nothing, arguments.warmup, arguments.steps)
+        self._factor = schedule.lr_lambdas[0]
 
     def __call__(self, step: int) -> float:
         """Return the learning rate of a step; the first one is 0."""
-        return self._base if self._factor is None else self._base * float(self._factor(step))
+        return self._base * float(self._factor(step))
 
     def set(self, optimizer: torch.optim.Optimizer, step: int) -> float:
         """Give the optimizer a step's learning rate, and return it."""
@@ -156,3 +153,37 @@ class LearningRate:
         for group in optimizer.param_groups:
             group["lr"] = rate
         return rate
+
+
+OF_SIZE = ("learning_rate", "learning_rate_schedule", "warmup", "clip_norm")
+_RATES = (5e-6, 1e-4)
+_WARM = 0.03  # of the steps
+
+
+def settled(arguments: TrainArguments, pretrained: int | None = None) -> TrainArguments:
+    """Return the arguments with a value for every option of the optimizer; given ones stay.
+
+    Random weights bear a large rate; pretrained ones forget under it. Nothing here is measured:
+    these are the rates at which models of such sizes are commonly trained on, 1e-5 for 8 billion
+    parameters, smaller for larger ones as the root of their number.
+
+    Args:
+        arguments: of the run.
+        pretrained: parameters of a model that has weights already; None for random ones.
+    """
+    values: dict[str, Any] = {
+        "learning_rate": 3e-3,
+        "learning_rate_schedule": "constant",
+        "warmup": 0,
+    }
+    if pretrained is not None:
+        low, high = _RATES
+        rate = min(high, max(low, 1e-5 * math.sqrt(8e9 / pretrained)))
+        values = {
+            "learning_rate": float(f"{rate:.0e}"),
+            "learning_rate_schedule": "cosine",
+            "warmup": round(_WARM * arguments.steps),
+            "clip_norm": 1.0,
+        }
+    missing = {name: v for name, v in values.items() if getattr(arguments, name) is None}
+    return replace(arguments, **missing)

@@ -1,15 +1,19 @@
-"""A step's time and numbers, read one step late, so that the host never waits for the step it runs.
+"""What is measured of a step: its time and its numbers, read one step late, and once a trace.
 
 A host that reads a loss waits until the GPU has computed it, and the GPU then waits for the host to
 queue the next step. So the numbers of a step are copied when they exist, and looked at when the
-next step is queued.
+next step is queued: the host never waits for the step it runs.
 """
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 
@@ -71,3 +75,22 @@ class Readings:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
+
+
+@contextmanager
+def traced(folder: Path | None, device: torch.device) -> Iterator[None]:
+    """Write what runs inside to rank-N.json; waits for the GPU before and after. All ranks or none.
+
+    Without a folder nothing happens.
+    """
+    if folder is None:
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    with torch.profiler.profile() as profiled:
+        yield
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    folder.mkdir(parents=True, exist_ok=True)
+    profiled.export_chrome_trace(str(folder / f"rank-{dist.get_rank()}.json"))

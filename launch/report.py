@@ -1,4 +1,4 @@
-"""What a run leaves: a table of the ranks, the loss curve and the numbers."""
+"""What a run says before its first step and after its last, and the files that it leaves."""
 
 import json
 import math
@@ -7,16 +7,143 @@ import statistics
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 from transformers import PretrainedConfig
 
 from launch.arguments import TrainArguments
 from launch.check import Comparison
-from launch.opening import count_parameters, device_name, left_behind, model_name
+from launch.checkpoint import History, complete_checkpoints
+from launch.command import say
+from launch.configs import model_without_memory
+from launch.data.batches import Batches
+from launch.optimizer import OF_SIZE
+
+
+def count_parameters(config: PretrainedConfig) -> int:
+    """Count a model's parameters, a tied one once; it is built without memory."""
+    model = model_without_memory(config, torch.float32)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def device_name(device: torch.device) -> str:
+    """Return what a device is called."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+def model_name(arguments: TrainArguments, config: PretrainedConfig) -> str:
+    """Return what a model is called, in a word or two."""
+    if arguments.model is None:
+        return f"{config.model_type} of {arguments.layers} layers"
+    return Path(arguments.model).resolve().name
+
+
+def say_opening(
+    given: TrainArguments,
+    arguments: TrainArguments,
+    config: PretrainedConfig,
+    batches: Batches,
+    device: torch.device,
+) -> None:
+    """Say what will be done, in one block on stderr; one rank calls it.
+
+    Args:
+        given: the command line's options.
+        arguments: the same, with what was chosen for those that were left out.
+        config: of the model.
+        batches: of the run.
+        device: this rank's, of which all ranks are taken to be.
+    """
+    lines = {
+        "model": _model(arguments, config),
+        "mesh": _mesh(arguments, device),
+        "text": _text(arguments, batches),
+        "optimizer": _optimizer(given, arguments),
+        "folders": _folders(arguments),
+    }
+    block = [f"  {name:<10} {words}" for name, words in lines.items()]
+    say("\n".join(["launch.train", *block]))
+
+
+def say_resumed(arguments: TrainArguments, history: History) -> None:
+    """Say from which step, and from which mesh's checkpoint, a run goes on; one rank calls it."""
+    saved = f", which a mesh of {history.mesh} has saved" if history.mesh else ""
+    words = f"goes on after step {history.step} of {arguments.steps}{saved}"
+    words += f", behind {history.tokens:,} tokens"
+    if history.step == 0:
+        words = f"--resume: {arguments.checkpoint} has no checkpoint yet, so from the first step on"
+    say(f"launch.train: {words}")
+
+
+def _model(arguments: TrainArguments, config: PretrainedConfig) -> str:
+    copies = ", float32 copies" if arguments.dtype == "bfloat16" else ""
+    return (
+        f"{model_name(arguments, config)}, {count_parameters(config):,} parameters, "
+        f"{arguments.dtype}{copies if arguments.float32_weights else ''}"
+    )
+
+
+def _mesh(arguments: TrainArguments, device: torch.device) -> str:
+    place = "the last stage" if arguments.vocab_over == "last-stage" else "all stages"
+    sharded = ", body sharded over the data axis" if arguments.shard_body else ""
+    return (
+        f"{arguments.mesh} on {arguments.world} x {device_name(device)}, "
+        f"{arguments.schedule}, vocabulary on {place}{sharded}"
+    )
+
+
+def _text(arguments: TrainArguments, batches: Batches) -> str:
+    name = "the standard library" if arguments.text is None else str(arguments.text)
+    of_step = arguments.batch * arguments.sequence
+    wanted = arguments.steps * of_step
+    tokens, order = len(batches.tokens), "shuffled" if arguments.shuffle else "in their order"
+    epochs = wanted / (batches.sequences * arguments.sequence)
+    read = f"{tokens:,} tokens, {order}; {wanted:,} in {arguments.steps:,} steps"
+    step = f"{arguments.batch} x {arguments.sequence} = {of_step:,} a step"
+    return f"{name}: {read}, {epochs:.3g} epochs; {step}"
+
+
+def _optimizer(given: TrainArguments, arguments: TrainArguments) -> str:
+    clip = arguments.clip_norm
+    chosen = [f"--{name.replace('_', '-')}" for name in OF_SIZE if getattr(given, name) is None]
+    by_size = arguments.model is not None and Path(arguments.model).is_dir() and chosen
+    return (
+        f"AdamW, learning rate {arguments.learning_rate:g}, {arguments.learning_rate_schedule}, "
+        f"{arguments.warmup} steps of warm-up, weight decay {arguments.weight_decay:g}, "
+        f"{'no clipping' if clip is None else f'gradient norm clipped to {clip:g}'}"
+        + (f"; chosen by the model's size: {', '.join(chosen)}" if by_size else "")
+    )
+
+
+def _folders(arguments: TrainArguments) -> str:
+    named = {name: getattr(arguments, name) for name in ("out", "profile", "export", "checkpoint")}
+    return ", ".join(f"--{name} {folder}" for name, folder in named.items() if folder is not None)
+
+
+@dataclass
+class Trained:
+    """What a rank knows after training.
+
+    Attributes:
+        first_step: of those that this start did; a checkpoint had those before.
+        losses: of each step of the run; empty off the last stage.
+        seconds: of each step of the run.
+        scores: step and loss of each evaluation, of the rank that tells of the run.
+        first_gradients: of step 1, for --check.
+        stopped: the signal that has ended it, or 0.
+    """
+
+    first_step: int = 0
+    losses: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    scores: list[tuple[int, float]] = field(default_factory=list)
+    first_gradients: dict[str, Tensor] = field(default_factory=dict)
+    stopped: int = 0
 
 
 @dataclass(frozen=True)
@@ -30,9 +157,6 @@ class RankReport:
         parameters: how many it holds and trains.
         peak_memory: bytes.
         bytes_read: of the model's folder.
-        losses: of each step of the run; empty off the last stage.
-        seconds: of each step of the run.
-        scores: step and loss of each evaluation, of the rank that tells of the run.
     """
 
     rank: int
@@ -42,23 +166,13 @@ class RankReport:
     parameters: int
     peak_memory: int
     bytes_read: int
-    losses: list[float]
-    seconds: list[float]
-    scores: list[tuple[int, float]] = field(default_factory=list)
 
 
 def print_ranks(reports: list[RankReport]) -> None:
     """Print a line for each rank."""
     table = Table(title="ranks")
-    for column in (
-        "rank",
-        "stages",
-        "vocab rank",
-        "rows held",
-        "of the classifier",
-        "parameters",
-        "peak",
-    ):
+    words = "rank, stages, vocab rank, rows held, of the classifier, parameters, peak"
+    for column in words.split(", "):
         table.add_column(column, justify="right", no_wrap=True)
     for report in reports:
         start, stop = report.rows
@@ -79,28 +193,28 @@ def write_run(
     config: PretrainedConfig,
     device: torch.device,
     reports: list[RankReport],
-    losses: list[float],
+    trained: Trained,
     comparison: Comparison | None,
-    first_step: int = 0,
 ) -> None:
-    """Write run.json and loss.png to ``--out``, and say so.
+    """Write run.json and loss.png to ``--out``, and say what is where.
 
     Args:
         arguments: of the run, settled.
         config: of its model.
         device: this rank's.
         reports: of all ranks.
+        trained: with losses and scores, of every step of the run; told is the speed of this start.
         comparison: with one process, where that was made.
-        losses: of every step of the run, also of those before ``first_step``, where it was resumed.
-        first_step: of those that this start did, whose speed is told.
     """
     arguments.out.mkdir(parents=True, exist_ok=True)
-    tokens = arguments.batch * arguments.sequence
-    own = reports[0].seconds[first_step:]
-    median = statistics.median(own)
-    scores = next((report.scores for report in reports if report.scores), [])
+    losses, scores = trained.losses, trained.scores
+    own = trained.seconds[trained.first_step :]
+    speed = arguments.batch * arguments.sequence / statistics.median(own)
     model = model_name(arguments, config)
-    given = {name: _plain(value) for name, value in asdict(arguments).items()}
+    given = {  # JSON has neither paths nor infinity
+        name: str(value) if isinstance(value, Path) or value == math.inf else value
+        for name, value in asdict(arguments).items()
+    }
     if arguments.model is not None:  # which says these itself
         for name in ("layers", "hidden", "vocabulary"):
             del given[name]
@@ -120,19 +234,12 @@ def write_run(
             "vocabulary": config.vocab_size,
         },
         "arguments": given,
-        "first_step": first_step,
+        "first_step": trained.first_step,
         "losses": losses,
         "eval_losses": [{"step": step, "loss": loss} for step, loss in scores],
-        "seconds_per_step": reports[0].seconds,
-        "tokens_per_second": tokens / median,
-        "ranks": [
-            {
-                key: value
-                for key, value in asdict(report).items()
-                if key not in ("losses", "seconds", "scores")
-            }
-            for report in reports
-        ],
+        "seconds_per_step": trained.seconds,
+        "tokens_per_second": speed,
+        "ranks": [asdict(report) for report in reports],
         "check": None
         if comparison is None
         else {**asdict(comparison), "passed": comparison.passed},
@@ -140,20 +247,17 @@ def write_run(
     path = arguments.out / "run.json"
     path.write_text(json.dumps(document, indent=1) + "\n")
     plot_losses(arguments, model, max(report.rows[1] for report in reports), losses, scores)
-    Console().print(
-        f"loss {losses[first_step]:.3f} -> {losses[-1]:.3f} in {len(own)} steps, "
-        f"{sum(own):.0f} s, {tokens / median:.0f} tokens/s; "
-        f"{path}, {arguments.out / 'loss.png'}",
-        soft_wrap=True,
-    )
-    for line in left_behind(arguments, scores):
-        Console().print(line, soft_wrap=True, markup=False)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):  # which JSON does not have
-        return str(value)
-    return value if value is None or isinstance(value, int | float | str | tuple) else str(value)
+    lines = [
+        f"loss {losses[trained.first_step]:.3f} -> {losses[-1]:.3f} in {len(own)} steps, "
+        f"{sum(own):.0f} s, {speed:.0f} tokens/s; {path}, {arguments.out / 'loss.png'}"
+    ]
+    if scores:
+        lines.append(f"evaluation's loss {scores[-1][1]:.4f} after step {scores[-1][0]}")
+    if arguments.checkpoint is not None:
+        lines += [f"checkpoint {path}" for path in complete_checkpoints(arguments.checkpoint)[-1:]]
+    if arguments.export is not None and (arguments.export / "config.json").is_file():
+        lines.append(f"export {arguments.export}")
+    print("\n".join(lines))
 
 
 def _version(package: str) -> str | None:

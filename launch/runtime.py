@@ -5,14 +5,17 @@ import os
 import resource
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import record as _record
+from torch.distributed.elastic.multiprocessing.errors.error_handler import ErrorHandler
 
-from launch.command import UserError
+from launch.command import UserError, partial_name
 
 
 @contextmanager
@@ -62,3 +65,31 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return kilobytes if sys.platform == "darwin" else kilobytes * 1024
+
+
+F = TypeVar("F", bound=Callable[..., object])
+
+
+class LastWords(ErrorHandler):
+    """torch's own, whose file is there when it is whole.
+
+    torchrun ends, without its restarts, where it finds the file of a rank that was killed while it
+    wrote.
+    """
+
+    def record_exception(self, e: BaseException) -> None:
+        """Write an error to the file that torchrun reads, if there is one."""
+        super().record_exception(e)
+        path = super()._get_error_file_path()
+        if path is not None:
+            partial_name(path).rename(path)
+
+    def _get_error_file_path(self) -> str | None:
+        path = super()._get_error_file_path()
+        return None if path is None else str(partial_name(path))
+
+
+def record(function: F) -> F:
+    """Decorate what a rank runs, in the place of torch's decorator of that name."""
+    decorated: F = _record(function, error_handler=LastWords())  # type: ignore[assignment]
+    return decorated

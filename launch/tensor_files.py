@@ -41,13 +41,14 @@ class CheckedWriter(FileSystemWriter):
     """Writes a folder's tensors and tensors.json, and knows the checksums of what it has written.
 
     Attributes:
+        folder: that it writes.
         sums: of this rank's files, by name; complete when the save is. They are taken where the
             files are written, in the background.
     """
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        self._folder = folder
+        self.folder = folder
         self.sums: dict[str, str] = {}
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
@@ -65,7 +66,7 @@ class CheckedWriter(FileSystemWriter):
                 raise cause from error
             raise
         files = {result.storage_data.relative_path for result in future.value()}
-        self.sums = {file: checksum(self._folder / file) for file in sorted(files)}
+        self.sums = {file: checksum(self.folder / file) for file in sorted(files)}
         return future
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
@@ -74,8 +75,8 @@ class CheckedWriter(FileSystemWriter):
         # torch 2.11 notes the places in a copy of the metadata.
         places = {one.index: one.storage_data for of_rank in results for one in of_rank}
         text = json.dumps(_as_json(metadata, places))
-        self.sums[_TORCHS_OWN] = checksum(self._folder / _TORCHS_OWN)
-        self.sums[TENSORS] = write_synced(self._folder / TENSORS, text)
+        self.sums[_TORCHS_OWN] = checksum(self.folder / _TORCHS_OWN)
+        self.sums[TENSORS] = write_synced(self.folder / TENSORS, text)
 
 
 class CheckedReader(FileSystemReader):

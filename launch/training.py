@@ -2,7 +2,7 @@
 
 import math
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import timedelta
 
 import torch
@@ -10,54 +10,35 @@ import torch.distributed as dist
 from torch import Tensor
 
 from launch.arguments import TrainArguments
-from launch.check import compare_with_one_process
+from launch.check import compare_with_one_process, join_gradients
 from launch.checkpoint import Checkpoints
 from launch.command import raised_on_all
-from launch.configs import say_beyond_positions
 from launch.data.batches import Batch, Batches
 from launch.data.load import load_batches_on_all
-from launch.defaults import settled
 from launch.disk import try_to_write
+from launch.evaluation import score_pipeline
 from launch.export import export_model
-from launch.gradients import named_gradients
-from launch.held_out import score_pipeline
-from launch.last_words import record
 from launch.layers import compiles, warm_up
-from launch.model import CLASSIFIER, EMBEDDING
-from launch.opening import count_parameters, say_opening, say_resumed
-from launch.optimizer import AdamW, LearningRate
-from launch.packing import refuse_to_look_across
-from launch.profiling import traced, traces
+from launch.optimizer import AdamW, LearningRate, settled
 from launch.progress import Progress
-from launch.readings import Reading, Readings
-from launch.report import RankReport, print_ranks, write_run
-from launch.runtime import peak_memory, process_group
-from launch.sharded_body import replicated_parameters
+from launch.readings import Reading, Readings, traced
+from launch.report import (
+    RankReport,
+    Trained,
+    count_parameters,
+    print_ranks,
+    say_opening,
+    say_resumed,
+    write_run,
+)
+from launch.runtime import peak_memory, process_group, record
+from launch.sharded_body import named_gradients, replicated_parameters
 from launch.stopping import StoppedError, StopRequest, said_of
-from launch.training_pipeline import Pipeline, build_pipeline, model_of
-from launch.weights import FolderWeights, say_random
-from stage_groups import StageGroups, build_host_group, build_stage_groups
+from launch.training_pipeline import Pipeline, model_of, open_pipeline
+from launch.weights import FolderWeights
+from stage_groups import build_host_group
 from vocab_parallel import clip_grad_norm_, sum_over_columns
 from vocab_parallel.modules.gradient_sums import local_part, sum_gradients
-
-
-@dataclass
-class Trained:
-    """What one rank knows after training."""
-
-    pipeline: Pipeline
-    first_step: int = 0  # of those that this start did; a checkpoint had those before
-    losses: list[float] = field(default_factory=list)  # of every step; empty off the last stage
-    seconds: list[float] = field(default_factory=list)  # of every step
-    first_gradients: dict[str, Tensor] = field(default_factory=dict)  # of step 1, for --check
-    scores: list[tuple[int, float]] = field(default_factory=list)  # of the rank that tells
-    stopped: int = 0  # by this signal
-
-    def take(self, reading: Reading) -> None:
-        """Keep what a step took, and its loss where this rank has it."""
-        self.seconds.append(reading.seconds)
-        if self.pipeline.has_last:
-            self.losses.append(reading.values[0])
 
 
 @record
@@ -71,20 +52,13 @@ def start(arguments: TrainArguments) -> None:
 
 def run(arguments: TrainArguments, device: torch.device) -> bool:
     """Train, report, and where asked check; returns whether the check passed, on every rank."""
-    groups = build_stage_groups(
-        arguments.pipeline,
-        arguments.vocab,
-        data=arguments.data,
-        device_type=device.type,
-        vocab_over="all_stages" if arguments.vocab_over == "all-stages" else "last_stage",
-    )
     with raised_on_all():
         arguments.validate_paths()
         config, source = model_of(arguments)
         given, pretrained = arguments, None
         if isinstance(source, FolderWeights):
             pretrained = count_parameters(config)
-        arguments = settled(arguments, pretrained)
+        arguments = settled(given, pretrained)
     shape = {"batch": arguments.batch, "sequence": arguments.sequence}
     of_model = {"vocabulary": config.vocab_size, "model": arguments.model}
     seed = arguments.seed if arguments.shuffle else None
@@ -100,14 +74,8 @@ def run(arguments: TrainArguments, device: torch.device) -> bool:
             option="--eval-text",
         )
     if dist.get_rank() == 0:
-        say_random(arguments.model, source)
-        say_beyond_positions(config, batches.longest)
         say_opening(given, arguments, config, batches, device)
-    with raised_on_all():
-        pipeline = build_pipeline(arguments, config, source, groups, device)
-    with raised_on_all():
-        if batches.packed:
-            refuse_to_look_across(pipeline.stages)
+    pipeline = open_pipeline(arguments, config, source, batches, device)
     if arguments.shard_body:
         pipeline.shard_body(getattr(torch, arguments.dtype))
     if compiles(arguments, device):
@@ -117,19 +85,20 @@ def run(arguments: TrainArguments, device: torch.device) -> bool:
         for option, folder in arguments.written_folders.items():
             try_to_write(folder, option)
     trained = train(arguments, pipeline, batches, held_out, device)
-    reports = _gather_reports(groups, trained, device)
+    reports = _share(pipeline, trained, device)
     passed = torch.ones((), dtype=torch.int32, device=device)
     checks = arguments.check and not trained.stopped
-    joined = _gather_gradients(trained) if checks else None
+    joined = join_gradients(pipeline, trained.first_gradients) if checks else None
     if dist.get_rank() == 0:
-        losses = next((report.losses for report in reports if report.losses), [])
         print_ranks(reports)
         comparison = None
         if joined is not None:
-            comparison = compare_with_one_process(arguments, batches, losses, joined, device)
+            comparison = compare_with_one_process(
+                arguments, batches, trained.losses, joined, device
+            )
             passed.fill_(comparison.passed)
         if trained.first_step < len(trained.seconds):
-            write_run(arguments, config, device, reports, losses, comparison, trained.first_step)
+            write_run(arguments, config, device, reports, trained, comparison)
         elif not trained.stopped:  # of a checkpoint that had done them all
             print(f"no step was left of --steps {arguments.steps}: exported {arguments.export}")
     dist.broadcast(passed, 0)
@@ -154,7 +123,7 @@ def train(
     groups = pipeline.groups
     optimizer = AdamW.of(arguments, pipeline.parameters())
     learning_rate = LearningRate(arguments)
-    trained = Trained(pipeline)
+    trained = Trained()
     checkpoints = None
     if arguments.checkpoint is not None:
         host = build_host_group(timedelta(seconds=arguments.timeout))
@@ -165,18 +134,21 @@ def train(
         batches = replace(batches, begins=(history.step, history.tokens))
         if arguments.resume and dist.get_rank() == 0:
             say_resumed(arguments, history)
-    shown = pipeline.has_last and groups.column_rank == 0 and groups.data_rank == 0
     progress = None
     with raised_on_all():
-        if shown:
+        if pipeline.has_last and groups.column_rank == 0 and groups.data_rank == 0:
             progress = Progress(arguments, pipeline.config, trained.first_step, device)
     readings = Readings(device)
-    saved = trained.first_step
+    saved, every = trained.first_step, arguments.checkpoint_every or arguments.steps
+    # The fifth: by then everything is compiled, and allocated.
+    traced_step = min(trained.first_step + 5, arguments.steps) - 1
 
     def told(reading: Reading | None) -> None:
         if reading is None:
             return
-        trained.take(reading)
+        trained.seconds.append(reading.seconds)
+        if pipeline.has_last:
+            trained.losses.append(reading.values[0])
         if progress is not None:
             progress.show(reading, learning_rate(reading.step - 1))
 
@@ -189,12 +161,11 @@ def train(
             own = pipeline.column_of(batches, step)
             done, last = step + 1, step + 1 == arguments.steps
             scores_now = held_out is not None and (last or done % arguments.eval_every == 0)
-            saves_now = checkpoints is not None and _saves(arguments, done)
+            saves_now = checkpoints is not None and (last or done % every == 0)
             learning_rate.set(optimizer, step)
-            is_traced = traces(arguments.profile, step, trained.first_step, arguments.steps)
-            with traced(is_traced, device):
+            with traced(arguments.profile if step == traced_step else None, device):
                 readings.begin()
-                numbers = _run_step(arguments, trained, optimizer, own.to(device), step)
+                numbers = _run_step(arguments, pipeline, trained, optimizer, own.to(device), step)
                 told(readings.end(done, numbers))
             if last or scores_now or saves_now:  # a checkpoint has the losses of all its steps
                 told(readings.finish())
@@ -223,13 +194,18 @@ def train(
 
 
 def _run_step(
-    arguments: TrainArguments, trained: Trained, optimizer: AdamW, batch: Batch, step: int
+    arguments: TrainArguments,
+    pipeline: Pipeline,
+    trained: Trained,
+    optimizer: AdamW,
+    batch: Batch,
+    step: int,
 ) -> Tensor:
     """Queue one optimizer step over this column's batch; return its numbers.
 
     They are the gradient's norm; on the last stage loss, norm, accuracy and entropy.
     """
-    pipeline, groups = trained.pipeline, trained.pipeline.groups
+    groups = pipeline.groups
     loss = pipeline.accumulate(batch, arguments.accumulate)
     metrics = torch.empty(0)
     if loss is not None:
@@ -252,55 +228,20 @@ def _run_step(
     return torch.cat([torch.stack([loss.float(), norm]), metrics.to(norm)])
 
 
-def _saves(arguments: TrainArguments, step: int) -> bool:
-    """Tell whether a checkpoint is saved after so many steps."""
-    every = arguments.checkpoint_every
-    return step == arguments.steps or (every > 0 and step % every == 0)
-
-
-def _gather_reports(
-    groups: StageGroups, trained: Trained, device: torch.device
-) -> list[RankReport]:
-    head = trained.pipeline.head
+def _share(pipeline: Pipeline, trained: Trained, device: torch.device) -> list[RankReport]:
+    """Return a report of each rank, and tell every one the losses and scores that one knows."""
+    head = pipeline.head
     own = RankReport(
         rank=dist.get_rank(),
-        stages=trained.pipeline.indices,
-        vocab_rank=groups.vocab_rank,
+        stages=pipeline.indices,
+        vocab_rank=pipeline.groups.vocab_rank,
         rows=(head.start, head.stop) if head is not None else (0, 0),
-        parameters=sum(local_part(own).numel() for own in trained.pipeline.parameters()),
+        parameters=sum(local_part(own).numel() for own in pipeline.parameters()),
         peak_memory=peak_memory(device),
-        bytes_read=trained.pipeline.bytes_read,
-        losses=trained.losses,
-        seconds=trained.seconds,
-        scores=trained.scores,
+        bytes_read=pipeline.bytes_read,
     )
-    reports: list[RankReport] = [own] * dist.get_world_size()
-    dist.all_gather_object(reports, own)
-    return reports
-
-
-def _gather_gradients(trained: Trained) -> dict[str, Tensor] | None:
-    """Join step 1's gradients on rank 0: the body's by name, the classifier's rows in order."""
-    gathered: list[dict[str, Tensor]] | None = (
-        [{}] * dist.get_world_size() if dist.get_rank() == 0 else None
-    )
-    dist.gather_object(trained.first_gradients, gathered)
-    if gathered is None:
-        return None
-    joined: dict[str, Tensor] = {}
-    pipeline = trained.pipeline
-    rows: dict[str, list[Tensor]] = {EMBEDDING: [], CLASSIFIER: []}
-    of_rows = {CLASSIFIER}
-    if pipeline.tied is not None or pipeline.spans:
-        of_rows.add(EMBEDDING)
-    for gradients in gathered:  # ranks of one stage follow one another, vocab rank by vocab rank
-        for name, gradient in gradients.items():
-            if name in of_rows:
-                rows[name].append(gradient)
-            else:
-                joined[name] = gradient
-    if pipeline.tied is not None:  # both ends have the same sum
-        joined[EMBEDDING] = torch.cat(rows[EMBEDDING] or rows[CLASSIFIER])
-    else:  # a shared parameter has one name alone
-        joined |= {name: torch.cat(own) for name, own in rows.items() if own}
-    return joined
+    told = [(own, trained.losses, trained.scores)] * dist.get_world_size()
+    dist.all_gather_object(told, told[0])
+    trained.losses = max((losses for _, losses, _ in told), key=len)
+    trained.scores = max((scores for _, _, scores in told), key=len)
+    return [report for report, _, _ in told]

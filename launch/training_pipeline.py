@@ -12,17 +12,17 @@ from torch.distributed.pipelining.schedules import get_schedule_class
 from transformers import PretrainedConfig
 
 from launch.arguments import TrainArguments
+from launch.attention import refuse_to_look_across
 from launch.command import raised_on_all
-from launch.configs import config_of_sizes, load_config
+from launch.configs import config_of_sizes, load_config, model_without_memory, say_beyond_positions
 from launch.data.batches import Batch, Batches
 from launch.layers import compiles, prepare_layers
-from launch.model import EMBEDDING, SpanningRows, Stage, build_stage
+from launch.model import SpanningRows, Stage, build_stage, layers_of_stage
 from launch.planning.schedules import SCHEDULES
+from launch.planning.shape import ModelShape
 from launch.sharded_body import StageOfShards, refuse_to_shard, shard_body
-from launch.spanning import SpanningPlan, spanning_plan
-from launch.weights import FolderWeights, RandomWeights, WeightSource
-from launch.whole import model_without_memory
-from stage_groups import StageGroups, StageStyle
+from launch.weights import FolderWeights, RandomWeights, WeightSource, say_random
+from stage_groups import StageGroups, StageStyle, build_stage_groups
 from stage_groups.placement import stages_of_rank
 from vocab_parallel import (
     CCEPipelineLoss,
@@ -31,10 +31,12 @@ from vocab_parallel import (
     TiedRows,
     VocabParallelClassifier,
     count_valid_tokens,
+    filled_rows,
     no_loss,
     validate_pipeline_loss,
 )
-from vocab_parallel.logit_settings import LogitSettings, logit_settings, refuse_other_losses
+from vocab_parallel.logit_settings import logit_settings, refuse_other_losses
+from vocab_parallel.pipeline.spanning.order import Costs
 
 
 class StageList(nn.ModuleList):
@@ -61,7 +63,6 @@ class Pipeline:
         has_last: whether this rank runs the last stage.
         groups: the mesh.
         config: of the model.
-        settings: what the model does to its logits.
         tied: the two ends of a tied weight, or None.
         bytes_read: from the model's folder.
     """
@@ -76,7 +77,6 @@ class Pipeline:
     has_last: bool
     groups: StageGroups
     config: PretrainedConfig
-    settings: LogitSettings
     tied: TiedRows | None
     bytes_read: int
 
@@ -168,14 +168,36 @@ def model_of(arguments: TrainArguments) -> tuple[PretrainedConfig, WeightSource]
         model_without_memory(config, torch.float32)  # or it is refused, with what it is built of
     if folder is None:
         return config, RandomWeights(arguments.seed, config.initializer_range)
-    weights = FolderWeights(folder, config)
-    rows = weights.stored_rows(EMBEDDING)
-    if rows != config.vocab_size:
-        raise ValueError(
-            f"{folder}: the weights have a vocabulary of {rows}, but config.json says "
-            f"{config.vocab_size}: they are not of one model"
-        )
-    return config, weights
+    return config, FolderWeights(folder, config)
+
+
+def open_pipeline(
+    arguments: TrainArguments,
+    config: PretrainedConfig,
+    source: WeightSource,
+    batches: Batches,
+    device: torch.device,
+) -> Pipeline:
+    """Make the mesh, and build on it what runs these batches; all ranks call it.
+
+    Raises:
+        UserError: as `build_pipeline`, or a model that looks across packed documents.
+    """
+    if dist.get_rank() == 0:
+        say_random(arguments.model, source)
+        say_beyond_positions(config, batches.longest)
+    groups = build_stage_groups(
+        arguments.pipeline,
+        arguments.vocab,
+        data=arguments.data,
+        device_type=device.type,
+        vocab_over="all_stages" if arguments.vocab_over == "all-stages" else "last_stage",
+    )
+    with raised_on_all():
+        pipeline = build_pipeline(arguments, config, source, groups, device)
+        if batches.packed:
+            refuse_to_look_across(pipeline.stages)
+    return pipeline
 
 
 def build_pipeline(
@@ -198,9 +220,12 @@ def build_pipeline(
     style: StageStyle = "v" if named.v_shaped else "loop"
     num_stages = arguments.pipeline * named.stages
     indices = groups.stages(num_stages, style)
-    plan = None
-    if groups.message_groups is not None:
-        plan = spanning_plan(config, groups, num_stages, style, fills=arguments.rows == "filled")
+    spans = groups.message_groups is not None
+    counts: list[int] | None = None
+    costs: Costs | None = None
+    if spans:
+        fills = arguments.rows == "filled"
+        counts, costs = _spanning_plan(config, groups, num_stages, style, fills=fills)
     with raised_on_all():  # a rank reads the files of its own stages
         stages = [
             build_stage(
@@ -211,7 +236,7 @@ def build_pipeline(
                 groups.vocab_group,
                 device=device,
                 dtype=getattr(torch, arguments.dtype),
-                spanning=None if plan is None else SpanningRows(plan.rows, index == indices[0]),
+                spanning=SpanningRows(counts, index == indices[0]) if spans else None,
             )
             for index in indices
         ]
@@ -221,7 +246,7 @@ def build_pipeline(
         prepare_layers(stage.model, compiled=compiled, recomputed=recomputed)
     head = next((stage.lm_head for stage in stages if stage.lm_head is not None), None)
     tied = None
-    if config.tie_word_embeddings and plan is None:
+    if config.tie_word_embeddings and not spans:
         tied = _tie(stages, head, groups, named.v_shaped)
     settings = logit_settings(config)
     options: dict[str, Any] = {**settings, "impl": arguments.impl}
@@ -234,7 +259,7 @@ def build_pipeline(
         kind(stage, index, num_stages, device, group=groups.pipeline_group)
         for stage, index in zip(stages, indices, strict=True)
     ]
-    schedule = _schedule(arguments, groups, pipeline_stages, loss, stages, plan)
+    schedule = _schedule(arguments, groups, pipeline_stages, loss, stages, costs)
     validate_pipeline_loss(schedule, loss)
     owners = {
         stage: rank
@@ -252,10 +277,57 @@ def build_pipeline(
         num_stages - 1 in indices,
         groups,
         config,
-        settings,
         tied,
         source.bytes_read,
     )
+
+
+def _spanning_plan(
+    config: PretrainedConfig,
+    groups: StageGroups,
+    num_stages: int,
+    style: StageStyle,
+    *,
+    fills: bool,
+) -> tuple[list[int] | None, Costs]:
+    """Return the rows of each rank of the vocab group, and what orders a step; equal on all ranks.
+
+    Costs are in units of one layer's products, forward, of a microbatch: what a layer and what a
+    row cost follow from the model's sizes, and the order of a step needs their ratio alone. No rows
+    are as many on each rank.
+
+    Args:
+        config: of the model.
+        groups: whose vocab group is that of all stages.
+        num_stages, style: of the pipeline.
+        fills: whether ranks with fewer layers get more rows.
+    """
+    shape = ModelShape.of_config(config.model_type, config)
+    ranks, columns = groups.pipeline_degree, groups.column_degree
+    layers = [
+        float(len(layers_of_stage(stage, num_stages, config, spans=True)))
+        for stage in range(num_stages)
+    ]
+    loads = [
+        sum(layers[stage] for stage in stages_of_rank(rank, ranks, num_stages, style))
+        for rank in range(ranks)
+        for _ in range(columns)
+    ]
+    # A rank's rows meet the tokens of all columns, its layers those of one.
+    row = columns * shape.hidden / shape.layer_products
+    counts = None
+    if fills:
+        counts = filled_rows(shape.vocabulary, loads, row)
+    held = counts or [shape.vocabulary // (ranks * columns)] * (ranks * columns)
+    most = [row * max(held[rank * columns : (rank + 1) * columns]) for rank in range(ranks)]
+    costs = Costs(
+        forward=layers.__getitem__,
+        backward_input=layers.__getitem__,
+        backward_weight=layers.__getitem__,
+        statistics=[2.0 * cost for cost in most],
+        gradients=[2.0 * cost for cost in most],  # the logits are made again
+    )
+    return counts, costs
 
 
 def _schedule(
@@ -264,11 +336,11 @@ def _schedule(
     pipeline_stages: list[PipelineStage],
     loss: Any,
     stages: list[Stage],
-    plan: SpanningPlan | None,
+    costs: Costs | None,
 ) -> Any:
     """Return the schedule; the loss divides by the valid tokens of the whole step."""
     count = arguments.microbatches
-    if plan is not None:
+    if costs is not None:
         return SpanningSchedule(
             pipeline_stages,
             count,
@@ -276,7 +348,7 @@ def _schedule(
             groups,
             arguments.schedule,
             embedding=stages[0].model.embed_tokens,
-            costs=plan.costs,
+            costs=costs,
             scale_grads=False,
         )
     cls = get_schedule_class(arguments.schedule)

@@ -2,9 +2,6 @@
 
 import hashlib
 import json
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from launch.command import say
 from launch.conversion import Conversion
 
 _INDEX = "model.safetensors.index.json"
@@ -85,11 +83,9 @@ class RandomWeights:
 def say_random(model: str | None, source: WeightSource) -> None:
     """Say that a published model's name has brought no weights; one rank calls it."""
     if model is not None and isinstance(source, RandomWeights):
-        print(
+        say(
             f"RANDOM WEIGHTS: there is no folder {model} here, and the name {model} stands for a "
-            f"configuration alone; for trained weights give --model FOLDER",
-            file=sys.stderr,
-            flush=True,
+            f"configuration alone; for trained weights give --model FOLDER"
         )
 
 
@@ -98,6 +94,10 @@ class FolderWeights:
 
     Reads what is asked for and nothing else: ``bytes_read`` counts it. A weight that the files have
     under another name or in parts, as most folders have experts, is made as transformers makes it.
+
+    It is not torch's HuggingFaceStorageReader, which reads every safetensors file of a folder and
+    no index: where two have one weight, as ``model.safetensors`` beside ``model.fp16.safetensors``,
+    it takes either without a word. And it opens all files again for each call.
 
     Args:
         folder: of the model.
@@ -112,34 +112,25 @@ class FolderWeights:
         self._files = _files_of_weights(folder)
         self._folder, self._config = folder, config
 
-    def fill(self, name: str, into: Tensor, rows: slice | None, module: nn.Module) -> None:
-        """See `WeightSource.fill`."""
-        plain = self._plain_name(name)
-        if plain is None:
-            made = self._conversion.convert(name, self._read)
-            _refuse_other_shape(self._folder, name, list(made.shape), list(into.shape), rows)
-            into.copy_(made if rows is None else made[rows])
-            return
-        with self._opened(plain) as opened:
-            stored = opened.get_slice(plain)
-            shape = list(stored.get_shape())
-            _refuse_other_shape(self._files[plain], name, shape, list(into.shape), rows)
-            found: Tensor = opened.get_tensor(plain) if rows is None else stored[rows]
-        self.bytes_read += found.nbytes
-        into.copy_(found)
-
-    def stored_rows(self, name: str) -> int:
-        """Return how many rows a weight has in the files.
+    def fill(self, name: str, into: Tensor, rows: slice | None, module: Any) -> None:
+        """See `WeightSource.fill`.
 
         Raises:
-            ValueError: the files have no such weight, or have it in parts.
+            ValueError: the files do not have it, or in another shape.
         """
         plain = self._plain_name(name)
-        if plain is None:
-            raise ValueError(f"{self._folder} has {name} in parts, which is not known here")
-        with self._opened(plain) as opened:
-            shape = opened.get_slice(plain).get_shape()
-        return int(shape[0]) if shape else 0
+        if plain is not None:
+            found, shape = self._read(plain, rows)
+        else:
+            made = self._conversion.convert(name, lambda part: self._read(part)[0])
+            found, shape = made if rows is None else made[rows], list(made.shape)
+        wanted = list(into.shape) if rows is None else [module.vocab_size, *into.shape[1:]]
+        if shape != wanted:
+            raise ValueError(
+                f"{self._folder}: {name} is {shape}, but the model wants {wanted}: its config.json "
+                f"is of another model"
+            )
+        into.copy_(found)
 
     @cached_property
     def _conversion(self) -> Conversion:
@@ -153,7 +144,7 @@ class FolderWeights:
         """
         if name in self._files:
             return name
-        stored = self._conversion.stored(name)
+        stored = self._conversion.stored.get(name)
         if stored is None:
             raise ValueError(
                 f"{self._folder} has no weight {name}: its config.json and its safetensors are "
@@ -161,37 +152,18 @@ class FolderWeights:
             )
         return stored.names[0] if stored.rule is None else None
 
-    def _read(self, name: str) -> Tensor:
-        """Return a stored weight."""
-        with self._opened(name) as opened:
-            found: Tensor = opened.get_tensor(name)
-        self.bytes_read += found.nbytes
-        return found
-
-    @contextmanager
-    def _opened(self, name: str) -> Iterator[Any]:
-        """Open the file of a stored weight."""
+    def _read(self, name: str, rows: slice | None = None) -> tuple[Tensor, list[int]]:
+        """Return a stored weight, or those of the rows that it has; and its whole shape."""
         file = self._files[name]
         try:
             with safe_open(file, framework="pt") as opened:
-                yield opened
+                stored = opened.get_slice(name)
+                found = opened.get_tensor(name) if rows is None else stored[rows]
+                shape = list(stored.get_shape())
         except SafetensorError as error:
             raise ValueError(f"{file} cannot be read: {error}") from error
-
-
-def _refuse_other_shape(
-    origin: Path, name: str, shape: list[int], wanted: list[int], rows: slice | None
-) -> None:
-    """Raise ValueError where a weight is not what the model wants, or lacks the rows."""
-    fits = shape == wanted
-    if rows is not None:
-        fits = shape[1:] == wanted[1:] and rows.stop <= shape[0]
-    if not fits:
-        raise ValueError(
-            f"{origin}: {name} is {shape}, but the model wants "
-            f"{wanted if rows is None else f'rows [{rows.start}, {rows.stop})'}"
-            f" of {wanted[1:]}: its config.json is of another model"
-        )
+        self.bytes_read += found.nbytes
+        return found, shape
 
 
 def _files_of_weights(folder: Path) -> dict[str, Path]:
@@ -201,16 +173,15 @@ def _files_of_weights(folder: Path) -> dict[str, Path]:
         ValueError: an index that is none, a file that is not there or cannot be read, or that has
             not the weights that the index says.
     """
-    index = folder / _INDEX
-    if index.is_file():
-        files = _read_index(index)
-    else:
-        return dict.fromkeys(_names_in(folder / "model.safetensors"), folder / "model.safetensors")
-    for file in sorted(set(files.values())):
-        named = {name for name, where in files.items() if where == file}
-        missing = sorted(named - _names_in(file))
-        if missing:
-            raise ValueError(f"{index} says that {file} has {missing[0]}, but it has not")
+    index, single = folder / _INDEX, folder / "model.safetensors"
+    if not index.is_file():
+        return dict.fromkeys(_names_in(single), single)
+    files = _read_index(index)
+    held = {(name, file) for file in sorted(set(files.values())) for name in _names_in(file)}
+    missing = sorted(files.items() - held)
+    if missing:
+        name, file = missing[0]
+        raise ValueError(f"{index} says that {file} has {name}, but it has not")
     return files
 
 

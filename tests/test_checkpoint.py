@@ -29,6 +29,7 @@ from launch.training_pipeline import model_of
 from launch.weights import FolderWeights
 from tests.ranks import run_program, run_ranks, torchrun
 from tests.small_tokenizer import END, WORDS, write_tokenizer
+from vocab_parallel import VocabParallelClassifier
 
 VOCABULARY, HIDDEN, LAYERS = 151_936, 32, 4
 SIZES = [
@@ -219,15 +220,19 @@ def test_bad_folders(tmp_path: Path) -> None:
 
     source = write_model(tmp_path / "a", tied=False)
     config = json.loads((source / "config.json").read_text())
-    for change, match in (
-        ({"vocab_size": 1000}, "vocabulary of 151936, but config.json says 1000"),
-        ({"vocab_size": None}, "has no vocab_size"),
+    copy = tmp_path / "copy"
+    shutil.copytree(source, copy)
+    (copy / "config.json").write_text(json.dumps(config | {"vocab_size": None}))
+    refused(copy, "has no vocab_size")
+    # A vocabulary of other rows, whole and as the rows of one rank.
+    for name, module in (
+        ("model.embed_tokens.weight", torch.nn.Embedding(1000, 32)),
+        ("lm_head.weight", VocabParallelClassifier(32, 1000, group=None)),
     ):
-        copy = tmp_path / "copy"
-        shutil.copytree(source, copy)
-        (copy / "config.json").write_text(json.dumps(config | change))
-        refused(copy, match)
-        shutil.rmtree(copy)
+        rows = slice(module.start, module.stop) if hasattr(module, "start") else None
+        weights = FolderWeights(source, Qwen3Config.from_pretrained(source))
+        with pytest.raises(ValueError, match=rf"{name} is \[151936, 32\], .* wants \[1000, 32\]"):
+            weights.fill(name, torch.empty(1000, 32), rows, module)
 
     shutil.copytree(source, tmp_path / "short")
     file = tmp_path / "short" / "model.safetensors"

@@ -344,7 +344,7 @@ def check_two_runs(folder: str) -> None:
     if dist.get_rank() == 0:
         kept.mkdir()
         hold = (
-            "import sys, pathlib; from launch.folder_lock import lock_folder\n"
+            "import sys, pathlib; from launch.disk import lock_folder\n"
             "held = lock_folder(pathlib.Path(sys.argv[1]), '--checkpoint')\n"
             "print('held', flush=True); sys.stdin.read()"
         )

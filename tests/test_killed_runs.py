@@ -19,7 +19,7 @@ import pytest
 
 from launch.checkpoint import complete_checkpoints
 from launch.checksums import read_sums, verify_share
-from launch.last_words import record
+from launch.runtime import record
 from tests.ranks import ROOT, torchrun_command
 
 # Without the second, torch's ranks may look for one another where those before a restart were

@@ -9,9 +9,9 @@ from torch._dynamo import utils as dynamo
 from transformers import AutoConfig, masking_utils
 
 from launch.data.batches import Batch
-from launch.gradients import named_gradients
 from launch.layers import prepare_layers, warm_up
 from launch.model import Stage, build_stage
+from launch.sharded_body import named_gradients
 from launch.weights import RandomWeights
 from tests.oracle import relative_error
 

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 from launch import evaluation
 from launch.arguments import EvaluateArguments, TrainArguments
 from launch.check import compare_with_one_process
-from launch.gradients import named_gradients
 from launch.model import build_stage
+from launch.sharded_body import named_gradients
 from launch.training_pipeline import build_pipeline, model_of
 from launch.weights import RandomWeights
 from stage_groups import build_stage_groups

@@ -15,9 +15,9 @@ from launch.arguments import TrainArguments
 from launch.checkpoint import Checkpoints
 from launch.model import build_stage
 from launch.optimizer import AdamW, LearningRate
+from launch.progress import step_flops, utilisation
 from launch.readings import Readings
 from launch.training_pipeline import build_pipeline, model_of
-from launch.utilisation import step_flops, utilisation
 from stage_groups import build_host_group, build_stage_groups
 from tests.batches import batches_of_ids
 from tests.oracle import relative_error

@@ -9,12 +9,12 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from launch.arguments import TrainArguments
+from launch.attention import refuse_to_look_across
 from launch.check import compare_with_one_process
 from launch.data.batches import IGNORED, Batch
 from launch.data.tokenizers import Document
-from launch.gradients import named_gradients
 from launch.model import Stage, build_stage
-from launch.packing import refuse_to_look_across
+from launch.sharded_body import named_gradients
 from launch.training_pipeline import build_pipeline, model_of
 from launch.weights import RandomWeights
 from stage_groups import build_stage_groups

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from launch.arguments import TrainArguments
 from launch.configs import load_config
 from launch.model import layers_of_stage
+from launch.plan import start_command
 from launch.planning.advice import more_microbatches, other_schedule
 from launch.planning.balance import layer_counts
 from launch.planning.command import PlanArguments, parse_bytes, plan
@@ -35,7 +36,6 @@ from launch.planning.shape import ModelShape
 from launch.planning.spanning import SpanningPlanner
 from launch.planning.table import utilisation, verdict
 from launch.planning.unpiped import without_pipeline
-from launch.start_command import start_command
 from tests.ranks import ROOT
 from vocab_parallel import plan_backward
 from vocab_parallel.pipeline.spanning.order import Costs, best_order, one_forward_one_backward

@@ -197,7 +197,7 @@ def test_a_maker_that_hangs_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
     folder = tmp_path / "tokens"
     lock = folder.with_suffix(".lock")
     hold = (
-        "import sys, time; from pathlib import Path; from launch.folder_lock import lock_folder; "
+        "import sys, time; from pathlib import Path; from launch.disk import lock_folder; "
         "held = lock_folder(Path(sys.argv[1]), ''); print('held', flush=True); time.sleep(60)"
     )
     lock.mkdir()

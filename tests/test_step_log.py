@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from launch.arguments import TrainArguments
-from launch.step_log import StepLog
+from launch.progress import StepLog
 
 TIMEOUT = 60.0
 

@@ -25,8 +25,8 @@ from transformers import AutoModelForCausalLM, get_scheduler
 from launch.arguments import EvaluateArguments, TrainArguments
 from launch.checkpoint import complete_checkpoints
 from launch.configs import config_of_sizes, load_config
-from launch.defaults import settled
 from launch.model import layers_of_stage
+from launch.optimizer import settled
 from launch.options import parse, unreadable
 from launch.planning.arguments import PlanArguments
 from launch.planning.shape import ModelShape

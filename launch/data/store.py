@@ -28,8 +28,7 @@ from tqdm import tqdm
 from launch.checksums import sync_folder, write_synced
 from launch.data.documents import in_blocks
 from launch.data.tokenizers import Document
-from launch.disk import try_to_write
-from launch.folder_lock import lock_folder
+from launch.disk import lock_folder, try_to_write
 
 _TOKENS, _ABOUT = "tokens.arrow", "about.json"
 _BLOCK = 2**22  # tokens, about, of a record batch; the open file holds some bytes for each
