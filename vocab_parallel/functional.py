@@ -18,7 +18,7 @@ from torch import Tensor
 from vocab_parallel.arguments import Call, Operands, prepare
 from vocab_parallel.engine import scalar_loss, vocab_statistics
 from vocab_parallel.entry import entry
-from vocab_parallel.layout import IGNORED, HiddenLayout
+from vocab_parallel.layout import IGNORED, HiddenLayout, count_valid
 from vocab_parallel.metrics import LossMetrics, loss_metrics
 from vocab_parallel.settings import LossSettings, parameters_of
 from vocab_parallel.statistics import Statistics
@@ -329,18 +329,18 @@ def token_losses(call: Call, labels: Tensor, weight: Tensor | None = None) -> To
         call.settings.label_smoothing,
         call.rows.vocab_size or 0,
         call.settings.z_loss,
-        _divisor(call) if weight is None else None,
+        _divisor(call, labels) if weight is None else None,
         call.bound.kernels,
     )
 
 
-def _divisor(call: Call) -> int | Tensor | Literal["counted"] | None:
+def _divisor(call: Call, labels: Tensor) -> int | Tensor | Literal["counted"] | None:
     """Return what the sum of the tokens' losses is divided by."""
     if call.settings.reduction != "mean":
         return None
     given = call.settings.num_valid_tokens
     if given is None:
-        return "counted"
+        return "counted" if call.bound.kernels else count_valid(labels)
     if not isinstance(given, Tensor):
         return given
     return given.detach().reshape(()).clone()  # backward reads it too: its owner may write to it
