@@ -3,6 +3,7 @@
 A scale that is missed gives a loss that looks right and is not: what is not known is refused.
 """
 
+import math
 from typing import Any, TypedDict
 
 import torch
@@ -69,7 +70,6 @@ def _noted(whole: Any) -> LogitSettings:
     ids = torch.arange(3)[None]
     rows, size = whole.lm_head.weight.shape
     body = torch.arange(1, 3 * size + 1, dtype=torch.float64).view(1, 3, size)
-    loss = torch.ones(())
     found: list[LogitSettings] = []
 
     def classifier(hidden: Tensor) -> Tensor:
@@ -95,14 +95,17 @@ def _noted(whole: Any) -> LogitSettings:
             raise ValueError("its labels are not shifted by one")
         if (ignore_index, reduction) != (IGNORED, "mean"):
             raise ValueError(f"its cross-entropy has {ignore_index=}, {reduction=}")
-        if not (temperature > 0 and (softcap is None or (softcap > 0 and temperature == 1))):
+        if softcap is not None and math.isclose(temperature, 1.0):
+            temperature = 1.0  # the product of a cap and its inverse
+        if not (temperature > 0 and (softcap is None or (softcap > 0 and temperature == 1.0))):
             raise ValueError(f"its logits have {softcap=}, {temperature=}")
         found.append(LogitSettings(softcap=softcap, temperature=temperature))
-        return loss
+        return torch.ones(())
 
-    whole.model.forward = lambda *_, **__: _Output(last_hidden_state=body)
+    # Copies: a forward may change what it is given.
+    whole.model.forward = lambda *_, **__: _Output(last_hidden_state=body.clone())
     whole.lm_head.forward = classifier
-    if not torch.equal(whole(input_ids=ids, labels=ids).loss, loss):
-        raise ValueError("its loss is more than its cross-entropy")
-    (settings,) = found  # or it has several cross-entropies
-    return settings
+    loss = float(whole(input_ids=ids, labels=ids.clone()).loss)
+    if loss != 1.0 or len(found) != 1:
+        raise ValueError("its loss is not one cross-entropy alone")
+    return found[0]

@@ -36,6 +36,7 @@ def config_of(family: str, **more: Any) -> Any:
     [
         ("llama", {"logit_scale": 3.0, "output_logits_cap": 2.0}, None, 1.0),  # it reads neither
         ("gemma2", {"final_logit_softcapping": 30.0}, 30.0, 1.0),
+        ("gemma2", {"final_logit_softcapping": 49.0}, 49.0, 1.0),  # 1 / 49 * 49 is below 1
         ("gemma2", {"final_logit_softcapping": None}, None, 1.0),
         ("cohere", {"logit_scale": 0.0625}, None, 16.0),
         ("granite", {"logits_scaling": 8.0}, None, 8.0),
@@ -48,10 +49,9 @@ def test_settings(
 ) -> None:
     """Every family of which a model is made is in test_causal_families."""
     random = torch.get_rng_state()
-    assert logit_settings(config_of(family, **given)) == {
-        "softcap": softcap,
-        "temperature": temperature,
-    }
+    found = logit_settings(config_of(family, **given))
+    assert found["softcap"] == (softcap and pytest.approx(softcap))
+    assert found["temperature"] == temperature
     assert torch.equal(torch.get_rng_state(), random)
 
 
@@ -85,10 +85,10 @@ LOSSES: dict[str, Callable[..., Any]] = {
     "calls __getitem__ on them": lambda head, hidden, labels: F.cross_entropy(
         head(hidden)[..., :90].view(-1, 90), labels.view(-1)
     ),
-    "more than its cross-entropy": lambda head, hidden, labels: (
-        cross_entropy(head(hidden), labels) + 0.5
-    ),
-    "too many values to unpack": lambda head, hidden, labels: (
+    "not one cross-entropy alone": lambda head, hidden, labels: cross_entropy(
+        head(hidden), labels
+    ).add_(0.5),
+    "one cross-entropy alone": lambda head, hidden, labels: (
         (cross_entropy(head(hidden), labels) + cross_entropy(head(hidden), labels)) / 2
     ),
     "labels are not shifted": lambda head, hidden, labels: cross_entropy(
@@ -104,7 +104,7 @@ LOSSES: dict[str, Callable[..., Any]] = {
         torch.tanh(head(hidden) / 2.0) / 2.0, labels
     ),
     "other hidden states than its body's": lambda head, hidden, labels: cross_entropy(
-        head(F.layer_norm(hidden, hidden.shape[-1:])), labels
+        head(hidden.add_(1.0)), labels
     ),
 }
 
