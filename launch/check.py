@@ -12,11 +12,11 @@ from tqdm import trange
 
 from launch.arguments import TrainArguments
 from launch.data.batches import IGNORED, Batch, Batches
+from launch.logit_settings import LogitSettings, logit_settings
 from launch.model import CLASSIFIER, EMBEDDING, Stage, build_stage
 from launch.optimizer import AdamW, LearningRate
 from launch.sharded_body import named_gradients
 from launch.training_pipeline import Pipeline, model_of
-from vocab_parallel.logit_settings import LogitSettings, logit_settings
 
 CHECKED_STEPS = 5
 LOSS_TOLERANCE = 1e-5

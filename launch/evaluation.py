@@ -16,7 +16,6 @@ from launch.runtime import process_group, record
 from launch.sharded_body import reshard_body
 from launch.training_pipeline import Pipeline, model_of, open_pipeline
 from vocab_parallel import TokenScores, score_tokens
-from vocab_parallel.logit_settings import logit_settings
 
 
 @record
@@ -115,14 +114,14 @@ def _score(pipeline: Pipeline, piece: Batch) -> TokenScores | None:
     if hidden is None:  # with rows for all ranks' tokens, and padding for its own
         hidden = head.weight.new_zeros((*piece.ids.shape, head.weight.shape[1]))
         labels = torch.full_like(labels, IGNORED)
-    settings = logit_settings(pipeline.config)
+    settings = pipeline.loss.settings
     scores = score_tokens(
-        # logit_settings never gives both, and the classifier has no bias: without a softcap
-        # the scale of the logits is that of the hidden states.
-        hidden / settings["temperature"],
+        # A model has one of both at most, and its classifier no bias: without a softcap the
+        # scale of the logits is that of the hidden states.
+        hidden / settings.temperature,
         head.weight,
         labels,
-        softcap=settings["softcap"],
+        softcap=settings.softcap,
         shift=1,
         vocab_parallel_options=head.options,
         hidden_layout="sharded",

@@ -17,6 +17,7 @@ from launch.command import raised_on_all
 from launch.configs import config_of_sizes, load_config, model_without_memory, say_beyond_positions
 from launch.data.batches import Batch, Batches
 from launch.layers import compiles, prepare_layers
+from launch.logit_settings import logit_settings
 from launch.model import SpanningRows, Stage, build_stage, layers_of_stage
 from launch.planning.schedules import SCHEDULES
 from launch.planning.shape import ModelShape
@@ -35,7 +36,6 @@ from vocab_parallel import (
     no_loss,
     validate_pipeline_loss,
 )
-from vocab_parallel.logit_settings import logit_settings, refuse_other_losses
 from vocab_parallel.pipeline.spanning.order import Costs
 
 
@@ -214,7 +214,7 @@ def build_pipeline(
             schedule cannot run, a model whose loss is not that of its logits alone, or a body that
             this torch cannot shard under the schedule.
     """
-    refuse_other_losses(config)
+    settings = logit_settings(config)
     refuse_to_shard(arguments)
     named = SCHEDULES[arguments.schedule.lower()]
     style: StageStyle = "v" if named.v_shaped else "loop"
@@ -248,7 +248,6 @@ def build_pipeline(
     tied = None
     if config.tie_word_embeddings and not spans:
         tied = _tie(stages, head, groups, named.v_shaped)
-    settings = logit_settings(config)
     options: dict[str, Any] = {**settings, "impl": arguments.impl}
     if arguments.impl in ("auto", "chunked"):
         options["memory_budget"] = arguments.loss_memory * 2**20

@@ -15,6 +15,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from launch.configs import model_without_memory
+from launch.logit_settings import logit_settings
 from tests.oracle import relative_error
 from tests.ranks import ROOT
 from vocab_parallel import (
@@ -22,7 +24,6 @@ from vocab_parallel import (
     remove_vocab_parallel_loss,
     use_vocab_parallel_loss,
 )
-from vocab_parallel.logit_settings import APPLY_TEXT_CONFIG
 
 PAGE = ROOT / "docs" / "causal-families.md"
 VOCABULARY, MOST_PARAMETERS = 97, 10_000_000
@@ -88,23 +89,21 @@ class NotBuiltError(Exception):
     """This family has no tiny model here, and why."""
 
 
-def sizes_of(default: Any, settings: bool) -> dict[str, Any]:
-    """Return the sizes, and where asked the settings, that a configuration has names for."""
+def sizes_of(default: Any) -> dict[str, Any]:
+    """Return the sizes and settings that a configuration has names for."""
     names = vars(default).keys() | getattr(default, "attribute_map", {}).keys()
-    wanted = SIZES | (SETTINGS if settings else {})
-    return {name: value for name, value in wanted.items() if name in names}
+    return {name: value for name, value in (SIZES | SETTINGS).items() if name in names}
 
 
 def tiny_model(family: str, **more: Any) -> Any:
     """Build a model of random weights, biases among them."""
     try:
         default = AutoConfig.for_model(family)
-        given = sizes_of(default, settings=True)
+        given = sizes_of(default)
         for name in getattr(default, "sub_configs", {}):
             part = getattr(default, name, None)
             if part is not None:
-                settings = family in (*APPLY_TEXT_CONFIG, *SEVERAL_MODALITIES)
-                given[name] = {"model_type": part.model_type, **sizes_of(part, settings)}
+                given[name] = {"model_type": part.model_type, **sizes_of(part)}
         config = AutoConfig.for_model(family, **given | FAMILIES.get(family, {}) | more)
         auto: Any = AutoModelForCausalLM
         if family in SEVERAL_MODALITIES:
@@ -181,12 +180,26 @@ def outcome(family: str) -> tuple[str, str, str]:
             raise  # not one of ours
         return head, "", f"refused: {words}"
     assert relative_error(found, expected) < 1e-5, f"{family}: {found} for {expected}"
+    check_launch_settings(model, inputs, expected)
     settings = [
         f"{name} {float(f'{given[name]:.3g}')}"
         for name, neutral in NEUTRAL.items()
         if given[name] != neutral
     ]
     return head, ", ".join(settings), "equal"
+
+
+def check_launch_settings(model: Any, inputs: dict[str, Tensor], expected: Tensor) -> None:
+    """Where launch can cut a model, the settings that it reads give the model's own loss."""
+    try:
+        model_without_memory(model.config, torch.float32)
+    except ValueError:
+        return
+    settings = logit_settings(model.config)
+    ids, mask, labels = inputs["input_ids"], inputs["attention_mask"], inputs["labels"]
+    hidden = model.model(ids, attention_mask=mask).last_hidden_state
+    found = linear_cross_entropy(hidden, model.lm_head.weight, labels, shift=1, **settings)
+    assert relative_error(found, expected) < 1e-5, model.config.model_type
 
 
 def test_every_family() -> None:

@@ -1,17 +1,20 @@
-"""Settings of the logits by name: what they come to, what is refused, and in launch end to end."""
+"""What launch reads of a model's logits and loss: values, what is refused, and end to end."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+import torch.nn.functional as F
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from launch import evaluation
 from launch.arguments import EvaluateArguments, TrainArguments
 from launch.check import compare_with_one_process
+from launch.logit_settings import logit_settings
 from launch.model import build_stage
 from launch.sharded_body import named_gradients
 from launch.training_pipeline import build_pipeline, model_of
@@ -20,60 +23,104 @@ from stage_groups import build_stage_groups
 from tests.batches import batches_of_ids
 from tests.oracle import relative_error
 from tests.ranks import run_ranks
-from tests.test_causal_families import NEUTRAL, batch, tiny_model
-from vocab_parallel.logit_settings import logit_settings, refuse_other_losses
+from tests.test_causal_families import batch, tiny_model
+from tests.test_layers import SIZES
+
+
+def config_of(family: str, **more: Any) -> Any:
+    return AutoConfig.for_model(family, **SIZES, **more)
 
 
 @pytest.mark.parametrize(
-    ("given", "softcap", "temperature"),
+    ("family", "given", "softcap", "temperature"),
     [
-        ({}, None, 1.0),
-        ({"final_logit_softcapping": 30}, 30.0, 1.0),
-        ({"model_type": "cohere", "logit_scale": 0.0625}, None, 16.0),
-        ({"model_type": "granite", "logits_scaling": 8.0}, None, 8.0),
-        ({"model_type": "hyperclovax", "logits_scaling": 8.0}, None, 0.125),
-        ({"model_type": "mpt", "logit_scale": "inv_sqrt_d_model"}, None, 1.0),
-        ({"attn_logit_softcapping": 50.0, "moe_router_logit_softcapping": 3.0}, None, 1.0),
-        ({"logit_scale": None, "lm_head_multiplier": 1, "scale_logits": False}, None, 1.0),
-        ({"model_type": "gemma4", "text_config": {"final_logit_softcapping": 2}}, 2.0, 1.0),
+        ("llama", {"logit_scale": 3.0, "output_logits_cap": 2.0}, None, 1.0),  # it reads neither
+        ("gemma2", {"final_logit_softcapping": 30.0}, 30.0, 1.0),
+        ("gemma2", {"final_logit_softcapping": 49.0}, 49.0, 1.0),  # 1 / 49 * 49 is below 1
+        ("gemma2", {"final_logit_softcapping": None}, None, 1.0),
+        ("cohere", {"logit_scale": 0.0625}, None, 16.0),
+        ("granite", {"logits_scaling": 8.0}, None, 8.0),
+        ("hyperclovax", {"logits_scaling": 8.0}, None, 0.125),
+        ("minicpm3", {"dim_model_base": 8}, None, 4.0),  # of its hidden states
     ],
 )
-def test_settings(given: dict[str, Any], softcap: float | None, temperature: float) -> None:
-    expected = {"softcap": softcap, "temperature": temperature}
-    assert logit_settings(given) == logit_settings(SimpleNamespace(**given)) == expected
-    assert logit_settings(None) == NEUTRAL
+def test_settings(
+    family: str, given: dict[str, Any], softcap: float | None, temperature: float
+) -> None:
+    """Every family of which a model is made is in test_causal_families."""
+    random = torch.get_rng_state()
+    found = logit_settings(config_of(family, **given))
+    assert found["softcap"] == (softcap and pytest.approx(softcap))
+    assert found["temperature"] == temperature
+    assert torch.equal(torch.get_rng_state(), random)
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("family", "given", "message"),
     [
-        ({"logit_scale": 0.0}, "logit_scale must be a positive number, got 0.0"),
-        ({"logits_scaling": -1}, "logits_scaling must be a positive number, got -1"),
-        ({"final_logit_softcapping": 0}, "final_logit_softcapping must be a positive number"),
-        ({"logit_scale": float("nan")}, "must be a positive number, got nan"),
-        ({"logits_scaling": True}, "must be a positive number, got True"),
-        ({"lm_head_scale": 2.0}, "are known, got lm_head_scale=2.0 in the configuration of"),
-        ({"output_logits_cap": 1.0}, "got output_logits_cap=1.0"),
-        ({"mup_width_multiplier": 8.0}, "got mup_width_multiplier=8.0"),
-        ({"logit_scale": 2.0, "final_logit_softcapping": 3.0}, "one setting of the logits at most"),
-        ({"unpadded_vocab_size": 90, "vocab_size": 97}, "every row of its classifier"),
-        ({"model_type": "llava", "text_config": {"logits_scaling": 2}}, "logits_scaling=2 of"),
-        ({"model_type": "gemma4", "logit_scale": 2, "text_config": {}}, "known to apply, got log"),
-        ({"is_encoder_decoder": True, "model_type": "t5"}, "decoder alone, got t5"),
-        ({"model_type": "musicgen_decoder"}, "several codebooks"),
-        ({"output_router_logits": True}, "without auxiliary terms, got output_router_logits=True"),
-        ({"text_config": {"output_router_logits": True}}, "set it to False"),
-        ({"z_loss_coefficient": 0.1}, "got z_loss_coefficient=0.1"),
+        ("cohere", {"logit_scale": 0.0}, "positive number or capped, got CohereForCausalLM: Zero"),
+        ("granite", {"logits_scaling": -1.0}, "its logits have softcap=None, temperature=-1.0"),
+        ("cohere", {"logit_scale": math.nan}, "its logits have softcap=None, temperature=nan"),
+        ("gemma2", {"final_logit_softcapping": 0.0}, "got Gemma2ForCausalLM: ZeroDivisionError"),
+        ("gemma2", {"final_logit_softcapping": -1.0}, "its logits have softcap=-1.0"),
+        ("qwen3_moe", {"output_router_logits": True}, "adds the router's: set it to False"),
+        ("phimoe", {"lm_head_bias": True}, "a classifier without a bias, got that of PhimoeFor"),
+        ("gpt2", {}, "cannot be cut into stages"),
     ],
 )
-def test_refused_configurations(given: dict[str, Any], message: str) -> None:
-    def read(config: Any) -> None:
-        refuse_other_losses(config)
-        logit_settings(config)
+def test_refused_configurations(family: str, given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        logit_settings(config_of(family, **given))
 
-    for config in (given, SimpleNamespace(**given)):
-        with pytest.raises(ValueError, match=message):
-            read(config)
+
+def cross_entropy(logits: Any, labels: torch.Tensor, **more: Any) -> Any:
+    return F.cross_entropy(logits.view(-1, SIZES["vocab_size"]), labels.view(-1), **more)
+
+
+# By what is said of each: losses of a classifier, of hidden states and of shifted labels.
+LOSSES: dict[str, Callable[..., Any]] = {
+    "calls logsumexp on them": lambda head, hidden, labels: (
+        cross_entropy(head(hidden), labels) + head(hidden).logsumexp(-1).square().mean()
+    ),
+    "calls __getitem__ on them": lambda head, hidden, labels: F.cross_entropy(
+        head(hidden)[..., :90].view(-1, 90), labels.view(-1)
+    ),
+    "not one cross-entropy alone": lambda head, hidden, labels: cross_entropy(
+        head(hidden), labels
+    ).add_(0.5),
+    "one cross-entropy alone": lambda head, hidden, labels: (
+        (cross_entropy(head(hidden), labels) + cross_entropy(head(hidden), labels)) / 2
+    ),
+    "labels are not shifted": lambda head, hidden, labels: cross_entropy(
+        head(hidden), labels.roll(1)
+    ),
+    "reduction='sum'": lambda head, hidden, labels: cross_entropy(
+        head(hidden), labels, reduction="sum"
+    ),
+    "'label_smoothing'": lambda head, hidden, labels: cross_entropy(
+        head(hidden), labels, label_smoothing=0.1
+    ),
+    "softcap=2.0, temperature=4.0": lambda head, hidden, labels: cross_entropy(
+        torch.tanh(head(hidden) / 2.0) / 2.0, labels
+    ),
+    "other hidden states than its body's": lambda head, hidden, labels: cross_entropy(
+        head(hidden.add_(1.0)), labels
+    ),
+}
+
+
+@pytest.mark.parametrize("message", LOSSES)
+def test_refused_losses(message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model whose loss is more, or other, than that of a scale or a softcap."""
+
+    def forward(self: Any, input_ids: torch.Tensor, labels: torch.Tensor) -> Any:
+        hidden = self.model(input_ids).last_hidden_state
+        shifted = F.pad(labels[:, 1:], (0, 1), value=-100)
+        return SimpleNamespace(loss=LOSSES[message](self.lm_head, hidden, shifted))
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", forward)
+    with pytest.raises(ValueError, match=f"got LlamaForCausalLM: .*{message}"):
+        logit_settings(config_of("llama"))
 
 
 def check_launch(folders: list[str]) -> None:
