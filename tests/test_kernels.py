@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.oracle import oracle, relative_error
+from tests.oracle import distillation_oracle, oracle, relative_error
 from tests.ranks import run_ranks
-from vocab_parallel import linear_cross_entropy, plan_backward
+from vocab_parallel import linear_cross_entropy, linear_distillation, plan_backward
 from vocab_parallel.backends import registry
 from vocab_parallel.backends.interface import ClassifierGrad, Shard, Transform, Upstream, Wanted
 from vocab_parallel.backends.torch import TorchBackend
@@ -171,6 +171,18 @@ def check_whole_loss() -> None:
             assert relative_error(tensor.grad, 2.0 * want) < 5e-6, (backward, extra)
 
 
+def check_distillation() -> None:
+    """Where kernels work, tensor operations divide its sum by the tokens that count."""
+    registry.choose = lambda hidden, classifier: "triton"
+    e, c, teacher_e, teacher_c = (torch.randn(rows, 8) for rows in (40, 150, 40, 150))
+    targets = torch.randint(150, (40,))
+    targets[::7] = -100
+    log_q = torch.log_softmax(teacher_e.double() @ teacher_c.double().T, -1)
+    exact = distillation_oracle(e, c, log_q, targets=targets)
+    loss = linear_distillation(e, c, teacher_e, teacher_c, targets=targets)
+    assert relative_error(loss, exact) < 1e-5
+
+
 def check_dtypes() -> None:
     """Operands of two dtypes, and float32 logits of float16 operands."""
     from vocab_parallel.backends.triton import TritonBackend
@@ -226,7 +238,7 @@ def check_labels() -> None:
 
 
 def check_kernels() -> None:
-    for check in (check_labels, check_passes, check_whole_loss, check_dtypes):
+    for check in (check_labels, check_passes, check_whole_loss, check_distillation, check_dtypes):
         check()
 
 

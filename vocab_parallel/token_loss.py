@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from vocab_parallel.backends.registry import load
-from vocab_parallel.layout import IGNORED, OUT_OF_RANGE
+from vocab_parallel.layout import IGNORED, OUT_OF_RANGE, count_valid
 from vocab_parallel.split_backward import first_derivative_only
 
 _OfStatistics = Callable[[Tensor], Tensor]
@@ -35,8 +35,8 @@ class TokenLoss:
         smoothing: label_smoothing.
         vocabulary: how many tokens it has.
         z_loss: the weight of lse^2.
-        divisor: of their sum, which counts as 1 where it is 0, or None. "counted": by kernels,
-            how many labels are not ignored.
+        divisor: of their sum, which counts as 1 where it is 0, or None. "counted": how many labels
+            are not ignored, which kernels count where they divide.
         kernels: whether Triton's kernels work here.
     """
 
@@ -100,8 +100,8 @@ class TokenLoss:
 
     def divided(self, total: Tensor) -> Tensor:
         """Return a sum over the tokens, or what it receives, over the divisor."""
-        assert not isinstance(self.divisor, str), "kernels count"
-        return total if self.divisor is None else total / at_least_one(self.divisor, total.dtype)
+        divisor = count_valid(self.labels) if isinstance(self.divisor, str) else self.divisor
+        return total if divisor is None else total / at_least_one(divisor, total.dtype)
 
     @property
     def _share(self) -> float:
