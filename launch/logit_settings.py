@@ -3,7 +3,6 @@
 A scale that is missed gives a loss that looks right and is not: what is not known is refused.
 """
 
-import math
 from typing import Any, TypedDict
 
 import torch
@@ -95,8 +94,6 @@ def _noted(whole: Any) -> LogitSettings:
             raise ValueError("its labels are not shifted by one")
         if (ignore_index, reduction) != (IGNORED, "mean"):
             raise ValueError(f"its cross-entropy has {ignore_index=}, {reduction=}")
-        if softcap is not None and math.isclose(temperature, 1.0):
-            temperature = 1.0  # the product of a cap and its inverse
         if not (temperature > 0 and (softcap is None or (softcap > 0 and temperature == 1.0))):
             raise ValueError(f"its logits have {softcap=}, {temperature=}")
         found.append(LogitSettings(softcap=softcap, temperature=temperature))

@@ -6,6 +6,7 @@ place on that way: a tensor without memory that holds the hidden states, and who
 ``F.cross_entropy`` is `linear_cross_entropy`. So the model's own code says how its loss is made.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -51,7 +52,10 @@ class Recipe:
         """Return the softcap s and the temperature t of ``s tanh(product / s) / t``."""
         if self.outer is None:
             return {"softcap": None, "temperature": 1.0 / self.inner}
-        return {"softcap": 1.0 / self.inner, "temperature": 1.0 / (self.inner * self.outer)}
+        scale = self.inner * self.outer
+        # The product of a cap and its inverse is meant to be 1.
+        scale = 1.0 if math.isclose(scale, 1.0) else scale
+        return {"softcap": 1.0 / self.inner, "temperature": 1.0 / scale}
 
     def computed(self) -> Tensor:
         """Return the logits [..., vocab_size].
