@@ -183,9 +183,24 @@ def test_a_tokenizer_that_changes_makes_tokens_anew(
         write_tokenizer(tmp_path, **given)
         contents.append(FolderTokenizer(tmp_path, "").content)
         assert FolderTokenizer(tmp_path, "").content == contents[-1]
-    assert len(set(contents)) == 3
+    config = tmp_path / "tokenizer_config.json"
+    # Both tokens are in the vocabulary already; a template may write either.
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"bos_token": "</s>"}))
+    contents.append(FolderTokenizer(tmp_path, "").content)
+    assert len(set(contents)) == 4
+    slow = tmp_path / "slow"
+    slow.mkdir()
+    (slow / "vocab.json").write_text(json.dumps({"<unk>": 0, "a": 1}))
+    (slow / "merges.txt").write_text("#version: 0.2\n")
+    for more in ({}, {"added_tokens_decoder": {"2": {"content": "zed"}}}):
+        text = json.dumps({"tokenizer_class": "CTRLTokenizer", "unk_token": "<unk>"} | more)
+        (slow / "tokenizer_config.json").write_text(text)
+        tokenizer = FolderTokenizer(slow, "")
+        assert tokenizer.encode(["a zed"]) == ([[1, 2]] if more else [[1, 0, 0, 0]])
+        assert tokenizer.content not in contents
+        contents.append(tokenizer.content)
     (tmp_path / "README.md").write_text("about it")
-    assert FolderTokenizer(tmp_path, "").content == contents[-1]
+    assert FolderTokenizer(tmp_path, "").content == contents[3]
     built_in = QwenTokenizer()
     before = built_in.content
     built_in.encode(["the quick brown fox"])

@@ -484,6 +484,8 @@ def check_refusals() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             built(**options)
+    with pytest.raises(ValueError, match=r"rank 1 .*stages must be 1 under 1F1B, got 0"):
+        SpanningSchedule([] if mine else stage_of(owner), 2, loss(rows), groups)
 
     schedule = built()
     inputs = [torch.randn(4, LENGTH, HIDDEN)] if rank == 0 else []

@@ -14,6 +14,8 @@ from launch.checksums import checksum
 from launch.planning.published import find_model
 
 _BUILT_IN = "qwen2.5-72b-instruct"  # the byte-pair vocabulary of Qwen2.5 and Qwen3
+# Beside the vocabulary: what tells a tokenizer in Python of more tokens, and of how it splits.
+_BESIDE = ("tokenizer_config.json", "added_tokens.json", "special_tokens_map.json")
 _GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -49,10 +51,11 @@ class FolderTokenizer:
             words = str(error).strip().partition("\n")[0]
             raise ValueError(f"{self.name} cannot be read: {words}; {remedy}") from error
         # Of some classes transformers makes an empty tokenizer where there are no files.
-        files = (folder / name for name in self._tokenizer.vocab_files_names.values())
-        self._files = [file for file in files if file.is_file()]
-        if not self._files:
+        names = self._tokenizer.vocab_files_names.values()
+        if not any((folder / name).is_file() for name in names):
             raise ValueError(f"{folder} has no tokenizer: {remedy}")
+        files = (folder / name for name in (*names, *_BESIDE))
+        self._files = [file for file in files if file.is_file()]
         self.end: int | None = self._tokenizer.eos_token_id
         self._tokenizer("")  # sets what the library's own calls keep: no truncation, no padding
 
@@ -64,7 +67,8 @@ class FolderTokenizer:
             encodes = own.backend_tokenizer.to_str()
         else:  # in Python, by files that only transformers understands
             encodes = [version("transformers"), *map(checksum, self._files)]
-        return json.dumps([encodes, own.eos_token_id, own.chat_template])
+        # A template writes the special tokens, and an entry ends with one.
+        return json.dumps([encodes, own.special_tokens_map, own.chat_template], default=str)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of each text, with the special tokens that the tokenizer adds to one.

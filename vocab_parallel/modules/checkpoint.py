@@ -242,7 +242,8 @@ def rows_of_dtensor(tensor: DTensor) -> tuple[int, int, int | None]:
     if more or placements[axis] != Shard(0) or coordinate is None:
         raise ValueError(
             f"expected a DTensor that is cut by Shard(0) over one axis of a mesh that this rank is "
-            f"in, got {placements} over {mesh}: redistribute it, or pass its full_tensor()"
+            f"in, got {placements} over {mesh}: redistribute it, or pass vocab_parallel_options "
+            f"where it is a classifier, and its full_tensor() where it is in a state dict"
         )
     counts = ceiling_rows(tensor.shape[0], mesh.size(axis))
     return *row_range(counts, coordinate[axis]), axis

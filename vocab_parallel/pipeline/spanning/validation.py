@@ -87,12 +87,13 @@ def agree_on_schedule(given: ScheduleArguments) -> None:
 
 def _check_schedule(given: ScheduleArguments) -> None:
     """Check what is asked of the schedule, and of the loss."""
-    stage, number = given.stages[0], len(given.stages)
+    number = len(given.stages)
     if given.schedule not in SCHEDULES:
         raise ValueError(f"schedule must be one of {list(SCHEDULES)}, got {given.schedule!r}")
-    needed = _STAGES_OF_A_RANK.get(given.schedule, number)
+    needed = _STAGES_OF_A_RANK.get(given.schedule, max(number, 1))
     if number != needed:
         raise ValueError(f"a rank's stages must be {needed} under {given.schedule}, got {number}")
+    stage = given.stages[0]
     on_cpu = torch.device(stage.device).type == "cpu"
     if given.schedule == "ZBVZeroBubble" and on_cpu and not hasattr(PipelineStage, "_is_same_rank"):
         raise ValueError(
