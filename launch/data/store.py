@@ -32,7 +32,7 @@ from launch.disk import lock_folder, try_to_write
 
 _TOKENS, _ABOUT = "tokens.arrow", "about.json"
 _BLOCK = 2**22  # tokens, about, of a record batch; the open file holds some bytes for each
-_STILL = 600.0  # seconds in which a process that makes tokens writes some
+_STILL = 3600.0  # seconds in which a process that makes tokens writes some
 _SCHEMA = pa.schema({"ids": pa.int32(), "starts": pa.bool_(), "counted": pa.bool_()})
 
 
