@@ -171,7 +171,7 @@ class LossPasses:
         )
         held.call = call = prepare(operands, self._settings, rows.options, validate=False)
         held.labels = call.labels()
-        targets = call.rows.local_targets(held.labels)
+        targets = held.labels - call.rows.start
         held.inputs = Inputs(
             operands.flat_hidden, operands.classifier.detach(), operands.bias, targets
         )
