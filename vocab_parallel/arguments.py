@@ -187,7 +187,6 @@ def prepare(
     validate: bool | None,
     needs_targets: bool = True,
     known: Collection[str] = (),
-    problem: ValueError | None = None,
     also: Callable[[Call, bool], tuple[Call, Mapping[str, Any]]] | None = None,
 ) -> Call:
     """Check the arguments, agree on them over the group where asked, and return the call.
@@ -198,7 +197,6 @@ def prepare(
         validate: see `linear_cross_entropy`.
         needs_targets: whether it cannot be without.
         known: names of what the caller could have given, for who misspelt an option.
-        problem: what the caller has found wrong already.
         also: checks what a relative of the loss takes beside these. It gets the call, and whether
             values may be read, which waits for a GPU; it returns the relative's call, and what
             must be equal on all ranks.
@@ -212,12 +210,12 @@ def prepare(
     on_gpu = isinstance(operands.hidden, Tensor) and operands.hidden.is_cuda
     reads_values = bool(validate or not on_gpu)
     call: Call | None = None
+    problem: ValueError | None = None
     more: Mapping[str, Any] = {}
     try:
-        if problem is None and settings.impl_options:
-            problem = unknown_option(settings, known)
-        if problem is not None:
-            raise problem
+        unknown = unknown_option(settings, known) if settings.impl_options else None
+        if unknown is not None:
+            raise unknown
         if needs_targets and operands.targets is None:
             raise ValueError("targets must be a tensor of class ids, got None")
         call = checked(operands, settings, rows, reads_values=reads_values)

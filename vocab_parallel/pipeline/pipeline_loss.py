@@ -211,9 +211,6 @@ def _labels_and_documents(
 
 def _operands(rows: Rows, hidden_states: Any) -> tuple[Any, Tensor]:
     """Return hidden states, or several of them, and the rows that they are multiplied by."""
-    if not rows.adapters:
-        return hidden_states, rows.weight
-    try:
-        return rows.operands(stacked(hidden_states))
-    except ValueError:  # the loss refuses them too, on every rank
-        return hidden_states, rows.weight
+    hidden = stacked(hidden_states) if rows.adapters else hidden_states
+    # What is no tensor the loss refuses, on every rank.
+    return rows.operands(hidden) if isinstance(hidden, Tensor) else (hidden, rows.weight)
