@@ -126,8 +126,8 @@ class Call(NamedTuple):
 
     def without_tokens(self) -> "Call":
         """Return what backward needs of the call: no tensor of the tokens' is kept alive by it."""
-        without = Operands(self.bound.shard.hidden, self.operands.classifier, None)
-        return self._replace(operands=without)
+        own, none = self.operands, self.bound.shard.hidden
+        return self._replace(operands=Operands(none, own.classifier, None, own.bias))
 
     def labels(self) -> Tensor:
         """Return the labels [N] in the loss's order; gathers those of a "sharded" layout."""
