@@ -323,28 +323,39 @@ def _bind(operands: Operands, settings: LossSettings, rows: RankRows) -> Bound:
         settings.impl, settings.memory_budget, settings.impl_options, both
     )
     shard = _shard(operands, settings, rows)
-    gathers = layout != "replicated" and degree > 1
-    plan = backend.plan(
-        shard,
-        tokens=(degree if gathers else 1) * operands.hidden.shape[:-1].numel(),
-        most_rows=rows.most_rows,
-        degree=degree,
-        backward=settings.backward,
-        has_main_grad=settings.accumulate_into == "main_grad",
-    )
     equal = _equal_of_shape(operands, settings, rows)
     return Bound(
         shard=shard,
         backend=backend,
-        plan=plan,
+        plan=plan_of(backend, shard, operands, settings, rows),
         later_columns=(),
-        gathers=gathers,
+        gathers=layout != "replicated" and degree > 1,
         sums_hidden_grad=rows.sums_hidden_grad(layout),
         kernels=registry.choose(*both) != "torch",
         scalar_loss=settings.scalar_loss,
         records=torch.is_grad_enabled(),
         equal=equal,
         digest=digest_of(equal),
+    )
+
+
+def plan_of(
+    backend: Backend, shard: Shard, operands: Operands, settings: LossSettings, rows: RankRows
+) -> BackwardPlan:
+    """Return how a backend's backward of a call finds the logits.
+
+    Raises:
+        ValueError: see `Backend.plan`.
+    """
+    degree = rows.group.degree
+    return backend.plan(
+        shard,
+        tokens=(1 if settings.hidden_layout == "replicated" else degree)
+        * operands.hidden.shape[:-1].numel(),
+        most_rows=rows.most_rows,
+        degree=degree,
+        backward=settings.backward,
+        has_main_grad=settings.accumulate_into == "main_grad",
     )
 
 
