@@ -184,7 +184,7 @@ def test_options_are_known_before_a_step() -> None:
             {"lable_smoothing": 0.1},
             "unknown option 'lable_smoothing', did you mean 'label_smoothing'",
         ),
-        ({"return_lse": True}, "return_lse is not an option of a pipeline loss"),
+        ({"return_lse": True}, "return_lse is not an option of a CCEPipelineLoss"),
         ({"impl": "fast"}, "unknown impl 'fast'"),
         ({"z_loss": -1.0}, "z_loss must be a number of at least 0"),
         ({"hidden_layout": "split"}, "unknown hidden_layout 'split'"),

@@ -405,7 +405,7 @@ def test_unknown_options() -> None:
         with pytest.raises(ValueError, match=words):
             CCEPipelineLoss(head, **given)
     for given, words in (
-        ({"reduction": "sum"}, "reduction is not an option of token_logprobs"),
+        ({"reduction": "sum"}, "reduction is not an option of a LogprobsPipelineLoss"),
         ({"accumulate_into": "grad"}, "accumulate_into is not an option"),
         ({"validate": True}, "validate is not an option"),
         ({"colour": 1}, "colour"),
@@ -413,5 +413,14 @@ def test_unknown_options() -> None:
     ):
         with pytest.raises(ValueError, match=words):
             LogprobsPipelineLoss(head, policy_loss, **given)
+    for given, words in (
+        ({"validate": True}, "validate is not an option of a DistillationPipelineLoss"),
+        ({"impl": "chunked"}, "impl is not an option"),
+        ({"teacher_ids": None}, "teacher_ids is not an option"),
+        ({"reduction": "none"}, "a schedule needs a scalar loss"),
+        ({"softcap": -1.0}, "softcap must be a positive number"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            DistillationPipelineLoss(head, head, **given)
     with pytest.raises(ValueError, match="function must be callable"):
         LogprobsPipelineLoss(head, 7)

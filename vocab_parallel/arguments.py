@@ -126,8 +126,8 @@ class Call(NamedTuple):
 
     def without_tokens(self) -> "Call":
         """Return what backward needs of the call: no tensor of the tokens' is kept alive by it."""
-        without = Operands(self.bound.shard.hidden, self.operands.classifier, None)
-        return self._replace(operands=without)
+        own, none = self.operands, self.bound.shard.hidden
+        return self._replace(operands=Operands(none, own.classifier, None, own.bias))
 
     def labels(self) -> Tensor:
         """Return the labels [N] in the loss's order; gathers those of a "sharded" layout."""
@@ -187,7 +187,6 @@ def prepare(
     validate: bool | None,
     needs_targets: bool = True,
     known: Collection[str] = (),
-    problem: ValueError | None = None,
     also: Callable[[Call, bool], tuple[Call, Mapping[str, Any]]] | None = None,
 ) -> Call:
     """Check the arguments, agree on them over the group where asked, and return the call.
@@ -198,7 +197,6 @@ def prepare(
         validate: see `linear_cross_entropy`.
         needs_targets: whether it cannot be without.
         known: names of what the caller could have given, for who misspelt an option.
-        problem: what the caller has found wrong already.
         also: checks what a relative of the loss takes beside these. It gets the call, and whether
             values may be read, which waits for a GPU; it returns the relative's call, and what
             must be equal on all ranks.
@@ -212,12 +210,12 @@ def prepare(
     on_gpu = isinstance(operands.hidden, Tensor) and operands.hidden.is_cuda
     reads_values = bool(validate or not on_gpu)
     call: Call | None = None
+    problem: ValueError | None = None
     more: Mapping[str, Any] = {}
     try:
-        if problem is None and settings.impl_options:
-            problem = unknown_option(settings, known)
-        if problem is not None:
-            raise problem
+        unknown = unknown_option(settings, known) if settings.impl_options else None
+        if unknown is not None:
+            raise unknown
         if needs_targets and operands.targets is None:
             raise ValueError("targets must be a tensor of class ids, got None")
         call = checked(operands, settings, rows, reads_values=reads_values)
@@ -325,28 +323,39 @@ def _bind(operands: Operands, settings: LossSettings, rows: RankRows) -> Bound:
         settings.impl, settings.memory_budget, settings.impl_options, both
     )
     shard = _shard(operands, settings, rows)
-    gathers = layout != "replicated" and degree > 1
-    plan = backend.plan(
-        shard,
-        tokens=(degree if gathers else 1) * operands.hidden.shape[:-1].numel(),
-        most_rows=rows.most_rows,
-        degree=degree,
-        backward=settings.backward,
-        has_main_grad=settings.accumulate_into == "main_grad",
-    )
     equal = _equal_of_shape(operands, settings, rows)
     return Bound(
         shard=shard,
         backend=backend,
-        plan=plan,
+        plan=plan_of(backend, shard, operands, settings, rows),
         later_columns=(),
-        gathers=gathers,
+        gathers=layout != "replicated" and degree > 1,
         sums_hidden_grad=rows.sums_hidden_grad(layout),
         kernels=registry.choose(*both) != "torch",
         scalar_loss=settings.scalar_loss,
         records=torch.is_grad_enabled(),
         equal=equal,
         digest=digest_of(equal),
+    )
+
+
+def plan_of(
+    backend: Backend, shard: Shard, operands: Operands, settings: LossSettings, rows: RankRows
+) -> BackwardPlan:
+    """Return how a backend's backward of a call finds the logits.
+
+    Raises:
+        ValueError: see `Backend.plan`.
+    """
+    degree = rows.group.degree
+    return backend.plan(
+        shard,
+        tokens=(1 if settings.hidden_layout == "replicated" else degree)
+        * operands.hidden.shape[:-1].numel(),
+        most_rows=rows.most_rows,
+        degree=degree,
+        backward=settings.backward,
+        has_main_grad=settings.accumulate_into == "main_grad",
     )
 
 

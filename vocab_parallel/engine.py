@@ -3,7 +3,7 @@
     S   this rank's statistics of a microbatch, and their exchange
     T   from the joined statistics and what they receive: dE, partial or summed, and dC
 
-The names are those of arXiv 2411.05288. Who holds a microbatch between S and T holds its `Inputs`,
+The names are those of arXiv 2411.05288. Who holds a microbatch between S and T holds its `Shard`,
 the joined statistics, and what S kept. One thin autograd.Function calls S in forward and T in
 backward; it returns the statistics, or the loss that is made of them.
 
@@ -16,7 +16,7 @@ and dE is summed span by span, beside the next span's products.
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -30,34 +30,6 @@ from vocab_parallel.statistics import count_lines, join, of_no_rows
 from vocab_parallel.token_loss import TokenLoss
 
 
-class Inputs(NamedTuple):
-    """What both halves read of a microbatch.
-
-    Attributes:
-        hidden: [N, D], of all the loss's tokens: gathered, where the layout gathers.
-        classifier: [rows, D], this rank's.
-        bias: [rows], or None.
-        targets: [N] int32, rows of this shard, or outside of them.
-        others, beside: what a distillation reads beside these; see `Shard`.
-    """
-
-    hidden: Tensor
-    classifier: Tensor
-    bias: Tensor | None
-    targets: Tensor
-    others: tuple[Tensor, ...] = ()
-    beside: tuple[Tensor | None, ...] = ()
-
-    def of(self, tokens: slice) -> "Inputs":
-        """Return those of some tokens, views."""
-        if tokens.stop - tokens.start == self.hidden.shape[0]:
-            return self
-        others = tuple(each[tokens] for each in self.others)
-        return self._replace(
-            hidden=self.hidden[tokens], targets=self.targets[tokens], others=others
-        )
-
-
 def vocab_statistics(
     call: Call,
     labels: Tensor,
@@ -69,7 +41,7 @@ def vocab_statistics(
     Args:
         call: of the loss or of a relative.
         labels: [N], as `Call.labels` returns them.
-        others, beside: see `Inputs`; they get no gradient.
+        others, beside: see `Shard`; they get no gradient.
     """
     return _apply(call, labels, None, [], others, beside)
 
@@ -108,58 +80,87 @@ def gathered_hidden(call: Call, hidden: Tensor) -> Tensor:
     return call.rows.group.gather_tokens(hidden) if call.bound.gathers else hidden
 
 
-def own_statistics(call: Call, inputs: Inputs, needs_grad: bool) -> tuple[Tensor, object]:
+def shard_of(
+    call: Call,
+    hidden: Tensor,  # (N, D), of all the loss's tokens: gathered, where the layout gathers
+    classifier: Tensor,  # (rows, D), this rank's
+    bias: Tensor | None,  # (rows,)
+    targets: Tensor,  # (N,) int32, rows of this shard, or outside of them
+    others: tuple[Tensor, ...] = (),
+    beside: tuple[Tensor | None, ...] = (),
+    *,
+    needs_grad: bool = True,
+) -> Shard:
+    """Return what both halves read of a microbatch, without padding: it may have no row."""
+    num_rows = call.bound.shard.classifier.shape[0]
+    return call.bound.shard._replace(
+        hidden=hidden.detach(),
+        classifier=classifier.detach()[:num_rows],
+        # Kernels read it without a stride.
+        bias=None if bias is None else bias.detach()[:num_rows].contiguous(),
+        targets=targets,
+        others=others,
+        beside=beside,
+        needs_grad=needs_grad,
+    )
+
+
+def part_of(shard: Shard, tokens: slice) -> Shard:
+    """Return the shard of some of its tokens, views."""
+    if tokens.stop - tokens.start == shard.hidden.shape[0]:
+        return shard
+    others = tuple(each[tokens] for each in shard.others)
+    return shard._replace(hidden=shard.hidden[tokens], targets=shard.targets[tokens], others=others)
+
+
+def own_statistics(call: Call, shard: Shard) -> tuple[Tensor, object]:
     """S without the exchange: the statistics of this rank's rows, and what T is given back."""
-    bound = call.bound
-    shard = shard_of(call, inputs, needs_grad)
-    if shard is None:
-        num_tokens, columns = inputs.hidden.shape[0], bound.shard.columns
-        return of_no_rows(columns, num_tokens, bound.shard.dtype, inputs.hidden), None
-    return bound.backend.statistics(shard, bound.plan)
+    num_tokens = shard.hidden.shape[0]
+    if 0 in (shard.classifier.shape[0], num_tokens):
+        return of_no_rows(shard.columns, num_tokens, shard.dtype, shard.hidden), None
+    return call.bound.backend.statistics(shard, call.bound.plan)
 
 
-def joined_statistics(call: Call, inputs: Inputs, needs_grad: bool) -> tuple[Tensor, Sequence[Any]]:
+def joined_statistics(call: Call, shard: Shard) -> tuple[Tensor, Sequence[Any]]:
     """S: the statistics [k, N] of the whole vocabulary; all ranks call, and each gets the same.
 
     The second of the pair is what T is given back. Communicates [k, N] float32 of each rank, once;
     where some statistics need others of the whole vocabulary, those apart.
     """
     bound, group = call.bound, call.rows.group
-    spans = _spans(call, inputs)
-    found = [own_statistics(call, inputs.of(tokens), needs_grad) for tokens in spans]
+    found = [own_statistics(call, part_of(shard, tokens)) for tokens in _spans(call, shard)]
     own = found[0][0] if len(found) == 1 else torch.cat([values for values, _ in found], 1)
-    values = own if group.degree == 1 else join(group.gather_shards(own), bound.shard.columns)
+    values = own if group.degree == 1 else join(group.gather_shards(own), shard.columns)
     if bound.later_columns:
-        later = bound.shard._replace(columns=bound.later_columns)
-        again = call._replace(bound=bound._replace(shard=later, later_columns=()))
-        inputs = inputs._replace(others=(*inputs.others, values.T))
-        values = torch.cat((values, joined_statistics(again, inputs, False)[0]))
+        again = call._replace(bound=bound._replace(later_columns=()))
+        others = (*shard.others, values.T)
+        later = shard._replace(columns=bound.later_columns, others=others, needs_grad=False)
+        values = torch.cat((values, joined_statistics(again, later)[0]))
     return values, [kept for _, kept in found]
 
 
-def _spans(call: Call, inputs: Inputs) -> Sequence[slice]:
+def _spans(call: Call, shard: Shard) -> Sequence[slice]:
     """Return which tokens the work is done of at a time: equal on all ranks."""
-    num_tokens = inputs.hidden.shape[0]
+    num_tokens = shard.hidden.shape[0]
     return blocks(num_tokens, max(call.bound.plan.span, 1)) or (slice(0, 0),)
 
 
 # --- T ---
 
 
-def own_gradients(call: Call, inputs: Inputs, upstream: Upstream) -> Gradients:
+def own_gradients(call: Call, shard: Shard, upstream: Upstream) -> Gradients:
     """T without the reduction: dE is the partial sum over this rank's rows, or None.
 
     Its statistics are those that may receive a gradient, and no others.
     """
-    shard = shard_of(call, inputs, needs_grad=True)
-    if shard is None or not any(upstream.wanted):
+    if 0 in (shard.classifier.shape[0], shard.hidden.shape[0]) or not any(upstream.wanted):
         return Gradients(None, None, None)
     return call.bound.backend.gradients(shard, call.bound.plan, upstream)
 
 
 def summed_gradients(
     call: Call,
-    inputs: Inputs,
+    shard: Shard,
     statistics: Tensor,
     grads: Tensor,
     wanted: Wanted,
@@ -173,25 +174,25 @@ def summed_gradients(
 
     Args:
         call: of the loss.
-        inputs: what S read.
+        shard: what S read.
         statistics, grads: [k, N], joined, and what each of them receives.
         wanted: the gradients to produce.
         kept: what S kept, of each span.
     """
-    shard, spans = call.bound.shard, _spans(call, inputs)
+    operands, spans = call.operands, _spans(call, shard)
     num_lines = count_lines(shard.grad_columns)
     statistics, grads = statistics[:num_lines], grads[:num_lines]
-    target = into = classifier_grad(call, inputs.classifier)
+    target = into = classifier_grad(call, operands.classifier)
     # Over spans what is narrower would be rounded with each of them.
     spanned = len(spans) > 1 and (target.add_to is None or target.dtype != shard.dtype)
     if spanned:
         into = ClassifierGrad(shard.dtype)
-    total = _HiddenGradSum(call, inputs.hidden) if wanted.hidden else None
+    total = _HiddenGradSum(call, shard.hidden) if wanted.hidden else None
     classifier = bias = None
     for tokens, kept_of_span in zip(spans, kept, strict=True):
-        part, when_hidden = inputs.of(tokens), None
+        part, when_hidden = part_of(shard, tokens), None
         own = statistics, grads
-        if part is not inputs:
+        if part is not shard:
             own = statistics[:, tokens].contiguous(), grads[:, tokens].contiguous()
         if total is not None and call.bound.sums_hidden_grad:  # else it is only rounded
             when_hidden = partial(total.add, tokens=tokens)
@@ -210,11 +211,11 @@ def summed_gradients(
     if total is not None:
         hidden, scale = total.total(), call.settings.hidden_grad_scale
         hidden = hidden if scale == 1.0 else hidden * scale
-    in_place = target.add_to is not None
+    own_grad = wanted.classifier and target.add_to is None
     return Gradients(
         hidden,
-        with_padding(classifier, inputs.classifier) if wanted.classifier and not in_place else None,
-        with_padding(bias, inputs.bias) if wanted.bias and inputs.bias is not None else None,
+        with_padding(classifier, operands.classifier) if own_grad else None,
+        with_padding(bias, operands.bias) if wanted.bias and operands.bias is not None else None,
     )
 
 
@@ -327,24 +328,6 @@ def with_padding(grad: Tensor | None, parameter: Tensor) -> Tensor:
     return full
 
 
-def shard_of(call: Call, inputs: Inputs, needs_grad: bool) -> Shard | None:
-    """Return what the backend works on, or None where there is nothing to do."""
-    shard = call.bound.shard
-    num_rows, bias = shard.classifier.shape[0], inputs.bias
-    if num_rows == 0 or inputs.hidden.shape[0] == 0:
-        return None
-    return shard._replace(
-        hidden=inputs.hidden.detach(),
-        classifier=inputs.classifier.detach()[:num_rows],
-        # Kernels read it without a stride.
-        bias=None if bias is None else bias.detach()[:num_rows].contiguous(),
-        targets=inputs.targets,
-        others=inputs.others,
-        beside=inputs.beside,
-        needs_grad=needs_grad,
-    )
-
-
 # --- autograd ---
 
 
@@ -368,11 +351,11 @@ class _VocabLoss(torch.autograd.Function):
         count: int,  # of the first of the rest, which are of tokens
         *rest: Any,
     ) -> Tensor:
-        hidden = gathered_hidden(call, hidden)
-        inputs = Inputs(hidden, classifier, bias, targets, rest[:count], rest[count:])
+        tensors = gathered_hidden(call, hidden), classifier, bias, targets
         needs_grad = call.bound.records and any(ctx.needs_input_grad[:3])
-        statistics, ctx.kept = joined_statistics(call, inputs, needs_grad)
-        ctx.save_for_backward(statistics, *inputs[:4], *rest)
+        shard = shard_of(call, *tensors, rest[:count], rest[count:], needs_grad=needs_grad)
+        statistics, ctx.kept = joined_statistics(call, shard)
+        ctx.save_for_backward(statistics, *tensors, *rest)
         ctx.call, ctx.loss, ctx.count = call.without_tokens(), loss, count
         if loss is None:
             return statistics
@@ -384,9 +367,9 @@ class _VocabLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         statistics, hidden, classifier, bias, targets, *rest = ctx.saved_tensors
         others, beside = tuple(rest[: ctx.count]), tuple(rest[ctx.count :])
-        inputs = Inputs(hidden, classifier, bias, targets, others, beside)
+        shard = shard_of(ctx.call, hidden, classifier, bias, targets, others, beside)
         loss = ctx.loss
         grads = grad.contiguous() if loss is None else loss.total_gradient(statistics, grad)
         wanted = Wanted(*wanted_inputs(ctx, (True, True, bias is not None)))
-        found = summed_gradients(ctx.call, inputs, statistics, grads, wanted, ctx.kept)
+        found = summed_gradients(ctx.call, shard, statistics, grads, wanted, ctx.kept)
         return (*found, *[None] * (5 + len(rest)))

@@ -13,15 +13,10 @@ from torch.distributed import ProcessGroup
 
 from vocab_parallel.arguments import Call, Operands, prepare
 from vocab_parallel.collectives import VocabGroup
-from vocab_parallel.engine import Inputs, gathered_hidden, shard_of, vocab_statistics
+from vocab_parallel.engine import gathered_hidden, shard_of
 from vocab_parallel.entry import entry
-from vocab_parallel.layout import (
-    IGNORED,
-    OUT_OF_RANGE,
-    HiddenLayout,
-    crosses_documents,
-    is_ignored,
-)
+from vocab_parallel.functional import reduced_loss, token_losses
+from vocab_parallel.layout import IGNORED, HiddenLayout, crosses_documents, is_ignored
 from vocab_parallel.metrics import right_predictions
 from vocab_parallel.plan import budget_bytes
 from vocab_parallel.settings import LossSettings
@@ -92,10 +87,9 @@ def predict(
     _check_k(k, call)
     hidden = gathered_hidden(call, call.operands.flat_hidden)
     targets = torch.full((hidden.shape[0],), -1, device=hidden.device)
-    inputs = Inputs(hidden, call.operands.classifier, bias, targets)
-    shard = shard_of(call, inputs, needs_grad=False)
-    if shard is None:
-        scores = hidden.new_full((hidden.shape[0], k), -torch.inf, dtype=call.bound.shard.dtype)
+    shard = shard_of(call, hidden, call.operands.classifier, bias, targets, needs_grad=False)
+    if 0 in (shard.classifier.shape[0], hidden.shape[0]):
+        scores = hidden.new_full((hidden.shape[0], k), -torch.inf, dtype=shard.dtype)
         rows, lse = torch.full_like(scores, NO_ROW, dtype=torch.int64), scores[:, 0].clone()
     else:
         scores, rows, lse = top_k_of_shard(shard, k, budget_bytes(memory_budget))
@@ -191,11 +185,9 @@ def score_tokens(
     operands = Operands.of(e, c, targets, bias, document_ids=document_ids)
     call = prepare(operands, settings, vocab_parallel_options, validate=validate)
     labels = call.labels()
-    values = vocab_statistics(call, labels)
+    nll, values = reduced_loss(call, labels, token_losses(call, labels))
     statistics, counted = Statistics(values, call.bound.shard.columns), labels != IGNORED
-    nll = (statistics["lse"] - statistics["target"]).masked_fill(~counted, 0.0)
-    nll = nll.masked_fill(labels == OUT_OF_RANGE, torch.nan)
-    sums = [call.own(nll), call.own(right_predictions(statistics, counted)), call.own(counted)]
+    sums = [nll, call.own(right_predictions(statistics, counted)), call.own(counted)]
     return TokenScores(*(each.double().sum() for each in sums))
 
 

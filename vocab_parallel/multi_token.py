@@ -113,11 +113,6 @@ def multi_token_cross_entropy(
         ValueError: as `linear_cross_entropy`; hidden states that are unlike, or not one for each
             of ``shift``.
     """
-    hidden, problem = c, None
-    try:
-        hidden = stacked(e)
-    except ValueError as error:
-        problem = error
     settings = LossSettings.of(
         {
             **options,
@@ -129,12 +124,11 @@ def multi_token_cross_entropy(
         }
     )
     call = prepare(
-        Operands.of(hidden, c, targets, bias, token_weight, document_ids),
+        Operands.of(stacked(e), c, targets, bias, token_weight, document_ids),
         settings,
         vocab_parallel_options,
         validate=validate,
         known=parameters_of(linear_cross_entropy) | parameters_of(multi_token_cross_entropy),
-        problem=problem,
     )
     labels, weight = call.labels(), call.token_weight()
     factors = weighted = _factors(call, labels)
@@ -174,27 +168,16 @@ def _factors(call: Call, labels: Tensor) -> Tensor:
     return factors / at_least_one(given, dtype)
 
 
-def stacked(e: Any) -> Tensor:
-    """Return one tensor [H, ..., T, D] of several hidden states, as it is where it is one already.
+def stacked(e: Any) -> Any:
+    """Return one tensor [H, ..., T, D] of several hidden states that are alike.
 
-    Raises:
-        ValueError: they are not alike.
+    What is one tensor already is returned as it is, and so is what makes none, which `prepare`
+    refuses.
     """
-    if isinstance(e, Tensor):
+    if not isinstance(e, Sequence) or not all(isinstance(head, Tensor) for head in e):
         return e
-    heads = list(e) if isinstance(e, Sequence) else [e]
-    kinds = {
-        f"{list(head.shape)} in {head.dtype} on {head.device}"
-        if isinstance(head, Tensor)
-        else type(head).__name__
-        for head in heads
-    }
-    if len(kinds) == 1 and isinstance(heads[0], Tensor):
-        return torch.stack(heads)
-    raise ValueError(
-        f"e must be several hidden states [..., T, D] of one shape, dtype and device, or one "
-        f"tensor [H, ..., T, D] of them, got {' and '.join(sorted(kinds)) or 'none'}"
-    )
+    alike = len({(head.shape, head.dtype, head.device) for head in e}) == 1
+    return torch.stack(list(e)) if alike else e
 
 
 def as_tuple(values: Any) -> Any:

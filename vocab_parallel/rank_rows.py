@@ -23,11 +23,6 @@ class RankRows:
     largest_shard: int | None = None
 
     @classmethod
-    def whole(cls, num_rows: int) -> Self:
-        """One rank that holds the whole vocabulary and communicates with nobody."""
-        return cls(0, num_rows, num_rows, True, VocabGroup())
-
-    @classmethod
     def from_options(cls, options: Any) -> Self:
         """Read `VocabParallelOptions`, or any object with cut-cross-entropy's attributes.
 
@@ -87,7 +82,3 @@ class RankRows:
         """Return the rows of a parameter [rows, ...] that are tokens, without padding."""
         count = self.num_token_rows
         return parameter if count == parameter.shape[0] else parameter[:count]
-
-    def local_targets(self, labels: Tensor) -> Tensor:
-        """Count marked labels [N] from this shard's first row; see `Shard`."""
-        return labels - self.start if self.start else labels

@@ -279,10 +279,15 @@ def check_tensors(operands: "Operands", settings: LossSettings, degree: int) -> 
     """
     e, c, bias = operands.hidden, operands.classifier, operands.bias
     given = dict(zip(NAMES, operands.__dict__.values(), strict=True))
+    several = settings.num_heads is not None
+    if several and not isinstance(e, Tensor):
+        raise ValueError(
+            f"e must be several hidden states [..., T, D] of one shape, dtype and device, or one "
+            f"tensor [H, ..., T, D] of them, got {_kinds(e)}"
+        )
     for name, tensor in given.items():
         if tensor is not None or name in ("e", "c"):
             check_plain_tensor(name, tensor, e)
-    several = settings.num_heads is not None
     if e.dim() < 2 + several or c.dim() != 2:
         axes = "H, ..., T, D" if several else "..., T, D"
         raise ValueError(
@@ -309,6 +314,17 @@ def check_tensors(operands: "Operands", settings: LossSettings, degree: int) -> 
     if bias is not None and bias.shape != c.shape[:1]:
         raise ValueError(f"bias must be [{c.shape[0]}], a value a row of c, got {list(bias.shape)}")
     _check_token_shapes(e, {name: given[name] for name in OF_TOKENS}, settings, degree)
+
+
+def _kinds(heads: Any) -> str:
+    """Say what several hidden states are that make no tensor."""
+    kinds = {
+        f"{list(head.shape)} in {head.dtype} on {head.device}"
+        if isinstance(head, Tensor)
+        else type(head).__name__
+        for head in (heads if isinstance(heads, Sequence) else [heads])
+    }
+    return " and ".join(sorted(kinds)) or "none"
 
 
 def check_rows(c: Tensor, rows: RankRows, settings: LossSettings) -> None:
@@ -343,15 +359,13 @@ def check_rows(c: Tensor, rows: RankRows, settings: LossSettings) -> None:
         )
 
 
-def check_accumulation(classifier: Tensor, accumulate_into: str | None) -> None:
+def check_accumulation(classifier: Tensor, accumulate_into: str) -> None:
     """Check that the classifier's gradient can be accumulated as asked.
 
     Raises:
         ValueError: a classifier that is no plain leaf, or one without a ``main_grad`` in float32
             of its shape.
     """
-    if accumulate_into is None:
-        return
     if isinstance(classifier, DTensor) or not (classifier.is_leaf and classifier.requires_grad):
         raise ValueError(
             "accumulate_into adds to an attribute of the parameter itself, but c is not a plain "

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vocab_parallel.arguments import Call, Operands, checked, prepare
+from vocab_parallel.arguments import Call, Operands, checked, plan_of, prepare
 from vocab_parallel.distillation.comparison import Comparison
 from vocab_parallel.distillation.divergences import DistillationSettings
 from vocab_parallel.distillation.hidden_teacher import HiddenTeacher
@@ -52,14 +52,7 @@ def _compares(call: Call, comparison: Comparison) -> Call:
     """
     columns = (*comparison.columns, *comparison.later_columns)
     shard = call.bound.shard._replace(columns=comparison.columns, grad_columns=columns)
-    hidden, degree = call.operands.hidden, call.rows.group.degree
-    plan = comparison.plan(
-        shard,
-        tokens=(degree if call.bound.gathers else 1) * hidden.shape[:-1].numel(),
-        most_rows=call.rows.most_rows,
-        degree=degree,
-        backward="recompute",
-    )
+    plan = plan_of(comparison, shard, call.operands, call.settings, call.rows)
     later = comparison.later_columns
     bound = call.bound._replace(shard=shard, backend=comparison, plan=plan, later_columns=later)
     return call._replace(bound=bound)

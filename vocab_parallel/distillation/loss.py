@@ -221,7 +221,7 @@ def linear_distillation_from_top_k(
 def _distilled(
     call: Call, others: tuple[Tensor, ...], beside: tuple[Tensor | None, ...] = ()
 ) -> Tensor:
-    """Return the loss of a student's call; ``others`` and ``beside`` are what `Inputs` has."""
+    """Return the loss of a student's call; ``others`` and ``beside`` are what `Shard` has."""
     labels = call.labels()
     values = vocab_statistics(call, labels, others, beside)
     statistics = Statistics(values, call.bound.shard.grad_columns)

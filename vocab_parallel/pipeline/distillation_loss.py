@@ -8,13 +8,11 @@ from vocab_parallel.distillation.loss import linear_distillation, linear_distill
 from vocab_parallel.layout import HiddenLayout
 from vocab_parallel.modules.heads import OutputWeight
 from vocab_parallel.pipeline.named_batch import NamedBatchLoss
-from vocab_parallel.pipeline.problems import DIVIDED_TWICE
 from vocab_parallel.settings import parameters_of
 
-# What the loss itself finds, or is told of otherwise.
+# What the batch has, or the loss is told of otherwise.
 _NOT_OPTIONS = {
-    "e", "c", "teacher_e", "teacher_c", "teacher_ids", "teacher_logprobs", "bias", "teacher_bias",
-    "targets", "token_weight", "num_valid_tokens", "vocab_parallel_options", "validate",
+    "teacher_e", "teacher_c", "teacher_ids", "teacher_logprobs", "teacher_bias", "token_weight",
 }  # fmt: skip
 
 
@@ -49,8 +47,9 @@ class DistillationPipelineLoss(NamedBatchLoss):
         num_valid_tokens: divides the mean in place of each microbatch's own count.
 
     Raises:
-        ValueError: an unknown option, or an ``output_weight`` or ``teacher_weight`` whose logits
-            may be more than its rows'. A value that cannot be is refused by the first call.
+        ValueError: an unknown option or a value that cannot be, or an ``output_weight`` or
+            ``teacher_weight`` whose logits may be more than its rows'. An unknown
+            divergence, or a beta that does not go with it, is refused by the first call.
     """
 
     def __init__(
@@ -65,19 +64,16 @@ class DistillationPipelineLoss(NamedBatchLoss):
         scaled_outside: bool = False,
         **loss_options: Any,
     ) -> None:
-        options: dict[str, Any] = {"hidden_layout": hidden_layout, **loss_options}
         whole = teacher_weight is not None
         function = linear_distillation if whole else linear_distillation_from_top_k
-        known = parameters_of(function) - _NOT_OPTIONS
-        unknown = sorted(options.keys() - known)
-        if unknown:
-            raise ValueError(
-                f"{unknown[0]} is not an option of {function.__name__} under a schedule: known are "
-                f"{sorted(known)}"
-            )
-        super().__init__(output_weight, output_bias, vocab_parallel_options, options)
-        self.reduction, self.scaled_outside = options.get("reduction", "mean"), scaled_outside
-        self.num_valid_tokens: int | Tensor | None = None
+        super().__init__(
+            output_weight,
+            output_bias,
+            vocab_parallel_options,
+            {"reduction": "mean", "hidden_layout": hidden_layout, **loss_options},
+            parameters_of(function) - _NOT_OPTIONS,
+            scaled_outside=scaled_outside,
+        )
         self._teacher: OutputWeight | None = None
         if teacher_weight is not None:
             self._teacher = OutputWeight(teacher_weight, teacher_bias)
@@ -100,14 +96,8 @@ class DistillationPipelineLoss(NamedBatchLoss):
             ValueError: as `linear_distillation`; another target, a batch without what the teacher
                 is given by, or a divisor where the schedule divides too.
         """
-        divisor = self.num_valid_tokens if num_valid_tokens is None else num_valid_tokens
-        if divisor is not None and self.scaled_by_schedule:
-            raise ValueError(DIVIDED_TWICE)
+        rows, divisor = self.begin(num_valid_tokens)
         batch = self.microbatch(target)
-        self.warn_of_missing_validation()
-        self.warn_of_kept_outputs()
-        if divisor is None and getattr(self._stage, "has_backward", False):
-            self.warn_of_missing_divisor()
         names = ("teacher_ids", "teacher_logprobs") if self._teacher is None else ("teacher_e",)
         missing = [name for name in names if name not in batch]
         if missing:
@@ -115,7 +105,6 @@ class DistillationPipelineLoss(NamedBatchLoss):
                 f"load(labels, ...) was not given {missing[0]}: this teacher is known by "
                 f"{' and '.join(names)}"
             )
-        rows = self.read_rows()
         e, c = rows.operands(hidden_states)
         given: dict[str, Any] = {
             **self._options,

@@ -1,22 +1,19 @@
 """A pipeline loss that is the user's own function of log-probabilities and entropies."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vocab_parallel.backends.registry import create_backend
 from vocab_parallel.collectives import VocabGroup
 from vocab_parallel.functional import token_logprobs
 from vocab_parallel.layout import HiddenLayout
 from vocab_parallel.pipeline.named_batch import NamedBatchLoss
-from vocab_parallel.settings import LossSettings, parameters_of, unknown_option
+from vocab_parallel.settings import parameters_of
 
 # Of log-probabilities, entropies or None, and the microbatch by name.
 LogprobsFunction = Callable[[Tensor, Tensor | None, dict[str, Tensor]], Tensor]
-
-_NOT_OPTIONS = ("e", "c", "targets", "bias", "document_ids", "vocab_parallel_options", "validate")
 
 
 class LogprobsPipelineLoss(NamedBatchLoss):
@@ -84,8 +81,8 @@ class LogprobsPipelineLoss(NamedBatchLoss):
             "hidden_layout": hidden_layout,
             **loss_options,
         }
-        _check_options(options)
-        super().__init__(output_weight, output_bias, vocab_parallel_options, options)
+        known = parameters_of(token_logprobs)
+        super().__init__(output_weight, output_bias, vocab_parallel_options, options, known)
         self._function = function
 
     def __call__(self, hidden_states: Tensor, target: Tensor) -> Tensor:
@@ -100,9 +97,7 @@ class LogprobsPipelineLoss(NamedBatchLoss):
                 when it is called although the layout says that the ranks share them.
         """
         batch = self.microbatch(target)
-        self.warn_of_missing_validation()
-        self.warn_of_kept_outputs()
-        rows = self.read_rows()
+        rows, _ = self.begin()
         e, c = rows.operands(hidden_states)
         found = token_logprobs(
             e,
@@ -135,16 +130,3 @@ class _SumOfRanks(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
-
-
-def _check_options(options: Mapping[str, Any]) -> None:
-    """Raise ValueError for an option that `token_logprobs` does not know."""
-    known = parameters_of(token_logprobs) - set(_NOT_OPTIONS)
-    settings = LossSettings.of(options)
-    for name in options.keys() & ({*_NOT_OPTIONS, *vars(settings)} - known):
-        raise ValueError(f"{name} is not an option of token_logprobs: known are {sorted(known)}")
-    settings.check()
-    problem = unknown_option(settings, known)
-    if problem is not None:
-        raise problem
-    create_backend(settings.impl, settings.memory_budget, settings.impl_options)

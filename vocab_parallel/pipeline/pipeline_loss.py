@@ -1,24 +1,18 @@
 """The loss as a pipeline schedule calls it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vocab_parallel.backends.registry import create_backend
 from vocab_parallel.functional import linear_cross_entropy
 from vocab_parallel.layout import HiddenLayout
 from vocab_parallel.metrics import LossMetrics
 from vocab_parallel.modules.heads import Rows
 from vocab_parallel.multi_token import as_tuple, multi_token_cross_entropy, stacked
-from vocab_parallel.pipeline.problems import DIVIDED_TWICE
 from vocab_parallel.pipeline.scheduled_loss import ScheduledLoss
-from vocab_parallel.settings import LossSettings, parameters_of, unknown_option
-
-_RESULTS = ("return_lse", "return_heads", "return_entropy")  # a schedule takes one number
-_OF_A_CALL = ("e", "c", "targets", "bias", "document_ids", "num_valid_tokens", "validate")
-_NOT_OPTIONS = (*_OF_A_CALL, *_RESULTS)
+from vocab_parallel.settings import LossSettings, parameters_of
 
 
 class CCEPipelineLoss(ScheduledLoss):
@@ -81,12 +75,7 @@ class CCEPipelineLoss(ScheduledLoss):
         scaled_outside: bool = False,
         **loss_options: Any,
     ) -> None:
-        if reduction not in ("mean", "sum"):
-            raise ValueError(f'a schedule needs a scalar loss, "mean" or "sum", got {reduction!r}')
-        self.reduction = reduction
         self.accumulate_into = loss_options.get("accumulate_into")
-        self.num_valid_tokens: int | Tensor | None = None
-        self.scaled_outside = scaled_outside
         self._metric_sums: Tensor | None = None  # (3,), of the microbatches so far
         self._metrics_dtype = torch.float32
         options: dict[str, Any] = {
@@ -101,8 +90,14 @@ class CCEPipelineLoss(ScheduledLoss):
         weights = options.pop("head_weights", None)
         if weights is not None:
             options["head_weights"] = as_tuple(weights)
-        super().__init__(output_weight, output_bias, vocab_parallel_options, options)
-        _check_options(options)
+        super().__init__(
+            output_weight,
+            output_bias,
+            vocab_parallel_options,
+            options,
+            parameters_of(linear_cross_entropy) | {"head_weights"},
+            scaled_outside=scaled_outside,
+        )
 
     def __call__(
         self,
@@ -122,14 +117,7 @@ class CCEPipelineLoss(ScheduledLoss):
         later ones as `linear_cross_entropy` does by default. A schedule may call it on
         uninitialised hidden states to infer shapes: nothing is kept of such a call.
         """
-        divisor = self.num_valid_tokens if num_valid_tokens is None else num_valid_tokens
-        if divisor is not None and self.scaled_by_schedule:
-            raise ValueError(DIVIDED_TWICE)
-        self.warn_of_missing_validation()
-        self.warn_of_kept_outputs()
-        if divisor is None and getattr(self._stage, "has_backward", False):
-            self.warn_of_missing_divisor()
-        rows = self.read_rows()
+        rows, divisor = self.begin(num_valid_tokens)
         e, c = _operands(rows, hidden_states)
         several = isinstance(self._options["shift"], tuple)
         labels, document_ids = _labels_and_documents(labels, hidden_states, several)
@@ -181,7 +169,7 @@ class CCEPipelineLoss(ScheduledLoss):
     @property
     def settings(self) -> LossSettings:
         """See above."""
-        return _settings_of(self._options)
+        return self._settings_of(self._options)
 
     @property
     def head_weights(self) -> tuple[float, ...] | None:
@@ -190,9 +178,7 @@ class CCEPipelineLoss(ScheduledLoss):
 
     @head_weights.setter
     def head_weights(self, weights: Sequence[float]) -> None:
-        options = {**self._options, "head_weights": as_tuple(weights)}
-        _check_options(options)
-        self._options = options
+        self._options = self._checked({**self._options, "head_weights": as_tuple(weights)})
 
     @property
     def token_weight(self) -> Tensor | None:
@@ -211,24 +197,6 @@ def no_loss(*_: Any, **__: Any) -> Tensor:
     raise ValueError("only the last stage computes the loss: give its ranks a CCEPipelineLoss")
 
 
-def _check_options(options: Mapping[str, Any]) -> None:
-    """Raise ValueError for an option that the loss does not know, before any microbatch."""
-    known = {*parameters_of(linear_cross_entropy), "head_weights"} - set(_NOT_OPTIONS)
-    for name in options.keys() & set(_NOT_OPTIONS):
-        raise ValueError(f"{name} is not an option of a pipeline loss: known are {sorted(known)}")
-    settings = _settings_of(options)
-    settings.check()
-    problem = unknown_option(settings, known)
-    if problem is not None:
-        raise problem
-    create_backend(settings.impl, settings.memory_budget, settings.impl_options)
-
-
-def _settings_of(options: Mapping[str, Any]) -> LossSettings:
-    """Return all options but a tensor of the tokens'."""
-    return LossSettings.of({name: each for name, each in options.items() if name != "token_weight"})
-
-
 def _labels_and_documents(
     labels: Any, hidden_states: Any, several: bool
 ) -> tuple[Any, Tensor | None]:
@@ -243,9 +211,6 @@ def _labels_and_documents(
 
 def _operands(rows: Rows, hidden_states: Any) -> tuple[Any, Tensor]:
     """Return hidden states, or several of them, and the rows that they are multiplied by."""
-    if not rows.adapters:
-        return hidden_states, rows.weight
-    try:
-        return rows.operands(stacked(hidden_states))
-    except ValueError:  # the loss refuses them too, on every rank
-        return hidden_states, rows.weight
+    hidden = stacked(hidden_states) if rows.adapters else hidden_states
+    # What is no tensor the loss refuses, on every rank.
+    return rows.operands(hidden) if isinstance(hidden, Tensor) else (hidden, rows.weight)

@@ -2,17 +2,27 @@
 
 import sys
 import warnings
+from collections.abc import Collection, Mapping
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from vocab_parallel.backends.registry import create_backend
 from vocab_parallel.layout import HiddenLayout
 from vocab_parallel.modules.heads import OutputWeight, Rows
+from vocab_parallel.pipeline.problems import DIVIDED_TWICE
+from vocab_parallel.settings import LossSettings, unknown_option
 from vocab_parallel.split_backward import keep_graph, loses_nodes
 
 _SCHEDULES = "torch.distributed.pipelining.schedules"
+_OF_SETTINGS = {each.name for each in fields(LossSettings)}
+# What a loss finds by itself at each call, and a result that a schedule does not take.
+_NOT_OPTIONS = {
+    "e", "c", "targets", "bias", "document_ids", "num_valid_tokens", "validate", "return_lse",
+}  # fmt: skip
 
 
 class ScheduledLoss:
@@ -20,32 +30,70 @@ class ScheduledLoss:
 
     It only reads the classifier's weight, at each call, and must not own it.
 
+    Args:
+        output_weight, output_bias, vocab_parallel_options: as in `CCEPipelineLoss`.
+        options: of the function that each call calls.
+        known: names of what it takes.
+        scaled_outside: whether somebody else divides what a microbatch gives.
+
     Attributes:
         output_weight: where the rows are found.
         scaled_by_schedule: whether the schedule divides gradients by the number of microbatches.
         reduction: of a microbatch's tokens; "mean" where a divisor of the whole step is missed.
-        scaled_outside: whether somebody else divides what a microbatch gives.
-    """
+        num_valid_tokens: that divisor, until it is set to another value.
 
-    reduction = ""
-    scaled_outside = False
+    Raises:
+        ValueError: an unknown option or a value that cannot be, or an ``output_weight`` whose
+            logits may be more than its rows'.
+    """
 
     def __init__(
         self,
         output_weight: nn.Module | Tensor,
         output_bias: Tensor | None,
         vocab_parallel_options: Any,
-        options: dict[str, Any],
+        options: Mapping[str, Any],
+        known: Collection[str],
+        *,
+        scaled_outside: bool = False,
     ) -> None:
+        self._known = frozenset(known) - _NOT_OPTIONS
+        self._options = self._checked(options)
         self.output_weight = OutputWeight(output_weight, output_bias, vocab_parallel_options)
+        self.reduction = options.get("reduction", "")
+        self.num_valid_tokens: int | Tensor | None = None
+        self.scaled_outside = scaled_outside
         self.scaled_by_schedule = False
-        self._options = options
         self._stage: Any = None
         self._validated = self._knows_of_outputs = False
         self._warns_of_validation = True
         self._nothing_divides = False
         self._keeps_graph = loses_nodes()
         self._was_sharded = self._is_sharded()
+
+    def _checked(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Return options of the loss, or raise ValueError for what they cannot be."""
+        # Where the caller chooses no implementation, no option is its own.
+        refused = {*_NOT_OPTIONS, *_OF_SETTINGS} if "impl" in self._known else options.keys()
+        for name in sorted(options.keys() & (refused - self._known)):
+            raise ValueError(
+                f"{name} is not an option of a {type(self).__name__}: known are "
+                f"{sorted(self._known)}"
+            )
+        settings = self._settings_of(options)
+        settings.check()
+        if options.get("reduction") == "none":
+            raise ValueError('a schedule needs a scalar loss, "mean" or "sum", got "none"')
+        problem = unknown_option(settings, self._known)
+        if problem is not None:
+            raise problem
+        create_backend(settings.impl, settings.memory_budget, settings.impl_options)
+        return dict(options)
+
+    def _settings_of(self, options: Mapping[str, Any]) -> LossSettings:
+        """Return all options that are not of the function alone, as a tensor of the tokens' is."""
+        beside = self._known - _OF_SETTINGS
+        return LossSettings.of({name: own for name, own in options.items() if name not in beside})
 
     @property
     def hidden_layout(self) -> HiddenLayout:
@@ -96,13 +144,28 @@ class ScheduledLoss:
         """Tell whether the rows are a DTensor's now: FSDP2 gathers such before a stage runs."""
         return any(isinstance(tensor, DTensor) for tensor in self.output_weight.tensors)
 
-    def read_rows(self) -> Rows:
-        """Return this rank's rows as they are now.
+    def begin(
+        self, num_valid_tokens: int | Tensor | None = None
+    ) -> tuple[Rows, int | Tensor | None]:
+        """Begin a call: return this rank's rows as they are now, and what divides the mean.
+
+        Warns once of each thing that a schedule may do wrong.
+
+        Args:
+            num_valid_tokens: of this call, in place of the attribute.
 
         Raises:
-            ValueError: what `OutputWeight.read` raises, and rows that were a shard when the loss
-                was made and are whole now, where the hidden layout gathers tokens.
+            ValueError: a divisor where the schedule divides too; what `OutputWeight.read` raises,
+                and rows that were a shard when the loss was made and are whole now, where the
+                hidden layout gathers tokens.
         """
+        divisor = self.num_valid_tokens if num_valid_tokens is None else num_valid_tokens
+        if divisor is not None and self.scaled_by_schedule:
+            raise ValueError(DIVIDED_TWICE)
+        self._warn_of_missing_validation()
+        self.warn_of_kept_outputs()
+        if divisor is None and getattr(self._stage, "has_backward", False):
+            self.warn_of_missing_divisor()
         rows, layout = self.output_weight.read(), self.hidden_layout
         if layout != "replicated" and rows.options is None and self._was_sharded:
             raise ValueError(
@@ -110,9 +173,9 @@ class ScheduledLoss:
                 f"but its DTensor weight is whole when the loss is called, as FSDP2 gathers it: "
                 f"leave hidden_layout out, or shard the rows by VocabParallelClassifier"
             )
-        return rows
+        return rows, divisor
 
-    def warn_of_missing_validation(self) -> None:
+    def _warn_of_missing_validation(self) -> None:
         """Warn once where one of torch's schedules trains with a loss that nobody has validated.
 
         A call outside of a schedule, and an evaluation, is right without.
@@ -125,7 +188,7 @@ class ScheduledLoss:
             f"a schedule runs the backward of a {type(self).__name__} that was never validated: "
             f"call validate_pipeline_loss(schedule, loss) on every rank before the first step, "
             f"which refuses what would train wrongly without a word",
-            stacklevel=3,
+            stacklevel=4,
         )
 
     def infers_shapes(self) -> bool:

@@ -35,14 +35,15 @@ import torch
 from torch import Tensor, nn
 
 from vocab_parallel.arguments import Call, Operands, prepare
-from vocab_parallel.backends.interface import ClassifierGrad, Upstream, Wanted
+from vocab_parallel.backends.interface import ClassifierGrad, Shard, Upstream, Wanted
 from vocab_parallel.backends.torch import TorchBackend, owned_targets
 from vocab_parallel.collectives import Pending
 from vocab_parallel.engine import (
-    Inputs,
     classifier_grad,
     own_gradients,
     own_statistics,
+    part_of,
+    shard_of,
     with_padding,
 )
 from vocab_parallel.functional import token_losses
@@ -81,7 +82,7 @@ class _Microbatch:
 
     Attributes:
         arrives: the hidden states [n b, T, D], under way.
-        call, labels, inputs: of S, the labels [N] marked.
+        call, labels, shard: of S, the labels [N] marked.
         own: statistics [k, N] of this rank's rows.
         kept: what S kept for T.
         share: of dE, [N, D], partial; None where T makes it.
@@ -92,7 +93,7 @@ class _Microbatch:
     arrives: Pending
     call: Call = field(init=False)
     labels: Tensor = field(init=False)
-    inputs: Inputs = field(init=False)
+    shard: Shard = field(init=False)
     own: Tensor = field(init=False)
     kept: object = None
     share: Tensor | None = None
@@ -171,17 +172,22 @@ class LossPasses:
         )
         held.call = call = prepare(operands, self._settings, rows.options, validate=False)
         held.labels = call.labels()
-        targets = call.rows.local_targets(held.labels)
-        held.inputs = Inputs(
-            operands.flat_hidden, operands.classifier.detach(), operands.bias, targets
+        targets = held.labels - call.rows.start
+        held.shard = shard_of(
+            call,
+            operands.flat_hidden,
+            operands.classifier,
+            operands.bias,
+            targets,
+            needs_grad=self._trains,
         )
         if not self._trains or self._barriers == 2:
-            held.own, held.kept = own_statistics(call, held.inputs, needs_grad=self._trains)
+            held.own, held.kept = own_statistics(call, held.shard)
         elif call.bound.plan.backward == "recompute" and call.settings.impl != "reference":
-            held.own, held.share = _by_chunks(call, held.inputs)
+            held.own, held.share = _by_chunks(call, held.shard)
         else:
-            held.own, held.kept = own_statistics(call, held.inputs, needs_grad=True)
-            held.share = _local_share(call, held.inputs, held.own, held.kept)
+            held.own, held.kept = own_statistics(call, held.shard)
+            held.share = _local_share(call, held.shard, held.own, held.kept)
 
     @torch.no_grad()
     def exchange(self, microbatch: int) -> None:
@@ -209,7 +215,7 @@ class LossPasses:
     def gradients(self, microbatch: int) -> None:
         """T: add this rank's dC to the gradient of its rows; with two barriers also make dE."""
         held = self._begin_gradients(microbatch)
-        call, inputs = held.call, held.inputs
+        call, shard = held.call, held.shard
         rows = self._loss.output_weight.read()
         weight, bias = cast(nn.Parameter, rows.weight), rows.bias
         wanted = Wanted(
@@ -218,16 +224,16 @@ class LossPasses:
         target = classifier_grad(call, weight)
         if call.settings.accumulate_into is None and weight.grad is not None:
             target = ClassifierGrad(weight.grad.dtype, call.rows.tokens_alone(weight.grad))
-        count = count_lines(call.bound.shard.grad_columns)
+        count = count_lines(shard.grad_columns)
         upstream = Upstream(held.joined[:count], held.grads[:count], wanted, target, held.kept)
-        found = own_gradients(call, inputs, upstream)
+        found = own_gradients(call, shard, upstream)
         if wanted.classifier and target.add_to is None:
             weight.grad = with_padding(found.classifier, weight)
         if wanted.bias and bias is not None:
             own = with_padding(found.bias, bias)
             bias.grad = own if bias.grad is None else bias.grad.add_(own)
         if wanted.hidden:
-            share = torch.zeros_like(inputs.hidden) if found.hidden is None else found.hidden
+            share = torch.zeros_like(shard.hidden) if found.hidden is None else found.hidden
             self._shares[microbatch] = _summable(held, share)
 
     @torch.no_grad()
@@ -301,53 +307,52 @@ def _summable(held: _Microbatch, share: Tensor) -> Tensor:
 
 def _add_targets(held: _Microbatch, share: Tensor) -> None:
     """Add the targets' own part of dE: their logits' gradient, in float32, times their rows."""
-    call, inputs = held.call, held.inputs
-    rows = call.rows.tokens_alone(inputs.classifier)
+    rows = held.shard.classifier
     if rows.shape[0] == 0:
         return
-    owned, chosen = owned_targets(inputs.targets, rows.shape[0])
+    owned, chosen = owned_targets(held.shard.targets, rows.shape[0])
     (lse, at_target), (lse_grad, target_grad) = held.joined[:2], held.grads[:2]
     factor = lse_grad * torch.expm1(at_target - lse) + (lse_grad + target_grad)
-    cap, temperature = call.settings.transform
+    cap, temperature = held.shard.transform
     if cap is not None:  # d tanh = 1 - tanh^2
         factor = factor * (1.0 - (at_target * (temperature / cap)).square())
     factor = (factor / temperature).masked_fill(~owned, 0.0)
     share.addcmul_(rows[chosen].to(share.dtype), factor.unsqueeze(1))
 
 
-def _by_chunks(call: Call, inputs: Inputs) -> tuple[Tensor, Tensor]:
+def _by_chunks(call: Call, shard: Shard) -> tuple[Tensor, Tensor]:
     """Make statistics and share of some tokens at a time, for which the logits are made once.
 
     T makes them once more: four products, where S and T that know nothing of each other make five.
     """
-    num_tokens, shard = inputs.hidden.shape[0], call.bound.shard
+    num_tokens = shard.hidden.shape[0]
     assert isinstance(call.bound.backend, TorchBackend)
     plan = call.bound.backend.plan_chunks(shard, num_tokens)
     in_chunks = call._replace(bound=call.bound._replace(plan=plan))
-    own = inputs.hidden.new_empty((count_lines(shard.columns), num_tokens), dtype=shard.dtype)
-    share = torch.empty_like(inputs.hidden, dtype=shard.dtype)
+    own = shard.hidden.new_empty((count_lines(shard.columns), num_tokens), dtype=shard.dtype)
+    share = torch.empty_like(shard.hidden, dtype=shard.dtype)
     for tokens in blocks(num_tokens, plan.span):
-        part = inputs.of(tokens)
-        found, kept = own_statistics(in_chunks, part, needs_grad=True)
+        part = part_of(shard, tokens)
+        found, kept = own_statistics(in_chunks, part)
         own[:, tokens] = found
         share[tokens] = _local_share(in_chunks, part, found, kept)
     return own, share
 
 
-def _local_share(call: Call, inputs: Inputs, own: Tensor, kept: object) -> Tensor:
+def _local_share(call: Call, shard: Shard, own: Tensor, kept: object) -> Tensor:
     """Return this rank's share of dE [n, D] for its local softmax, without the targets' part.
 
     With nothing at the target: there p + d.target is 0.
     """
-    own = own[: count_lines(call.bound.shard.grad_columns)]
+    own = own[: count_lines(shard.grad_columns)]
     local = torch.zeros_like(own)
     local[0] = 1.0
     local[1] = -share_of(own[1], own[0])
-    nothing = ClassifierGrad(inputs.classifier.dtype)
+    nothing = ClassifierGrad(shard.classifier.dtype)
     upstream = Upstream(own, local, Wanted(True, False, False), nothing, kept)
-    share = own_gradients(call, inputs, upstream).hidden
+    share = own_gradients(call, shard, upstream).hidden
     if share is None:
-        share = torch.zeros_like(inputs.hidden, dtype=own.dtype)
+        share = torch.zeros_like(shard.hidden, dtype=own.dtype)
     return share.to(own.dtype)
 
 
