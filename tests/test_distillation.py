@@ -391,6 +391,7 @@ MISTAKES: list[tuple[int | None, int | None, dict[str, Any], str]] = [
     (None, None, {"teacher_bias": torch.zeros(3)}, "of the teacher's .*bias must be"),
     (None, None, {"memory_budget": 12}, "memory_budget is 12 bytes"),
     (1, None, {"shift": 6}, r"shift must be an integer in \[0, 6\)"),
+    (None, None, {"shift": (1, 2)}, r"must be one integer, got \(1, 2\): call it once for each"),
     (None, None, {"e": None}, "e must be a tensor, got NoneType"),
     (None, 4, {"other": False, "divergence": "reverse_kl"}, "reverse_kl\" is infinite"),
     (None, 4, {"other": 1}, "other must be True or False"),

@@ -245,3 +245,24 @@ def check_kernels() -> None:
 def test_kernels() -> None:
     pytest.importorskip("triton")
     run_ranks(check_kernels, 1, environment=INTERPRETED, timeout=110)
+
+
+def test_what_a_start_remembers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A number's width and alignment and a tensor's address tell binaries apart; not on AMD."""
+    knobs = pytest.importorskip("triton").knobs
+    from vocab_parallel.kernels.launch import Kernel
+
+    def function(tensor, number):  # type: ignore[no-untyped-def]
+        pass
+
+    monkeypatch.setattr(knobs.runtime, "launch_enter_hook", print)  # a launch goes through triton
+    own = torch.zeros(9)
+    for hip, aligned, binaries in ((None, False, 2), (None, True, 6), ("7.0", True, 0)):
+        monkeypatch.setattr(torch.version, "hip", hip)
+        kernel = Kernel(function, aligned=aligned)
+        kernel._jitted = {(1,): lambda *_: {(1, 1, 1): lambda *_: None}}
+        for tensor, number in (
+            (own, 0), (own, 1), (own, 17), (own, 18), (own, 2**31), (own[1:], 0), (own, 32),
+        ):  # fmt: skip
+            kernel.start(own, (1,), (tensor, number), ())
+        assert len(kernel._started) == binaries, (hip, aligned)

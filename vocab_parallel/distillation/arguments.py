@@ -38,6 +38,11 @@ def prepare_student(
 
     def also(call: Call, reads_values: bool) -> tuple[Call, Mapping[str, Any]]:
         own.check(operands.targets is not None)
+        if settings.num_heads is not None:
+            raise ValueError(
+                f"shift of a distillation must be one integer, got {settings.shift!r}: call "
+                f"it once for each prediction"
+            )
         comparison, equal = compare(call, reads_values)
         return _compares(call, comparison), {**vars(own), **equal}
 

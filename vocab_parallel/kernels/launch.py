@@ -82,7 +82,9 @@ class Kernel:
         if known is None:
             by_name = dict(constants)
             compiled = self._jitted[grid](*values, **by_name)
-            if compiled is not None:  # the interpreter compiles nothing
+            # The interpreter compiles nothing; of what is aligned AMD's binaries are also made for
+            # how long its memory is, and triton is asked each time.
+            if compiled is not None and not (self._aligned and torch.version.hip):
                 self._started[key] = compiled, [by_name[name] for name in self._constants]
             return None
         compiled, own = known
