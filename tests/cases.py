@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,7 @@ from torch import Tensor
 from tests.oracle import oracle, relative_error
 from tests.ranks import rank_device
 from vocab_parallel import VocabParallelOptions, arguments, linear_cross_entropy, plan
+from vocab_parallel.backends import torch as torch_backend
 
 # Below these norms an error is compared with the floor: a loss of 0 is the difference of two
 # logits of ordinary size, and rounds as they do.
@@ -69,6 +71,41 @@ def spans_of(tokens: int | None, longest: int = 10) -> Iterator[None]:
     finally:
         plan._LONG_CALL, plan._SPAN_TOKENS = before
         arguments.forget()
+
+
+@contextmanager
+def tiles_of(tokens: int | None = None, rows: int | None = None) -> Iterator[None]:
+    """Let this process work in tiles of at most so many tokens and rows, whatever the budget.
+
+    Where a side is given, a plan made meanwhile must ask for its tile. Where rows are given, no
+    tile is longer for lying in the classifier's gradient.
+    """
+    by_budget = plan.tile_shape
+    borrows = torch_backend._GradientTiles.borrows
+    asked: list[plan.TileShape] = []
+
+    def cut(num_tokens: int, num_rows: int, *budget: Any) -> plan.TileShape:
+        asked.append(by_budget(num_tokens, num_rows, *budget))
+        sides = tokens or asked[-1].tokens, rows or asked[-1].rows
+        return plan.TileShape(min(sides[0], num_tokens), min(sides[1], num_rows))
+
+    def forget() -> None:
+        arguments.forget()
+        plan.chosen.cache_clear()
+
+    def may_borrow(*given: Any) -> bool:
+        return not rows and borrows(*given)
+
+    forget()
+    try:
+        with (
+            patch.object(plan, "tile_shape", cut),
+            patch.object(torch_backend._GradientTiles, "borrows", may_borrow),
+        ):
+            yield
+    finally:
+        forget()
+    assert asked or not (tokens or rows), "nobody asked for a tile"
 
 
 @dataclass(frozen=True)
@@ -179,8 +216,6 @@ def _expected(case: Case, whole: Operands) -> dict[str, Tensor]:
         "return_lse",
         "hidden_grad_scale",
         "impl",
-        "chunk_tokens",
-        "chunk_rows",
         "filter_eps",
         "logits_dtype",
         "backward",

@@ -6,18 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.cases import tiles_of
 from tests.oracle import oracle, relative_error
 from vocab_parallel import VocabParallelOptions, linear_cross_entropy, plan_backward
 from vocab_parallel.backends.torch import Block, TorchBackend
 
 BACKWARDS = ("recompute", "probs")
-# A budget that keeps the logits of 8 of `drawn`'s 17 rows.
-PARTLY: dict[str, Any] = {
-    "backward": "auto",
-    "memory_budget": 1600,
-    "chunk_rows": 4,
-    "chunk_tokens": 12,
-}
+# A budget that keeps the logits of 8 of `drawn`'s 17 rows, in tiles of all tokens and 4 rows.
+PARTLY: dict[str, Any] = {"backward": "auto", "memory_budget": 1600}
+PARTLY_TILE = 12, 4
 MIB = 2**20
 
 
@@ -35,13 +32,17 @@ def exact(scale: float = 1.0, **options: Any) -> tuple[Tensor, ...]:
     return torch.autograd.grad(scale * loss, (e, c))
 
 
-@pytest.mark.parametrize("options", [*({"backward": way} for way in BACKWARDS), PARTLY])
-def test_halves_in_any_order_and_again(options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("options", "tile"),
+    [*(({"backward": way}, ()) for way in BACKWARDS), (PARTLY, PARTLY_TILE)],
+)
+def test_halves_in_any_order_and_again(options: dict[str, Any], tile: tuple[int, ...]) -> None:
     """Inputs' half, weights' half, either first, the whole after both: every time the same."""
     expected = exact(scale=-2.0, z_loss=0.1)
     for order in ((0, 1), (1, 0), (0, 0, 1, 1), (2, 0, 1), (0, 2), (1, 2, 2)):
         e, c, targets = drawn()
-        loss = -2.0 * linear_cross_entropy(e, c, targets, z_loss=0.1, **options)
+        with tiles_of(*tile):
+            loss = -2.0 * linear_cross_entropy(e, c, targets, z_loss=0.1, **options)
         for half in order:
             wanted = [(e,), (c,), (e, c)][half]
             found = torch.autograd.grad(loss, wanted, retain_graph=True)
@@ -67,6 +68,10 @@ def test_what_is_no_longer_there() -> None:
         linear_cross_entropy(e, c, targets, backward="gradients")
     with pytest.raises(ValueError, match=r"one collective each way.*leave it out"):
         linear_cross_entropy(e, c, targets, overlap=True)
+    for name in ("chunk_tokens", "chunk_rows"):
+        for impl in ("auto", "chunked", "reference"):
+            with pytest.raises(ValueError, match=rf"{name} is no longer .* memory_budget"):
+                linear_cross_entropy(e, c, targets, impl=impl, **{name: 2})
     with pytest.raises(ValueError, match='impl="chunked" alone'):
         linear_cross_entropy(e, c, targets, impl="reference", backward="probs")
 
@@ -84,9 +89,10 @@ def test_accumulation(attribute: str, backward: str) -> None:
         c.grad = torch.ones_like(c)
     kept = getattr(c, attribute)
     for _ in range(2):
-        linear_cross_entropy(
-            e, c, targets, backward=backward, accumulate_into=attribute, chunk_tokens=5
-        ).backward()
+        with tiles_of(5):
+            linear_cross_entropy(
+                e, c, targets, backward=backward, accumulate_into=attribute
+            ).backward()
     assert getattr(c, attribute) is kept
     assert relative_error(kept, 1.0 + 2.0 * exact()[1]) < 1e-6
     assert not any(grad is not None and grad.any() for grad in seen)
@@ -113,10 +119,11 @@ def test_accumulation_leaves_padding_rows_alone(attribute: str, backward: str) -
     if attribute == "main_grad":
         c.main_grad = torch.zeros_like(c)
     for _ in range(2):  # where there is no grad yet, autograd makes it
-        linear_cross_entropy(
-            e, c, targets, vocab_parallel_options=options, backward=backward,
-            accumulate_into=attribute, chunk_tokens=5,
-        ).backward()  # fmt: skip
+        with tiles_of(5):
+            linear_cross_entropy(
+                e, c, targets, vocab_parallel_options=options, backward=backward,
+                accumulate_into=attribute,
+            ).backward()  # fmt: skip
     found = getattr(c, attribute)
     assert relative_error(found, 2.0 * exact) < 1e-6
     assert not found[15:].any()
@@ -153,27 +160,57 @@ def test_auto_takes_the_fastest_that_fits() -> None:
     assert tight.float32_bytes == 8192 * 2048 * 4
 
 
-def test_what_fits_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half of the rows' logits are kept: forward makes 5 tiles, backward the 3 that are gone."""
-    plan = plan_backward(12, 17, 5, torch.float64, device_type="cpu", **PARTLY)
-    assert (plan.backward, plan.kept_rows, plan.tile.rows) == ("recompute", 8, 4)
-    assert plan.kept_bytes == 12 * 8 * 8
-    made: list[int] = []
-
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Tokens and rows of each tile of logits, from now on."""
+    found: list[tuple[int, ...]] = []
     plain = TorchBackend.put_raw_logits
 
     def counting(self: TorchBackend, out: Tensor, block: Block, tokens: slice) -> Tensor:
-        made.append(out.shape[1])
+        found.append(tuple(out.shape))
         return plain(self, out, block, tokens)
 
     monkeypatch.setattr(TorchBackend, "put_raw_logits", counting)
+    return found
+
+
+def test_what_fits_is_kept(made: list[tuple[int, ...]]) -> None:
+    """Half of the rows' logits are kept: forward makes 5 tiles, backward the 3 that are gone."""
     e, c, targets = drawn()
-    loss = linear_cross_entropy(e, c, targets, **PARTLY)
-    assert made == [4, 4, 1, 4, 4], "what is kept comes last"
+    with tiles_of(*PARTLY_TILE):
+        plan = plan_backward(12, 17, 5, torch.float64, device_type="cpu", **PARTLY)
+        assert (plan.backward, plan.kept_rows, plan.tile.rows) == ("recompute", 8, 4)
+        assert plan.kept_bytes == 12 * 8 * 8
+        loss = linear_cross_entropy(e, c, targets, **PARTLY)
+    first = [(12, 4), (12, 4), (12, 1)]
+    assert made == [*first, (12, 4), (12, 4)], "what is kept comes last"
     found = torch.autograd.grad(loss, (e, c))
-    assert made[5:] == [4, 4, 1]
+    assert made[5:] == first
     for got, want in zip(found, exact(), strict=True):
         assert relative_error(got, want) < 1e-12
+
+
+def test_tiles(made: list[tuple[int, ...]]) -> None:
+    """A small budget cuts both sides in two until a tile fits; tests may name the tile."""
+    e, c, targets = drawn(tokens=11)
+    wide = [t.detach().requires_grad_() for t in (e, c)]
+    loss, _ = oracle(*wide, targets)
+    want = torch.autograd.grad(loss, wide)
+    for sides, budget, tokens, rows in (
+        ((), 240, (3, 3, 3, 2), (3, 3, 3, 3, 3, 2)),  # ten logits, with two temporaries each
+        ((5, 4), None, (5, 5, 1), (4, 4, 4, 4, 1)),
+        ((None, 4), None, (11,), (4, 4, 4, 4, 1)),
+        ((5,), None, (5, 5, 1), (17,)),
+    ):
+        made.clear()
+        with tiles_of(*sides):
+            ours = linear_cross_entropy(e, c, targets, backward="recompute", memory_budget=budget)
+            found = torch.autograd.grad(ours, (e, c))
+        assert made == 2 * [(n, r) for r in rows for n in tokens], (sides, budget)
+        for got, exactly in zip(found, want, strict=True):
+            assert relative_error(got, exactly) < 1e-12, (sides, budget)
+    with pytest.raises(AssertionError, match="nobody asked"), tiles_of(5):
+        linear_cross_entropy(e, c, targets, impl="reference")
 
 
 def test_kept_bytes_fit() -> None:
@@ -189,5 +226,5 @@ def test_kept_bytes_fit() -> None:
         assert 3 * several.kept_bytes + several.logits_bytes <= budget
     named = plan_backward(8192, 37_984, 5120, memory_budget=256 * MIB, backward="recompute")
     assert (named.kept_rows, named.kept_bytes) == (0, 0), "who names it keeps nothing"
-    odd = plan_backward(8192, 37_984, 5120, chunk_rows=999)
-    assert (odd.tile.rows, odd.kept_rows) == (992, 4096), "kernels write whole sectors of a tile"
+    tiny = plan_backward(8192, 37_984, 5120, memory_budget=2 * 200 * 200)
+    assert tiny.tile == (200, 192), "kernels write whole sectors of a tile"

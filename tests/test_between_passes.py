@@ -86,7 +86,7 @@ def of_the_loss(draw: Draw, layout: str) -> Relative:
     }
     if options["impl"] == "chunked":
         way = draw.choice(("recompute", "probs"))
-        options |= {"backward": way, "chunk_rows": 3, "chunk_tokens": 4}
+        options |= {"backward": way, "memory_budget": 200}  # tiles of a few tokens and rows
     if options["reduction"] == "mean" and draw.random() < 0.4:
         tensors["num_valid_tokens"] = torch.tensor(7)
     if draw.random() < 0.4:

@@ -188,7 +188,7 @@ def test_options_are_known_before_a_step() -> None:
         ({"impl": "fast"}, "unknown impl 'fast'"),
         ({"z_loss": -1.0}, "z_loss must be a number of at least 0"),
         ({"hidden_layout": "split"}, "unknown hidden_layout 'split'"),
-        ({"chunk_rows": 0}, "chunk_rows must be a positive integer"),
+        ({"microbatches_in_flight": 0}, "microbatches_in_flight must be a positive integer"),
     ):
         with pytest.raises(ValueError, match=message):
             CCEPipelineLoss(head, **options)

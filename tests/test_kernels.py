@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.cases import tiles_of
 from tests.oracle import distillation_oracle, oracle, relative_error
 from tests.ranks import run_ranks
 from vocab_parallel import linear_cross_entropy, linear_distillation, plan_backward
@@ -135,40 +136,41 @@ def check_whole_loss() -> None:
     """Every way through the kernels, in float32, with all options at once."""
     registry.choose = lambda hidden, classifier: "triton"
     torch.manual_seed(0)
-    e, c, bias = torch.randn(40, 8), torch.randn(150, 8), torch.randn(150)
-    targets = torch.randint(150, (40,))
+    e, c, bias = torch.randn(20, 8), torch.randn(300, 8), torch.randn(300)
+    targets = torch.randint(300, (20,))
     targets[::7] = -100
-    count = torch.tensor([29])
+    count = torch.tensor([13])
     options: dict[str, Any] = {
         "softcap": 3.0,
         "label_smoothing": 0.1,
         "z_loss": 0.01,
         "temperature": 0.8,
-        "token_weight": torch.rand(40, 3)[:, 1],  # its numbers do not lie side by side
+        "token_weight": torch.rand(20, 3)[:, 1],  # its numbers do not lie side by side
     }
     leaves = [t.double().requires_grad_() for t in (e, c, bias)]
-    exact_loss, _ = oracle(leaves[0], leaves[1], targets, leaves[2], num_valid_tokens=29, **options)
+    exact_loss, _ = oracle(leaves[0], leaves[1], targets, leaves[2], num_valid_tokens=13, **options)
     exact = torch.autograd.grad(exact_loss, leaves)
-    partly = {"memory_budget": 26_000, "chunk_rows": 32}
-    plan = plan_backward(40, 150, 8, torch.float32, device_type="cpu", temporaries=4, **partly)
-    assert (plan.backward, plan.kept_rows) == ("recompute", 96), "three blocks of five"
-    for backward, extra in (
-        ("auto", partly),
-        ("recompute", {}),
-        ("recompute", {"chunk_rows": 64, "chunk_tokens": 16}),
-        ("probs", {}),
+    partly = {"memory_budget": 20 * 256 * 4}
+    plan = plan_backward(20, 300, 8, torch.float32, **partly)
+    assert (plan.backward, plan.kept_rows) == ("recompute", 256), "one block of two"
+    for backward, extra, tile in (
+        ("auto", partly, ()),
+        ("recompute", {}, ()),
+        ("recompute", {}, (8, 128)),
+        ("probs", {}, ()),
     ):
         own = [t.requires_grad_() for t in (e.clone(), c.clone(), bias.repeat_interleave(2)[::2])]
         given = count.clone()
-        loss = linear_cross_entropy(
-            own[0], own[1], targets, own[2], backward=backward, num_valid_tokens=given,
-            **extra, **options,
-        )  # fmt: skip
+        with tiles_of(*tile):
+            loss = linear_cross_entropy(
+                own[0], own[1], targets, own[2], backward=backward, num_valid_tokens=given,
+                **extra, **options,
+            )  # fmt: skip
+            given.zero_()  # the caller's own: backward has what forward had
+            (2.0 * loss).backward()
         assert relative_error(loss, exact_loss) < 1e-6
-        given.zero_()  # the caller's own: backward has what forward had
-        (2.0 * loss).backward()
         for tensor, want in zip(own, exact, strict=True):
-            assert relative_error(tensor.grad, 2.0 * want) < 5e-6, (backward, extra)
+            assert relative_error(tensor.grad, 2.0 * want) < 5e-6, (backward, extra, tile)
 
 
 def check_distillation() -> None:
@@ -198,21 +200,23 @@ def check_dtypes() -> None:
     wide = torch.randn(40, 8), torch.randn(150, 8)
     targets = torch.randint(150, (40,))
     half, full = torch.float16, torch.float32
-    for dtypes, options in (
-        ((full, half), {"backward": "probs"}),
-        ((half, full), {"chunk_rows": 64, "chunk_tokens": 16}),
-        ((half, half), {"chunk_rows": 64, "chunk_tokens": 16, "logits_dtype": "float32"}),
-        ((half, half), {"backward": "auto", "memory_budget": 2**20, "logits_dtype": "float32"}),
+    recompute, float32 = {"backward": "recompute"}, {"logits_dtype": "float32"}
+    for dtypes, tile, options in (
+        ((full, half), (), {"backward": "probs"}),
+        ((half, full), (16, 64), recompute),
+        ((half, half), (16, 64), {**recompute, **float32}),
+        ((half, half), (), {"backward": "auto", "memory_budget": 2**20, **float32}),
     ):
         own = [
             t.to(dtype, copy=True).requires_grad_() for t, dtype in zip(wide, dtypes, strict=True)
         ]
         exact = [t.detach().double().requires_grad_() for t in own]
         exact_loss, _ = oracle(*exact, targets)
-        loss: Any = linear_cross_entropy(*own, targets, softcap=None, **options)
+        with tiles_of(*tile):
+            loss: Any = linear_cross_entropy(*own, targets, softcap=None, **options)
+            (2.0 * loss).backward()
         mixed = dtypes != (half, half)  # products of float16 round on a CPU
         assert relative_error(loss, exact_loss) < (1e-6 if mixed else 1e-3), (dtypes, options)
-        (2.0 * loss).backward()
         grads = torch.autograd.grad(2.0 * exact_loss, exact)
         for tensor, want in zip(own, grads, strict=True):
             assert tensor.grad is not None

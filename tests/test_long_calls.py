@@ -1,5 +1,6 @@
 """Long calls: the tokens a span at a time, equal to one span and to float64, in bounded memory."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks import long_call
-from tests.cases import Case, check_case, spans_of
+from tests.cases import Case, check_case, spans_of, tiles_of
 from tests.oracle import oracle, relative_error
 from tests.ranks import run_ranks
 from tests.recording import AllocationRecorder, CollectiveRecorder
@@ -24,15 +25,16 @@ LAYOUTS = ("replicated", "sharded", "sequence")
 ROWS = (7, 4, 0)  # a rank without rows reduces as often as the others
 WAYS: tuple[dict[str, Any], ...] = (
     {"backward": "recompute"},
-    {"backward": "recompute", "chunk_tokens": 4, "chunk_rows": 3},
+    {"backward": "recompute", "memory_budget": 200},  # several tiles on both sides
     {"backward": "probs"},
 )
 
 
-def ways(layout: str, budget: int) -> tuple[dict[str, Any], ...]:
-    """Return all ways, and one where ranks differ: the first keeps some rows, the second all."""
-    copies = len(ROWS) if layout == "sharded" else 1
-    return (*WAYS, {"chunk_rows": 2, "memory_budget": copies * budget})
+def ways(layout: str, budget: int) -> Iterator[dict[str, Any]]:
+    """Yield all ways, and one where ranks differ: the first keeps some rows, the second all."""
+    yield from WAYS
+    with tiles_of(rows=2):
+        yield {"memory_budget": (len(ROWS) if layout == "sharded" else 1) * budget}
 
 
 def check_against_the_oracle() -> None:
@@ -180,8 +182,8 @@ def test_one_rank_holds_no_sum_of_all_tokens() -> None:
     for span, most in ((64, 2 * tokens), (None, 4 * tokens)):
         with spans_of(span), AllocationRecorder([e, c, targets]) as seen:
             loss = linear_cross_entropy(
-                e, c, targets, backward="recompute", chunk_tokens=64, memory_budget=2**20
-            )
+                e, c, targets, backward="recompute", memory_budget=64 * rows * 12
+            )  # of 64 tokens, with two temporaries in float32
             found = torch.autograd.grad(loss, (e, c))
         # The gradient itself is of 2 bytes; what is summed in one span of 4.
         assert seen.largest.size == hidden * most, (span, seen.largest)
@@ -240,7 +242,6 @@ def test_which_calls_are_long() -> None:
         ((92_353, 75_968, 2048), {}, True),
     ):
         assert (plan_backward(*shape, **more).span < shape[0]) == long, (shape, more)
-    assert plan_backward(*LONG, chunk_tokens=1024).tile.tokens == 1024
 
 
 def test_benchmark() -> None:

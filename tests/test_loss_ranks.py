@@ -61,8 +61,8 @@ def named_cases(degree: int) -> list[Case]:
 
 
 def check_named_cases(degree: int) -> None:
-    # Several tiles on both sides, the last ones smaller.
-    tiles = {"impl": "chunked", "chunk_tokens": 5, "chunk_rows": 2}
+    # Some ten logits at a time: several tiles on both sides, the last ones smaller.
+    tiles = {"impl": "chunked", "memory_budget": 320}
     for case in named_cases(degree):
         check_case(with_options(case, {"impl": "reference"}))
         for backward in ("recompute", "probs"):
@@ -96,8 +96,7 @@ def drawn_cases(draw: st.DrawFn, degree: int) -> Case:
     if options["impl"] == "chunked":
         options["backward"] = draw(st.sampled_from(("auto", "recompute", "probs")))
         if draw(st.booleans()):
-            options["chunk_tokens"] = draw(st.integers(1, 7))
-            options["chunk_rows"] = draw(st.integers(1, 7))
+            options["memory_budget"] = draw(st.integers(80, 1200))  # two logits, and more
     if options["reduction"] == "mean" and draw(st.booleans()):
         options["num_valid_tokens"] = draw(st.integers(0, 50))
     return Case(

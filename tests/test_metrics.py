@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tests.cases import Case, draw
+from tests.cases import Case, draw, tiles_of
 from tests.oracle import metrics_oracle, relative_error
 from tests.ranks import run_ranks
 from tests.recording import CollectiveRecorder
@@ -24,10 +24,10 @@ CASES: list[dict[str, Any]] = [
     {},
     {"softcap": 2.0, "temperature": 0.7, "hidden_layout": "sharded", "shift": 1},
     {"label_smoothing": 0.1, "hidden_layout": "sequence", "shift": 2},
-    {"z_loss": 0.01, "return_lse": True, "chunk_rows": 4, "chunk_tokens": 5},
+    {"z_loss": 0.01, "return_lse": True, "tile": (5, 4)},
     {"reduction": "none", "hidden_layout": "sequence"},
     {"backward": "probs", "ignore_index": 3},
-    {"backward": "probs", "hidden_layout": "sharded", "chunk_tokens": 7},
+    {"backward": "probs", "hidden_layout": "sharded", "tile": (7,)},
     {"backward": "probs", "reduction": "sum", "label_smoothing": 0.2},
     {"backward": "recompute", "num_valid_tokens": 7},
     {"impl": "reference", "softcap": 2.0, "label_smoothing": 0.1},
@@ -40,7 +40,7 @@ class Step:
 
     def __init__(self, given: dict[str, Any], bias: bool) -> None:
         self.options = dict(given)
-        ignored = self.options.pop("ignored", 0.3)
+        ignored, self.tile = self.options.pop("ignored", 0.3), self.options.pop("tile", ())
         case = Case(ROWS, length=6, padding=PADDED, ignored=ignored, bias=bias, options=given)
         self.rank, self.degree = dist.get_rank(), dist.get_world_size()
         self.whole = draw(case, self.degree)
@@ -70,7 +70,7 @@ class Step:
         leaves = [e.clone().requires_grad_(), self.whole.c[rows].clone().requires_grad_()]
         bias = None if self.whole.bias is None else self.whole.bias[rows].clone().requires_grad_()
         options = VocabParallelOptions(rows.start, rows.stop, vocab_size=self.size)
-        with CollectiveRecorder() as recorded:
+        with tiles_of(*self.tile), CollectiveRecorder() as recorded:
             found: Any = linear_cross_entropy(
                 *leaves, targets, bias, vocab_parallel_options=options, validate=False,
                 **self.options, **more,
@@ -142,7 +142,7 @@ def test_ties_and_masks() -> None:
     bias[5] = -torch.inf
     e[3, 0] = torch.nan
     for impl in ("chunked", "reference"):
-        for options in ({}, {"chunk_rows": 3}) if impl == "chunked" else ({},):
+        for options in ({}, {"memory_budget": 300}) if impl == "chunked" else ({},):
             _, metrics = linear_cross_entropy(
                 e, c, targets, bias, impl=impl, return_metrics=True, **options
             )

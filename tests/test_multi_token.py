@@ -26,7 +26,7 @@ LAYOUTS = ("replicated", "sharded", "sequence")
 TOLERANCE = {"float64": 1e-10, "float32": 1e-5, "float16": 4e-3}
 SHIFT, WEIGHTS = (1, 2, 3), (1.0, 0.3, 0.1)
 UNEVEN = {1: (11,), 2: (6, 5), 3: (5, 4, 2), 4: (4, 4, 3, 0)}
-TILES = {"impl": "chunked", "chunk_tokens": 5, "chunk_rows": 2}
+TILES = {"impl": "chunked", "memory_budget": 320}  # some ten logits at a time
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ def drawn_cases(draw: st.DrawFn, degree: int) -> Case:
     if draw(st.booleans()):
         ways = ("auto", "recompute", "probs")
         options |= {"impl": "chunked", "backward": draw(st.sampled_from(ways))}
-        options |= {name: draw(st.integers(1, 7)) for name in ("chunk_tokens", "chunk_rows")}
+        options["memory_budget"] = draw(st.integers(80, 1200))
     return Case(
         tuple(rows),
         layout,

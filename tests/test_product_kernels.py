@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.cases import tiles_of
 from tests.oracle import metrics_oracle, oracle, relative_error
 from tests.ranks import run_ranks
 from tests.test_kernels import CASES, INTERPRETED, drawn_bias, drawn_shard
@@ -267,30 +268,33 @@ def check_whole_loss() -> None:
     exact_loss, _ = oracle(leaves[0], leaves[1], targets, leaves[2], softcap=3.0, z_loss=0.01)
     exact = torch.autograd.grad(exact_loss, leaves)
     exact_metrics = metrics_oracle(e, c, targets, bias, softcap=3.0)
-    extra: dict[str, Any]
-    for backward, extra, keeps in (
-        ("auto", {"memory_budget": 140 * 300 * 2, "chunk_rows": 128}, False),
-        ("auto", {"memory_budget": 140 * 300 * 2, "chunk_rows": 128}, True),
-        ("auto", {"memory_budget": 140 * 300 * 2, "chunk_rows": 128, "chunk_tokens": 60}, True),
-        ("recompute", {}, True),
-        ("recompute", {"chunk_rows": 128, "chunk_tokens": 100}, True),
-        ("auto", {"logits_dtype": "float32"}, False),
-        ("probs", {}, False),
-        ("probs", {}, True),
+    partly, extra = {"memory_budget": 140 * 300 * 2}, {}
+    tile: tuple[int | None, ...]
+    for backward, extra, tile, keeps in (
+        ("auto", partly, (None, 128), False),
+        ("auto", partly, (None, 128), True),
+        ("auto", partly, (60, 128), True),
+        ("recompute", {}, (), True),
+        ("recompute", {}, (100, 128), True),
+        ("auto", {"logits_dtype": "float32"}, (), False),
+        ("probs", {}, (), False),
+        ("probs", {}, (), True),
     ):
         interpreted().keeps = keeps
         own = [t.clone().requires_grad_() for t in (e, c, bias)]
-        loss, metrics = linear_cross_entropy(
-            own[0], own[1], targets, own[2], backward=backward, softcap=3.0, z_loss=0.01,
-            return_metrics=True, **extra,
-        )  # fmt: skip
+        case = backward, extra, tile, keeps
+        with tiles_of(*tile):
+            loss, metrics = linear_cross_entropy(
+                own[0], own[1], targets, own[2], backward=backward, softcap=3.0, z_loss=0.01,
+                return_metrics=True, **extra,
+            )  # fmt: skip
+            (64.0 * loss).backward()
         for found, counted in zip(metrics, exact_metrics, strict=True):
-            assert relative_error(found, counted) < 1e-5, (backward, extra)
-        assert relative_error(loss, exact_loss) < 1e-5, (backward, extra)
-        (64.0 * loss).backward()
+            assert relative_error(found, counted) < 1e-5, case
+        assert relative_error(loss, exact_loss) < 1e-5, case
         for tensor, want in zip(own, exact, strict=True):
             error = relative_error(tensor.grad, 64.0 * want)
-            assert error < 2e-3, (backward, extra, keeps, error)
+            assert error < 2e-3, (case, error)
 
 
 def check_tiles_in_the_gradient() -> None:

@@ -149,9 +149,7 @@ class Run:
         self.options = options_of(case)
         if "token_weight" in self.options:
             self.options["token_weight"] = self.options["token_weight"].to(device)
-        self.loss = CCEPipelineLoss(
-            rows["head"], hidden_layout=layout, **self.options, **case.get("impl", {})
-        )
+        self.loss = CCEPipelineLoss(rows["head"], hidden_layout=layout, **self.options)
         self.schedule = SpanningSchedule(
             stages,
             self.microbatches,
@@ -360,7 +358,7 @@ CASES: list[dict[str, Any]] = [
     {"schedule": "1F1B", "microbatches": 4, "vocabulary": 23, "bias": True, "whole_step": True,
      "options": {"softcap": 2.0, "temperature": 0.7, "z_loss": 0.01, "return_metrics": True}},
     {"schedule": "ZBVZeroBubble", "microbatches": 8, "vocabulary": 23, "bias": True,
-     "options": {"softcap": 2.0}, "impl": {"chunk_rows": 2, "chunk_tokens": 3}},
+     "options": {"softcap": 2.0, "memory_budget": 200}},
     {"schedule": "1F1B", "microbatches": 4, "vocabulary": 23, "bias": True,
      "options": {"label_smoothing": 0.1, "softcap": 2.0, "z_loss": 0.01, "return_metrics": True}},
     {"schedule": "ZBVZeroBubble", "microbatches": 8, "vocabulary": 9, "barriers": 2,

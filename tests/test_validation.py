@@ -127,7 +127,7 @@ MISTAKES: list[tuple[Change, str]] = [
     (setting(reduction="avg"), r"unknown reduction 'avg': known are \['mean', 'sum', 'none'\]"),
     (setting(hidden_layout="split"), "unknown hidden_layout 'split'"),
     (setting(backward="never"), "unknown backward 'never'"),
-    (setting(chunk=3), r"unknown option 'chunk', .*impl 'auto' has \['chunk_rows'"),
+    (setting(chunk=3), r"unknown option 'chunk': .*impl 'auto' has \['microbatches_in_flight'"),
     (setting(softcap=0), "softcap must be a positive number"),
     (setting(softcap=float("nan")), "softcap must be a positive number"),
     (setting(temperature=0.0), "temperature must be a positive number"),
@@ -150,7 +150,8 @@ MISTAKES: list[tuple[Change, str]] = [
     (setting(num_valid_tokens=torch.tensor(-5)), "must count tokens, at least 0, got -5"),
     (on_rank(1, without_reduction), r"reduce_e_grad: \[True, False\]"),
     (on_rank(1, setting(memory_budget=2**20)), r"memory_budget: \[None, 1048576\]"),
-    (on_rank(1, setting(chunk_rows=2)), r"impl_options: \[\[\], \[\('chunk_rows', 2\)\]\]"),
+    (on_rank(1, setting(microbatches_in_flight=2)),
+     r"impl_options: \[\[\], \[\('microbatches_in_flight', 2\)\]\]"),
     (on_rank(1, target(3)), "have different targets"),
     (on_rank(1, setting(e=torch.zeros(TOKENS, HIDDEN))), r"e requires grad: \[True, False\]"),
     (on_meta, "e is on the meta device and has no values"),
@@ -235,12 +236,12 @@ def test_misspelt_options() -> None:
     for name, words in (
         ("lable_smoothing", "did you mean 'label_smoothing'"),
         ("ignore_idx", "did you mean 'ignore_index'"),
-        ("chunk_row", "did you mean 'chunk_rows'"),
+        ("microbatch_in_flight", "did you mean 'microbatches_in_flight'"),
         ("lse_square_scale", "which is z_loss here"),
         ("linear_weight", "which is c here"),
         ("filter_eps", 'which is an option of impl="cce"'),
         ("weight", "which is c here.*token_weight"),
-        ("colour", r"the loss has \[.*\], impl 'auto' has \['chunk_rows'"),
+        ("colour", r"the loss has \[.*\], impl 'auto' has \['microbatches_in_flight'"),
     ):
         with pytest.raises(ValueError, match=rf"unknown option '{name}'.*{words}"):
             linear_cross_entropy(e, c, targets, **{name: 0.1})

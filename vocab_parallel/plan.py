@@ -101,8 +101,6 @@ def plan_backward(
     microbatches_in_flight: int = 1,
     degree: int = 1,
     device_type: str = "cuda",
-    chunk_tokens: int | None = None,
-    chunk_rows: int | None = None,
     temporaries: int = 2,
     triton: bool = True,
     has_main_grad: bool = False,
@@ -123,8 +121,6 @@ def plan_backward(
         microbatches_in_flight: whose forward may wait for its backward at a time.
         degree: V, over how many ranks the rows are spread.
         device_type: "cpu" or "cuda".
-        chunk_tokens, chunk_rows: the tile's sides, in place of those that the budget gives; on a
-            GPU rows go by 16.
         temporaries: buffers of a tile's shape beside the logits, where plain torch works.
         triton: whether triton is installed where ``device_type`` is "cuda": without it plain torch
             works there too.
@@ -151,8 +147,6 @@ def plan_backward(
         degree=degree,
         microbatches_in_flight=microbatches_in_flight,
         budget=budget_bytes(memory_budget),
-        chunk_tokens=chunk_tokens,
-        chunk_rows=chunk_rows,
         temporaries=temporaries,
         span=span_tokens(tokens, rows, dtype, has_main_grad) if in_spans else tokens,
         has_main_grad=has_main_grad,
@@ -197,8 +191,6 @@ class Planner(NamedTuple):
     degree: int
     microbatches_in_flight: int
     budget: int
-    chunk_tokens: int | None
-    chunk_rows: int | None
     temporaries: int
     span: int
     has_main_grad: bool
@@ -214,13 +206,8 @@ class Planner(NamedTuple):
 
     def recompute(self) -> BackwardPlan:
         """Keep nothing."""
-        tokens, rows = tile_shape(
-            self.span, self.rows, self._scratch, self.budget, self.device_type
-        )
-        tokens = min(self.chunk_tokens or tokens, self.span)
-        rows = min(self.chunk_rows or rows, self.rows)
-        if self._copies:
-            tokens, rows = tile_to_copy(TileShape(tokens, rows))
+        tile = tile_shape(self.span, self.rows, self._scratch, self.budget, self.device_type)
+        tokens, rows = tile_to_copy(tile) if self._copies else tile
         if self.kernels and rows < self.rows:  # they write whole sectors, of no other tile
             rows = min(max(rows // _SECTOR, 1) * _SECTOR, self.rows)
         logits = tokens * self._pitch(rows) * self._scratch

@@ -50,6 +50,8 @@ REMOVED = {
     "leave it out",
     "e_grad_reduce_dtype": "the hidden states' gradient is summed in float32 (float64 for "
     "float64), since a sum in bfloat16 has up to twice eager's error; leave it out",
+    "chunk_tokens": "tiles are as large as memory_budget allows; set that, in bytes",
+    "chunk_rows": "tiles are as large as memory_budget allows; set that, in bytes",
     "gradients": 'use "probs", which is as fast, or "auto" with a memory_budget',
 }
 _CHOICES: Mapping[str, tuple[Any, ...]] = {

@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.cases import tiles_of
 from tests.oracle import oracle, relative_error
 from tests.ranks import run_ranks
 from vocab_parallel import (
@@ -22,6 +23,7 @@ from vocab_parallel.plan import row_blocks
 
 BACKWARDS = ("recompute", "probs")
 MIB = 2**20
+SMALL_TILES: dict[str, Any] = {"memory_budget": 2 * 256 * 256}
 
 
 def drawn(
@@ -49,12 +51,17 @@ def test_errors(rows: int, confident: bool) -> None:
     wide = [t.detach().double().requires_grad_() for t in (e, c)]
     exact = torch.autograd.grad(oracle(wide[0], wide[1], targets)[0], wide)
     peers = torch.autograd.grad(F.cross_entropy(F.linear(e, c).float(), targets), (e, c))
-    for backward in (*BACKWARDS, "auto"):
-        for cut in ({}, {"chunk_tokens": 512}, {"chunk_rows": 1024}, {"chunk_rows": 999}):
-            if backward == "auto":  # half of the logits are kept
-                cut = {**cut, "memory_budget": 1500 * rows}
-            loss = linear_cross_entropy(e, c, targets, backward=backward, **cut)
-            found = torch.autograd.grad(loss, (e, c))
+    tiles: tuple[tuple[int | None, ...], ...] = ((), (512,), (None, 1024), (None, 999))
+    half = {"memory_budget": 1500 * rows}  # of the logits are kept
+    for backward, options, cuts in (
+        ("recompute", {}, tiles),
+        ("probs", {}, ((),)),  # in one tile
+        ("auto", half, tiles),
+    ):
+        for cut in cuts:
+            with tiles_of(*cut):
+                loss = linear_cross_entropy(e, c, targets, backward=backward, **options)
+                found = torch.autograd.grad(loss, (e, c))
             for name, ours, peer, want in zip(("dE", "dC"), found, peers, exact, strict=True):
                 ours_error, peer_error = relative_error(ours, want), relative_error(peer, want)
                 print(backward, cut, name, f"{ours_error:.2e}", f"eager {peer_error:.2e}")
@@ -82,13 +89,18 @@ def test_every_option(backward: str) -> None:
         assert relative_error(got, want) < 1e-5
 
 
+def test_small_tiles() -> None:
+    plan = plan_backward(600, 1777, 64, backward="recompute", **SMALL_TILES)
+    assert plan.tile == (256, 256)
+
+
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("backward", BACKWARDS)
 def test_no_synchronisation(backward: str) -> None:
     e, c, targets = drawn(600, 1777, 64)
 
     def step() -> Tensor:
-        loss = linear_cross_entropy(e, c, targets, backward=backward, chunk_tokens=256, shift=1)
+        loss = linear_cross_entropy(e, c, targets, backward=backward, shift=1, **SMALL_TILES)
         loss.backward()
         return loss
 
@@ -108,7 +120,7 @@ def test_cuda_graph(backward: str) -> None:
     e, c, targets = drawn(600, 1777, 64)
 
     def step() -> tuple[Tensor, ...]:
-        loss = linear_cross_entropy(e, c, targets, backward=backward, chunk_tokens=256)
+        loss = linear_cross_entropy(e, c, targets, backward=backward, **SMALL_TILES)
         return (loss, *torch.autograd.grad(loss, (e, c)))
 
     stream = torch.cuda.Stream()
@@ -282,11 +294,10 @@ def check_large_tile(dtype: torch.dtype, backward: str) -> None:
     assert tokens * rows > 2**31
     e, c, targets = drawn(tokens, rows, hidden, dtype)
     bias = torch.randn(rows, device="cuda").to(dtype).requires_grad_()
-    whole: dict[str, Any] = {"memory_budget": 2**34}
-    if backward == "recompute":
-        whole = {"chunk_tokens": tokens, "chunk_rows": rows, "memory_budget": 2**34}
-    loss = linear_cross_entropy(e, c, targets, bias, backward=backward, **whole)
-    found = torch.autograd.grad(loss, (e, c, bias))
+    whole = (tokens, rows) if backward == "recompute" else ()
+    with tiles_of(*whole):
+        loss = linear_cross_entropy(e, c, targets, bias, backward=backward, memory_budget=2**34)
+        found = torch.autograd.grad(loss, (e, c, bias))
     wide = [t.detach().double().requires_grad_() for t in (e, c, bias)]
     count = int((targets != -100).sum())
     for part in range(0, tokens, 512):  # their logits in float64 are 0.3 GB
@@ -310,21 +321,24 @@ def check_overlap() -> None:
     own = c.detach()[options.start : options.stop].clone().requires_grad_()
     assert degree == 2
     for backward in BACKWARDS:
-        for cut in ({}, {"chunk_tokens": 2048}):
+        for budget in (None, 32 * MIB):
+            if budget is not None:
+                plan = plan_backward(8192, 8000, 512, backward="recompute", memory_budget=budget)
+                assert plan.tile == (2048, 8000)
             plain: tuple[Tensor, ...] | None = None
             for turn in range(12):
                 # Memory that was just freed is what a race would see overwritten.
                 torch.full((64 * MIB,), float("nan"), device="cuda")
                 loss = linear_cross_entropy(
                     e, own, targets, vocab_parallel_options=options, backward=backward,
-                    **cut,
+                    memory_budget=budget,
                 )  # fmt: skip
                 if turn == 0:  # nothing under way while anything else is queued
                     torch.cuda.synchronize()
                 found = (loss.detach(), *torch.autograd.grad(loss, (e, own)))
                 plain = found if plain is None else plain
                 for got, want in zip(found, plain, strict=True):
-                    assert torch.equal(got, want), (backward, cut, turn)
+                    assert torch.equal(got, want), (backward, budget, turn)
 
 
 def test_overlap() -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from benchmarks.contestants import Operands, other_targets
+from tests.cases import tiles_of
 from tests.oracle import oracle, relative_error
 from vocab_parallel import linear_cross_entropy
 from vocab_parallel.backends import registry
@@ -55,25 +56,27 @@ def test_no_worse_than_two_kernels(
     wide = [t.detach().double().requires_grad_() for t in leaves]
     exact = torch.autograd.grad(oracle(wide[0], wide[1], targets, wide[2], **given)[0], wide)
 
-    def errors(extra: dict[str, Any]) -> list[float]:
-        got = linear_cross_entropy(leaves[0], leaves[1], targets, leaves[2], **given, **extra)
-        found = torch.autograd.grad(got, leaves)
+    def errors(extra: dict[str, Any], tile: tuple[int | None, ...]) -> list[float]:
+        with tiles_of(*tile):
+            got = linear_cross_entropy(leaves[0], leaves[1], targets, leaves[2], **given, **extra)
+            found = torch.autograd.grad(got, leaves)
         return [relative_error(a, b) for a, b in zip(found, exact, strict=True)]
 
-    for extra in (
-        {"backward": "recompute", "chunk_rows": 1024},
-        {"backward": "recompute", "chunk_rows": 999, "chunk_tokens": 200},
-        {"memory_budget": tokens * rows},
-        {"backward": "probs"},
+    extra: dict[str, Any]
+    for extra, tile in (
+        ({"backward": "recompute"}, (None, 1024)),
+        ({"backward": "recompute"}, (200, 999)),
+        ({"memory_budget": tokens * rows}, ()),
+        ({"backward": "probs"}, ()),
     ):
-        found = errors(extra)
+        found = errors(extra, tile)
         with monkeypatch.context() as patch:
             patch.setattr(registry, "choose", lambda hidden, classifier: "triton")
-            apart = errors(extra)
-        print(dtype, shape, given, extra, found, apart)
+            apart = errors(extra, tile)
+        print(dtype, shape, given, extra, tile, found, apart)
         # What two kernels sum of the bias's gradient is float32; what is kept is rounded before.
         for ours, theirs, factor in zip(found, apart, (1.1, 1.1, 1.3), strict=True):
-            assert ours <= factor * theirs + 1e-4, (given, extra)
+            assert ours <= factor * theirs + 1e-4, (given, extra, tile)
 
 
 @hopper

@@ -8,11 +8,14 @@ import torch
 import torch.nn.functional as F
 
 from tests.oracle import metrics_oracle, oracle, relative_error
-from vocab_parallel import linear_cross_entropy, token_logprobs
+from vocab_parallel import linear_cross_entropy, plan_backward, token_logprobs
 from vocab_parallel.backends import registry
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TOKENS, ROWS, HIDDEN = 700, 3001, 136
+# Budgets of tiles of some rows, and of some tokens by some rows.
+ROW_TILES: dict[str, Any] = {"backward": "recompute", "memory_budget": TOKENS * 1000 * 2}
+SMALL_TILES: dict[str, Any] = {"backward": "recompute", "memory_budget": 2**18}
 
 
 def drawn(*dtypes: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -35,8 +38,10 @@ def test_two_dtypes(pair: tuple[torch.dtype, torch.dtype]) -> None:
     wide = [t.detach().double().requires_grad_() for t in leaves]
     exact_loss, _ = oracle(*wide, targets, softcap=9.0)
     exact = torch.autograd.grad(exact_loss, wide)
+    plan = plan_backward(TOKENS, ROWS, HIDDEN, pair[0], classifier_dtype=pair[1], **SMALL_TILES)
+    assert plan.tile == (256, 256)
     ways: tuple[dict[str, Any], ...] = (
-        {"backward": "recompute", "chunk_rows": 999, "chunk_tokens": 200},
+        SMALL_TILES,
         {"backward": "probs"},
         {"memory_budget": TOKENS * ROWS * 2},
     )
@@ -59,7 +64,9 @@ def test_float32_logits(dtype: torch.dtype, hopper: bool, monkeypatch: pytest.Mo
     wide = [t.detach().double().requires_grad_() for t in leaves]
     exact_loss, _ = oracle(*wide, targets)
     exact = torch.autograd.grad(exact_loss, wide)
-    ways: tuple[dict[str, Any], ...] = ({}, {"backward": "recompute", "chunk_rows": 999})
+    plan = plan_backward(TOKENS, ROWS, HIDDEN, dtype, logits_dtype="float32", **ROW_TILES)
+    assert plan.tile == (TOKENS, 256)
+    ways: tuple[dict[str, Any], ...] = ({}, ROW_TILES)
     if dtype == torch.bfloat16:
         ways += ({"backward": "probs"},)
     for way in ways:
@@ -105,7 +112,7 @@ def test_metrics(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("way", [{}, {"backward": "recompute", "chunk_rows": 512}])
+@pytest.mark.parametrize("way", [{}, ROW_TILES])
 def test_an_offset_costs_the_entropy_no_digits(dtype: torch.dtype, way: dict[str, Any]) -> None:
     """As far as float32 holds a number of the offset's size, which an lse is."""
     offset = 1000.0

@@ -5,6 +5,7 @@ import sys
 
 import torch
 
+from tests.cases import tiles_of
 from tests.oracle import oracle, relative_error
 from tests.ranks import ROOT
 from vocab_parallel import linear_cross_entropy, predict, token_logprobs
@@ -30,10 +31,10 @@ def check_without_triton() -> None:
         exact_loss = oracle(wide[0], wide[1], targets, wide[2], **options)[0]
         exact = torch.autograd.grad(exact_loss, wide)
         for backward in ("auto", "recompute", "probs"):
-            loss = linear_cross_entropy(
-                e, c, targets, bias, backward=backward, chunk_rows=1024, **options
-            )
-            for got, want in zip(torch.autograd.grad(loss, (e, c, bias)), exact, strict=True):
+            with tiles_of(rows=1024):
+                loss = linear_cross_entropy(e, c, targets, bias, backward=backward, **options)
+                found = torch.autograd.grad(loss, (e, c, bias))
+            for got, want in zip(found, exact, strict=True):
                 assert relative_error(got, want) < tolerance, (dtype, backward)
         token_logprobs(e, c, targets, bias, return_entropy=True)[1].sum().backward()
         assert predict(e, c).ids.shape == (2, 150, 1)

@@ -61,14 +61,10 @@ class TorchBackend:
 
     Attributes:
         memory_budget: bytes; see `plan_backward`.
-        chunk_tokens, chunk_rows: the tile's sides, in place of those that the budget gives; on a
-            GPU rows go by 16.
         microbatches_in_flight: how many forwards may wait for their backward, for the choice.
     """
 
     memory_budget: int | None = None
-    chunk_tokens: int | None = None
-    chunk_rows: int | None = None
     microbatches_in_flight: int = 1
 
     kernels: ClassVar[bool] = False
@@ -76,7 +72,7 @@ class TorchBackend:
     peak: ClassVar[float] = 2.0**10
 
     def __post_init__(self) -> None:
-        for name in ("memory_budget", "chunk_tokens", "chunk_rows", "microbatches_in_flight"):
+        for name in ("memory_budget", "microbatches_in_flight"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
@@ -150,8 +146,7 @@ class TorchBackend:
         # One tile of all tokens: its product writes or adds to the destination.
         direct = len(token_slices) == 1 and scale is None and not shard.mixed
         classifier_grad = allocate_classifier_grad(shard, upstream)
-        may_lend = self.kernels and direct and self.chunk_rows is None
-        lends = may_lend and source.borrows(classifier_grad)
+        lends = self.kernels and direct and source.borrows(classifier_grad)
         row_slices = row_blocks(
             num_rows,
             tile.rows,
@@ -358,8 +353,6 @@ class TorchBackend:
             degree=degree,
             microbatches_in_flight=self.microbatches_in_flight,
             budget=budget_bytes(self.memory_budget),
-            chunk_tokens=self.chunk_tokens,
-            chunk_rows=self.chunk_rows,
             temporaries=self.temporaries(shard),
             span=span,
             has_main_grad=has_main_grad,
