@@ -1,6 +1,6 @@
 """Makes what forward kept ready for the products of backward, without a pass over it.
 
-Forward kept q = exp(z - r) (`product_probabilities.py`). Where lse receives a and the target's
+Forward kept q = exp(z - r) (`product_statistics.py`). Where lse receives a and the target's
 logit b, a raw entry receives s q with s = a exp(r - lse), a number of the token, but for the
 target's, which receives o = a (p - 1) + (a + b). With 0 in the targets' places of Q, and y a
 token's target,
