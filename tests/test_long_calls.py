@@ -135,6 +135,9 @@ def check_calls() -> None:
             sums = [call for call in recorded.calls if call.name.startswith(("reduce", "all_red"))]
             tokens = 90 if layout == "sharded" else 30
             assert sum(call.size for call in sums) == 4 * 6 * tokens, "in float32, each once"
+    with spans_of(13):  # the first rank's 10 tokens lie within one
+        own = Drawn("sequence", torch.float32).run()["e"]
+    assert own.untyped_storage().nbytes() == own.nbytes, "it holds no other tokens' gradient"
 
 
 def check_heads() -> None:

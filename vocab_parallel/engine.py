@@ -293,7 +293,8 @@ class _HiddenGradSum:
     def _put(self, found: Tensor, start: int) -> None:
         """Put the sum [n, D] of tokens in its place, unless they are another rank's."""
         start -= self._first
-        if start == 0 and found.shape[0] == self._length:
+        whole = start == 0 and found.shape[0] == self._length
+        if whole and found.nbytes == found.untyped_storage().nbytes():  # else it holds a span's
             self._total = found
             return
         if self._total is None:
