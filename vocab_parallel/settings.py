@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-import math
+import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, get_args
@@ -52,7 +52,7 @@ REMOVED = {
     "float64), since a sum in bfloat16 has up to twice eager's error; leave it out",
     "chunk_tokens": "tiles are as large as memory_budget allows; set that, in bytes",
     "chunk_rows": "tiles are as large as memory_budget allows; set that, in bytes",
-    "gradients": 'use "probs", which is as fast, or "auto" with a memory_budget',
+    "backward=gradients": 'use "probs", which is as fast, or "auto" with a memory_budget',
 }
 _CHOICES: Mapping[str, tuple[Any, ...]] = {
     "reduction": ("mean", "sum", "none"),
@@ -64,7 +64,9 @@ _CHOICES: Mapping[str, tuple[Any, ...]] = {
 
 def is_number(value: Any) -> bool:
     """Tell whether a value is a finite number, and no bool."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= sys.float_info.max  # of an int too, which may be beyond any float
 
 
 def _is_integer(value: Any) -> bool:
@@ -93,7 +95,11 @@ class Rule(NamedTuple):
 _RULES = (
     Rule("ignore_index", _is_integer, "be an integer"),
     Rule("ignore_index", lambda label: -(2**63) <= label < 2**63, "fit int64"),
-    Rule("softcap", lambda cap: cap is None or is_positive(cap), "be a positive number or None"),
+    Rule(
+        "softcap",
+        lambda cap: cap is None or is_positive(cap),
+        "be a positive number, or None for no cap",
+    ),
     Rule("temperature", is_positive, "be a positive number"),
     Rule("label_smoothing", lambda share: is_number(share) and 0 <= share <= 1, "lie in [0, 1]"),
     Rule("z_loss", lambda weight: is_number(weight) and weight >= 0, "be a number of at least 0"),
@@ -121,8 +127,9 @@ def check_values(
     for name, known in choices.items():
         value = getattr(settings, name)
         if value not in known:
-            gone = f"; {REMOVED[value]}" if str(value) in REMOVED else ""
-            raise ValueError(f"unknown {name} {value!r}: known are {list(known)}{gone}")
+            gone = REMOVED.get(f"{name}={value}")
+            hint = f"; {gone}" if gone else ""
+            raise ValueError(f"unknown {name} {value!r}: known are {list(known)}{hint}")
     for rule in rules:
         value = getattr(settings, rule.name)
         if not rule.holds(value):
@@ -310,8 +317,8 @@ def check_tensors(operands: "Operands", settings: LossSettings, degree: int) -> 
         ids = given[name]
         if ids is not None and ids.dtype not in (torch.int32, torch.int64):
             raise ValueError(
-                f"{name} must be int32 or int64, got {ids.dtype}: they are ids, one a token, and "
-                f"class probabilities are not supported"
+                f"{name} must be int32 or int64 ids, one a token, got {ids.dtype}"
+                + (": class probabilities are not supported" if name == "targets" else "")
             )
     if bias is not None and bias.shape != c.shape[:1]:
         raise ValueError(f"bias must be [{c.shape[0]}], a value a row of c, got {list(bias.shape)}")
