@@ -317,7 +317,7 @@ def check_tensors(operands: "Operands", settings: LossSettings, degree: int) -> 
         ids = given[name]
         if ids is not None and ids.dtype not in (torch.int32, torch.int64):
             raise ValueError(
-                f"{name} must be int32 or int64 ids, one a token, got {ids.dtype}"
+                f"{name} must be int32 or int64, got {ids.dtype}"
                 + (": class probabilities are not supported" if name == "targets" else "")
             )
     if bias is not None and bias.shape != c.shape[:1]:
