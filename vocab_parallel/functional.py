@@ -22,7 +22,7 @@ from vocab_parallel.layout import IGNORED, HiddenLayout, count_valid
 from vocab_parallel.metrics import LossMetrics, loss_metrics
 from vocab_parallel.settings import LossSettings, parameters_of
 from vocab_parallel.statistics import Statistics
-from vocab_parallel.token_loss import TokenLoss
+from vocab_parallel.token_loss import Divisor, TokenLoss
 
 
 # For type checkers: the return type depends on two flags. The rest is below.
@@ -334,7 +334,7 @@ def token_losses(call: Call, labels: Tensor, weight: Tensor | None = None) -> To
     )
 
 
-def _divisor(call: Call, labels: Tensor) -> int | Tensor | Literal["counted"] | None:
+def _divisor(call: Call, labels: Tensor) -> Divisor:
     """Return what the sum of the tokens' losses is divided by."""
     if call.settings.reduction != "mean":
         return None

@@ -23,6 +23,7 @@ from vocab_parallel.split_backward import first_derivative_only
 
 _OfStatistics = Callable[[Tensor], Tensor]
 _Backward = Callable[[Tensor, Tensor], Tensor]
+Divisor = Tensor | int | Literal["counted"] | None
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class TokenLoss:
     smoothing: float
     vocabulary: int
     z_loss: float
-    divisor: Tensor | int | Literal["counted"] | None
+    divisor: Divisor
     kernels: bool
 
     def __call__(self, statistics: Tensor) -> Tensor:

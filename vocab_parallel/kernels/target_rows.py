@@ -86,21 +86,22 @@ def add_to_target_rows(
     blocks = cdiv(num_tokens, _BLOCK.value)
     # Of each block a piece that begins it, and one that ends it.
     pieces = values.new_empty((blocks, 2, width), dtype=torch.float32)
-    columns, adding, joining = _constants(width)
+    columns, joined, adding, joining = _constants(width)
     to, sizes = (matrix, matrix.stride(0)), (num_tokens, matrix.shape[0], width)
     of_values = values, values.stride(0), weight, *order
     grid = (num_tokens, cdiv(width, columns))
     _add_pieces.start(matrix, grid, (*to, *of_values, pieces, *sizes), adding)
-    grid = (blocks, cdiv(width, min(_JOINED, columns)))
+    grid = (blocks, cdiv(width, joined))
     _join_pieces.start(matrix, grid, (*to, order.targets, pieces, *sizes), joining)
 
 
 @functools.cache
-def _constants(width: int) -> tuple[int, Constants, Constants]:
-    """Return how many columns a program adds up, and what the two kernels are made with."""
+def _constants(width: int) -> tuple[int, int, Constants, Constants]:
+    """Return how many columns a program of each kernel has, and what the two are made with."""
     columns = min(_WIDTH, int(triton.next_power_of_2(width)))
     adding = (("WIDTH", columns), ("num_warps", max(1, min(columns // 256, 8))))
-    return columns, adding, (("WIDTH", min(_JOINED, columns)), ("num_warps", 4))
+    joined = min(_JOINED, columns)
+    return columns, joined, adding, (("WIDTH", joined), ("num_warps", 4))
 
 
 @aligned_kernel("num_rows")
