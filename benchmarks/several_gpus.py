@@ -26,6 +26,7 @@ import gc
 import json
 import os
 import platform
+import statistics
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import date
@@ -150,6 +151,7 @@ class Row:
     errors: dict[str, float] = field(default_factory=dict)
     same_in_two_calls: bool = False
     same_on_all_ranks: bool | None = None  # of dE; None where each rank has a part
+    rounds: list[float] = field(default_factory=list)  # milliseconds of each, to be paired
 
 
 @record
@@ -231,15 +233,16 @@ def measure(
     entered, calls, missing = _enter(wanted, operands, ranks)
     peaks = {name: max(ranks.tell(peak_of(call, ranks.device))) for name, call in calls.items()}
     floors = _floors(operands, {entry.layout for entry in entered.values()})
-    taken = _medians_and_spreads(floors | calls, arguments.rounds, ranks)
+    rounds = _slowest_rounds(floors | calls, arguments.rounds, ranks)
     lowest: dict[str, float] = {}
     for name in floors:
         kind = name.rpartition(",")[0]  # what follows is the chunk
-        lowest[kind] = min(lowest.get(kind, taken[name][0]), taken[name][0])
+        median = statistics.median(rounds[name])
+        lowest[kind] = min(lowest.get(kind, median), median)
     rows = {}
     for name, entry in entered.items():
         own = operands.laid_out(entry.layout)
-        milliseconds, spread = taken[name]
+        milliseconds, spread = median_and_spread(rounds[name])
         rows[name] = Row(
             contestant=entry.contestant,
             layout=entry.layout,
@@ -249,6 +252,7 @@ def measure(
             over_floor_with_collectives=milliseconds / lowest[FLOOR_OF[entry.layout]],
             peak=peaks[name],
             held=peaks[name] - own.hidden.nbytes - own.rows.nbytes,
+            rounds=rounds[name],
         )
     del calls, floors
     _compare_bits(entered, rows, operands, ranks)
@@ -289,9 +293,9 @@ def _floors(operands: Operands, layouts: Collection[HiddenLayout]) -> dict[str, 
     return found
 
 
-def _medians_and_spreads(
+def _slowest_rounds(
     calls: dict[str, Contestant], rounds: int, ranks: Ranks
-) -> dict[str, tuple[float, float]]:
+) -> dict[str, list[float]]:
     """Return milliseconds; those of a round are the slowest rank's, found after all rounds."""
     times = timed_rounds(
         calls,
@@ -300,7 +304,7 @@ def _medians_and_spreads(
         rounds=rounds,
         quiet=not ranks.is_first,
     )
-    return {name: median_and_spread(values) for name, values in ranks.slowest(times).items()}
+    return ranks.slowest(times)
 
 
 def _compare_bits(

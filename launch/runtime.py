@@ -24,7 +24,9 @@ def process_group(timeout: float) -> Iterator[torch.device]:
 
     A reference to a group that outlives the interpreter's shutdown may abort it: whatever holds
     one is collected, and the ranks meet, before the groups are destroyed; after a `UserError` too,
-    which every rank raises.
+    which every rank raises. Any other error may be this rank's alone. It leaves the groups as they
+    are, since NCCL destroys them on all ranks together: this rank would wait for others that wait
+    for it, where torchrun ends them as soon as it is gone.
     """
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -42,21 +44,17 @@ def process_group(timeout: float) -> Iterator[torch.device]:
         timeout=timedelta(seconds=timeout),
         device_id=device if device.type == "cuda" else None,
     )
+    mistake = None
     try:
-        try:
-            yield device
-        except UserError as error:
-            traceback.clear_frames(error.__traceback__)  # whose variables hold groups
-            _meet()
-            raise
-        _meet()
-    finally:
-        dist.destroy_process_group()
-
-
-def _meet() -> None:
+        yield device
+    except UserError as error:
+        traceback.clear_frames(error.__traceback__)  # whose variables hold groups
+        mistake = error
     gc.collect()
     dist.barrier()
+    dist.destroy_process_group()
+    if mistake is not None:
+        raise mistake
 
 
 def peak_memory(device: torch.device) -> int:
