@@ -60,6 +60,7 @@ def start_command(plan: "MeshPlan", job: "Job", arguments: PlanArguments) -> str
         "dtype": arguments.dtype,
         "shard_body": job.shard_body and mesh.data > 1,
         "float32_weights": arguments.float32_weights,
+        "compile": arguments.compile,
     }
     trained = TrainArguments(**given)
     try:

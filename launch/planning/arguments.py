@@ -59,6 +59,9 @@ class JobArguments:
     shard_body: bool = False
     """Let each copy of the pipeline hold its part alone of layers, norms and a plain embedding,
     with their optimizer state, as launch.train --shard-body does."""
+    compile: Literal["auto", "no"] = "auto"
+    """Plan decoder layers that torch.compile has compiled, which are faster and keep less for
+    their backward; auto does under schedules that do not split it, as launch.train on a GPU."""
     state_bytes: int | None = None
     """Of another optimizer than launch.train's, for each parameter."""
     memory_budget: str | None = None
@@ -82,8 +85,8 @@ class PlanArguments(JobArguments, HardwareArguments, OutputArguments):
     """Plan a data x pipeline x vocab mesh: memory and time of each stage, the best meshes first.
 
     Memory is that of weights, gradients and AdamW as launch.train has them, and of activations as
-    transformers keeps them; where that does not fit, each layer keeps its input alone and runs
-    again in backward.
+    transformers' compiled layers keep them; where that does not fit, each layer keeps its input
+    alone and runs again in backward.
     Times are arithmetic over a hardware file; what is measured and what is assumed is said below
     the table. Starts no ranks and needs no GPU.
     """

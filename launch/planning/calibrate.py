@@ -20,6 +20,8 @@ from launch.planning.shape import ModelShape
 from launch.timing import busy_work, time_of
 from vocab_parallel import linear_cross_entropy, plan_backward
 
+_LAYERS = 4  # that are measured: what stands around them is little beside them
+
 
 @dataclass(frozen=True)
 class _Bench:
@@ -78,6 +80,8 @@ def calibrate(device: torch.device) -> Hardware:
         "copy_bytes": _copy_bytes,
         "link_bytes": _link_bytes,
     }
+    if device.type == "cuda":  # launch.train does not compile on a CPU
+        measured |= {"compiled_speed": _compiled_speed, "compiled_kept": _compiled_kept}
     sources = dict.fromkeys((*measured, "loss_overhead"), today)
     sources["memory"] = "read from the device"
     sources["layer_flops"] += ", torch's own attention, eager"
@@ -122,16 +126,49 @@ def _copy_bytes(bench: _Bench) -> float:
 
 
 def _layer_flops(bench: _Bench) -> float:
-    """Time forward and backward of two decoder layers, as transformers computes them."""
-    count, sequence = 2, min(4096, bench.tokens)
-    layers = DecoderLayers(bench.layer, count, sequence, bench.dtype, bench.device)
+    layers = _layers(bench, compiled=False)
+    sequence = layers.inputs.shape[1]
+    flops = 3.0 * _LAYERS * ModelShape.of("", bench.layer).layer_flops(sequence, sequence)
+    return flops / _seconds_of(layers, bench)
+
+
+def _compiled_speed(bench: _Bench) -> float:
+    eager, compiled = (_seconds_of(_layers(bench, one), bench) for one in (False, True))
+    return eager / compiled
+
+
+def _compiled_kept(bench: _Bench) -> float:
+    eager, compiled = (_kept_by(_layers(bench, one), bench) for one in (False, True))
+    return compiled / eager
+
+
+def _layers(bench: _Bench, compiled: bool) -> DecoderLayers:
+    """Return decoder layers as transformers computes them, each compiled by itself if asked."""
+    sequence = min(4096, bench.tokens)
+    layers = DecoderLayers(bench.layer, _LAYERS, sequence, bench.dtype, bench.device)
+    if compiled:
+        model: Any = layers.model
+        for layer in model.layers:
+            layer.forward = torch.compile(layer.forward, dynamic=False)
+    return layers
+
+
+def _seconds_of(layers: DecoderLayers, bench: _Bench) -> float:
+    """Time forward and backward."""
 
     def step() -> None:
         out = layers()
         out.backward(out.detach())
 
-    flops = 3.0 * count * ModelShape.of("", bench.layer).layer_flops(sequence, sequence)
-    return flops / bench.seconds(step)
+    return bench.seconds(step)
+
+
+def _kept_by(layers: DecoderLayers, bench: _Bench) -> int:
+    """Return the bytes that wait between forward and backward."""
+    layers().sum().backward()  # compiles, and makes what stays
+    before = torch.cuda.memory_allocated(bench.device)
+    out = layers()
+    return torch.cuda.memory_allocated(bench.device) - before - out.nbytes
 
 
 def _loss_overhead(way: str, bench: _Bench, hardware: Hardware) -> float:

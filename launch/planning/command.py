@@ -120,6 +120,7 @@ def plan(arguments: PlanArguments) -> tuple[Job, list[MeshPlan], Hardware]:
         state_bytes=_state_bytes(arguments, itemsize),
         memory_budget=None if budget is None else int(budget),
         shard_body=arguments.shard_body,
+        compile=arguments.compile == "auto",
     )
     return job, plan_meshes(job, arguments.gpus, hardware, _places(arguments), batch), hardware
 

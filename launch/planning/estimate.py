@@ -9,6 +9,7 @@ import torch
 from launch.planning.hardware import Hardware
 from launch.planning.loss_time import loss_seconds
 from launch.planning.orders import most_in_flight, stages_of, tasks_of
+from launch.planning.schedules import SCHEDULES
 from launch.planning.shape import ModelShape
 from vocab_parallel import BackwardPlan, plan_backward
 
@@ -25,6 +26,7 @@ class Job:
         memory_budget: of the loss, as `plan_backward` has it.
         recompute_layers: whether a layer keeps its input alone and runs again in backward.
         shard_body: whether copies of the body hold a part of it each, outside of a step.
+        compile: whether layers are compiled, where the schedule does not split their backward.
     """
 
     shape: ModelShape
@@ -37,13 +39,32 @@ class Job:
     memory_budget: int | None = None
     recompute_layers: bool = False
     shard_body: bool = False
+    compile: bool = False
 
     @property
-    def layer_bytes(self) -> float:
-        """What a layer keeps of one microbatch for its backward."""
+    def compiled(self) -> bool:
+        """Whether layers are compiled under its schedule."""
+        return self.compile and not SCHEDULES[self.schedule].splits
+
+    def layer_seconds(self, hardware: Hardware) -> float:
+        """Return how long one layer's forward of a microbatch takes."""
+        rate = hardware.layer_flops * (hardware.compiled_speed if self.compiled else 1.0)
+        return self.shape.layer_flops(self.tokens, self.sequence) / rate
+
+    def activation_bytes(self, hardware: Hardware, tensor: int = 1) -> float:
+        """Return what a layer that runs once keeps of a microbatch for its backward.
+
+        Args:
+            tensor: degree of tensor parallelism.
+        """
+        kept = hardware.compiled_kept if self.compiled else 1.0
+        return kept * self.tokens * self.shape.activation_bytes(self.itemsize, tensor)
+
+    def layer_bytes(self, hardware: Hardware) -> float:
+        """Return what a layer keeps of one microbatch from its forward to its backward."""
         if self.recompute_layers:
             return float(self.tokens * self.shape.hidden * self.itemsize)
-        return float(self.tokens * self.shape.activation_bytes(self.itemsize))
+        return self.activation_bytes(hardware)
 
     @property
     def tokens(self) -> int:
@@ -197,10 +218,10 @@ def estimate_parts(
         # While a step runs, all copies hold whole weights and gradients; their own part besides.
         body = parameters - (rows - (whole_rows if stage == 0 else 0)) * shape.hidden
         shared = body if job.shard_body and mesh.data > 1 else 0
-        activations = waiting[stage] * layers * job.layer_bytes
+        activations = waiting[stage] * layers * job.layer_bytes(hardware)
         if job.recompute_layers:  # the layer that runs again
-            activations += job.tokens * shape.activation_bytes(job.itemsize)
-        forward = layers * shape.layer_flops(job.tokens, job.sequence) / hardware.layer_flops
+            activations += job.activation_bytes(hardware)
+        forward = layers * job.layer_seconds(hardware)
         found.append(
             StageEstimate(
                 **vars(loss),

@@ -112,7 +112,7 @@ def least_gpus(
     """
     planner = MeshPlanner(hardware, batch)
     shape = job.shape
-    again = job.tokens * shape.activation_bytes(job.itemsize)  # of a layer that runs again
+    again = job.activation_bytes(hardware)  # of a layer that runs again
     if again > hardware.room:
         return None
     body = sum(shape.layer_parameters) + shape.vocabulary_parameters

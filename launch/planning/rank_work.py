@@ -38,7 +38,7 @@ class RankWork:
         self.job, self.mesh, self.hardware = job, mesh, hardware
         self.ranks = stages_of(job.schedule, mesh.pipeline)
         self.counts = layer_counts(shape.layers, sum(map(len, self.ranks)), 0.0)
-        layer = shape.layer_flops(job.tokens, job.sequence) / hardware.layer_flops
+        layer = job.layer_seconds(hardware)
         self.forward = [count * layer for count in self.counts]
         factor = 4 if job.recompute_layers else 3
         self.layers_of_ranks = [

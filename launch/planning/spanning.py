@@ -154,11 +154,12 @@ class _Held:
         """Count in an order: what a rank keeps of layers is most when it keeps less of the loss."""
         waiting: dict[int, int] = {}
         shares = []
+        layer = work.job.layer_bytes(work.hardware)
         numbers = work.mesh.vocab * work.job.tokens * work.job.shape.hidden
         for rank, own in enumerate(work.ranks):
             plan = work.plans[rank]
             share = numbers * 4 + (0 if plan is None else plan.kept_bytes)
-            sizes = {stage: work.counts[stage] * work.job.layer_bytes for stage in own}
+            sizes = {stage: work.counts[stage] * layer for stage in own}
             own_passes = [_counted(event) for event in order.passes if rank in event.ranks]
             counted = most_in_flight(own_passes, {**sizes, _LOSS: share})
             shares.append(counted.pop(_LOSS))

@@ -81,7 +81,8 @@ def _ways(job: Job, gpus: int, tensor: int, batch: int, hardware: Hardware) -> I
     own = batch // data
     for microbatch in (n for n in range(1, own + 1) if own % n == 0):
         for again in (False, True):
-            one = replace(job, microbatch=microbatch, recompute_layers=again)
+            # Whatever the pipeline's schedule, nothing splits a backward here.
+            one = replace(job, microbatch=microbatch, recompute_layers=again, schedule="1f1b")
             yield _plan(one, Mesh(data, 1, tensor), own // microbatch, hardware)
 
 
@@ -94,9 +95,9 @@ def _plan(job: Job, mesh: Mesh, count: int, hardware: Hardware) -> Unpiped:
     loss_plan = job.plan_loss(tokens, rows, tensor)
     loss = loss_seconds(loss_plan, tokens, rows, shape.hidden, job.itemsize, hardware)
     layer = max(shape.layer_parameters) / tensor * job.itemsize
-    kept = float(tokens * shape.activation_bytes(job.itemsize, tensor))
+    kept = job.activation_bytes(hardware, tensor)
     if job.recompute_layers:
-        kept += shape.layers * job.layer_bytes / tensor
+        kept += shape.layers * job.layer_bytes(hardware) / tensor
     else:
         kept *= shape.layers
     memory = (
@@ -104,7 +105,7 @@ def _plan(job: Job, mesh: Mesh, count: int, hardware: Hardware) -> Unpiped:
         + max(4 * layer, layer + classifier / tensor * job.itemsize + loss_plan.peak_bytes)
         + kept
     )
-    layers = shape.layers * shape.layer_flops(tokens, job.sequence) / tensor / hardware.layer_flops
+    layers = shape.layers * job.layer_seconds(hardware) / tensor
     again = int(job.recompute_layers)
     forward, backward = layers + loss / 3, (2 + again) * layers + 2 * loss / 3
     gathered = parameters * job.itemsize / tensor * (1 - 1 / mesh.data)

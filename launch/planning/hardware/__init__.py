@@ -41,8 +41,10 @@ class Hardware:
     product_flops: of large bfloat16 matrix products. layer_flops: of a decoder layer, forward and
     backward, everything between its products included. copy_bytes: of a copy in device memory,
     bytes read and written. link_bytes: that one GPU sends to its neighbours. loss_overhead: of each
-    way of backward, its time over that of its products and passes at these rates. node_bytes: that
-    a GPU sends to one in another node, of node_gpus; None for as many as within.
+    way of backward, its time over that of its products and passes at these rates. compiled_speed:
+    how many times as fast a layer is that torch.compile has compiled; compiled_kept: what it keeps
+    for its backward, of what it would keep otherwise. node_bytes: that a GPU sends to one in
+    another node, of node_gpus; None for as many as within.
     """
 
     name: str
@@ -53,6 +55,8 @@ class Hardware:
     link_bytes: float
     loss_overhead: dict[str, float]
     sources: dict[str, str]
+    compiled_speed: float = 1.0
+    compiled_kept: float = 1.0
     node_bytes: float | None = None
     node_gpus: int = 8
 
