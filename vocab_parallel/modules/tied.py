@@ -7,6 +7,8 @@ bitwise equal. Where one rank runs both stages (a V-shaped schedule, or a pipeli
 they share one parameter, and autograd adds up.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -131,7 +133,7 @@ def _check_ends(pipeline: VocabGroup, ends: list[tuple[str, int, VocabRows | Non
         raise ValueError("; ".join(problems))
 
 
-def _rows_in_words(module: VocabRows) -> str:
+def _rows_in_words(module: Any) -> str:
     if not isinstance(module, VocabRows):
         return f"of a {type(module).__name__}, which is no module of this library's rows"
     return f"[{module.start}, {module.stop}) of [{module.vocab_size}, {module.hidden_size}]"
