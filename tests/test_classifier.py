@@ -140,6 +140,9 @@ def check_unlike_partitions(degree: int) -> None:
     tensor = classifier.weight if dist.get_rank() == 0 else torch.zeros(1, HIDDEN)
     with pytest.raises(ValueError, match=r"on rank 1.*expected a plain tensor of the rows \[3, 8"):
         classifier.gather_rows(tensor)
+    missing: Any = classifier.weight if dist.get_rank() == 0 else classifier.bias
+    with pytest.raises(ValueError, match=r"on rank 1.*of the rows \[3, 8\), got NoneType"):
+        classifier.gather_rows(missing)
 
 
 def check_default_partition(degree: int) -> None:

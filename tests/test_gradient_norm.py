@@ -1,5 +1,8 @@
 """The norm of the whole model, each parameter counted once, however it is spread."""
 
+import math
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -56,8 +59,11 @@ def check_norm(data: int, pipeline: int, vocab: int) -> None:
         ordinary = [p for p in stage.parameters() if not isinstance(p, DTensor)]
         if ordinary:
             torch.optim.AdamW(ordinary, foreach=True).step()
-    with pytest.raises(ValueError, match="max_norm must be positive"):
-        clip_grad_norm_([], 0.0, groups)
+    wrong: Any
+    for wrong in (0.0, math.nan, None, "1"):
+        last = dist.get_rank() == dist.get_world_size() - 1  # one rank's mistake ends all
+        with pytest.raises(ValueError, match="max_norm must be a positive number"):
+            clip_grad_norm_([], wrong if last else 1.0, groups)
 
 
 @pytest.mark.parametrize(("data", "pipeline", "vocab"), [(1, 1, 1), (1, 2, 2), (2, 1, 2)])

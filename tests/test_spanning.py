@@ -510,6 +510,13 @@ def check_refusals() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             schedule.step(*([] if "target" not in given else inputs), **given)
+    uneven = [own[:3] for own in inputs]
+    for wrong, message in (
+        ([], "on its ranks, got none"),
+        (uneven, r"b a multiple of 2 .* got b of \[3\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            schedule.step(*wrong, target=labels)
     check_unlike_lengths(schedule)
     undivided = built(scale_grads=False)
     with pytest.warns(UserWarning, match="the loss no num_valid_tokens"):

@@ -186,6 +186,10 @@ def check_unlike_ends(end: Any, groups: StageGroups) -> None:
     ends = (module, None) if is_first else (None, module)
     with pytest.raises(ValueError, match=r"have the rows \[.* and \[.*the same counts of rows"):
         TiedRows(*ends, groups.pipeline_group, first=0, last=1)
+    foreign: Any = nn.Embedding(VOCABULARY, HIDDEN)
+    ends = (foreign, None) if is_first else (None, module)
+    with pytest.raises(ValueError, match=r"of a Embedding, which is no module of this library's"):
+        TiedRows(*ends, groups.pipeline_group, first=0, last=1)
     ends = (module, None) if is_first else (None, None)
     with pytest.raises(
         ValueError, match=r"last stage is on pipeline rank 1, .* from the ranks \[\]"

@@ -50,18 +50,18 @@ def clip_grad_norm_(
         rank.
 
     Raises:
-        ValueError: a max_norm that is not positive; a gradient whose placement is partial: it
-            has not been reduced; or a parameter that FSDP1 has flattened. The last two, on one
-            rank, are raised on every rank of the mesh where it is of CPUs. On GPUs, which nobody
-            waits for, the other ranks' norm and gradients are NaN.
+        ValueError: a max_norm that is no positive number; a gradient whose placement is partial:
+            it has not been reduced; or a parameter that FSDP1 has flattened. That of one rank is
+            raised on every rank of the mesh where it is of CPUs. On GPUs, which nobody waits for,
+            the other ranks' norm and gradients are NaN.
     """
-    if not max_norm > 0:
-        raise ValueError(f"max_norm must be positive, got {max_norm!r}")
     if isinstance(parameters, nn.Module):
         mark_rows_of(parameters)
         parameters = parameters.parameters()
     every = list({id(p): p for p in parameters}.values())  # a shared parameter once
     problem = next(filter(None, map(_problem_of, every)), None)
+    if not isinstance(max_norm, int | float | Tensor) or not max_norm > 0:
+        problem = f"max_norm must be a positive number, got {max_norm!r}"
     with_grad = [(p, p.grad) for p in every if p.grad is not None]
     here = [grad for p, grad in with_grad if problem is None and _counts_here(p, grad, groups)]
     held = _by_dtype(grad for _, grad in with_grad)

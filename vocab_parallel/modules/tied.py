@@ -7,6 +7,8 @@ bitwise equal. Where one rank runs both stages (a V-shaped schedule, or a pipeli
 they share one parameter, and autograd adds up.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -112,10 +114,7 @@ def _check_ends(pipeline: VocabGroup, ends: list[tuple[str, int, VocabRows | Non
         pipeline: the ranks, which all call.
         ends: "first" and "last", the pipeline rank of that stage, and this rank's module of it.
     """
-    own = [
-        module and f"[{module.start}, {module.stop}) of [{module.vocab_size}, {module.hidden_size}]"
-        for _, _, module in ends
-    ]
+    own = [None if module is None else _rows_in_words(module) for _, _, module in ends]
     told, problems = pipeline.exchange_objects(own), []
     for (role, end, _), rows in zip(ends, zip(*told, strict=True), strict=True):
         holders = [rank for rank, each in enumerate(rows) if each is not None]
@@ -132,3 +131,9 @@ def _check_ends(pipeline: VocabGroup, ends: list[tuple[str, int, VocabRows | Non
         )
     if problems:
         raise ValueError("; ".join(problems))
+
+
+def _rows_in_words(module: Any) -> str:
+    if not isinstance(module, VocabRows):
+        return f"of a {type(module).__name__}, which is no module of this library's rows"
+    return f"[{module.start}, {module.stop}) of [{module.vocab_size}, {module.hidden_size}]"

@@ -120,13 +120,16 @@ class VocabRows(SharesGroup, nn.Module):
                 module, or the ranks' tensors or partitions are unlike.
         """
         group = VocabGroup.of(self.group)
-        problem = None
-        if isinstance(rows, DTensor) or rows.shape[:1] != (self.stop - self.start,):
+        problem, alike = None, dict[str, Any]()
+        shape = getattr(rows, "shape", ())
+        is_plain = isinstance(rows, Tensor) and not isinstance(rows, DTensor)
+        if is_plain and shape[:1] == (self.stop - self.start,):
+            alike = {"row": list(shape[1:]), "dtype": rows.dtype, "partition": self.row_counts}
+        else:
             problem = ValueError(
                 f"expected a plain tensor of the rows [{self.start}, {self.stop}), got "
-                f"{type(rows).__name__} {list(rows.shape)}"
+                f"{type(rows).__name__} {list(shape)}"
             )
-        alike = {"row": list(rows.shape[1:]), "dtype": rows.dtype, "partition": self.row_counts}
         agree(problem, RankSummary(self.start, self.stop, self.vocab_size), alike, group)
         return group.gather_rows(rows.detach(), self.row_counts)
 

@@ -309,6 +309,7 @@ def step_inputs(
         # The labels' shape changes on all ranks; where there are no labels, others do not agree.
         validate |= known is not None and shapes[0] not in (None, known[0])
         tensors = _checked_tensors(given, args, target, call.loss_kwargs)
+        _check_first_inputs(given, call, leaves)
         check_token_divisor(divisor, target, loss.settings.reduction, reads_values=validate)
         if divisor is not None and given.scale_grads:
             raise ValueError(DIVIDED_TWICE)
@@ -377,6 +378,20 @@ def _checked_tensors(
             f"token_weight must be {wanted}, as a microbatch's labels, got {list(weight.shape)}"
         )
     return list(named.values())
+
+
+def _check_first_inputs(given: ScheduleArguments, call: StepCall, leaves: Sequence[Any]) -> None:
+    """Check that the first stage has inputs, and that a batch makes equal microbatches."""
+    if any(stage.is_first for stage in given.stages) and all(each is None for each in leaves):
+        raise ValueError("give step the inputs of the first stage on its ranks, got none")
+    batch = () if call.is_split else leaves
+    sizes = [each.shape[0] for each in batch if isinstance(each, Tensor) and each.dim()]
+    count = given.n_microbatches
+    if any(size % count or not size for size in sizes):
+        raise ValueError(
+            f"inputs of the stages must be tensors [b, ...] with b a multiple of {count} "
+            f"microbatches, got b of {sizes}"
+        )
 
 
 def _claimed(
