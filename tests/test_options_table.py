@@ -191,7 +191,7 @@ def make_page(path: str) -> None:
         "refuses, the words of its ValueError. `tests/test_loss_ranks.py` draws combinations.",
         "The column `cce` is the registry's cut-cross-entropy 25.1.1, and `cce_exact` the same",
         "kernels; docs/cut-cross-entropy.md says what newer versions add. `torch_compile` does",
-        "what `reference` does.",
+        "what `reference` does, but for `logits_dtype`.",
         "",
         "| | " + " | ".join(f"`{impl}`" for impl in IMPLS) + " |",
         "|---|" + "---|" * len(IMPLS),

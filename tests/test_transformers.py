@@ -222,9 +222,9 @@ def test_without_labels() -> None:
 
 def test_logits_on_request() -> None:
     """In evaluation: computed when they are read, as the model scales and caps them."""
-    for family in ("llama", "gemma2", "cohere", "granite"):
+    for number, family in enumerate(("llama", "gemma2", "cohere", "granite")):
         model, batch = tiny_model(family), batch_of()
-        with torch.no_grad():
+        with (torch.no_grad, torch.inference_mode)[number % 2]():
             expected = model(**batch)
             use_vocab_parallel_loss(model)
             output = model(**batch)
@@ -235,6 +235,7 @@ def test_logits_on_request() -> None:
         assert relative_error(output.loss, expected.loss) < 1e-6
         assert relative_error(logits[..., :-1, :], expected.logits[..., :-1, :]) < 1e-6
         assert torch.equal(logits.argmax(-1), expected.logits.argmax(-1))
+        assert not (logits + 0).requires_grad, "read where gradients are taken"
         assert logits.float() is not logits
         found = pickle.loads(pickle.dumps(logits))
         assert relative_error(found, expected.logits) < 1e-6

@@ -17,8 +17,9 @@ class WholeRowsCallback:
     Under DDP Trainer saves what its first rank has. With this callback that rank has whole rows,
     of the model and of the optimizer's state, when Trainer saves after a step or an epoch: every
     rank sends its own, and the first one keeps the whole on the CPU until it is written. Such a
-    checkpoint is that of a whole model and resumes with a mesh or without, on any number of ranks;
-    each rank takes its own rows.
+    checkpoint is that of a whole model and resumes on any number of ranks; each takes its own rows.
+    Without a mesh it resumes where the optimizer has one group of parameters, given to Trainer by
+    ``optimizers=``: of its own optimizer Trainer makes other groups with a mesh.
 
         Trainer(model, ..., callbacks=[WholeRowsCallback()])
 

@@ -349,9 +349,13 @@ class _StandIn(nn.Module):
         kind = hidden.device.type
         casts = torch.is_autocast_enabled(kind)
         dtype = torch.get_autocast_dtype(kind) if casts else hidden.dtype
+        differentiable = torch.is_grad_enabled()
 
-        def compute(hidden: Tensor) -> Tensor:
-            with torch.autocast(kind, dtype, enabled=casts):
+        def compute(hidden: Tensor) -> Tensor:  # wherever they are read, as they would be here
+            with (
+                torch.set_grad_enabled(differentiable and torch.is_grad_enabled()),
+                torch.autocast(kind, dtype, enabled=casts),
+            ):
                 return self.head(hidden)
 
         return DeferredLogits(
