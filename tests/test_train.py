@@ -165,6 +165,26 @@ MISTAKES = [
         "--export /proc/nowhere cannot be written to",
         marks=pytest.mark.slow,
     ),
+    # Known to the ranks of the last stage alone.
+    (
+        [
+            "--pipeline",
+            "2",
+            "--microbatches",
+            "2",
+            "--vocab",
+            "1",
+            "--hidden",
+            "32",
+            "--impl",
+            "c",
+            "--text",
+            "LICENSE",
+            "--sequence",
+            "8",
+        ],
+        "unknown impl 'c': known are ['auto', 'chunked', 'reference'",
+    ),
     # Known when the text has been read.
     pytest.param(
         ["--vocab", "2", "--text", "LICENSE", "--sequence", "4096"],
