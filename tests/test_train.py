@@ -606,6 +606,7 @@ def test_arguments() -> None:
         ({"weight_decay": math.nan}, "--weight-decay must be at least 0, got nan"),
         ({"learning_rate": math.inf}, "--learning-rate must be finite, got inf"),
         ({"timeout": math.nan}, "--timeout must be positive seconds, at most 1e[+]09, got nan"),
+        ({"pipeline": 8}, "at least as many --microbatches as --pipeline 8, got 4"),
         ({"betas": (0.9, 1.0)}, r"--betas must be in \[0, 1\), got 0.9 1.0"),
         ({"eval_every": 2}, "--eval-every N and --eval-text FILE need one another"),
         ({"eval_text": Path("LICENSE")}, "--eval-every N and --eval-text FILE need one another"),
