@@ -3,6 +3,7 @@
 Nothing here imports torch or transformers: ``--help`` answers at once.
 """
 
+import math
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +16,7 @@ from launch.planning.nearest import nearest_path
 from launch.planning.published import find_model
 from launch.planning.schedules import SCHEDULES
 
+_LONGEST = 1e9  # seconds, of some thirty years, that a timedelta takes
 _NAMED = tyro.extras.literal_type_from_choices([one.name for one in SCHEDULES.values()])
 
 
@@ -261,6 +263,12 @@ class TrainArguments(
                 f"--schedule {self.schedule} cannot let all stages carry the vocabulary: use one "
                 f"of {', '.join(one.name for one in SCHEDULES.values() if one.held)}"
             )
+        alone = self.schedule.lower() == "1f1b" and self.vocab_over == "last-stage"
+        if alone and self.microbatches < self.pipeline:
+            raise ValueError(
+                f"--schedule 1F1B with the vocabulary on the last stage needs at least as many "
+                f"--microbatches as --pipeline {self.pipeline}, got {self.microbatches}"
+            )
         whole = ", ".join(one.name for one in SCHEDULES.values() if not one.splits)
         if self.compile == "yes" and self.splits_backward:
             raise ValueError(
@@ -411,11 +419,12 @@ def _is_installed(package: str) -> bool:
 
 
 def _refuse_below(least: int, arguments: TrainArguments | EvaluateArguments, names: str) -> None:
-    """Raise ValueError for a number below the least, or NaN; None is none."""
+    """Raise ValueError for a number below the least, NaN or infinity; None is none."""
     for name in names.split():
         value = getattr(arguments, name)
-        if value is not None and not value >= least:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+        if value is not None and not least <= value < math.inf:
+            bound = "finite" if value == math.inf else f"at least {least}"
+            raise ValueError(f"--{name.replace('_', '-')} must be {bound}, got {value}")
 
 
 def _refuse_no_length(arguments: TrainArguments | EvaluateArguments) -> None:
@@ -424,5 +433,7 @@ def _refuse_no_length(arguments: TrainArguments | EvaluateArguments) -> None:
         raise ValueError(
             f"--sequence must be at least 2, to predict a token, got {arguments.sequence}"
         )
-    if arguments.timeout <= 0:
-        raise ValueError(f"--timeout must be positive seconds, got {arguments.timeout}")
+    if not 0 < arguments.timeout <= _LONGEST:
+        raise ValueError(
+            f"--timeout must be positive seconds, at most {_LONGEST:.0e}, got {arguments.timeout}"
+        )

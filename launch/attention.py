@@ -50,10 +50,16 @@ def document_mask(position_ids: Tensor) -> Tensor:
 
 
 def _attends_only(layer: Any) -> bool:
-    """Whether a layer is attention, an MLP, norms and dropout."""
+    """Whether a layer is attention, an MLP, norms and dropout.
+
+    Attention with parameters beside its projections may add to the mask that it is given, as Doge's
+    does, which without one would see what follows.
+    """
     return all(
-        name in ("self_attn", "mlp") or "norm" in name or "dropout" in name
-        for name, _ in layer.named_children()
+        not any(True for _ in part.parameters(recurse=False))
+        if name == "self_attn"
+        else name == "mlp" or "norm" in name or "dropout" in name
+        for name, part in layer.named_children()
     )
 
 

@@ -118,6 +118,11 @@ def build_stage(
     own = layers_of_stage(stage, num_stages, config, spans=spanning is not None)
     whole = model_without_memory(config, dtype)
     model: Any = whole.model
+    if len(model.layers) != config.num_hidden_layers:
+        raise ValueError(
+            f"a {config.model_type} has {len(model.layers)} layers where its configuration counts "
+            f"{config.num_hidden_layers}: a model of this family cannot be cut into stages"
+        )
     for index in range(config.num_hidden_layers):
         if index not in own:
             model.layers[index] = PassThrough()
@@ -174,7 +179,8 @@ def _fill(
             in_files = EMBEDDING if config.tie_word_embeddings and name == CLASSIFIER else name
             source.fill(in_files, tensor, rows, owner)
     # The other buffers are computed from the configuration and no part of the weights.
-    stage.model.rotary_emb = type(stage.model.rotary_emb)(config=config).to(device)
+    if stage.model.rotary_emb is not None:  # a family may have no positions at all
+        stage.model.rotary_emb = type(stage.model.rotary_emb)(config=config).to(device)
     embedding = stage.model.embed_tokens
     if hasattr(embedding, "embed_scale"):
         embedding.embed_scale.fill_(embedding.scalar_embed_scale)

@@ -252,7 +252,10 @@ def build_pipeline(
     if arguments.impl in ("auto", "chunked"):
         options["memory_budget"] = arguments.loss_memory * 2**20
         options["return_metrics"] = True
-    loss = no_loss if head is None else CCEPipelineLoss(head, hidden_layout="sharded", **options)
+    loss: Any = no_loss
+    with raised_on_all():  # ranks without rows make none, and would go on
+        if head is not None:
+            loss = CCEPipelineLoss(head, hidden_layout="sharded", **options)
     kind = StageOfShards if arguments.shard_body else PipelineStage
     pipeline_stages = [
         kind(stage, index, num_stages, device, group=groups.pipeline_group)

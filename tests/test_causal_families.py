@@ -6,6 +6,7 @@
 import os
 import re
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from launch.configs import model_without_memory
 from launch.logit_settings import logit_settings
+from launch.model import build_stage
+from launch.weights import FolderWeights, RandomWeights
 from tests.oracle import relative_error
 from tests.ranks import ROOT
 from vocab_parallel import (
@@ -264,3 +267,27 @@ def gradients(model: Any, inputs: dict[str, Any], trained: list[Tensor]) -> Tens
         return torch.zeros(1)
     found = torch.autograd.grad(loss, trained, allow_unused=True)
     return torch.cat([own.flatten() for own in found if own is not None])
+
+
+@pytest.mark.parametrize("family", ["diffllama", "doge", "granitemoehybrid"])
+def test_two_stages_are_the_model(family: str, tmp_path: Path) -> None:
+    """Of attention that adds to its mask, and of no rotary positions."""
+    model = tiny_model(family)
+    model.save_pretrained(tmp_path)
+    config, source = model.config, FolderWeights(tmp_path, model.config)
+    cpu = torch.device("cpu")
+    hidden = ids = batch()["input_ids"]
+    for stage in range(2):
+        built = build_stage(config, source, stage, 2, None, device=cpu, dtype=torch.float32)
+        hidden = built.eval().hidden_states(hidden)
+    assert relative_error(hidden, model.model(ids).last_hidden_state) < 1e-6
+
+
+def test_layers_that_are_counted_otherwise() -> None:
+    """A family whose configuration counts other layers than its model has is refused."""
+    config = AutoConfig.for_model("longcat_flash", vocab_size=97, hidden_size=32, num_layers=2)
+    with pytest.raises(ValueError, match="2 layers where its configuration counts 4"):
+        build_stage(
+            config, RandomWeights(0, 0.02), 0, 1, None, device=torch.device("cpu"),
+            dtype=torch.float32,
+        )  # fmt: skip

@@ -452,6 +452,8 @@ def test_balance() -> None:
         ),
         ({"node_gpus": 0}, "--node-gpus must be at least 1, got 0"),
         ({"node_bandwidth": "50"}, "--node-bandwidth 50 has no unit"),
+        ({"node_bandwidth": "0GB"}, "--node-bandwidth 0GB is nothing"),
+        ({"state_bytes": -4}, "--state-bytes must be at least 0, got -4"),
         ({"gpu_memory": "24GB"}, "--gpu-memory 24GB is of no GPU whose speed is known here"),
         ({"schedule": "2f2b"}, "--schedule 2f2b is unknown: give one of 1F1B, GPipe, "),
         ({"batch": 64}, "--batch and --microbatches say the same in two ways"),
@@ -504,7 +506,8 @@ def test_command_line_of_every_mesh(given: dict[str, Any]) -> None:
     for one in plans:
         line = start_command(one, job, arguments)
         if line.startswith("launch.train does not do this: "):
-            assert one.recompute_layers, "--recompute of a backward that is split"
+            # --recompute of a backward that is split, or 1F1B of too few microbatches
+            assert one.recompute_layers or one.microbatches < one.mesh.pipeline
             continue
         torchrun, options = line.split(" -m launch.train ")
         found = tyro.cli(TrainArguments, args=options.split())

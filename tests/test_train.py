@@ -165,6 +165,26 @@ MISTAKES = [
         "--export /proc/nowhere cannot be written to",
         marks=pytest.mark.slow,
     ),
+    # Known to the ranks of the last stage alone.
+    (
+        [
+            "--pipeline",
+            "2",
+            "--microbatches",
+            "2",
+            "--vocab",
+            "1",
+            "--hidden",
+            "32",
+            "--impl",
+            "c",
+            "--text",
+            "LICENSE",
+            "--sequence",
+            "8",
+        ],
+        "unknown impl 'c': known are ['auto', 'chunked', 'reference'",
+    ),
     # Known when the text has been read.
     pytest.param(
         ["--vocab", "2", "--text", "LICENSE", "--sequence", "4096"],
@@ -584,6 +604,9 @@ def test_arguments() -> None:
         ({"warmup": 31}, "--warmup 31 is more than --steps 30"),
         ({"warmup": -1}, "--warmup must be at least 0, got -1"),
         ({"weight_decay": math.nan}, "--weight-decay must be at least 0, got nan"),
+        ({"learning_rate": math.inf}, "--learning-rate must be finite, got inf"),
+        ({"timeout": math.nan}, "--timeout must be positive seconds, at most 1e[+]09, got nan"),
+        ({"pipeline": 8}, "at least as many --microbatches as --pipeline 8, got 4"),
         ({"betas": (0.9, 1.0)}, r"--betas must be in \[0, 1\), got 0.9 1.0"),
         ({"eval_every": 2}, "--eval-every N and --eval-text FILE need one another"),
         ({"eval_text": Path("LICENSE")}, "--eval-every N and --eval-text FILE need one another"),

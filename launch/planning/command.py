@@ -78,7 +78,11 @@ def run(
     if arguments.plot is not None:
         from launch.planning.picture import plot_plan
 
-        plot_plan(best, arguments.plot, job.shape.name, hardware.memory)
+        try:
+            plot_plan(best, arguments.plot, job.shape.name, hardware.memory)
+        except (OSError, ValueError) as error:  # no such folder; no such format
+            print(f"launch.plan: --plot {arguments.plot}: {error}", file=sys.stderr)
+            sys.exit(2)
     if not best.fits:
         sys.exit(1)
 
@@ -96,6 +100,8 @@ def plan(arguments: PlanArguments) -> tuple[Job, list[MeshPlan], Hardware]:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if arguments.state_bytes is not None and arguments.state_bytes < 0:
+        raise ValueError(f"--state-bytes must be at least 0, got {arguments.state_bytes}")
     schedule = arguments.schedule.lower()
     if schedule not in SCHEDULES:
         known = ", ".join(one.name for one in SCHEDULES.values())
@@ -188,7 +194,10 @@ def parse_bytes(flag: str, text: str) -> float:
         raise ValueError(f"{flag} {text} has no unit: give {number}GB, {number}MiB or {number}B")
     if found is None or found[2].upper() not in _UNITS:
         raise ValueError(f"{flag} {text!r} is no size: give 80GB, 64MiB or 1000B")
-    return float(found[1]) * _UNITS[found[2].upper()]
+    size = float(found[1]) * _UNITS[found[2].upper()]
+    if size == 0:
+        raise ValueError(f"{flag} {text} is nothing: give 80GB, 64MiB or 1000B")
+    return size
 
 
 def _document(one: MeshPlan) -> dict[str, Any]:
