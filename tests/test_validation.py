@@ -17,6 +17,7 @@ from vocab_parallel import (
     VocabParallelOptions,
     linear_cross_entropy,
     multi_token_cross_entropy,
+    predict,
     token_logprobs,
 )
 from vocab_parallel import arguments as bound_calls
@@ -182,6 +183,13 @@ def check_mistakes() -> None:
         )
     with pytest.raises(ValueError, match=r"tokens of e: \[6, 4\]"):
         linear_cross_entropy(**given)
+
+    # How many tokens are predicted decides what is communicated.
+    for k, pattern in ((3, r"k: \[1, 3\]"), ("3", "rank 1 of the vocab group: k must be an int")):
+        given = arguments()
+        del given["targets"]
+        with pytest.raises(ValueError, match=pattern):
+            predict(**given, k=k if rank else 1)
 
     # Inside of torch.func, on all ranks or on one.
     given = arguments()
