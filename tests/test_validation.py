@@ -105,6 +105,13 @@ def largest(size: int) -> Change:
     return change
 
 
+def options_with(**values: Any) -> Change:
+    def change(given: dict[str, Any], rank: int) -> None:
+        given["vocab_parallel_options"] = replace(given["vocab_parallel_options"], **values)
+
+    return change
+
+
 def on_meta(given: dict[str, Any], rank: int) -> None:
     for name in ("e", "c", "targets"):
         given[name] = given[name].detach().to("meta")
@@ -155,6 +162,8 @@ MISTAKES: list[tuple[Change, str]] = [
      r"impl_options: \[\[\], \[\('microbatches_in_flight', 2\)\]\]"),
     (on_rank(1, target(3)), "have different targets"),
     (on_rank(1, setting(e=torch.zeros(TOKENS, HIDDEN))), r"e requires grad: \[True, False\]"),
+    (on_rank(1, options_with(start=6.0)), "rank 1 of the vocab group: start must be an integer"),
+    (on_rank(0, options_with(vocab_size="11")), "rank 0 of the vocab group: vocab_size must be"),
     (on_meta, "e is on the meta device and has no values"),
 ]  # fmt: skip
 
