@@ -112,6 +112,11 @@ def options_with(**values: Any) -> Change:
     return change
 
 
+def in_two_sequences(given: dict[str, Any], rank: int) -> None:
+    given["e"] = given["e"].detach().view(2, TOKENS // 2, HIDDEN).requires_grad_()
+    given["targets"] = given["targets"].view(2, TOKENS // 2)
+
+
 def on_meta(given: dict[str, Any], rank: int) -> None:
     for name in ("e", "c", "targets"):
         given[name] = given[name].detach().to("meta")
@@ -164,6 +169,7 @@ MISTAKES: list[tuple[Change, str]] = [
     (on_rank(1, setting(e=torch.zeros(TOKENS, HIDDEN))), r"e requires grad: \[True, False\]"),
     (on_rank(1, options_with(start=6.0)), "rank 1 of the vocab group: start must be an integer"),
     (on_rank(0, options_with(vocab_size="11")), "rank 0 of the vocab group: vocab_size must be"),
+    (on_rank(1, in_two_sequences), r"sequence length of e: \[6, 3\]"),
     (on_meta, "e is on the meta device and has no values"),
 ]  # fmt: skip
 

@@ -432,6 +432,8 @@ def _equal_of_shape(
         "reduce_e_grad": rows.reduce_e_grad,
         "largest_shard": rows.largest_shard,
         "tokens of e": hidden.shape[:-1].numel(),
+        # As many tokens in other sequences have other labels, once they are shifted.
+        "sequence length of e": None if own["hidden_layout"] == "sharded" else hidden.shape[-2],
         "hidden size": hidden.shape[-1],
         "dtype of e": hidden.dtype,
         "dtype of c": operands.classifier.dtype,
