@@ -117,6 +117,10 @@ def in_two_sequences(given: dict[str, Any], rank: int) -> None:
     given["targets"] = given["targets"].view(2, TOKENS // 2)
 
 
+def of_two_types(given: dict[str, Any], rank: int) -> None:
+    given["softcap"] = 3 if rank else 3.0
+
+
 def on_meta(given: dict[str, Any], rank: int) -> None:
     for name in ("e", "c", "targets"):
         given[name] = given[name].detach().to("meta")
@@ -170,6 +174,7 @@ MISTAKES: list[tuple[Change, str]] = [
     (on_rank(1, options_with(start=6.0)), "rank 1 of the vocab group: start must be an integer"),
     (on_rank(0, options_with(vocab_size="11")), "rank 0 of the vocab group: vocab_size must be"),
     (on_rank(1, in_two_sequences), r"sequence length of e: \[6, 3\]"),
+    (of_two_types, r"softcap: \[3.0, 3\]"),
     (on_meta, "e is on the meta device and has no values"),
 ]  # fmt: skip
 
