@@ -309,6 +309,12 @@ def test_autocast() -> None:
             found.append((loss.detach(), *(t.grad for t in operands)))
         for inside, outside in zip(*found, strict=True):
             assert torch.equal(inside, outside), (impl, dtype)
+    # torch stacks no float64 under autocast, nor what is its other half precision.
+    for other in (torch.float64, torch.float16):
+        given = [e.detach().to(other)] * 2, c.detach().to(other), targets
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = multi_token_cross_entropy(*given, shift=(0, 1))
+        assert loss.isfinite()
 
 
 def test_a_target_that_nobody_checked_is_nan() -> None:
