@@ -585,6 +585,10 @@ def test_masked_rows_of_a_top_k(name: str, dtype: torch.dtype, masked: str) -> N
     tolerance = 1e-10 if dtype == torch.float64 else 1e-4
     assert 0.0 < wanted.item() < torch.inf
     assert relative_error(loss, wanted) < tolerance
+    # A teacher that was run in float64 leaves what its numbers leave once they are the student's.
+    wider = torch.log_softmax((teacher_e @ teacher_c.T + own).double(), -1)[:, :4]
+    again = linear_distillation_from_top_k(e, c, ids, wider, bias, divergence=name)
+    assert relative_error(again, wanted) < tolerance
     for one, other in zip(
         torch.autograd.grad(loss, (e, c)), torch.autograd.grad(wanted, wide), strict=True
     ):
