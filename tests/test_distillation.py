@@ -502,6 +502,20 @@ def test_a_student_that_has_learned(name: str) -> None:
         assert relative_error(one, other) < 5e-4
 
 
+def test_parts_of_a_confident_student() -> None:
+    """A part's share of the probability is rounded with its lse, but the mean is not so."""
+    e, c, teacher_e, teacher_c = (torch.randn(size, 16) for size in (96, 600, 96, 600))
+    e = (5.0 * e).requires_grad_()
+    loss = linear_distillation(
+        e, c, teacher_e, teacher_c, divergence="reverse_kl", memory_budget=2**16
+    )
+    wide = e.detach().double().requires_grad_()
+    log_q = torch.log_softmax(teacher_e.double() @ teacher_c.double().T, -1)
+    wanted = distillation_oracle(wide, c.double(), log_q, divergence="reverse_kl")
+    found, exact = (torch.autograd.grad(*pair)[0] for pair in ((loss, e), (wanted, wide)))
+    assert relative_error(found, exact) < 3e-5
+
+
 @pytest.mark.parametrize("name", DIVERGENCES)
 @pytest.mark.parametrize("k", [None, 40])
 def test_logits_far_apart(name: str, k: int | None) -> None:
