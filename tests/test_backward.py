@@ -226,5 +226,7 @@ def test_kept_bytes_fit() -> None:
         assert 3 * several.kept_bytes + several.logits_bytes <= budget
     named = plan_backward(8192, 37_984, 5120, memory_budget=256 * MIB, backward="recompute")
     assert (named.kept_rows, named.kept_bytes) == (0, 0), "who names it keeps nothing"
+    with pytest.raises(ValueError, match="unknown backward 'gradients'"):
+        plan_backward(8192, 37_984, 5120, backward="gradients")
     tiny = plan_backward(8192, 37_984, 5120, memory_budget=2 * 200 * 200)
     assert tiny.tile == (200, 192), "kernels write whole sectors of a tile"

@@ -502,6 +502,20 @@ def test_a_student_that_has_learned(name: str) -> None:
         assert relative_error(one, other) < 5e-4
 
 
+def test_parts_of_a_confident_student() -> None:
+    """A part's share of the probability is rounded with its lse, but the mean is not so."""
+    e, c, teacher_e, teacher_c = (torch.randn(size, 16) for size in (96, 600, 96, 600))
+    e = (5.0 * e).requires_grad_()
+    loss = linear_distillation(
+        e, c, teacher_e, teacher_c, divergence="reverse_kl", memory_budget=2**16
+    )
+    wide = e.detach().double().requires_grad_()
+    log_q = torch.log_softmax(teacher_e.double() @ teacher_c.double().T, -1)
+    wanted = distillation_oracle(wide, c.double(), log_q, divergence="reverse_kl")
+    found, exact = (torch.autograd.grad(*pair)[0] for pair in ((loss, e), (wanted, wide)))
+    assert relative_error(found, exact) < 3e-5
+
+
 @pytest.mark.parametrize("name", DIVERGENCES)
 @pytest.mark.parametrize("k", [None, 40])
 def test_logits_far_apart(name: str, k: int | None) -> None:
@@ -585,6 +599,10 @@ def test_masked_rows_of_a_top_k(name: str, dtype: torch.dtype, masked: str) -> N
     tolerance = 1e-10 if dtype == torch.float64 else 1e-4
     assert 0.0 < wanted.item() < torch.inf
     assert relative_error(loss, wanted) < tolerance
+    # A teacher that was run in float64 leaves what its numbers leave once they are the student's.
+    wider = torch.log_softmax((teacher_e @ teacher_c.T + own).double(), -1)[:, :4]
+    again = linear_distillation_from_top_k(e, c, ids, wider, bias, divergence=name)
+    assert relative_error(again, wanted) < tolerance
     for one, other in zip(
         torch.autograd.grad(loss, (e, c)), torch.autograd.grad(wanted, wide), strict=True
     ):

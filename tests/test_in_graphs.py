@@ -78,6 +78,11 @@ def counting() -> CompileCounterWithBackend:
         {"num_valid_tokens": 7, "backward": "probs", "temperature": 0.7, "logits_dtype": "float32"},
         {"num_valid_tokens": torch.tensor(7), "token_weight": torch.rand(2, 6)},
         {"impl": "reference", "shift": 1, "document_ids": torch.arange(12).view(2, 6) // 4},
+        {
+            "num_valid_tokens": torch.tensor(7),
+            "token_weight": torch.rand(2, 6),
+            "document_ids": torch.arange(12).view(2, 6) // 4,
+        },
     ],
 )
 def test_loss_in_one_graph(options: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """One process that holds the whole vocabulary, with no process group at all."""
 
 import functools
+import itertools
 
 import pytest
 import torch
@@ -296,6 +297,24 @@ def test_autocast() -> None:
     loss.backward()
     assert e.grad is not None
     assert e.grad.dtype == torch.float32
+    # Products are of what is widened, in backward too, where a schedule's step is under autocast.
+    for impl, dtype in itertools.product(("chunked", "reference"), (torch.bfloat16, torch.float32)):
+        found = []
+        for casts in (True, False):
+            operands = [t.detach().bfloat16().to(dtype).requires_grad_() for t in (e, c)]
+            cast = operands if dtype == torch.bfloat16 else [t.bfloat16() for t in operands]
+            with torch.autocast("cpu", torch.bfloat16, enabled=casts):
+                loss = linear_cross_entropy(*(operands if casts else cast), targets, impl=impl)
+                loss.backward()
+            found.append((loss.detach(), *(t.grad for t in operands)))
+        for inside, outside in zip(*found, strict=True):
+            assert torch.equal(inside, outside), (impl, dtype)
+    # torch stacks no float64 under autocast, nor what is its other half precision.
+    for other in (torch.float64, torch.float16):
+        given = [e.detach().to(other)] * 2, c.detach().to(other), targets
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = multi_token_cross_entropy(*given, shift=(0, 1))
+        assert loss.isfinite()
 
 
 def test_a_target_that_nobody_checked_is_nan() -> None:

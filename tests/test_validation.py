@@ -17,6 +17,7 @@ from vocab_parallel import (
     VocabParallelOptions,
     linear_cross_entropy,
     multi_token_cross_entropy,
+    predict,
     token_logprobs,
 )
 from vocab_parallel import arguments as bound_calls
@@ -104,6 +105,22 @@ def largest(size: int) -> Change:
     return change
 
 
+def options_with(**values: Any) -> Change:
+    def change(given: dict[str, Any], rank: int) -> None:
+        given["vocab_parallel_options"] = replace(given["vocab_parallel_options"], **values)
+
+    return change
+
+
+def in_two_sequences(given: dict[str, Any], rank: int) -> None:
+    given["e"] = given["e"].detach().view(2, TOKENS // 2, HIDDEN).requires_grad_()
+    given["targets"] = given["targets"].view(2, TOKENS // 2)
+
+
+def of_two_types(given: dict[str, Any], rank: int) -> None:
+    given["softcap"] = 3 if rank else 3.0
+
+
 def on_meta(given: dict[str, Any], rank: int) -> None:
     for name in ("e", "c", "targets"):
         given[name] = given[name].detach().to("meta")
@@ -154,6 +171,10 @@ MISTAKES: list[tuple[Change, str]] = [
      r"impl_options: \[\[\], \[\('microbatches_in_flight', 2\)\]\]"),
     (on_rank(1, target(3)), "have different targets"),
     (on_rank(1, setting(e=torch.zeros(TOKENS, HIDDEN))), r"e requires grad: \[True, False\]"),
+    (on_rank(1, options_with(start=6.0)), "rank 1 of the vocab group: start must be an integer"),
+    (on_rank(0, options_with(vocab_size="11")), "rank 0 of the vocab group: vocab_size must be"),
+    (on_rank(1, in_two_sequences), r"sequence length of e: \[6, 3\]"),
+    (of_two_types, r"softcap: \[3.0, 3\]"),
     (on_meta, "e is on the meta device and has no values"),
 ]  # fmt: skip
 
@@ -182,6 +203,13 @@ def check_mistakes() -> None:
         )
     with pytest.raises(ValueError, match=r"tokens of e: \[6, 4\]"):
         linear_cross_entropy(**given)
+
+    # How many tokens are predicted decides what is communicated.
+    for k, pattern in ((3, r"k: \[1, 3\]"), ("3", "rank 1 of the vocab group: k must be an int")):
+        given = arguments()
+        del given["targets"]
+        with pytest.raises(ValueError, match=pattern):
+            predict(**given, k=k if rank else 1)
 
     # Inside of torch.func, on all ranks or on one.
     given = arguments()

@@ -90,8 +90,8 @@ def _worded_problem(problem: ValueError | None, group: VocabGroup) -> ValueError
 def _worded_difference(settings: Mapping[str, Any], group: VocabGroup) -> ValueError:
     every = group.exchange_objects(dict(settings))
     names = dict.fromkeys(name for each in every for name in each)
-    first = every[0]
-    differing = [name for name in names if any(e.get(name) != first.get(name) for e in every)]
+    # By their texts, as the digests are: 3 and 3.0 are not one.
+    differing = [name for name in names if len({repr(e.get(name)) for e in every}) > 1]
     values = "; ".join(f"{name}: {[e.get(name) for e in every]}" for name in differing)
     return ValueError(
         f"the ranks of the vocab group must agree, but rank by rank they have {values}; "

@@ -205,10 +205,15 @@ def prepare(
         ValueError: bad input; on every rank of the group where ``validate`` holds, or where it is
             None and the tensors are on the CPU.
     """
-    rows = rows_of(operands.classifier, options)
-    group = rows.group
     on_gpu = isinstance(operands.hidden, Tensor) and operands.hidden.is_cuda
     reads_values = bool(validate or not on_gpu)
+    try:
+        rows = rows_of(operands.classifier, options)
+    except ValueError as error:
+        if reads_values and validate is not False and hasattr(options, "group"):
+            agree(error, RankSummary(), {}, VocabGroup.of(options.group))
+        raise
+    group = rows.group
     call: Call | None = None
     problem: ValueError | None = None
     more: Mapping[str, Any] = {}
@@ -427,6 +432,8 @@ def _equal_of_shape(
         "reduce_e_grad": rows.reduce_e_grad,
         "largest_shard": rows.largest_shard,
         "tokens of e": hidden.shape[:-1].numel(),
+        # As many tokens in other sequences have other labels, once they are shifted.
+        "sequence length of e": None if own["hidden_layout"] == "sharded" else hidden.shape[-2],
         "hidden size": hidden.shape[-1],
         "dtype of e": hidden.dtype,
         "dtype of c": operands.classifier.dtype,

@@ -3,8 +3,9 @@
 None of it holds the logits, and none has a gradient.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -83,8 +84,11 @@ def predict(
         vocab_parallel_options,
         validate=validate,
         needs_targets=False,
+        also=partial(_with_k, k),
     )
-    _check_k(k, call)
+    if call.rows.vocab_size is None:  # options without it
+        own = torch.tensor(call.rows.num_token_rows, device=call.operands.hidden.device)
+        _check_k(k, int(call.rows.group.sum(own)))
     hidden = gathered_hidden(call, call.operands.flat_hidden)
     targets = torch.full((hidden.shape[0],), -1, device=hidden.device)
     shard = shard_of(call, hidden, call.operands.classifier, bias, targets, needs_grad=False)
@@ -112,13 +116,14 @@ def _join(call: Call, scores: Tensor, ids: Tensor, lse: Tensor) -> Prediction:
     return Prediction(torch.stack(own[:k], -1), torch.stack(own[k:-1], -1), own[-1])
 
 
-def _check_k(k: Any, call: Call) -> None:
-    vocab_size = call.rows.vocab_size
-    if vocab_size is None:  # options without it
-        own = torch.tensor(call.rows.num_token_rows, device=call.operands.hidden.device)
-        vocab_size = int(call.rows.group.sum(own))
-    if not isinstance(k, int) or k < 1 or k > vocab_size:
-        raise ValueError(f"k must be an integer in [1, {vocab_size}], got {k!r}")
+def _with_k(k: Any, call: Call, reads_values: bool) -> tuple[Call, Mapping[str, Any]]:
+    _check_k(k, call.rows.vocab_size)
+    return call, {"k": k}
+
+
+def _check_k(k: Any, vocab_size: int | None) -> None:
+    if not isinstance(k, int) or k < 1 or (vocab_size is not None and k > vocab_size):
+        raise ValueError(f"k must be an integer in [1, {vocab_size or 'vocabulary'}], got {k!r}")
 
 
 @dataclass(frozen=True)

@@ -312,7 +312,10 @@ def _(ticket: Any, grads: Any, leaves: Any, wanted: Any) -> list[Tensor]:
 
 
 def _save(ctx: Any, inputs: Any, output: list[Tensor]) -> None:
-    e, c, _, bias, *_ = inputs
+    e, c, _, bias, others, *_ = inputs
+    # torch asks for a list of gradients where it was given a list of tensors alone.
+    some_missing = any(each is None for each in others)
+    ctx.of_others = None if some_missing else [None] * len(others)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[-1], e, c, bias)
 
@@ -325,6 +328,7 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
         made = iter(torch.ops.vocab_parallel.loss_backward(ticket, grads[:-1], leaves, wanted))
         for place, want in zip((0, 1, 3), wanted, strict=True):
             found[place] = next(made) if want else None
+    found[4] = ctx.of_others
     return tuple(found)
 
 

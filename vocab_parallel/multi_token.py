@@ -177,7 +177,10 @@ def stacked(e: Any) -> Any:
     if not isinstance(e, Sequence) or not all(isinstance(head, Tensor) for head in e):
         return e
     alike = len({(head.shape, head.dtype, head.device) for head in e}) == 1
-    return torch.stack(list(e)) if alike else e
+    if not alike:
+        return e
+    with torch.autocast(e[0].device.type, enabled=False):  # which stacks no float64
+        return torch.stack(list(e))
 
 
 def as_tuple(values: Any) -> Any:

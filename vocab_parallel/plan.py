@@ -131,8 +131,10 @@ def plan_backward(
         logits_dtype: as in `linear_cross_entropy`; Hopper's kernels are as without it.
 
     Raises:
-        ValueError: a budget below one logit.
+        ValueError: a budget below one logit, or a way of backward that there is not.
     """
+    if backward not in ("auto", "recompute", "probs"):
+        raise ValueError(f"unknown backward {backward!r}: known are 'auto', 'recompute', 'probs'")
     mixed = classifier_dtype not in (None, dtype)
     product_dtype = torch.promote_types(dtype, classifier_dtype or dtype)
     planner = Planner(

@@ -146,9 +146,9 @@ def join(parts: Tensor, columns: Columns) -> Tensor:
 def _weighted(column: Column, means: Tensor, lse: Tensor, whole_lse: Tensor) -> Tensor:
     """Return what each part [V, 1, N] adds to a mean: by its share of the probability."""
     shares = share_of(lse, whole_lse)
+    total = shares.sum(0)  # 1, but for the rounding of each lse
+    shares = shares / total.masked_fill(total == 0.0, 1.0)
     if column.joins == "mean_log_prob":
         means = means + (lse - whole_lse)
-        total = shares.sum(0)  # 1, but for the rounding of each lse
-        shares = shares / total.masked_fill(total == 0.0, 1.0)
     # A part without probability adds nothing, were its mean infinite.
     return (shares * means).masked_fill_(shares == 0.0, 0.0)

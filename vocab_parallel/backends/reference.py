@@ -39,7 +39,8 @@ class ReferenceBackend(RecomputeOnly):
 
     def statistics(self, shard: Shard, plan: BackwardPlan) -> tuple[Tensor, None]:
         """See `Backend.statistics`."""
-        return self._statistics(shard), None
+        with _as_given(shard):
+            return self._statistics(shard), None
 
     def gradients(self, shard: Shard, plan: BackwardPlan, upstream: Upstream) -> Gradients:
         """See `Backend.gradients`."""
@@ -53,10 +54,11 @@ class ReferenceBackend(RecomputeOnly):
         if not sought:
             return Gradients(None, None, None)
         shard = Shard(**{**shard._asdict(), **leaves, "columns": shard.grad_columns})
-        with torch.enable_grad():
-            local = self._statistics(shard)
-        pulled = _shard_gradients(shard, local.detach(), upstream.statistics, upstream.grads)
-        grads = torch.autograd.grad(local, tuple(sought.values()), pulled)
+        with _as_given(shard):
+            with torch.enable_grad():
+                local = self._statistics(shard)
+            pulled = _shard_gradients(shard, local.detach(), upstream.statistics, upstream.grads)
+            grads = torch.autograd.grad(local, tuple(sought.values()), pulled)
         found = Gradients(None, None, None)._replace(**dict(zip(sought, grads, strict=True)))
         return found._replace(classifier=upstream.classifier_grad.placed(found.classifier))
 
@@ -93,6 +95,11 @@ class TorchCompileBackend(ReferenceBackend):
 
     def _statistics(self, shard: Shard) -> Tensor:
         return _compiled()(shard, shard.product_dtype)
+
+
+def _as_given(shard: Shard) -> torch.autocast:
+    """Switch autocast off: operands are cast already, and it would round what is widened."""
+    return torch.autocast(shard.hidden.device.type, enabled=False)
 
 
 @functools.cache

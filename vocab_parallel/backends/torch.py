@@ -510,8 +510,8 @@ def put_product(destination: Tensor, a: Tensor, b: Tensor, *, add: bool) -> None
             destination.addmm_(a, b)
         else:
             torch.mm(a, b, out=destination)
-    elif not a.is_cuda:  # a and b are wider
-        found = a @ b
+    elif not a.is_cuda:  # a and b are wider; a @ b would be rounded under autocast
+        found = torch.mm(a, b, out=a.new_empty(a.shape[0], b.shape[1]))
         destination.copy_(found.add_(destination) if add else found)
     elif add:
         torch.addmm(destination, a, b, out_dtype=destination.dtype, out=destination)

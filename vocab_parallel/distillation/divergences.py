@@ -130,9 +130,10 @@ def log_remainder(log_q: Tensor) -> Tensor:  # (k, N) -> (N,)
 def rounding_of(log_q: Tensor, given_dtype: torch.dtype) -> Tensor:  # (k, N) -> (N,)
     """Return up to which remainder probabilities that sum up to 1 may leave by rounding alone.
 
-    Each logarithm is rounded in proportion to its size, in the dtype that it was given in; what
-    computed it in float32 or wider is granted 64 times that one's epsilon.
+    Each logarithm is rounded in proportion to its size, in the dtype that it was given in or, where
+    that is narrower, in its own; what computed it in float32 or wider is granted 64 times that
+    one's epsilon.
     """
-    computed = 64.0 * torch.finfo(accumulation_dtype(given_dtype)).eps
-    least = max(computed, torch.finfo(log_q.dtype).eps)
-    return torch.special.entr(log_q.exp()).sum(0) * torch.finfo(given_dtype).eps + least
+    narrow = max(given_dtype, log_q.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+    computed = 64.0 * torch.finfo(accumulation_dtype(narrow)).eps
+    return torch.special.entr(log_q.exp()).sum(0) * torch.finfo(narrow).eps + computed
