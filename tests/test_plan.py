@@ -47,7 +47,7 @@ MEASURED = ROOT / "benchmarks" / "results" / "2026-11-29-loss-h200.json"
 
 
 def test_memory_of_measured_ranks() -> None:
-    """Qwen3-1.7B on 2 x 1 and 2 x 2 ranks of one H200, docs/qwen3.md: both stages within 2%."""
+    """Qwen3-1.7B, eager, on 2 x 1 and 2 x 2 ranks of one H200: both stages within 2%."""
     job = Job(ModelShape.load("qwen3-1.7b"), 4096, 1, 8, "1f1b")
     for vocab, parameters, measured in (
         (1, [1_166_876_928, 864_862_976], (24_211 * MIB, 12_412 * MIB)),
@@ -58,6 +58,29 @@ def test_memory_of_measured_ranks() -> None:
         assert [int(stage.parameters) for stage in stages] == parameters
         for stage, held in zip(stages, measured, strict=True):
             assert stage.memory == pytest.approx(held, rel=0.02)
+
+
+def test_memory_of_compiled_ranks() -> None:
+    """The runs of launch.train whose lines are in the file, each on two H200s: within 2%."""
+    path = ROOT / "benchmarks" / "results" / "2026-11-29-all-stages-2xh200.json"
+    runs, hardware = json.loads(path.read_text())["runs"], Hardware.load("h200")
+    for name, pipeline, vocab, microbatch in (
+        ("last stage, layers rebalanced", 2, 1, 1),
+        ("pipeline 2 x vocab 1", 2, 1, 2),
+        ("pipeline 1 x vocab 2", 1, 2, 1),
+    ):
+        job = Job(
+            ModelShape.load("qwen3-1.7b"), 4096, microbatch, 8, "1f1b",
+            state_bytes=12, memory_budget=2**32, compile=True,
+        )  # fmt: skip
+        stages = estimate_stages(job, Mesh(1, pipeline, vocab), hardware)
+        planned_bytes = [stage.memory for stage in stages for _ in range(vocab)]
+        held = [MIB * each for each in runs[name]["peak_mib"]]
+        assert planned_bytes == pytest.approx(held, rel=0.02), name
+    splits = replace(job, schedule="zbvzerobubble")
+    assert not splits.compiled
+    assert splits.activation_bytes(hardware) > job.activation_bytes(hardware)
+    assert splits.layer_seconds(hardware) > job.layer_seconds(hardware)
 
 
 @pytest.mark.parametrize(("way", "budget"), [("probs", 3e9), ("recompute", 64 * MIB)])

@@ -62,7 +62,8 @@ def print_table(
         "Memory is arithmetic, within 2% of what ranks of Qwen3-1.7B held. Nothing of the links' "
         f"time is hidden{_hidden(plans)}. Products "
         f"{_rate(hardware, 'product_flops', 1e12, 'TFLOP/s')}, layers "
-        f"{_rate(hardware, 'layer_flops', 1e12, 'TFLOP/s')}, links "
+        f"{_rate(hardware, 'layer_flops', 1e12, 'TFLOP/s')}, compiled "
+        f"{hardware.compiled_speed:.2f} times as fast, links "
         f"{_rate(hardware, 'link_bytes', 1e9, 'GB/s')}{_nodes(hardware)}.",
         "Without a pipeline: FSDP2's gathers and reductions hide behind computation, tensor "
         "parallelism's messages do not; the fastest microbatch that fits; the same loss and rates.",
