@@ -165,8 +165,16 @@ class MeshPlanner:
         Raises:
             ValueError: the schedule does not run on it, or it cannot share the batch.
         """
-        spans = SCHEDULES[job.schedule].held and mesh.pipeline > 1
-        return [self.plan(job, mesh, one) for one in vocab_over if one == "last-stage" or spans]
+        microbatches = self._of_batch(job, mesh).microbatches
+        too_few = job.schedule == "1f1b" and microbatches < mesh.pipeline  # torch's takes no fewer
+        can = {
+            "last-stage": not too_few,
+            "all-stages": SCHEDULES[job.schedule].held and mesh.pipeline > 1,
+        }
+        found = [self.plan(job, mesh, one) for one in vocab_over if can[one]]
+        if too_few and not found:
+            raise ValueError(f"{microbatches} microbatches are fewer than {mesh.pipeline} stages")
+        return found
 
     def plan(
         self, job: Job, mesh: Mesh, vocab_over: VocabOver, *, simulated: bool = False

@@ -134,12 +134,10 @@ def verdict(plans: list[MeshPlan]) -> str:
         instead = "Do without a pipeline" if last.mesh.pipeline == 1 else "Rebalance layers instead"
         return f"{instead}, {1 / gain - 1:.1%} faster: {compared}."
     alike = (one for one in plans if one.vocab_over == "last-stage")
-    same = next(one for one in alike if one.mesh == everywhere.mesh)
-    lacks = f"; on the last stage of {same.mesh} it lacks {same.missing / 1e9:.1f} GB"
-    return (
-        f"Give the vocabulary to all stages, {gain - 1:.1%} faster: {compared}"
-        f"{'' if same.fits else lacks}."
-    )
+    same = next((one for one in alike if one.mesh == everywhere.mesh), None)
+    if same is not None and not same.fits:
+        compared += f"; on the last stage of {same.mesh} it lacks {same.missing / 1e9:.1f} GB"
+    return f"Give the vocabulary to all stages, {gain - 1:.1%} faster: {compared}."
 
 
 def _share(value: float | None) -> str:
