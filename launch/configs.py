@@ -72,7 +72,7 @@ def load_config(model: str) -> tuple[PretrainedConfig, Path | None]:
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises what its classes make of the values
-        words = str(error).strip().partition("\n")[0]
+        words = " ".join(str(error).split())  # the cause may stand on a second line
         raise ValueError(f"{path} cannot be read: {words}") from error
     return config, folder
 

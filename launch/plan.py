@@ -96,9 +96,15 @@ def _calibrate(path: Path) -> None:
     """Write the hardware file of this rank's device; of several ranks, the first one's."""
     import torch
 
+    from launch.disk import try_to_write
     from launch.planning.calibrate import calibrate
     from launch.runtime import process_group
 
+    try:
+        try_to_write(path.parent, "--out")
+    except ValueError as error:
+        print(f"launch.plan: {error}", file=sys.stderr)
+        sys.exit(2)
     alone = nullcontext(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     with process_group(timeout=60.0) if "RANK" in os.environ else alone as device:
         found = calibrate(device)

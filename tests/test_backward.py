@@ -228,5 +228,12 @@ def test_kept_bytes_fit() -> None:
     assert (named.kept_rows, named.kept_bytes) == (0, 0), "who names it keeps nothing"
     with pytest.raises(ValueError, match="unknown backward 'gradients'"):
         plan_backward(8192, 37_984, 5120, backward="gradients")
+    mistakes: dict[str, Any] = {
+        "tokens": -1, "hidden_size": 0, "degree": 1.0, "microbatches_in_flight": 0,
+        "memory_budget": "64MiB", "logits_dtype": "float16",
+    }  # fmt: skip
+    for name, value in mistakes.items():
+        with pytest.raises(ValueError, match=f"{name} must be"):
+            plan_backward(**{"tokens": 8192, "rows": 37_984, "hidden_size": 5120, name: value})
     tiny = plan_backward(8192, 37_984, 5120, memory_budget=2 * 200 * 200)
     assert tiny.tile == (200, 192), "kernels write whole sectors of a tile"

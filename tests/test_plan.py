@@ -942,6 +942,9 @@ def test_command(tmp_path: Path) -> None:
     assert picture.stat().st_size > 1000
     assert "Only the vocabulary on all stages fits: " in " ".join(shown.stdout.split())
     assert "would bring the bubble from" in " ".join(shown.stdout.split())
+    nowhere = command("--calibrate", "--out", str(picture / "mine.json"))
+    assert (nowhere.returncode, nowhere.stdout) == (2, "")
+    assert "launch.plan: --out" in nowhere.stderr
     document = json.loads(command("--model", "qwen3-1.7b", "--gpus", "8", "--json").stdout)
     assert document["verdict"]
     best = document["meshes"][0]

@@ -270,8 +270,13 @@ def check_counting() -> None:
         for one, same in zip(results[0], other, strict=True):
             assert relative_error(one, same) < 1e-13
     assert int(count_valid_tokens(targets[rank])) == int((targets[rank] != -100).sum())
-    with pytest.raises(ValueError, match="at least one tensor of labels"):
-        count_valid_tokens([])
+    mistakes: Any = ([], None, [1, 2])
+    for labels in mistakes:
+        with pytest.raises(ValueError, match="needs labels as a tensor or several"):
+            count_valid_tokens(labels)
+    no_groups: Any = None
+    with pytest.raises(ValueError, match="groups must be several"):
+        count_valid_tokens(targets[rank], no_groups)
     with pytest.raises(ValueError, match="shift must be an integer of at least 0"):
         count_valid_tokens(targets[rank], shift=-1)
 

@@ -88,6 +88,13 @@ def cast(name: str, dtype: torch.dtype) -> Change:
     return change
 
 
+def sparse(name: str) -> Change:
+    def change(given: dict[str, Any], rank: int) -> None:
+        given[name] = given[name].detach().to_sparse()
+
+    return change
+
+
 def divided_by_rank(given: dict[str, Any], rank: int) -> None:
     given["num_valid_tokens"] = torch.tensor(7 + rank)
 
@@ -136,6 +143,12 @@ MISTAKES: list[tuple[Change, str]] = [
     (on_rank(1, target(-1)), r"targets must lie in \[0, 11\).* got -1 on rank 1"),
     (cast("targets", torch.float32), "int32 or int64, got torch.float32"),
     (cast("c", torch.float64), "each as it is, or both float64"),
+    (setting(num_valid_tokens=torch.tensor(True)), "must be a number of tokens, got torch.bool"),
+    (
+        on_rank(1, setting(token_weight=torch.ones(TOKENS, dtype=torch.complex64))),
+        "token_weight must be real, got torch.complex64",
+    ),
+    (on_rank(0, sparse("c")), r"c must be dense, got torch.sparse_coo: pass c.to_dense\(\)"),
     (reshaped("targets", 5), r"targets must be \[6\]"),
     (setting(shift=-1), r"shift must be an integer in \[0, 6\)"),
     (setting(shift=TOKENS), r"shift must be an integer in \[0, 6\)"),

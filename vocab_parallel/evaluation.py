@@ -226,17 +226,17 @@ def count_valid_tokens(
         the groups.
 
     Raises:
-        ValueError: no labels, or a negative shift.
+        ValueError: no tensors of labels, no several groups, or a shift that cannot be.
     """
-    parts = [labels] if isinstance(labels, Tensor) else list(labels)
-    if not parts:
-        raise ValueError("count_valid_tokens needs at least one tensor of labels, got none")
-    shifts = [shift] if isinstance(shift, int) else list(shift)
+    parts = _tensors("labels", labels)
+    shifts = list(shift) if isinstance(shift, Sequence) else [shift]
     if not all(isinstance(each, int) and each >= 0 for each in shifts):
         raise ValueError(f"shift must be an integer of at least 0, or several, got {shift!r}")
+    if not isinstance(groups, Iterable):
+        raise ValueError(f"groups must be several, such as [groups.data_group], got {groups!r}")
     documents: list[Tensor] | list[None] = [None] * len(parts)
     if document_ids is not None:
-        documents = [document_ids] if isinstance(document_ids, Tensor) else list(document_ids)
+        documents = _tensors("document_ids", document_ids)
     if [d.shape for d in documents if d is not None] not in ([], [part.shape for part in parts]):
         raise ValueError("document_ids must be given as the labels are, in tensors of their shapes")
 
@@ -254,3 +254,14 @@ def count_valid_tokens(
         if group is not None:
             count = VocabGroup.of(group).sum(count)
     return count
+
+
+def _tensors(name: str, given: Any) -> list[Tensor]:
+    """Return one tensor or several as a list."""
+    found = [given] if isinstance(given, Tensor) else given
+    found = list(found) if isinstance(found, Iterable) else []
+    if not found or not all(isinstance(each, Tensor) for each in found):
+        raise ValueError(
+            f"count_valid_tokens needs {name} as a tensor or several, got {type(given).__name__}"
+        )
+    return found

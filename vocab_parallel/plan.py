@@ -131,8 +131,18 @@ def plan_backward(
         logits_dtype: as in `linear_cross_entropy`; Hopper's kernels are as without it.
 
     Raises:
-        ValueError: a budget below one logit, or a way of backward that there is not.
+        ValueError: a budget below one logit, a size that cannot be, or a way of backward or a dtype
+            that there is not.
     """
+    for name, value, least in (
+        ("tokens", tokens, 0), ("rows", rows, 0), ("hidden_size", hidden_size, 1),
+        ("degree", degree, 1), ("microbatches_in_flight", microbatches_in_flight, 1),
+        ("memory_budget", budget_bytes(memory_budget), 1),
+    ):  # fmt: skip
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+    if logits_dtype not in (None, "float32"):
+        raise ValueError(f'logits_dtype must be None or "float32", got {logits_dtype!r}')
     if backward not in ("auto", "recompute", "probs"):
         raise ValueError(f"unknown backward {backward!r}: known are 'auto', 'recompute', 'probs'")
     mixed = classifier_dtype not in (None, dtype)

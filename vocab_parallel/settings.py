@@ -111,6 +111,7 @@ _RULES = (
         ": where the ninth argument was cut-cross-entropy's filter_eps, pass it by name",
     ),
     Rule("return_metrics", is_bool, "be True or False"),
+    Rule("return_entropy", is_bool, "be True or False"),
     Rule(
         "logits_dtype",
         lambda dtype: dtype in (None, "float32"),
@@ -303,6 +304,8 @@ def check_tensors(operands: "Operands", settings: LossSettings, degree: int) -> 
             f"expected hidden states e [{axes}] and classifier c [rows, D], got e "
             f"{list(e.shape)} and c {list(c.shape)}"
         )
+    if not e.shape[-1]:
+        raise ValueError(f"the hidden size must be at least 1, got e {list(e.shape)}")
     if e.shape[-1] != c.shape[1]:
         raise ValueError(
             f"the hidden size of e is {e.shape[-1]} but that of c is {c.shape[1]}: they must come "
@@ -320,6 +323,10 @@ def check_tensors(operands: "Operands", settings: LossSettings, degree: int) -> 
                 f"{name} must be int32 or int64, got {ids.dtype}"
                 + (": class probabilities are not supported" if name == "targets" else "")
             )
+    for name in ("bias", "token_weight"):
+        value = given[name]
+        if value is not None and value.is_complex():
+            raise ValueError(f"{name} must be real, got {value.dtype}")
     if bias is not None and bias.shape != c.shape[:1]:
         raise ValueError(f"bias must be [{c.shape[0]}], a value a row of c, got {list(bias.shape)}")
     _check_token_shapes(e, {name: given[name] for name in OF_TOKENS}, settings, degree)
@@ -420,6 +427,10 @@ def check_token_divisor(
                 f"a num_valid_tokens tensor must hold one number{each} on {e.device}, got "
                 f"{list(num_valid_tokens.shape)} on {num_valid_tokens.device}"
             )
+        if num_valid_tokens.dtype == torch.bool or num_valid_tokens.is_complex():
+            raise ValueError(
+                f"num_valid_tokens must be a number of tokens, got {num_valid_tokens.dtype}"
+            )
         if reads_values and not (num_valid_tokens >= 0).all():
             raise ValueError(
                 f"num_valid_tokens must count tokens, at least 0, got {num_valid_tokens.tolist()!r}"
@@ -443,6 +454,8 @@ def check_plain_tensor(name: str, tensor: Tensor | None, e: Tensor) -> None:
             f"{name} is a DTensor: pass {name}.to_local(), or give the DTensor weight to "
             f"CCEPipelineLoss, which reads its rows off its placement"
         )
+    if tensor.layout != torch.strided:
+        raise ValueError(f"{name} must be dense, got {tensor.layout}: pass {name}.to_dense()")
     if tensor.is_meta:
         raise ValueError(
             f"{name} is on the meta device and has no values: give it memory, to_empty(device=...) "
