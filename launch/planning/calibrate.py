@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import date
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -80,7 +81,7 @@ def calibrate(device: torch.device) -> Hardware:
         "copy_bytes": _copy_bytes,
         "link_bytes": _link_bytes,
     }
-    if device.type == "cuda":  # launch.train does not compile on a CPU
+    if device.type == "cuda" and find_spec("triton"):  # else launch.train does not compile
         measured |= {"compiled_speed": _compiled_speed, "compiled_kept": _compiled_kept}
     sources = dict.fromkeys((*measured, "loss_overhead"), today)
     sources["memory"] = "read from the device"
