@@ -672,9 +672,7 @@ def test_the_table_without_a_pipeline() -> None:
     for batch, *cells in rows[1:2]:
         for index, rate in enumerate((None, "12.5GB", "3GB")):
             given = {"node_bandwidth": rate, "batch": int(batch.replace(",", ""))}
-            arguments = PlanArguments(
-                model="qwen3-32b", gpus=64, gpu_memory="80GB", schedule="ZBVZeroBubble", **given
-            )  # type: ignore[arg-type]
+            arguments = PlanArguments(model="qwen3-32b", gpus=64, gpu_memory="80GB", **given)  # type: ignore[arg-type]
             job, plans, hardware = plan(arguments)
             found = without_pipeline(job, 64, given["batch"], hardware)  # type: ignore[arg-type]
             ratios = [one.tokens_per_second / plans[0].tokens_per_second for one in found]
