@@ -263,11 +263,11 @@ class TrainArguments(
                 f"--schedule {self.schedule} cannot let all stages carry the vocabulary: use one "
                 f"of {', '.join(one.name for one in SCHEDULES.values() if one.held)}"
             )
-        alone = self.schedule.lower() == "1f1b" and self.vocab_over == "last-stage"
-        if alone and self.microbatches < self.pipeline:
+        fills = SCHEDULES[self.schedule.lower()].fills and self.vocab_over == "last-stage"
+        if fills and self.microbatches < self.pipeline:
             raise ValueError(
-                f"--schedule 1F1B with the vocabulary on the last stage needs at least as many "
-                f"--microbatches as --pipeline {self.pipeline}, got {self.microbatches}"
+                f"--schedule {self.schedule} with the vocabulary on the last stage needs at least "
+                f"as many --microbatches as --pipeline {self.pipeline}, got {self.microbatches}"
             )
         whole = ", ".join(one.name for one in SCHEDULES.values() if not one.splits)
         if self.compile == "yes" and self.splits_backward:

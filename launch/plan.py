@@ -28,15 +28,15 @@ def main() -> None:
     """Parse the command line and plan; a user's mistake ends with a message and code 2."""
     try:
         arguments = parse(PlanArguments, "launch.plan")
+        if arguments.calibrate:
+            _calibrate(arguments.out)
+        else:
+            from launch.planning.command import run  # after --help, as above
+
+            run(arguments, start_command)
     except ValueError as error:
         print(f"launch.plan: {error}", file=sys.stderr)
         sys.exit(2)
-    if arguments.calibrate:
-        _calibrate(arguments.out)
-    else:
-        from launch.planning.command import run  # after --help, as above
-
-        run(arguments, start_command)
 
 
 def start_command(plan: "MeshPlan", job: "Job", arguments: PlanArguments) -> str:
@@ -93,18 +93,18 @@ def _torchrun(ranks: int) -> list[str]:
 
 
 def _calibrate(path: Path) -> None:
-    """Write the hardware file of this rank's device; of several ranks, the first one's."""
+    """Write the hardware file of this rank's device; of several ranks, the first one's.
+
+    Raises:
+        ValueError: its folder takes no file.
+    """
     import torch
 
     from launch.disk import try_to_write
     from launch.planning.calibrate import calibrate
     from launch.runtime import process_group
 
-    try:
-        try_to_write(path.parent, "--out")
-    except ValueError as error:
-        print(f"launch.plan: {error}", file=sys.stderr)
-        sys.exit(2)
+    try_to_write(path.parent, "--out")
     alone = nullcontext(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     with process_group(timeout=60.0) if "RANK" in os.environ else alone as device:
         found = calibrate(device)

@@ -18,13 +18,14 @@ import functools
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
 from vocab_parallel.statistics import accumulation_dtype
 
 Backward = Literal["recompute", "probs"]
+BACKWARDS = ("auto", *get_args(Backward))  # what a caller may ask for
 
 
 class TileShape(NamedTuple):
@@ -134,17 +135,18 @@ def plan_backward(
         ValueError: a budget below one logit, a size that cannot be, or a way of backward or a dtype
             that there is not.
     """
-    for name, value, least in (
-        ("tokens", tokens, 0), ("rows", rows, 0), ("hidden_size", hidden_size, 1),
-        ("degree", degree, 1), ("microbatches_in_flight", microbatches_in_flight, 1),
-        ("memory_budget", budget_bytes(memory_budget), 1),
-    ):  # fmt: skip
-        if not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+    check_counts(0, tokens=tokens, rows=rows)
+    check_counts(
+        1,
+        hidden_size=hidden_size,
+        degree=degree,
+        memory_budget=budget_bytes(memory_budget),
+        microbatches_in_flight=microbatches_in_flight,
+    )
     if logits_dtype not in (None, "float32"):
         raise ValueError(f'logits_dtype must be None or "float32", got {logits_dtype!r}')
-    if backward not in ("auto", "recompute", "probs"):
-        raise ValueError(f"unknown backward {backward!r}: known are 'auto', 'recompute', 'probs'")
+    if backward not in BACKWARDS:
+        raise ValueError(f"unknown backward {backward!r}: known are {list(BACKWARDS)}")
     mixed = classifier_dtype not in (None, dtype)
     product_dtype = torch.promote_types(dtype, classifier_dtype or dtype)
     planner = Planner(
@@ -176,6 +178,14 @@ def span_tokens(tokens: int, most_rows: int, dtype: torch.dtype, has_main_grad: 
     there = has_main_grad or accumulation_dtype(dtype) == dtype
     held = 2 * _SPAN_TOKENS + (0 if there else most_rows)
     return _SPAN_TOKENS if tokens > max(_LONG_CALL, held) else tokens
+
+
+def check_counts(least: int, **given: Any) -> None:
+    """Raise ValueError for the first that is no integer of at least so many."""
+    for name, value in given.items():
+        if not isinstance(value, int) or value < least:
+            must = "a positive integer" if least == 1 else f"an integer of at least {least}"
+            raise ValueError(f"{name} must be {must}, got {value!r}")
 
 
 def budget_bytes(memory_budget: int | None) -> int:

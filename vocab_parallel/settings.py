@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from vocab_parallel.backends.interface import Transform
 from vocab_parallel.backends.registry import option_names
 from vocab_parallel.layout import HiddenLayout
+from vocab_parallel.plan import BACKWARDS
 from vocab_parallel.rank_rows import RankRows
 from vocab_parallel.statistics import (
     LARGEST_OTHER,
@@ -57,7 +58,7 @@ REMOVED = {
 _CHOICES: Mapping[str, tuple[Any, ...]] = {
     "reduction": ("mean", "sum", "none"),
     "hidden_layout": get_args(HiddenLayout),
-    "backward": ("auto", "recompute", "probs"),
+    "backward": BACKWARDS,
     "accumulate_into": (None, "grad", "main_grad"),
 }
 

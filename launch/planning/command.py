@@ -28,17 +28,16 @@ _UNITS = {"B": 1.0, "MB": 1e6, "GB": 1e9, "MIB": 2.0**20, "GIB": 2.0**30}
 def run(
     arguments: PlanArguments, start_command: Callable[[MeshPlan, Job, PlanArguments], str]
 ) -> None:
-    """Plan and print; a user's mistake ends with a message and code 2, no mesh that fits with 1.
+    """Plan and print; where no mesh fits the process ends with code 1.
 
     Args:
         arguments: of the command line.
         start_command: says how to start what was planned; of a trainer, which no planner knows.
+
+    Raises:
+        ValueError: as `plan`, or a picture that cannot be written.
     """
-    try:
-        job, plans, hardware = plan(arguments)
-    except ValueError as error:
-        print(f"launch.plan: {error}", file=sys.stderr)
-        sys.exit(2)
+    job, plans, hardware = plan(arguments)
     best = plans[0]
     start = start_command(best, job, arguments) if best.fits else None
     batch, gpus = _batch(arguments), arguments.gpus or 1
@@ -81,8 +80,7 @@ def run(
         try:
             plot_plan(best, arguments.plot, job.shape.name, hardware.memory)
         except (OSError, ValueError) as error:  # no such folder; no such format
-            print(f"launch.plan: --plot {arguments.plot}: {error}", file=sys.stderr)
-            sys.exit(2)
+            raise ValueError(f"--plot {arguments.plot}: {error}") from error
     if not best.fits:
         sys.exit(1)
 

@@ -165,12 +165,9 @@ class MeshPlanner:
         Raises:
             ValueError: the schedule does not run on it, or it cannot share the batch.
         """
-        microbatches = self._of_batch(job, mesh).microbatches
-        too_few = job.schedule == "1f1b" and microbatches < mesh.pipeline  # torch's takes no fewer
-        can = {
-            "last-stage": not too_few,
-            "all-stages": SCHEDULES[job.schedule].held and mesh.pipeline > 1,
-        }
+        schedule, microbatches = SCHEDULES[job.schedule], self._of_batch(job, mesh).microbatches
+        too_few = schedule.fills and microbatches < mesh.pipeline
+        can = {"last-stage": not too_few, "all-stages": schedule.held and mesh.pipeline > 1}
         found = [self.plan(job, mesh, one) for one in vocab_over if can[one]]
         if too_few and not found:
             raise ValueError(f"{microbatches} microbatches are fewer than {mesh.pipeline} stages")

@@ -29,6 +29,7 @@ from vocab_parallel.plan import (
     TileShape,
     blocks,
     budget_bytes,
+    check_counts,
     chosen,
     row_blocks,
     span_tokens,
@@ -72,10 +73,11 @@ class TorchBackend:
     peak: ClassVar[float] = 2.0**10
 
     def __post_init__(self) -> None:
-        for name in ("memory_budget", "microbatches_in_flight"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        check_counts(
+            1,
+            memory_budget=budget_bytes(self.memory_budget),
+            microbatches_in_flight=self.microbatches_in_flight,
+        )
 
     def plan(
         self,
